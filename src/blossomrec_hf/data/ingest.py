@@ -1,0 +1,177 @@
+"""A log, batch by batch, into three columns on disk: user code, item code, time, in file order."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from .readers import Log, Part
+
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 1 << 20
+_YEAR_2100 = 4_102_444_800  # in seconds: the largest time a log may hold, in the unit that its first rows speak
+_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+class Codes:
+    """Raw ids -> codes 0, 1, 2 … in the order they are first seen."""
+
+    def __init__(self) -> None:
+        self._frames: list[pl.DataFrame] = []
+        self._known: pl.DataFrame | None = None
+        self.size = 0
+
+    def encode(self, ids: pl.Series) -> np.ndarray:
+        """uint32 codes of a batch of ids; ids never seen before are appended."""
+        batch = pl.DataFrame({"id": ids})
+        if self._known is None:
+            self._known = pl.DataFrame({"id": ids[:0], "code": pl.Series([], dtype=pl.UInt32)})
+        new = batch.select(pl.col("id").unique(maintain_order=True)).join(
+            self._known, on="id", how="anti", maintain_order="left"
+        )
+        if new.height:
+            new = new.with_columns(code=pl.int_range(self.size, self.size + new.height, dtype=pl.UInt32))
+            self._known = pl.concat([self._known, new], rechunk=True)
+            self.size += new.height
+        return batch.join(self._known, on="id", how="left", maintain_order="left")["code"].to_numpy()
+
+    def ids(self) -> pl.Series:
+        """The raw ids by code: Int64 where every one is an integer (text: a plainly written one), else String."""
+        if self._known is None:
+            return pl.Series("id", [], dtype=pl.Int64)
+        ids = self._known["id"]
+        if ids.dtype == pl.String:
+            numbers = ids.cast(pl.Int64, strict=False)
+            return numbers if (numbers.cast(pl.String) == ids).fill_null(False).all() else ids
+        return ids
+
+
+@dataclass
+class Interactions:
+    """The columns of a log on disk under `folder`, in file order, and what its codes stand for."""
+
+    folder: Path
+    rows: int = 0
+    users: Codes = field(default_factory=Codes)
+    items: Codes = field(default_factory=Codes)
+    time_dtype: np.dtype | None = None
+    time_unit: str | None = None
+    bad_rows: int = 0
+    below_rating: int = 0
+
+
+def ingest(
+    log: Log, folder: Path, *, min_rating: float | None = None, on_bad_rows: Literal["fail", "skip"] = "fail"
+) -> Interactions:
+    """
+    Streams `log` to `folder/user.bin`, `item.bin` (uint32) and `time.bin` (int64 or float64, absent without times).
+
+    Raises:
+        `ValueError`: a row without user, item or time, or with a time that is negative or past the year 2100, while
+            `on_bad_rows="fail"`; the message names file and line.
+    """
+    result = Interactions(folder)
+    with open(folder / "user.bin", "wb") as users, open(folder / "item.bin", "wb") as items:
+        times = open(folder / "time.bin", "wb") if log.has_timestamp else None
+        try:
+            for part in log.parts:
+                first = part.first_line
+                for batch in part.frame.collect_batches(chunk_size=BATCH_ROWS):
+                    height = batch.height
+                    batch = _clean(batch, first, part, log, result, on_bad_rows)
+                    first += height
+                    if min_rating is not None:
+                        kept = batch.filter(pl.col("rating") >= min_rating)
+                        result.below_rating += batch.height - kept.height
+                        batch = kept
+                    result.users.encode(batch["user"]).tofile(users)
+                    result.items.encode(batch["item"]).tofile(items)
+                    if times is not None and batch.height:
+                        time = batch["timestamp"].to_numpy()
+                        if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
+                            times.flush()
+                            earlier = np.fromfile(times.name, np.int64).astype(np.float64)
+                            times.seek(0)
+                            earlier.tofile(times)
+                            result.time_dtype = np.dtype(np.float64)
+                        time.astype(result.time_dtype).tofile(times)
+                    result.rows += batch.height
+        finally:
+            if times is not None:
+                times.close()
+    return result
+
+
+def _clean(
+    batch: pl.DataFrame, first: int, part: Part, log: Log, result: Interactions, on_bad_rows: str
+) -> pl.DataFrame:
+    """`batch` with its columns in their final types and without bad rows."""
+    numeric = ["rating"] * log.has_rating + ["timestamp"] * log.has_timestamp
+    clean = batch.with_columns(
+        *(_as_id(batch, name) for name in ("user", "item")),
+        *(_as_number(batch[name]).alias(name) for name in numeric),
+    )
+    checks = {name: pl.col(name).is_null() for name in ("user", "item", *numeric)}
+    if log.has_timestamp:
+        time = clean["timestamp"]
+        if result.time_dtype is None and time.len() > time.null_count():
+            result.time_dtype = np.dtype(np.float64 if time.dtype.is_float() else np.int64)
+            result.time_unit = _time_unit(time.drop_nulls().median())
+        limit = _YEAR_2100 * _UNITS[result.time_unit or "s"]
+        checks["timestamp"] |= ~pl.col("timestamp").is_between(0, limit)
+    bad = clean.select(pl.any_horizontal(*checks.values()).fill_null(True)).to_series()
+    count = int(bad.sum())
+    if not count:
+        return clean
+    if on_bad_rows == "fail":
+        row = int(bad.arg_true()[0])
+        wrong = [name for name, check in checks.items() if clean[row].select(check.fill_null(True)).item()]
+        line = clean["row"][row] if "row" in clean.columns else first + row
+        values = ", ".join(f"{name} {batch[name][row]!r}" for name in wrong)
+        raise ValueError(
+            f"{part.name}, {part.row_word} {line}: not a usable {' or '.join(wrong)} ({values}). "
+            "An interaction has a user, an item and, where the log has them, a numeric rating and a time from 0 to the "
+            'year 2100. Correct the file, or pass on_bad_rows="skip" to drop and count such rows.'
+        )
+    result.bad_rows += count
+    return clean.filter(~bad)
+
+
+def _as_id(batch: pl.DataFrame, name: str) -> pl.Expr:
+    dtype = batch.schema[name]
+    if dtype.is_integer():
+        return pl.col(name).cast(pl.Int64)
+    if dtype.is_float():  # pandas turns integers with a gap into floats
+        column = pl.col(name)
+        return pl.when(column == column.round()).then(column).cast(pl.Int64, strict=False)
+    if dtype in (pl.Categorical, pl.Enum, pl.String):
+        return pl.col(name).cast(pl.String)
+    if dtype == pl.Null:
+        return pl.col(name).cast(pl.String)
+    raise ValueError(f"column of {name} ids has type {dtype}; ids may be integers or strings, not a mixture.")
+
+
+def _as_number(column: pl.Series) -> pl.Series:
+    """Numbers stay; dates and texts of dates become microseconds since 1970; what can not be read becomes null."""
+    if column.dtype in (pl.Datetime, pl.Date):
+        return column.cast(pl.Datetime("us")).to_physical()
+    text = column.dtype == pl.String
+    column = column.str.strip_chars() if text else column
+    whole = column.cast(pl.Int64, strict=False) if text or column.dtype.is_integer() else None
+    if whole is not None and whole.null_count() == column.null_count():
+        return whole
+    number = column.cast(pl.Float64, strict=False)
+    if text and number.null_count() == column.len():
+        return column.str.to_datetime(strict=False, time_unit="us", time_zone="UTC").to_physical()
+    whole = number.cast(pl.Int64, strict=False)
+    return whole if (whole == number).fill_null(True).all() else number
+
+
+def _time_unit(median: float) -> str:
+    """The unit in which a log's middle time lies before the year 2100; counters (1, 2, 3 …) count as seconds."""
+    return next((unit for unit, scale in _UNITS.items() if median <= _YEAR_2100 * scale), "ns")

@@ -1,0 +1,179 @@
+"""Raw item ids <-> vocabulary: every item is one token of a WordLevel vocabulary, a history is a sequence of tokens."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+
+PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
+_UNSAFE = re.compile(r"[%\[\s\x00-\x20\x7f\x85]")  # "%" marks an escape, "[" opens a special token, spaces part items
+_EMPTY = "%"  # a bare "%" can not come out of the escaping of any other id
+
+
+def _escape(text: str) -> str:
+    """`text` as one token: percent-encodes what the pre-tokenizer or the special tokens would react to."""
+    if not text:
+        return _EMPTY
+    if not _UNSAFE.search(text):
+        return text
+    return _UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text)
+
+
+def _unescape(token: str) -> str:
+    return "" if token == _EMPTY else unquote(token) if "%" in token else token
+
+
+class BlossomRecTokenizer(PreTrainedTokenizerFast):
+    """
+    Maps raw item ids, integers or strings of any characters, to the vocabulary: `[PAD]` is 0, `[UNK]` is 1, items follow.
+
+    `tokenizer("12 15 3")` reads one history written as text, `tokenizer(["12 15 3", "4"])` several, and
+    `tokenizer([[12, 15, 3], [4]])` histories given as lists of raw ids. In text, items are separated by whitespace, so an
+    id that holds whitespace, `%` or `[` stands there percent-encoded (`"a b"` is `a%20b`); lists of raw ids are
+    encoded for you. Truncation keeps the **latest** items.
+
+    Args:
+        vocab (`dict[str, int]`, *optional*): escaped token to id, `[PAD]` 0 and `[UNK]` 1 included. Use
+            [`~BlossomRecTokenizer.from_items`] to build a tokenizer from raw ids.
+        item_type (`"int"` or `"str"`, defaults to `"str"`): the type of raw ids; `decode_items` restores it.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab: dict[str, int] | None = None,
+        *,
+        item_type: Literal["int", "str"] = "str",
+        pad_token: str = PAD_TOKEN,
+        unk_token: str = UNK_TOKEN,
+        truncation_side: str = "left",
+        padding_side: str = "right",
+        **kwargs: Any,
+    ) -> None:
+        if item_type not in ("int", "str"):
+            raise ValueError(f'item_type is {item_type!r}; it may be "int" or "str".')
+        if not kwargs.keys() & {"tokenizer_object", "tokenizer_file"}:
+            vocab = vocab or {str(pad_token): 0, str(unk_token): 1}  # a saved tokenizer hands AddedToken objects
+            self._tokenizer = Tokenizer(WordLevel(vocab, str(unk_token)))
+            self._tokenizer.pre_tokenizer = WhitespaceSplit()
+        super().__init__(
+            item_type=item_type,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            truncation_side=truncation_side,
+            padding_side=padding_side,
+            **kwargs,
+        )
+        self.item_type = item_type
+        self._items_by_id: list[int | str | None] | None = None
+
+    @classmethod
+    def from_items(
+        cls, items: Iterable[int | str], *, item_type: Literal["int", "str"] | None = None, **kwargs: Any
+    ) -> "BlossomRecTokenizer":
+        """
+        A tokenizer whose item *i* of `items` has id *i* + 2.
+
+        Args:
+            items: raw ids in vocabulary order, all `int` or all `str`, without repeats.
+            item_type (`"int"` or `"str"`, *optional*): taken from the first item if not given.
+
+        Raises:
+            `ValueError`: mixed types, or an item that stands there twice.
+        """
+        items = list(items)
+        if item_type is None:
+            item_type = "str" if not items or isinstance(items[0], str) else "int"
+        tokens = _to_tokens(items, item_type)
+        vocab = {PAD_TOKEN: 0, UNK_TOKEN: 1, **{token: index for index, token in enumerate(tokens, start=2)}}
+        if len(vocab) != len(items) + 2:
+            seen: set[str] = set()
+            twice = next(item for item, token in zip(items, tokens) if token in seen or seen.add(token))
+            raise ValueError(f"items holds {twice!r} more than once; each item may stand in a vocabulary once.")
+        return cls(vocab, item_type=item_type, **kwargs)
+
+    def encode_items(self, items: Iterable[int | str]) -> list[int]:
+        """
+        Vocabulary ids of raw ids, in order; an unknown item becomes `unk_token_id`.
+
+        Raises:
+            `ValueError`: an item is not of this tokenizer's `item_type`.
+        """
+        unknown = self.unk_token_id
+        ids = map(self._tokenizer.token_to_id, _to_tokens(items, self.item_type))
+        return [unknown if index is None else index for index in ids]
+
+    def decode_items(self, ids: Any) -> list:
+        """
+        Raw ids of vocabulary ids; `[PAD]`, `[UNK]` and other special tokens give `None`.
+
+        Args:
+            ids: one id, a sequence, an array or a tensor of any shape; nested input gives nested lists.
+
+        Raises:
+            `ValueError`: an id outside 0 … `len(tokenizer) - 1`.
+        """
+        if self._items_by_id is None:
+            items: list[int | str | None] = [None] * (max(self.get_vocab().values()) + 1)
+            special = set(self.all_special_ids)
+            for token, index in self.get_vocab().items():
+                if index not in special:
+                    items[index] = int(token) if self.item_type == "int" else _unescape(token)
+            self._items_by_id = items
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if isinstance(ids, int):
+            if not 0 <= ids < len(self._items_by_id):
+                raise ValueError(f"ids holds {ids}; an id may be 0 to {len(self._items_by_id) - 1}.")
+            return self._items_by_id[ids]
+        return [self.decode_items(index) for index in ids]
+
+    def add_items(self, items: Iterable[int | str]) -> int:
+        """
+        Appends raw ids to the vocabulary; those already there keep their id. Follow with
+        `model.resize_token_embeddings(len(tokenizer))`.
+
+        The WordLevel vocabulary itself grows: `add_tokens` would match inside other ids (`xnew5y` contains `new5`).
+
+        Returns:
+            `int`: how many of them were new.
+        """
+        tokens = _to_tokens(items, self.item_type)
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        before = len(vocab)
+        for token in tokens:
+            vocab.setdefault(token, len(vocab))
+        self._tokenizer.model = WordLevel(vocab, self.unk_token)
+        self._items_by_id = None
+        return len(vocab) - before
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """As any tokenizer of `transformers`; besides, `text` may be a list of `int` ids or a list of lists of raw ids."""
+        return super().__call__(self._as_text(text), *args, **kwargs)
+
+    def _as_text(self, text: Any) -> Any:
+        text = text.tolist() if hasattr(text, "tolist") else text
+        if not isinstance(text, (list, tuple)) or all(isinstance(entry, str) for entry in text):
+            return text
+        if all(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in text):
+            return [" ".join(_to_tokens(history, self.item_type)) for history in text]
+        return " ".join(_to_tokens(text, self.item_type))
+
+
+def _to_tokens(items: Iterable[int | str], item_type: str) -> list[str]:
+    items = items.tolist() if hasattr(items, "tolist") else list(items)
+    wanted = int if item_type == "int" else str
+    for item in items:
+        if not isinstance(item, wanted) or isinstance(item, bool):
+            if wanted is int and hasattr(item, "__index__") and not isinstance(item, bool):
+                continue  # a numpy integer
+            raise ValueError(
+                f"items holds {item!r}, a {type(item).__name__}; this tokenizer's raw ids are {item_type}, all of them."
+            )
+    return [str(int(item)) for item in items] if wanted is int else [_escape(item) for item in items]
