@@ -1,0 +1,35 @@
+"""BlossomRec (arXiv 2512.13368), block-level fused sparse attention for sequential recommendation, for `transformers`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .configuration_blossomrec import BlossomRecConfig
+from .modeling_blossomrec import (
+    BlossomRecForSequentialRecommendation,
+    BlossomRecModel,
+    BlossomRecPreTrainedModel,
+    RecommendationOutput,
+)
+from .tokenization_blossomrec import BlossomRecTokenizer
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("blossomrec", BlossomRecConfig)
+AutoModel.register(BlossomRecConfig, BlossomRecModel)
+AutoModelForCausalLM.register(BlossomRecConfig, BlossomRecForSequentialRecommendation)
+AutoTokenizer.register(BlossomRecConfig, fast_tokenizer_class=BlossomRecTokenizer)
+
+# So that `save_pretrained` and `push_to_hub` put the code beside the weights.
+BlossomRecConfig.register_for_auto_class()
+BlossomRecModel.register_for_auto_class("AutoModel")
+BlossomRecForSequentialRecommendation.register_for_auto_class("AutoModelForCausalLM")
+BlossomRecTokenizer.register_for_auto_class("AutoTokenizer")
+
+__all__ = [
+    "BlossomRecConfig",
+    "BlossomRecForSequentialRecommendation",
+    "BlossomRecModel",
+    "BlossomRecPreTrainedModel",
+    "BlossomRecTokenizer",
+    "RecommendationOutput",
+]

@@ -1,0 +1,572 @@
+"""BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalogue out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
+
+from .attention_blossomrec import BlossomAttention, BlossomCompressor
+from .configuration_blossomrec import BlossomRecConfig
+from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets
+
+
+logger = logging.get_logger(__name__)
+
+
+class LayerSelection(NamedTuple):
+    """
+    What one layer attended to, `[B, L, …]` in the shape of the input (`None` where the layer has no such part).
+
+    Attributes:
+        block_indices (`torch.LongTensor` `[B, L, G, k]`): selected blocks, the most important first; −1 for none.
+        importance (`torch.Tensor` `[B, L, G, k]`): their probabilities π.
+        gates (`torch.Tensor` `[B, L, H, 2]`): gate values of the long-term and the short-term stream.
+    """
+
+    block_indices: torch.Tensor | None
+    importance: torch.Tensor | None
+    gates: torch.Tensor | None
+
+
+@dataclass
+class BlossomRecModelOutput(ModelOutput):
+    """
+    Attributes:
+        last_hidden_state (`torch.Tensor` `[B, L, hidden_size]`): zero at padding.
+        hidden_states (`tuple`, *optional*): the embedding and every layer's output, each `[B, L, hidden_size]`.
+        attentions (`tuple`, *optional*): every layer's gated attention probabilities, each `[B, H, L, L]`.
+        selections (`tuple[LayerSelection]`, *optional*): what every layer selected, and its gates.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    selections: tuple[LayerSelection, ...] | None = None
+
+
+@dataclass
+class BlossomRecOutput(ModelOutput):
+    """
+    Attributes:
+        loss (`torch.Tensor`, *optional*): the objective, where `labels` were given.
+        logits (`torch.Tensor`): `[B, L, vocab_size]`, or `[S, n, vocab_size]` with `logits_to_keep=n`: plain dot
+            products, those of [PAD] and [UNK] included; zero at padding.
+        hidden_states, attentions, selections: as in `BlossomRecModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    selections: tuple[LayerSelection, ...] | None = None
+
+
+@dataclass
+class RecommendationOutput(ModelOutput):
+    """
+    Attributes:
+        item_ids (`torch.LongTensor` `[B, k]`): vocabulary ids, the best first; −1 where no candidate is left.
+        scores (`torch.FloatTensor` `[B, k]`): their logits (for an empty history their counts); −inf beside a −1.
+        num_unknown (`torch.LongTensor` `[B]`): how many [UNK] of each history were dropped.
+    """
+
+    item_ids: torch.LongTensor | None = None
+    scores: torch.FloatTensor | None = None
+    num_unknown: torch.LongTensor | None = None
+
+
+class PackedHistories(NamedTuple):
+    """
+    The histories of a batch, end to end: what every layer works on.
+
+    Attributes:
+        token: places of the packed positions in the flattened `[B·L]` input, `[T]`; `None` where they are all of it.
+        position: place of each position inside its history, `[T]`.
+        cu_seqlens: offsets, `[S + 1]`.
+        max_seqlen: length of the longest history.
+        shape: `(B, L)` of the input.
+    """
+
+    token: torch.Tensor | None
+    position: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    shape: tuple[int, int]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, L, …]` → `[T, …]`."""
+        x = x.flatten(0, 1)
+        return x if self.token is None else x[self.token]
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, …]` → `[B, L, …]`, zero at padding."""
+        if self.token is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.token, x)
+        return x.unflatten(0, self.shape)
+
+    def unpack_pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """`[H, T, T]` → `[B, H, L, L]`."""
+        batch, length = self.shape
+        token = torch.arange(batch * length, device=x.device) if self.token is None else self.token
+        row, column = token // length, token % length
+        query, key = (row[:, None] == row).nonzero(as_tuple=True)
+        out = x.new_zeros(batch, length, length, x.shape[0])
+        out = out.index_put((row[query], column[query], column[key]), x[:, query, key].T)
+        return out.permute(0, 3, 1, 2)
+
+    def last(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed places of the last `n` positions of each history, `[S, n]`, and which of them exist."""
+        place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=self.cu_seqlens.device)
+        exists = place >= self.cu_seqlens[:-1, None]
+        return torch.where(exists, place, 0), exists
+
+
+def pack_histories(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    vocab_size: int,
+) -> PackedHistories:
+    """
+    Turns any input that the model accepts into packed histories.
+
+    Args:
+        inputs: item ids `[B, L]`, or embeddings `[B, L, hidden_size]`.
+        attention_mask: `[B, L]`, 0 at padding; where it is `None`, [PAD] ids are padding.
+        position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
+        cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
+
+    Raises:
+        ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Not
+            checked inside a compiled graph.
+    """
+    batch, length = inputs.shape[:2]
+    shape = (batch, length)
+    device = inputs.device
+    checked = not torch.compiler.is_compiling()
+    if checked and inputs.dim() == 2 and inputs.numel():
+        low, high = torch.stack(inputs.aminmax()).tolist()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. For new items, grow "
+                "the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(len(tokenizer))`."
+            )
+    packed_row = batch == 1 and attention_mask is None and position_ids is not None
+    if cu_seqlens is not None or packed_row:
+        if batch != 1:
+            raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {batch} rows.")
+        if cu_seqlens is None:
+            starts = (position_ids[0] == 0).nonzero().flatten()
+            cu_seqlens = nn.functional.pad(starts, (0, 1), value=length)
+        cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
+        token = torch.arange(length, device=device)
+        history = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+        position = token - cu_seqlens[history]
+        if checked:
+            offsets = cu_seqlens.tolist()
+            if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in zip(offsets, offsets[1:])):
+                raise ValueError(
+                    f"The offsets of packed histories (`cu_seq_lens_q`, or `position_ids` that are 0) must start at "
+                    f"0, never fall, and end at {length}, the length of the input; they are {_short(offsets)}."
+                )
+            longest = max(b - a for a, b in zip(offsets, offsets[1:]))
+            if max_seqlen is not None and max_seqlen < longest:
+                raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
+            max_seqlen = longest if max_seqlen is None else max_seqlen
+        elif max_seqlen is None:
+            max_seqlen = length
+        token = None
+        if checked and attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "`attention_mask` marks padding in packed input; leave padding out, or make it a history."
+            )
+    else:
+        if attention_mask is not None:
+            if attention_mask.shape != shape:
+                raise ValueError(
+                    f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {shape}; it must be 2-D, 1 "
+                    "at items and 0 at padding."
+                )
+            real = attention_mask.to(device) != 0
+        else:
+            real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
+        lengths = real.sum(1)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        token = real.flatten().nonzero().flatten()
+        position = (real.cumsum(1) - 1).flatten()[token]
+        max_seqlen = int(lengths.max()) if lengths.numel() else 0
+        if token.shape[0] == batch * length:
+            token = None
+    if checked and position_ids is not None:
+        given = position_ids.expand(shape).flatten()
+        if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
+            raise ValueError(
+                "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to have "
+                "them made."
+            )
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, shape)
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, …, {values[-2]}, {values[-1]}]"
+
+
+class BlossomRecLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each with a residual connection and a layer norm after it."""
+
+    def __init__(self, config: BlossomRecConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = BlossomAttention(config, layer_idx)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs):
+        attended, *details = self.self_attn(hidden_states, **kwargs)
+        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        fed = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.feed_forward_norm(hidden_states + self.dropout(fed)), *details
+
+
+class BlossomRecPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what `transformers` must know of BlossomRec models."""
+
+    config: BlossomRecConfig
+    config_class = BlossomRecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BlossomRecLayer"]
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # Where nothing is asked, `transformers` would turn a custom model to "eager", the reference.
+        return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BlossomCompressor):
+            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, BlossomAttention) and module.attention_type == "blossom":
+            init.zeros_(module.gate.weight)
+            num_heads = self.config.num_attention_heads
+            bias = torch.tensor(self.config.gate_initial_bias).repeat_interleave(num_heads)
+            init.copy_(module.gate.bias, bias)
+        elif isinstance(module, BlossomRecModel):
+            init.zeros_(module.item_counts)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        As in `transformers`, for a catalogue: old rows are left as they are, `item_counts` grows along with zeros, and
+        with `mean_resizing` (the default) a new item begins at the mean of the old ones.
+        """
+        old = self.get_input_embeddings().num_embeddings
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
+        new = embeddings.num_embeddings
+        base = self.base_model
+        counts = base.item_counts.new_zeros(new)
+        counts[: min(old, new)] = base.item_counts[:new]
+        base.item_counts = counts
+        tables = {id(m.weight): m.weight for m in (embeddings, self.get_output_embeddings()) if m is not None}
+        if mean_resizing and new > old:
+            for weight in tables.values():
+                weight.data[old:] = weight.data[NUM_SPECIAL_IDS:old].mean(0)
+        return embeddings
+
+
+class BlossomRecModel(BlossomRecPreTrainedModel):
+    """Item embedding and layers: item ids in, hidden states out."""
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__(config)
+        self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.item_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.item_embedding = value
+
+    def rotary_embedding(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines `[1, T, head_dim]` of the rotary embedding at `position` `[T]`, in float32 or better."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        rope, width, scale = self.config.rope_parameters, self.config.head_dim, 1.0
+        if rope["rope_type"] == "default":
+            exponent = torch.arange(0, width, 2, device=position.device, dtype=dtype) / width
+            inverse_frequency = rope["rope_theta"] ** -exponent
+        else:
+            inverse_frequency, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, position.device)
+        angle = position.to(dtype)[:, None] * inverse_frequency.to(dtype)
+        angle = torch.cat([angle, angle], -1)[None]
+        return angle.cos() * scale, angle.sin() * scale
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_selection: bool | None = None,
+        packed: PackedHistories | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BlossomRecModelOutput:
+        """
+        Args:
+            input_ids: item ids `[B, L]`, padded on any side, or packed `[1, T]`.
+            attention_mask: `[B, L]`, 0 at padding. Where it is missing, [PAD] ids are padding.
+            position_ids: `[B, L]`; positions that restart at 0 in a single row mark packed histories.
+            inputs_embeds: `[B, L, hidden_size]`, in place of `input_ids`.
+            cu_seq_lens_q, max_length_q: offsets `[S + 1]` and longest length of packed histories; `cu_seq_lens_k` and
+                `max_length_k`, which collators send along, say the same.
+            output_attentions: the reference path (`attn_implementation="eager"`) alone has probabilities to give.
+            output_selection: what every layer selected, and its gates; on every path.
+            packed: what `pack_histories` made of these inputs, where that is known already.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input, and
+                attentions asked of a path that has none.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f'`output_attentions=True` works with `attn_implementation="eager"` only; '
+                f"{self.config._attn_implementation!r} never has all probabilities at once. "
+                "`output_selection=True` tells what was attended to on every path."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if packed is None:
+            packed = pack_histories(
+                inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
+            )
+        inputs = packed.pack(inputs)
+        hidden_states = self.item_embedding(inputs) if inputs_embeds is None else inputs
+        hidden_states = self.dropout(self.embedding_norm(hidden_states))[None]
+
+        position_embeddings = self.rotary_embedding(packed.position, hidden_states.dtype)
+        states, attentions, selections = [hidden_states], [], []
+        for layer in self.layers:
+            hidden_states, selection, gates, probs = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                cu_seqlens=packed.cu_seqlens,
+                max_seqlen=packed.max_seqlen,
+                output_attentions=bool(output_attentions),
+            )
+            states.append(hidden_states)
+            attentions.append(probs)
+            selections.append((selection, gates))
+        return BlossomRecModelOutput(
+            last_hidden_state=packed.unpack(hidden_states[0]),
+            hidden_states=tuple(packed.unpack(x[0]) for x in states) if output_hidden_states else None,
+            attentions=tuple(packed.unpack_pairs(x) for x in attentions) if output_attentions else None,
+            selections=tuple(_layer_selection(packed, *x) for x in selections) if output_selection else None,
+        )
+
+
+def _layer_selection(packed: PackedHistories, selection, gates) -> LayerSelection:
+    block_indices, importance = (None, None) if selection is None else selection
+    if block_indices is not None:  # shifted, so that padding reads −1
+        block_indices, importance = packed.unpack(block_indices + 1) - 1, packed.unpack(importance)
+    return LayerSelection(block_indices, importance, None if gates is None else packed.unpack(gates[0]))
+
+
+class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
+    """BlossomRec with scores over the catalogue: next-item training, evaluation and recommendation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.item_embedding.weight"}
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__(config)
+        self.model = BlossomRecModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def item_counts(self) -> torch.Tensor:
+        """How often each vocabulary id occurs in the training data, `[vocab_size]` int64; saved with the model."""
+        return self.model.item_counts
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_selection: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BlossomRecOutput:
+        """
+        Args:
+            labels: item ids `[B, L]` aligned with the input, shifted inside: every position predicts the next item of
+                its history. −100, [PAD] and [UNK] are no targets.
+            logits_to_keep: n > 0 returns logits of the last n real positions of each history alone, `[S, n,
+                vocab_size]` (S rows, or packed histories), zero where a history is shorter. The loss is not affected.
+            num_items_in_batch: number of targets of the whole step, over accumulated batches and processes, that the
+                summed loss is divided by; this batch's own number where it is missing.
+
+            The other arguments are those of `BlossomRecModel.forward`.
+
+        Raises:
+            ValueError: as `BlossomRecModel.forward`, and for labels outside the vocabulary.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None:
+            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        packed = pack_histories(
+            inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
+        )
+        outputs: BlossomRecModelOutput = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_selection=output_selection,
+            packed=packed,
+        )
+        hidden_states = packed.pack(outputs.last_hidden_state)
+
+        loss = logits = None
+        if labels is not None or not logits_to_keep:
+            logits = self.lm_head(hidden_states)
+        if labels is not None:
+            labels = packed.pack(labels)
+            if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= self.config.vocab_size:
+                raise ValueError(
+                    f"`labels` holds {int(labels.max())}; ids lie in 0 … {self.config.vocab_size - 1}, or are −100."
+                )
+            loss = cross_entropy(logits, next_item_targets(labels, packed.cu_seqlens), num_items_in_batch)
+        if logits_to_keep:
+            place, exists = packed.last(logits_to_keep)
+            kept = (
+                hidden_states[place]
+                if hidden_states.shape[0]
+                else hidden_states.new_zeros(*place.shape, hidden_states.shape[1])
+            )
+            logits = self.lm_head(kept * exists[..., None])
+        else:
+            logits = packed.unpack(logits)
+        return BlossomRecOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            selections=outputs.selections,
+        )
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        top_k: int = 10,
+        exclude_seen: bool = True,
+        candidate_ids: torch.LongTensor | None = None,
+    ) -> RecommendationOutput:
+        """
+        The `top_k` best next items of each history. Always in evaluation mode; [PAD] and [UNK] are never recommended.
+
+        Args:
+            input_ids: item ids `[B, L]`, padded on any side; [UNK] is dropped and counted.
+            attention_mask: `[B, L]`, 0 at padding. Where it is missing, [PAD] ids are padding.
+            exclude_seen: leave out the items of the history itself.
+            candidate_ids: items to choose from, `[C]` for all histories or `[B, C]` for each; all where it is `None`.
+
+        Returns:
+            `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`. An empty history gets the most frequent
+            items of the training data (`item_counts`, ties to the lower id).
+
+        Raises:
+            ValueError: for `top_k` outside the catalogue, and ids outside the vocabulary.
+        """
+        vocab_size = self.config.vocab_size
+        if not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
+            raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalogue.")
+        if input_ids.dim() != 2:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(input_ids.shape)}; it must be `[B, L]`, one row a history."
+            )
+        real = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask != 0
+        unknown = real & (input_ids == self.config.unk_token_id)
+        real = real & ~unknown
+        num_unknown = unknown.sum(1)
+        if num_unknown.any():
+            logger.warning(
+                f"Dropped {int(num_unknown.sum())} unknown items from {int((num_unknown > 0).sum())} histories."
+            )
+
+        training = self.training
+        self.eval()
+        try:
+            scores = self(input_ids, attention_mask=real, logits_to_keep=1).logits[:, 0]
+        finally:
+            self.train(training)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = torch.where(real.any(1)[:, None], scores, self.item_counts.to(scores.dtype))
+        scores[:, :NUM_SPECIAL_IDS] = -torch.inf
+        if exclude_seen:
+            scores.scatter_(1, torch.where(real, input_ids, 0), -torch.inf)
+        if candidate_ids is not None:
+            candidate_ids = torch.as_tensor(candidate_ids, device=scores.device).expand(scores.shape[0], -1)
+            if candidate_ids.numel() and not 0 <= int(candidate_ids.min()) <= int(candidate_ids.max()) < vocab_size:
+                raise ValueError(f"`candidate_ids` holds ids outside 0 … {vocab_size - 1}.")
+            allowed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, candidate_ids, True)
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        scores, item_ids = scores.sort(dim=1, descending=True, stable=True)
+        scores, item_ids = scores[:, :top_k], item_ids[:, :top_k]
+        item_ids = item_ids.masked_fill(scores == -torch.inf, -1)
+        return RecommendationOutput(item_ids=item_ids, scores=scores, num_unknown=num_unknown)
+
+
+__all__ = [
+    "BlossomRecForSequentialRecommendation",
+    "BlossomRecModel",
+    "BlossomRecPreTrainedModel",
+]

@@ -1,0 +1,316 @@
+"""
+BlossomRec's attention in plain PyTorch, for any device and dtype: the functions of `ops_reference.py` under the same
+names, with memory linear in the number of tokens. Nothing is ever laid out as positions × positions or as positions ×
+windows: queries meet their candidates in slices that are recomputed in the backward pass.
+
+The number of rows is always a bound that follows from the shapes (never read from the device), so nothing here
+synchronises and everything compiles. Conventions and docstrings of the public functions: `ops_reference.py`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .ops_reference import Ops, Selection, locate, power_law_distances
+
+
+try:  # variable-length FlashAttention, since torch 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+# Elements that one slice may lay out; more slices cost launches, larger ones memory.
+SLICE_ELEMENTS = 2**25
+
+# Up to this length reading every key of a history is cheaper than gathering the selected blocks of every query.
+DENSE_MAX_LENGTH = 128
+
+
+class _Rows(NamedTuple):
+    """Tokens laid out in rows of one block each, every history beginning a new row."""
+
+    token: torch.Tensor  # [N, size]: the packed position in each slot; anything valid where the slot is empty
+    block: torch.Tensor  # [N]: the block's index inside its history
+    first: torch.Tensor  # [S]: the first row of each history
+
+
+def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
+    num_histories = cu_seqlens.shape[0] - 1
+    ends = torch.div(cu_seqlens.diff() + size - 1, size, rounding_mode="floor").cumsum(0)
+    first = nn.functional.pad(ends, (1, 0))[:-1]
+    row = torch.arange((num_tokens + num_histories * (size - 1)) // size, device=cu_seqlens.device)
+    history = torch.searchsorted(ends, row, right=True).clamp(max=num_histories - 1)
+    block = row - first[history]
+    token = (cu_seqlens[history] + block * size)[:, None] + torch.arange(size, device=row.device)
+    return _Rows(token.clamp(max=num_tokens - 1), block, first)
+
+
+def _in_slices(function: Callable[..., torch.Tensor], length: int, *tensors: torch.Tensor | None) -> torch.Tensor:
+    """`function` over slices of at most `length` rows of the tensors; where there are several, recomputed backward."""
+    if tensors[0].shape[0] <= length:
+        return function(*tensors)
+    splits = zip(*(t.split(length) if t is not None else _endless(None) for t in tensors))
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*parts) for parts in splits])
+    return torch.cat([checkpoint(function, *parts, use_reentrant=False) for parts in splits])
+
+
+def _endless(value):
+    while True:
+        yield value
+
+
+def compress(
+    k: torch.Tensor, position: torch.Tensor, mlp: nn.Module, cu_seqlens: torch.Tensor, *, stride: int
+) -> torch.Tensor:
+    """As `ops_reference.compress`, with `T // stride` rows: those after the last complete window mean nothing."""
+    num_tokens, length = k.shape[0], position.shape[1]
+    ends = torch.div(cu_seqlens.diff(), stride, rounding_mode="floor").cumsum(0)
+    window = torch.arange(num_tokens // stride, device=k.device)
+    history = torch.searchsorted(ends, window, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+    last = (window - nn.functional.pad(ends, (1, 0))[history] + 1) * stride
+    inside = (last - length)[:, None] + torch.arange(length, device=k.device)
+    token = (inside + cu_seqlens[history, None]).clamp(0, max(num_tokens - 1, 0))
+    windows = k[token].masked_fill((inside < 0)[..., None, None], 0.0).transpose(1, 2) + position
+    return mlp(windows.flatten(2))
+
+
+def select(
+    q: torch.Tensor,
+    c: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int,
+    num_selected_blocks: int,
+    block_size: int,
+    stride: int,
+    threshold: float,
+    scaling: float,
+) -> Selection:
+    """
+    As `ops_reference.select`. The importance is linear before its softmax and candidates are whole past blocks, so
+    the mean over a group's heads is taken of the queries, and the mean over a block's windows of the compressed keys.
+    """
+    num_tokens, num_groups = q.shape[0], c.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    shape = (num_tokens, num_groups, num_selected_blocks)
+    num_blocks = num_tokens // block_size
+    if num_blocks == 0:  # no candidate anywhere; the compressor still takes part, so that its gradients exist
+        nothing = torch.full(shape, -1, device=q.device)
+        return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + c.sum().to(dtype) * 0)
+
+    lengths = cu_seqlens.diff()
+    first_block = nn.functional.pad(torch.div(lengths, block_size, rounding_mode="floor").cumsum(0), (1, 0))
+    first_window = nn.functional.pad(torch.div(lengths, stride, rounding_mode="floor").cumsum(0), (1, 0))
+    block = torch.arange(num_blocks, device=q.device)
+    block_history = torch.searchsorted(first_block[1:].contiguous(), block, right=True).clamp(max=lengths.shape[0] - 1)
+    per_block = block_size // stride
+    window = first_window[block_history] + (block - first_block[block_history]) * per_block
+    window = (window[:, None] + torch.arange(per_block, device=q.device)).clamp(max=c.shape[0] - 1)
+
+    # A tile of consecutive queries meets the blocks from the first one of its first history on: that history's own,
+    # and those that begin inside the tile.
+    tile = 64 if max_seqlen <= 1024 else 512
+    width = max(max_seqlen // block_size + tile // block_size, num_selected_blocks)
+    num_tiles = -(-num_tokens // tile)
+    history, position = locate(cu_seqlens, num_tokens)
+    padding = num_tiles * tile - num_tokens
+    begin = nn.functional.pad(first_block[history], (0, padding)).view(num_tiles, tile)
+    end = begin + nn.functional.pad(torch.div(position, block_size, rounding_mode="floor"), (0, padding)).view_as(
+        begin
+    )
+
+    with torch.autocast(q.device.type, enabled=False):
+        keys = c.to(dtype)[window].mean(1)  # [M, G, d]
+        queries = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
+        queries = nn.functional.pad(queries, (0, 0, 0, 0, 0, padding)).unflatten(0, (num_tiles, tile))
+
+        def rank(queries, begin, end):
+            met = begin[:, :1] + torch.arange(width, device=q.device)
+            scores = queries.transpose(1, 2) @ keys[met.clamp(max=num_blocks - 1)].permute(0, 2, 3, 1)
+            candidate = (met[:, None] >= begin[..., None]) & (met[:, None] < end[..., None])
+            scores = scores.masked_fill(~candidate[:, None], -1e30)  # finite: a row without candidates has gradients
+            chosen, left = [], scores.detach().clone()
+            for _ in range(num_selected_blocks):
+                best = left.max(-1, keepdim=True).indices  # the first of equals: ties to the lower block
+                left.scatter_(-1, best, -torch.inf)
+                chosen.append(best)
+            chosen = torch.cat(chosen, -1)
+            norm = torch.logaddexp(scores.logsumexp(-1), scores.new_tensor(-1000.0))
+            pi = (scores.gather(-1, chosen) - norm[..., None]).exp()
+            blocks = chosen - (begin - begin[:, :1])[:, None, :, None]
+            # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
+            return torch.stack([pi, blocks.to(dtype)]).permute(1, 3, 2, 4, 0)
+
+        length = max(1, SLICE_ELEMENTS // (tile * width * num_groups))
+        ranked = _in_slices(rank, length, queries, begin, end).flatten(0, 1)[:num_tokens]
+    pi, blocks = ranked[..., 0], ranked[..., 1].detach().long()
+    kept = pi.detach() > threshold
+    return Selection(torch.where(kept, blocks, -1), torch.where(kept, pi, 0.0))
+
+
+def attend_selected(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_indices: torch.Tensor,
+    factor: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int,
+    block_size: int,
+    scaling: float,
+) -> torch.Tensor:
+    """As `ops_reference.attend_selected`: every query gathers its selected blocks and its own."""
+    num_tokens, num_groups, width = k.shape
+    if num_tokens == 0:
+        return torch.zeros_like(q) + (0 if factor is None else factor.sum().to(q.dtype))
+    if max_seqlen <= DENSE_MAX_LENGTH:
+        return _attend_selected_dense(
+            q, k, v, block_indices, factor, cu_seqlens, max_seqlen=max_seqlen, block_size=block_size, scaling=scaling
+        )
+    history, position = locate(cu_seqlens, num_tokens)
+    rows = _rows(cu_seqlens, num_tokens, block_size)
+    k_blocks = k[rows.token].transpose(1, 2).reshape(-1, block_size * width)  # [N·G, b·d]
+    v_blocks = v[rows.token].transpose(1, 2).reshape(-1, block_size * width)
+    own = torch.div(position, block_size, rounding_mode="floor")[:, None, None].expand(-1, num_groups, 1)
+    blocks = torch.cat([block_indices, own], -1)
+    group = torch.arange(num_groups, device=q.device)[:, None]
+    index = (rows.first[history][:, None, None] + blocks.clamp(min=0)) * num_groups + group
+    offset = torch.arange(block_size, device=q.device)
+    past = (block_indices >= 0)[..., None].expand(-1, -1, -1, block_size)
+    present = (offset <= position[:, None] % block_size)[:, None, None].expand(-1, num_groups, 1, -1)
+    mask = torch.cat([past, present], 2).flatten(2)[:, :, None]
+    if factor is not None:
+        factor = nn.functional.pad(factor, (0, 1), value=1.0).to(k.dtype)[..., None]
+
+    def attend(q, index, mask, factor):
+        keys = nn.functional.embedding(index, k_blocks)
+        if factor is not None:
+            keys = keys * factor  # the factor of a logit may as well stand on its key
+        values = nn.functional.embedding(index, v_blocks)
+        keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
+        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
+
+    length = max(1, SLICE_ELEMENTS // (num_groups * mask.shape[-1] * width))
+    return _in_slices(attend, length, q.unflatten(1, (num_groups, -1)), index, mask, factor).flatten(1, 2)
+
+
+def _attend_selected_dense(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
+    """The same for short histories: one padded tile a history, unselected keys masked."""
+    num_tokens, num_groups = k.shape[:2]
+    history, position = locate(cu_seqlens, num_tokens)
+    place = torch.arange(max_seqlen, device=q.device)
+    token = (cu_seqlens[:-1, None] + place).clamp(max=num_tokens - 1)  # [S, L]
+    num_blocks = -(-max_seqlen // block_size)
+    block = torch.div(place, block_size, rounding_mode="floor")
+    own = (block[:, None] == block) & (place[:, None] >= place)
+    # Weight of each block in each query's row: f where selected, else 0; the last column takes the −1s.
+    if factor is None:
+        factor = torch.ones_like(block_indices, dtype=q.dtype)
+    weight = q.new_zeros(num_tokens, num_groups, num_blocks + 1)
+    target = torch.where(block_indices < 0, num_blocks, block_indices)
+    weight = weight.scatter(-1, target, factor.to(q.dtype))[..., :num_blocks]
+
+    def attend(token):
+        queries = q[token].unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [S, G, H/G, L, d]
+        keys, values = (x[token].transpose(1, 2)[:, :, None] for x in (k, v))
+        weights = weight[token].transpose(1, 2)[..., block] + own.to(q.dtype)  # [S, G, L, L]
+        logits = (queries * scaling) @ keys.transpose(-1, -2) * weights[:, :, None]
+        logits = logits.masked_fill((weights.detach() == 0)[:, :, None], -torch.inf)
+        probs = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        return (probs @ values).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    out = _in_slices(attend, max(1, SLICE_ELEMENTS // (q.shape[1] * max_seqlen**2)), token)
+    return out[history, position]
+
+
+def attend_short(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int,
+    block_size: int,
+    window: int,
+    base: int,
+    scaling: float,
+) -> torch.Tensor:
+    """As `ops_reference.attend_short`: all queries of a block gather the same few key blocks."""
+    num_tokens, num_groups, width = k.shape
+    if num_tokens == 0:
+        return torch.zeros_like(q)
+    rows = _rows(cu_seqlens, num_tokens, block_size)
+    history, position = locate(cu_seqlens, num_tokens)
+    k_blocks = k[rows.token].transpose(1, 2).reshape(-1, block_size * width)  # [N·G, B·d]
+    v_blocks = v[rows.token].transpose(1, 2).reshape(-1, block_size * width)
+    queries = q[rows.token].unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)  # [N, G, B·H/G, d]
+
+    distances = power_law_distances(-(-max_seqlen // block_size), window, base)
+    distance = torch.tensor(distances, device=q.device)
+    past = rows.block[:, None] >= distance
+    row = torch.arange(rows.token.shape[0], device=q.device)[:, None]
+    index = torch.where(past, row - distance, row)[:, None] * num_groups
+    index = index + torch.arange(num_groups, device=q.device)[:, None]  # [N, G, J]
+    offset = torch.arange(block_size, device=q.device)
+    causal = (distance[:, None] > 0) | (offset[:, None, None] >= offset)  # [B, J, B]
+    mask = past[:, None, :, None] & causal  # [N, B, J, B]
+    mask = mask.flatten(2).repeat_interleave(q.shape[1] // num_groups, 1)[:, None]
+
+    def attend(queries, index, mask):
+        keys, values = (nn.functional.embedding(index, x) for x in (k_blocks, v_blocks))
+        keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
+        return nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+
+    length = max(1, SLICE_ELEMENTS // (mask.shape[-1] * max(num_groups * width, mask.shape[2])))
+    out = _in_slices(attend, length, queries, index, mask)
+    out = out.unflatten(2, (block_size, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return out[rows.first[history] * block_size + position]
+
+
+def attend_full(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int,
+    scaling: float,
+) -> torch.Tensor:
+    """
+    As `ops_reference.attend_full`, through PyTorch's fused attention: FlashAttention on the packed histories on a GPU
+    in half precision, elsewhere on rows padded to the longest history.
+    """
+    num_tokens, num_heads = q.shape[:2]
+    if num_tokens == 0:
+        return torch.zeros_like(q)
+    k, v = (x.repeat_interleave(num_heads // k.shape[1], 1) for x in (k, v))
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0:
+        offsets = cu_seqlens.to(torch.int32)
+        return varlen_attn(q, k, v, offsets, offsets, max_seqlen, max_seqlen, scale=scaling, **_VARLEN_CAUSAL)
+    history, position = locate(cu_seqlens, num_tokens)
+    token = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=q.device)
+    token = token.clamp(max=num_tokens - 1)  # rows are padded on the right, where causal attention never looks
+
+    def attend(token):
+        queries, keys, values = (x[token].transpose(1, 2) for x in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+        return out.transpose(1, 2)
+
+    out = _in_slices(attend, max(1, SLICE_ELEMENTS // (max_seqlen * num_heads * q.shape[2])), token)
+    return out[history, position]
+
+
+# How the installed torch spells causal attention.
+_VARLEN_CAUSAL = {}
+if varlen_attn is not None:
+    _new = "window_size" in inspect.signature(varlen_attn).parameters
+    _VARLEN_CAUSAL = {"window_size": (-1, 0)} if _new else {"is_causal": True}
+
+
+TORCH_OPS = Ops(compress, select, attend_selected, attend_short, attend_full)
