@@ -1,75 +1,114 @@
-"""The built-in data set: a generated log in which the distant past and the last few items both tell the next one."""
+"""The built-in data set: a generated log in which both the distant past and the last few items tell the next one."""
 
 import numpy as np
 import polars as pl
 
 
 def generate_log(
-    num_users: int = 1000,
-    num_items: int = 400,
+    num_users: int = 1500,
+    num_items: int = 600,
     seed: int = 0,
     *,
-    min_history: int = 60,
-    max_history: int = 200,
-    genre_size: int = 20,
-    session_length: int = 6,
-    return_probability: float = 0.5,
-    noise: float = 0.05,
+    num_genres: int = 20,
+    taste_length: int = 10,
+    return_probability: float = 0.1,
+    drift_lag: int = 4,
+    walk_length: int = 8,
+    num_rings: int = 10,
+    min_history: int = 100,
+    max_history: int = 240,
+    noise: float = 0.03,
 ) -> pl.DataFrame:
     """
-    Generates a log of sessions with two planted signals.
+    Generates a log with two planted signals, and events that nothing tells (fresh starts, noise).
 
-    Items fall into genres of `genre_size`. Each user has a *playlist*: `session_length` items of a home genre in an
-    order of their own, drawn once. A history is a chain of sessions. With `return_probability` a session *returns*: it
-    opens with a marker item of the home genre, the same for all users, and then plays the user's playlist in its
-    order. Which items those are only the user's own earlier returns tell, and they lie tens of items back: **long-term
-    taste**. Otherwise a session *drifts* through a genre drawn at random: from item a the next is a's successor, on a
-    ring through the genre that is the same for all users: **short-term drift**. `noise` of the events are drawn at
-    random from all items.
+    The catalogue has three parts. *Taste items* fall into `num_genres` genres, half of each *classics*, half *novelties*.
+    *Drift items* lie on `num_rings` rings in a fixed order. One item, the *door*, ends every ring.
+
+    - **Long-term taste**: a history opens with `taste_length` classics of the user's home genre. Much later, once in a
+      while, the user comes to the door, and the item right after it is a novelty of the home genre. Between opening and
+      door lie tens or hundreds of drift items that say nothing of the genre.
+    - **Short-term drift**: the rest of a history is `drift_lag` walks on rings, interleaved: the next item is the ring
+      successor of the item `drift_lag` back. The last item alone does not tell it, nor does anything farther back. A
+      walk ends after `walk_length` items, or at the door if it is one of the `return_probability` walks that lead there.
+
+    A third of the users ends with (walk, walk), a third with (door, novelty) and a third with (novelty, walk), so that
+    of the targets of validation and of test under leave-one-out a third each asks for the distant past.
 
     Args:
-        num_users (`int`), num_items (`int`): size; `num_items` is rounded down to whole genres.
+        num_users (`int`), num_items (`int`): size. Two thirds of the items are taste items.
         seed (`int`): same seed, same log.
-        min_history, max_history (`int`): history lengths are uniform between them.
-        genre_size (`int`): items in a genre.
-        session_length (`int`): events in a session.
-        return_probability (`float`): share of sessions that return to the playlist.
-        noise (`float`): share of events drawn at random.
+        num_genres (`int`): genres that users may be at home in; knowing the genre lifts a novelty's chance so many times.
+        taste_length (`int`): classics that open a history.
+        return_probability (`float`): share of walks that lead to the door.
+        drift_lag (`int`): how far back the item lies whose successor comes next.
+        walk_length (`int`): items of a walk; each begins at a random place.
+        num_rings (`int`): rings of drift items.
+        min_history (`int`), max_history (`int`): bounds on a history's length.
+        noise (`float`): share of events replaced by an item drawn from the whole catalogue (never the last two).
 
     Returns:
-        `polars.DataFrame`: `user` (int64, from 1), `item` (int64, from 1), `timestamp` (int64, seconds), by user and time.
+        `polars.DataFrame`: `user`, `item` (int64, from 1) and `timestamp` (int64, seconds), by user and time.
+
+    Raises:
+        `ValueError`: a catalogue too small for the genres and rings, or bounds that leave no room.
     """
-    num_genres = num_items // genre_size
-    if num_genres < 3 or not 2 <= session_length < genre_size:
+    genre_size = 2 * num_items // 3 // num_genres // 2 * 2
+    num_taste = genre_size * num_genres
+    ring_size = (num_items - num_taste - 1) // num_rings
+    if genre_size < 4 or ring_size <= 2 * walk_length:
         raise ValueError(
-            f"num_items is {num_items} and session_length {session_length}; with genres of {genre_size} they may be at "
-            f"least {3 * genre_size} and 2 to {genre_size - 1}."
+            f"num_items is {num_items}: too few for {num_genres} genres of at least 4 items and {num_rings} rings longer "
+            f"than two walks of {walk_length}; it may be {max(6 * num_genres, (6 * walk_length + 3) * num_rings + 3)} or more."
+        )
+    if not taste_length + 2 * walk_length * drift_lag < min_history <= max_history:
+        raise ValueError(
+            f"min_history is {min_history} and max_history {max_history}; min_history may be more than "
+            f"{taste_length + 2 * walk_length * drift_lag} (the opening and two rounds of walks), and no more than max_history."
         )
     rng = np.random.default_rng(seed)
-    ring = np.stack([rng.permutation(genre_size) + genre * genre_size for genre in range(num_genres)])
+    names = rng.permutation(num_taste + num_rings * ring_size + 1) + 1  # so that an item's number tells nothing
+    taste = names[:num_taste].reshape(num_genres, 2, genre_size // 2)  # genre, classic or novelty, item
+    rings = names[num_taste:-1].reshape(num_rings, ring_size)
+    door = int(names[-1])
+
     histories = []
-    for _ in range(num_users):
+    for user in range(num_users):
+        classics, novelties = taste[rng.integers(num_genres)]
+        events = rng.choice(classics, taste_length, replace=taste_length > classics.size).tolist()
+        walks: list[list[int]] = [[] for _ in range(drift_lag)]
+        returns = []  # where novelties stand
+        after_door = False
+        while len(events) < max_history:
+            walk = walks[len(events) % drift_lag]
+            if after_door:
+                returns.append(len(events))
+                events.append(int(rng.choice(novelties)))
+                walk.clear()
+                after_door = False
+                continue
+            if not walk:
+                if rng.random() < return_probability:
+                    walk.extend([door, *rings[rng.integers(num_rings), : -walk_length - 1 : -1].tolist()])
+                else:
+                    start = rng.integers(ring_size - walk_length + 1)
+                    walk.extend(rings[rng.integers(num_rings), start : start + walk_length][::-1].tolist())
+            events.append(walk.pop())  # the next item stands last
+            after_door = events[-1] == door
+        history = np.array(events)
         length = int(rng.integers(min_history, max_history + 1))
-        home = int(rng.integers(num_genres))
-        playlist = rng.choice(ring[home][1:], session_length, replace=False)
-        events: list[int] = []
-        while len(events) < length:
-            if rng.random() < return_probability:
-                session = [ring[home][0], *playlist]
-            else:
-                genre, start = (home + rng.integers(1, num_genres)) % num_genres, rng.integers(genre_size)
-                session = ring[genre][(start + np.arange(session_length)) % genre_size]
-            events.extend(session)
-        history = np.array(events[:length])
-        random = rng.random(length) < noise
-        history[random] = rng.integers(num_genres * genre_size, size=random.sum())
-        histories.append(history)
+        endings = [place + 1 + (user % 3 == 2) for place in returns if place + 1 + (user % 3 == 2) >= min_history]
+        if user % 3 and endings:
+            length = min(endings, key=lambda end: abs(end - length))
+        random = rng.random(history.size) < noise
+        random[length - drift_lag - 2 :] = False
+        history[random] = rng.choice(names, random.sum())
+        histories.append(history[:length])
     lengths = np.array([history.size for history in histories])
-    gaps = rng.integers(1, 3600, lengths.sum())
     return pl.DataFrame(
         {
             "user": np.repeat(np.arange(1, num_users + 1), lengths),
-            "item": np.concatenate(histories).astype(np.int64) + 1,
-            "timestamp": 1_600_000_000 + np.cumsum(gaps),
+            "item": np.concatenate(histories).astype(np.int64),
+            "timestamp": 1_600_000_000 + np.cumsum(rng.integers(1, 3600, lengths.sum())),
         }
     )

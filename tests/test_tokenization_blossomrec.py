@@ -1,0 +1,107 @@
+"""The tokenizer: raw ids of any kind to the vocabulary and back, also through save and load."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
+
+
+ODD = ["B00 5A", "[PAD]", "[UNK]", "x%20y", "", "é\u00a0q", "a\nb", '"q"', "new5", "xnew5y", "%", "a[b", "\u2003", "\x85", "日本"]
+
+
+def test_special_ids_come_first():
+    tokenizer = BlossomRecTokenizer.from_items(["a", "b"])
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.encode_items(["a", "b"])) == (0, 1, [2, 3])
+    assert len(tokenizer) == 4
+
+
+def test_odd_ids_survive_every_way_in_and_out():
+    tokenizer = BlossomRecTokenizer.from_items(ODD)
+    ids = list(range(2, 2 + len(ODD)))
+    assert tokenizer.encode_items(ODD) == ids
+    assert tokenizer([ODD])["input_ids"] == [ids]
+    assert tokenizer.decode_items(ids) == ODD
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(blacklist_categories=["Cs"])), unique=True, max_size=8))
+def test_any_text_is_an_id(items):
+    tokenizer = BlossomRecTokenizer.from_items(items)
+    assert tokenizer([items])["input_ids"][0] == tokenizer.encode_items(items) == list(range(2, 2 + len(items)))
+    assert tokenizer.decode_items(tokenizer.encode_items(items)) == items
+
+
+def test_an_item_called_pad_is_no_padding():
+    tokenizer = BlossomRecTokenizer.from_items(["[PAD]", "x"])
+    batch = tokenizer([["[PAD]", "x"], ["x"]], padding=True)
+    assert batch["input_ids"] == [[2, 3], [3, 0]]
+    assert batch["attention_mask"] == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("items, kind", [([7, -3, 10**15], "int"), (["7", "007", "x y"], "str")])
+def test_types_come_back_after_saving(tmp_path, items, kind):
+    BlossomRecTokenizer.from_items(items).save_pretrained(tmp_path)
+    loaded = BlossomRecTokenizer.from_pretrained(tmp_path)
+    assert loaded.item_type == kind
+    assert loaded.decode_items(loaded.encode_items(items)) == items
+    assert [type(item) for item in loaded.decode_items([2, 3, 4])] == [type(item) for item in items]
+    assert loaded.truncation_side == "left" and loaded.padding_side == "right"
+
+
+def test_text_and_lists_agree():
+    tokenizer = BlossomRecTokenizer.from_items([12, 15, 3])
+    assert tokenizer("12 15 3")["input_ids"] == tokenizer([12, 15, 3])["input_ids"] == [2, 3, 4]
+    assert tokenizer(["12 15 3", "3"])["input_ids"] == tokenizer([[12, 15, 3], [3]])["input_ids"] == [[2, 3, 4], [4]]
+    assert tokenizer(np.array([[12, 15]]))["input_ids"] == [[2, 3]]
+
+
+def test_unknown_items_become_unk():
+    tokenizer = BlossomRecTokenizer.from_items([12, 15])
+    assert tokenizer.encode_items([12, 99]) == [2, 1]
+    assert tokenizer([[99, 15]])["input_ids"] == [[1, 3]]
+    assert tokenizer.decode_items([0, 1, 2]) == [None, None, 12]
+
+
+def test_truncation_keeps_the_latest():
+    tokenizer = BlossomRecTokenizer.from_items(range(10))
+    assert tokenizer([[0, 1, 2, 3]], truncation=True, max_length=2)["input_ids"] == [[4, 5]]
+
+
+def test_decode_takes_tensors_of_any_shape():
+    tokenizer = BlossomRecTokenizer.from_items(["a", "b"])
+    assert tokenizer.decode_items(torch.tensor([[2, 3], [0, 2]])) == [["a", "b"], [None, "a"]]
+    assert tokenizer.decode_items(np.int64(3)) == "b"
+
+
+def test_added_items_touch_nothing_old(tmp_path):
+    tokenizer = BlossomRecTokenizer.from_items(["old", "xnew5y"])
+    assert tokenizer.add_items(["new5", "old", "a b", "new5"]) == 2
+    assert tokenizer.encode_items(["old", "xnew5y", "new5", "a b"]) == [2, 3, 4, 5]
+    assert tokenizer([["xnew5y", "new5"]])["input_ids"] == [[3, 4]]
+    assert tokenizer.decode_items([4, 5]) == ["new5", "a b"]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = BlossomRecTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == 6 and loaded.encode_items(["new5", "a b"]) == [4, 5]
+
+
+@pytest.mark.parametrize("items", [[1, "2"], ["1", 2], [1, 2.5], [True, False], [None]])
+def test_mixed_types_are_refused(items):
+    with pytest.raises(ValueError, match="items holds"):
+        BlossomRecTokenizer.from_items(items)
+
+
+def test_wrong_type_is_refused_instead_of_unknown():
+    with pytest.raises(ValueError, match="raw ids are int"):
+        BlossomRecTokenizer.from_items([1, 2]).encode_items(["1"])
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match="'a' more than once"):
+        BlossomRecTokenizer.from_items(["a", "b", "a"])
+    with pytest.raises(ValueError, match="item_type"):
+        BlossomRecTokenizer.from_items([], item_type="float")
+    with pytest.raises(ValueError, match="an id may be 0 to 3"):
+        BlossomRecTokenizer.from_items(["a", "b"]).decode_items([4])
