@@ -76,8 +76,8 @@ def ingest(
             `on_bad_rows="fail"`; the message names file and line.
     """
     result = Interactions(folder)
-    with open(folder / "user.bin", "wb") as users, open(folder / "item.bin", "wb") as items:
-        times = open(folder / "time.bin", "wb") if log.has_timestamp else None
+    with open(folder / "log_user.bin", "wb") as users, open(folder / "log_item.bin", "wb") as items:
+        times = open(folder / "log_time.bin", "wb") if log.has_timestamp else None
         try:
             for part in log.parts:
                 first = part.first_line

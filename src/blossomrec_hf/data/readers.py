@@ -39,6 +39,7 @@ class Log:
     """A log to be read in one pass, part after part."""
 
     parts: list[Part]
+    name: str
     format: str
     has_rating: bool
     has_timestamp: bool
@@ -81,6 +82,7 @@ def open_log(
     logs = [FORMATS[format](path, names) for path in paths]
     return Log(
         [part for log in logs for part in log.parts],
+        str(source),
         format,
         all(log.has_rating for log in logs),
         all(log.has_timestamp for log in logs),
@@ -140,7 +142,7 @@ def _named(part: Part, columns: Sequence[str], names: dict[str, str | None], for
     if "row" in columns and part.row_word == "line":
         keep.append(pl.col("row"))
     part.frame = part.frame.select(keep)
-    return Log([part], format, found["rating"] is not None, found["timestamp"] is not None)
+    return Log([part], part.name, format, found["rating"] is not None, found["timestamp"] is not None)
 
 
 def _column(
@@ -178,7 +180,7 @@ def _read_fields(path: Path, separator: str, columns: Sequence[str]) -> Log:
     frame = frame.select(
         "row", *(fields.field(f"field_{i}").alias(name) for i, name in enumerate(columns) if name in _OURS)
     )
-    return Log([Part(frame, str(path))], "", "rating" in columns, "timestamp" in columns)
+    return Log([Part(frame, str(path))], str(path), "", "rating" in columns, "timestamp" in columns)
 
 
 _OURS = ("user", "item", "rating", "timestamp")
@@ -194,7 +196,7 @@ def _read_sequences(path: Path, names: dict[str, str | None]) -> Log:
     frame = _lines(path).filter(pl.col("line").str.strip_chars() != "")
     frame = frame.select("row", fields.field("field_0").alias("user"), fields.field("field_1").alias("item"))
     frame = frame.with_columns(pl.col("item").str.strip_chars().str.split(" ")).explode("item")
-    return Log([Part(frame, str(path))], "", False, False)
+    return Log([Part(frame, str(path))], str(path), "", False, False)
 
 
 def _read_delimited(path: Path, names: dict[str, str | None], separator: str | None = None) -> Log:

@@ -1,0 +1,57 @@
+"""What each filter of a build removed."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "filters.json"
+
+
+@dataclass
+class FilterReport:
+    """`steps` holds [name, interactions, users, items] left after each filter."""
+
+    source: str
+    format: str
+    interactions_read: int = 0
+    bad_rows: int = 0
+    time_unit: str | None = None
+    steps: list[list] = field(default_factory=list)
+
+    def read(self, interactions: int) -> None:
+        """Notes how many interactions came in. Raises `ValueError` if none did."""
+        self.interactions_read = interactions
+        logger.info("read %d interactions, skipped %d bad rows", interactions, self.bad_rows)
+        if not interactions:
+            skipped = f" ({self.bad_rows} bad rows skipped)" if self.bad_rows else ""
+            raise ValueError(f"{self.source} holds no interaction{skipped}; a log needs at least one.")
+
+    def add(self, name: str, interactions: int, users: int, items: int) -> None:
+        """Notes what a filter left. Raises `ValueError`, naming the filter, if it left nothing."""
+        before = self.steps[-1][1] if self.steps else self.interactions_read
+        logger.info("%-28s leaves %11d interactions, %9d users, %9d items", name, interactions, users, items)
+        if not interactions:
+            raise ValueError(
+                f'{self.source}: the filter "{name}" leaves nothing of {before} interactions; loosen it, or see whether '
+                "the columns are the right ones."
+            )
+        self.steps.append([name, int(interactions), int(users), int(items)])
+
+    def save(self, folder: Path) -> None:
+        """Writes `filters.json`."""
+        (folder / REPORT_FILE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "FilterReport | None":
+        """The report of a built folder, or `None` where it has none."""
+        path = Path(folder) / REPORT_FILE
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+    def __str__(self) -> str:
+        lines = [f"{self.interactions_read:,} interactions read from {self.source} ({self.bad_rows:,} bad rows skipped)."]
+        lines += [f"After {name}: {n:,} interactions, {u:,} users, {i:,} items." for name, n, u, i in self.steps]
+        return "\n".join(lines)
