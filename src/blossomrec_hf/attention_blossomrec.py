@@ -128,6 +128,13 @@ class BlossomCompressor(nn.Module):
         )
 
 
+class BlossomGate(nn.Linear):
+    """Logits of the gates of both streams, `[..., 2H]`: all heads of the long-term one, then of the short-term one."""
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__(config.hidden_size, 2 * config.num_attention_heads)
+
+
 class BlossomAttention(nn.Module):
     """
     The projections, the compressor and the gates of one layer; how queries meet keys is the attention function's that
@@ -153,7 +160,7 @@ class BlossomAttention(nn.Module):
             # Without a gradient the compressor cannot learn; frozen, it does not wait for one under DDP either.
             self.compressor.requires_grad_(config.selection_gradient != "none")
         if self.attention_type == "blossom":
-            self.gate = nn.Linear(config.hidden_size, 2 * config.num_attention_heads)
+            self.gate = BlossomGate(config)
 
     def forward(
         self,
@@ -244,6 +251,7 @@ def power_law_attention_forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -254,6 +262,8 @@ def power_law_attention_forward(
     Args:
         query: `[batch, H, q_length, d]`; `key`, `value`: `[batch, G, kv_length, d]`.
         attention_mask: what `power_law_mask` returned.
+        position_ids: `[batch, q_length]`, where the decoder passes them on; packed sequences show in them even where
+            a mask made for a cache does not tell them apart.
 
     Returns:
         `[batch, q_length, H, d]` and `None`.
@@ -277,7 +287,11 @@ def power_law_attention_forward(
     if query.shape[2] == key.shape[2]:
         row, place = real.nonzero(as_tuple=True)
         number = attention_mask[row, place]
-        new = nn.functional.pad((row[1:] != row[:-1]) | (number[1:] != number[:-1]), (1, 0), value=True)
+        new = (row[1:] != row[:-1]) | (number[1:] != number[:-1])
+        if position_ids is not None:
+            given = position_ids.expand(real.shape)[row, place]
+            new = new | (given[1:] != given[:-1] + 1)
+        new = nn.functional.pad(new, (1, 0), value=True)
         cu_seqlens = nn.functional.pad(new[: row.shape[0]].nonzero().flatten(), (0, 1), value=row.shape[0])
         packed = (x.transpose(1, 2)[row, place] for x in (query, key, value))
         max_seqlen = int(cu_seqlens.diff().max()) if row.shape[0] else 0

@@ -25,13 +25,17 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
 
 
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
     Full-softmax cross-entropy over the items, at every position that has a target.
 
     Args:
-        logits: `[T, vocab_size]`; [PAD] and [UNK] take no part in the softmax.
+        hidden_states: `[T, hidden_size]`.
+        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] take no part in the softmax.
         targets: vocabulary ids `[T]`, −100 for none.
         num_items_in_batch: what the sum is divided by: the number of targets in all batches and processes of the
             step. Their number in this batch where it is `None`.
@@ -39,9 +43,10 @@ def cross_entropy(
     Returns:
         a scalar, float32 or better.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
-    total = nn.functional.cross_entropy(logits[:, NUM_SPECIAL_IDS:].to(dtype), targets, reduction="sum")
+    total = nn.functional.cross_entropy(logits, targets, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (targets >= 0).sum().clamp(min=1)
     return total / num_items_in_batch

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 
-from .attention_blossomrec import BlossomAttention, BlossomCompressor
+from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets
 
@@ -58,7 +58,8 @@ class BlossomRecOutput(ModelOutput):
     Attributes:
         loss (`torch.Tensor`, *optional*): the objective, where `labels` were given.
         logits (`torch.Tensor`): `[B, L, vocab_size]`, or `[S, n, vocab_size]` with `logits_to_keep=n`: plain dot
-            products, those of [PAD] and [UNK] included; zero at padding.
+            products, those of [PAD] and [UNK] included; zero at padding. `None` in training mode with `labels` (and no
+            `logits_to_keep`): the loss does not need them.
         hidden_states, attentions, selections: as in `BlossomRecModelOutput`.
     """
 
@@ -104,7 +105,7 @@ class PackedHistories(NamedTuple):
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, L, …]` → `[T, …]`."""
         x = x.flatten(0, 1)
-        return x if self.token is None else x[self.token]
+        return x if self.token is None else x.index_select(0, self.token)
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, …]` → `[B, L, …]`, zero at padding."""
@@ -259,11 +260,10 @@ class BlossomRecPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, BlossomCompressor):
             init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, BlossomAttention) and module.attention_type == "blossom":
-            init.zeros_(module.gate.weight)
-            num_heads = self.config.num_attention_heads
-            bias = torch.tensor(self.config.gate_initial_bias).repeat_interleave(num_heads)
-            init.copy_(module.gate.bias, bias)
+        elif isinstance(module, BlossomGate):
+            init.zeros_(module.weight)
+            bias = torch.tensor(self.config.gate_initial_bias).repeat_interleave(self.config.num_attention_heads)
+            init.copy_(module.bias, bias)
         elif isinstance(module, BlossomRecModel):
             init.zeros_(module.item_counts)
 
@@ -473,25 +473,21 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
         hidden_states = packed.pack(outputs.last_hidden_state)
 
         loss = logits = None
-        if labels is not None or not logits_to_keep:
-            logits = self.lm_head(hidden_states)
         if labels is not None:
             labels = packed.pack(labels)
             if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= self.config.vocab_size:
                 raise ValueError(
                     f"`labels` holds {int(labels.max())}; ids lie in 0 … {self.config.vocab_size - 1}, or are −100."
                 )
-            loss = cross_entropy(logits, next_item_targets(labels, packed.cu_seqlens), num_items_in_batch)
+            targets = next_item_targets(labels, packed.cu_seqlens)
+            loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
         if logits_to_keep:
             place, exists = packed.last(logits_to_keep)
-            kept = (
-                hidden_states[place]
-                if hidden_states.shape[0]
-                else hidden_states.new_zeros(*place.shape, hidden_states.shape[1])
-            )
-            logits = self.lm_head(kept * exists[..., None])
-        else:
-            logits = packed.unpack(logits)
+            # A zero row behind the others stands for positions that do not exist.
+            place = torch.where(exists, place, hidden_states.shape[0])
+            logits = self.lm_head(nn.functional.pad(hidden_states, (0, 0, 0, 1))[place])
+        elif labels is None or not self.training:
+            logits = packed.unpack(self.lm_head(hidden_states))
         return BlossomRecOutput(
             loss=loss,
             logits=logits,

@@ -75,7 +75,9 @@ def compress(
             last = length + (j + 1) * stride
             window = padded[last - length : last].transpose(0, 1) + position
             windows.append(mlp(window.flatten(1)))
-    return torch.stack(windows) if windows else mlp(k.new_zeros(0, k.shape[1], length * k.shape[2]))
+    if not windows:  # the compressor still takes part, so that its gradients exist
+        return mlp((k.new_zeros(0, *position.shape) + position).flatten(2))
+    return torch.stack(windows)
 
 
 def select(

@@ -1,0 +1,367 @@
+"""The model as users of `transformers` meet it: inputs of every form, outputs, loss, saving, recommending."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
+from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
+
+
+BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size": 4, "short_term_block_size": 4}
+
+
+def config(**kwargs) -> BlossomRecConfig:
+    settings = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24} | BLOCKS
+    return BlossomRecConfig(**(settings | kwargs))
+
+
+def recommender(**kwargs) -> BlossomRecForSequentialRecommendation:
+    return BlossomRecForSequentialRecommendation(config(**kwargs)).double().eval()
+
+
+def histories(*lengths: int) -> list[torch.Tensor]:
+    return [torch.randint(2, 60, (n,)) for n in lengths]
+
+
+def padded(rows: list[torch.Tensor], side: str, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the left, the right, or anywhere, and their mask."""
+    length = max(map(len, rows)) + extra
+    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if side == "anywhere":
+            place = torch.randperm(length)[: len(row)].sort().values
+        else:
+            place = torch.arange(len(row)) + (length - len(row) if side == "left" else 0)
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+def packed(rows: list[torch.Tensor]) -> dict:
+    lengths = torch.tensor([0, *map(len, rows)])
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(r)) for r in rows])[None],
+        "cu_seq_lens_q": lengths.cumsum(0).int(),
+        "cu_seq_lens_k": lengths.cumsum(0).int(),
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }
+
+
+# One history, one answer
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+def test_a_history_alone_padded_or_packed_has_the_same_logits(attention_type, side):
+    model = recommender(attention_types=attention_type)
+    rows = histories(1, random.randint(2, 40), 200, 33)
+    alone = [model(row[None]).logits[0] for row in rows]
+
+    ids, mask = padded(rows, side, extra=3)
+    for logits in (model(ids, attention_mask=mask).logits, model(ids).logits):
+        for i, expected in enumerate(alone):
+            torch.testing.assert_close(logits[i][mask[i] == 1], expected, rtol=0, atol=1e-10)
+        assert not logits[mask == 0].any()
+
+    everything = packed(rows)
+    by_positions = {name: everything[name] for name in ("input_ids", "position_ids")}
+    by_offsets = {name: everything[name] for name in ("input_ids", "cu_seq_lens_q")}
+    for inputs in (everything, by_positions, by_offsets):
+        torch.testing.assert_close(model(**inputs).logits[0], torch.cat(alone), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "packed"])
+def test_logits_to_keep_gives_the_last_real_positions(side):
+    model = recommender()
+    rows = histories(7, 1, 30)
+    inputs = packed(rows) if side == "packed" else {"input_ids": padded(rows, side)[0]}
+    kept = model(**inputs, logits_to_keep=3).logits
+    assert kept.shape == (3, 3, 60)
+    for i, row in enumerate(rows):
+        expected = model(row[None]).logits[0, -3:]
+        torch.testing.assert_close(kept[i, 3 - len(expected) :], expected, rtol=0, atol=1e-10)
+        assert not kept[i, : 3 - len(expected)].any()
+
+
+def test_embeddings_in_place_of_ids():
+    model = recommender()
+    x = torch.randint(2, 60, (2, 20))
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(x)).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("implementation", ["blossom", "eager"])
+def test_selection_and_hidden_states_have_the_shape_of_the_input(implementation):
+    model = recommender(attention_types=["blossom", "long_term", "short_term", "full"], num_hidden_layers=4)
+    model.set_attn_implementation(implementation)
+    rows = histories(9, 50)
+    ids, mask = padded(rows, "left")
+    out = model(ids, output_selection=True, output_hidden_states=True)
+    assert [x.shape for x in out.hidden_states] == [(2, 50, 16)] * 5
+    both, long_term, short_term, full = out.selections
+    assert both.gates.shape == (2, 50, 4, 2)
+    assert long_term.gates is None and short_term == full == (None, None, None)
+    for selection in (both, long_term):
+        assert selection.block_indices.shape == selection.importance.shape == (2, 50, 2, 4)
+        assert (selection.block_indices[mask == 0] == -1).all()
+        block = (mask.cumsum(1) - 1)[..., None, None] // 4
+        assert (selection.block_indices < block.clamp(min=0)).all()
+        assert ((selection.block_indices >= 0) == (selection.importance > 1e-10)).all()
+
+
+def test_attentions_are_the_references_to_give():
+    model = recommender(attention_types=list(ATTENTION_TYPES), num_hidden_layers=4)
+    ids, mask = padded(histories(9, 30), "left")
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    model.set_attn_implementation("eager")
+    attentions = model(ids, output_attentions=True).attentions
+    assert [x.shape for x in attentions] == [(2, 4, 30, 30)] * 4
+    for probs, attention_type in zip(attentions, ATTENTION_TYPES):
+        assert not probs.triu(1).any()
+        assert not probs[0, :, :, :21].any() and not probs[0, :, :21].any()  # padding
+        rows = probs.sum(-1).transpose(1, 2)[mask == 1]
+        bound = torch.tensor([-2.0, 2.0]).sigmoid().sum().item() if attention_type == "blossom" else 1.0
+        torch.testing.assert_close(rows, torch.full_like(rows, bound), rtol=0, atol=1e-6)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("side", ["left", "right", "packed"])
+def test_loss_is_next_item_cross_entropy_at_every_position(side):
+    model = recommender()
+    rows = histories(6, 1, 25)
+    rows[2][4] = 1  # an unknown item is no target
+    terms = []
+    for row in rows:
+        probs = model(row[None]).logits[0, :, 2:].log_softmax(-1)
+        terms += [-probs[t, row[t + 1] - 2] for t in range(len(row) - 1) if row[t + 1] != 1]
+    inputs = packed(rows) if side == "packed" else {"input_ids": padded(rows, side)[0]}
+    labels = inputs["input_ids"]
+    out = model(**inputs, labels=labels)
+    torch.testing.assert_close(out.loss, torch.stack(terms).mean())
+    torch.testing.assert_close(
+        model(**inputs, labels=labels, num_items_in_batch=100).loss, torch.stack(terms).sum() / 100
+    )
+    assert out.logits.shape == (*labels.shape, 60)
+    assert model.train()(**inputs, labels=labels).logits is None
+
+
+def test_training_lowers_the_loss():
+    model = BlossomRecForSequentialRecommendation(config(hidden_dropout_prob=0.0)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = torch.randint(2, 60, (4, 50))
+    losses = []
+    for _ in range(60):
+        loss = model(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    model = recommender(hidden_dropout_prob=0.0).train()
+    x = torch.randint(2, 60, (2, 60))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(x, labels=x).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = recommender(attention_types=["blossom", "full"])
+    x = torch.randint(2, 60, (2, 60))
+    expected = model(x, labels=x)
+    with torch.autocast("cpu", dtype):
+        mixed = model.float()(x, labels=x)
+    assert mixed.loss.dtype == torch.float32
+    torch.testing.assert_close(mixed.loss.double(), expected.loss, rtol=0.02, atol=0)
+    pure = model.to(dtype)(x, labels=x)
+    assert pure.logits.dtype == dtype
+    torch.testing.assert_close(pure.loss.double(), expected.loss, rtol=0.02, atol=0)
+    assert model.item_counts.dtype == torch.long
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_packed_training_step_compiles_without_graph_breaks(attention_type):
+    model = recommender(attention_types=attention_type, hidden_dropout_prob=0.0).train()
+    rows = histories(40, 3, 150)
+    inputs = packed(rows)
+    inputs["labels"] = inputs["input_ids"]
+    gradients, losses = [], []
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = step(**inputs).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+# Saving, growing
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tmp_path, tied):
+    model = recommender(tie_word_embeddings=tied).float()
+    model.item_counts.random_(100)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    x = torch.randint(2, 60, (2, 30))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is BlossomRecForSequentialRecommendation
+    assert (loaded.lm_head.weight is loaded.model.item_embedding.weight) == tied
+    assert torch.equal(loaded(x).logits, model(x).logits)
+    assert torch.equal(loaded.item_counts, model.item_counts)
+    base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(base) is BlossomRecModel and not info["missing_keys"]
+    assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
+
+
+def test_the_code_travels_with_the_checkpoint(tmp_path):
+    recommender().save_pretrained(tmp_path)
+    auto_map = BlossomRecConfig.from_pretrained(tmp_path).auto_map
+    assert set(auto_map) == {"AutoConfig", "AutoModelForCausalLM"}
+    written = {path.name for path in tmp_path.glob("*.py")}
+    assert {"modeling_blossomrec.py", "attention_blossomrec.py", "ops_torch.py", "ops_reference.py"} <= written
+
+
+def test_an_empty_checkpoint_folder_is_told(tmp_path):
+    with pytest.raises(OSError, match="safetensors"):
+        BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
+    config().save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_items_leave_old_ones_alone(tied):
+    model = recommender(tie_word_embeddings=tied)
+    model.item_counts.random_(100)
+    x = torch.randint(2, 60, (2, 30))
+    before, counts, rows = model(x).logits, model.item_counts.clone(), model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    torch.testing.assert_close(model(x).logits[..., :60], before)
+    torch.testing.assert_close(model.lm_head.weight[60:], rows[2:].mean(0).expand(10, -1))
+    assert torch.equal(model.item_counts[:60], counts) and not model.item_counts[60:].any()
+    model(torch.tensor([[69, 65]]))
+
+
+# Recommending
+
+
+def test_recommend_ranks_by_logits_without_seen_and_special_items():
+    model = recommender()
+    rows = histories(20, 3)
+    ids, mask = padded(rows, "left")
+    out = model.recommend(ids, top_k=58 - 20)
+    for i, row in enumerate(rows):
+        scores = model(row[None]).logits[0, -1].clone()
+        scores[:2] = -torch.inf
+        scores[row] = -torch.inf
+        expected = scores.sort(descending=True, stable=True)
+        assert out.item_ids[i].tolist() == expected.indices[:38].tolist()
+        torch.testing.assert_close(out.scores[i], expected.values[:38].float().double())
+    seen = model.recommend(ids, top_k=58, exclude_seen=False).item_ids
+    assert all(sorted(row.tolist()) == list(range(2, 60)) for row in seen)
+
+
+def test_recommend_from_candidates():
+    model = recommender()
+    ids, _ = padded(histories(5, 8), "right")
+    shared = model.recommend(ids, top_k=4, exclude_seen=False, candidate_ids=[7, 9, 11])
+    assert [sorted(row) for row in shared.item_ids.tolist()] == [[-1, 7, 9, 11]] * 2
+    assert (shared.scores[:, -1] == -torch.inf).all()
+    own = model.recommend(ids, top_k=1, exclude_seen=False, candidate_ids=torch.tensor([[7], [9]]))
+    assert own.item_ids.tolist() == [[7], [9]]
+
+
+def test_recommend_drops_unknown_items_and_counts_them():
+    model = recommender()
+    row = histories(12)[0]
+    with_unknown = torch.cat([row[:5], torch.tensor([1]), row[5:], torch.tensor([1])])[None]
+    out = model.recommend(with_unknown)
+    assert out.num_unknown.tolist() == [2]
+    assert out.item_ids.tolist() == model.recommend(row[None]).item_ids.tolist()
+
+
+def test_an_empty_history_gets_the_popular_items():
+    model = recommender()
+    model.item_counts[torch.tensor([40, 7, 30, 5])] = torch.tensor([9, 5, 5, 1])
+    ids, _ = padded([histories(4)[0], torch.tensor([], dtype=torch.long)], "left")
+    assert model.recommend(ids, top_k=5).item_ids[1].tolist() == [40, 7, 30, 5, 2]
+    assert model.recommend(torch.zeros(2, 0, dtype=torch.long), top_k=1).item_ids.tolist() == [[40], [40]]
+
+
+def test_recommend_is_in_evaluation_mode_and_restores_the_mode():
+    model = recommender(hidden_dropout_prob=0.9).train()
+    x = torch.randint(2, 60, (1, 20))
+    assert torch.equal(model.recommend(x).scores, model.recommend(x).scores)
+    assert model.training
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(2, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)])
+def test_rows_of_padding_alone_give_zeros(inputs):
+    model = recommender(attention_types=list(ATTENTION_TYPES), num_hidden_layers=4).train()
+    out = model(inputs, labels=inputs)
+    assert out.loss == 0
+    out.loss.backward()
+    assert not model.eval()(inputs).logits.any()
+
+
+@pytest.mark.parametrize("bad", [60, -1])
+def test_ids_outside_the_vocabulary_are_named(bad):
+    model = recommender()
+    x = torch.tensor([[5, bad, 7]])
+    with pytest.raises(ValueError, match=f"input_ids.*{bad}.*59"):
+        model(x)
+    with pytest.raises(ValueError, match="input_ids"):
+        model.recommend(x)
+
+
+def test_labels_outside_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match="labels.*60"):
+        recommender()(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 60]]))
+
+
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3], [0, 3, 2, 4], [0, 5]])
+def test_offsets_that_do_not_describe_the_input(offsets):
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        recommender()(torch.tensor([[5, 6, 7, 8]]), cu_seq_lens_q=torch.tensor(offsets))
+
+
+def test_other_bad_input_is_named():
+    model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="position_ids"):
+        model(x, position_ids=torch.tensor([[0, 1, 3, 4]]))
+    with pytest.raises(ValueError, match="position_ids"):
+        model(x, position_ids=torch.tensor([[1, 2, 3, 4]]))
+    with pytest.raises(ValueError, match="rows"):
+        model(x.expand(2, -1), cu_seq_lens_q=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="max_length_q"):
+        model(x, cu_seq_lens_q=torch.tensor([0, 4]), max_length_q=3)
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(x, attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="top_k"):
+        model.recommend(x, top_k=59)
+    with pytest.raises(ValueError, match="candidate_ids"):
+        model.recommend(x, candidate_ids=[60])
