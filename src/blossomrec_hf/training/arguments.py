@@ -1,0 +1,93 @@
+"""The arguments of the training loop."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+# What may differ between an interrupted run and its continuation, because the weights do not depend on it.
+_FREE_ON_RESUME = {"output_dir", "resume", "logging_steps", "save_seconds", "save_steps", "eval_tokens"}
+
+
+@dataclass
+class LoopArguments:
+    """
+    Arguments of [`~blossomrec_hf.training.train`], readable by `HfArgumentParser`.
+
+    A step is one update of the weights. It sees about `tokens_per_step` items in all, whatever the number of processes
+    and of accumulation steps, so a learning rate found on one device holds on eight.
+    """
+
+    output_dir: str = field(
+        default="runs/blossomrec", metadata={"help": "Where checkpoints, metrics and the model go."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of the weights, the data order and the dropout."})
+    max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
+    num_train_epochs: int = field(
+        default=200, metadata={"help": "Epochs at most; early stopping usually ends the run."}
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Steps at most, whatever the epochs; -1: no such limit."})
+    tokens_per_step: int = field(
+        default=16384, metadata={"help": "Items a step, over all processes and accumulations."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Into how many forward passes each process cuts its share of a step."}
+    )
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, bf16 or fp16; left out, what `accelerate config` or `accelerate launch` say."},
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model for training."})
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay of the weight matrices."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Clip the norm of the gradient to this; 0: do not clip."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "Any schedule of `transformers`: linear, cosine, ..."}
+    )
+    warmup_steps: int = field(default=100, metadata={"help": "Steps over which the learning rate rises from 0."})
+
+    eval_epochs: int = field(default=1, metadata={"help": "Epochs from one validation to the next."})
+    eval_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time in evaluation."})
+    metric_for_best_model: str = field(default="ndcg@10", metadata={"help": "Which validation figure picks the best."})
+    patience: int = field(
+        default=20, metadata={"help": "Stop after so many validations without a new best; 0: never stop early."}
+    )
+
+    logging_steps: int = field(default=50, metadata={"help": "Steps from one line of training metrics to the next."})
+    save_seconds: float = field(
+        default=60.0, metadata={"help": "Write a checkpoint after an epoch if the last is older than this; 0: always."}
+    )
+    save_steps: int = field(
+        default=0, metadata={"help": "Also write one every so many steps, inside an epoch; 0: no."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
+
+    def __post_init__(self):
+        for name in (
+            "max_length",
+            "num_train_epochs",
+            "tokens_per_step",
+            "gradient_accumulation_steps",
+            "eval_epochs",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_tokens", "logging_steps"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "patience", "save_seconds", "save_steps", "max_grad_norm", "weight_decay"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1")
+        self._require("mixed_precision", self.mixed_precision in (None, "no", "bf16", "fp16"), "no, bf16 or fp16")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}.")
+
+    def that_shape_the_weights(self) -> dict[str, Any]:
+        """The arguments that must be the same for a run to be continued."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE_ON_RESUME}

@@ -1,0 +1,583 @@
+"""The training loop on Accelerate."""
+
+import json
+import logging
+import math
+import signal
+import subprocess
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.utils import logging as transformers_logging
+
+from ..data import TokenBudgetSampler
+from .arguments import LoopArguments
+from .checkpoints import MetricsFile, keep_only, numbered_folders, write_json, written_aside
+from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
+from .histories import IGNORE_INDEX, HistoryStore
+from .metrics import per_user_metrics
+from .progress import progress_bar
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class LoopState:
+    """Where a run is. All of it is in every checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    best_metric: float = -math.inf
+    best_step: int = 0
+    best_epoch: int = 0
+    evaluations_since_best: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass
+class TrainingResult:
+    """
+    How a run ended: steps and epochs done, seconds of training (validation included), the best value of
+    `metric_for_best_model` and when it was reached.
+    """
+
+    steps: int
+    epochs: int
+    seconds: float
+    best_metric: float
+    best_step: int
+    best_epoch: int
+
+
+def train(
+    model: PreTrainedModel,
+    train_view: Dataset | Sequence[Mapping] | HistoryStore,
+    validation_view: Dataset | Sequence[Mapping] | HeldOutItems | None = None,
+    *,
+    args: LoopArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrainingResult:
+    """
+    Trains a model to predict every next item, and leaves it with the weights of its best validation.
+
+    Runs alone or under `accelerate launch`. Each step packs whole histories up to `args.tokens_per_step` items; its
+    loss is the sum over all valid targets of the step divided by their number, over all processes and accumulation
+    steps.
+
+    The run writes into `args.output_dir`: `metrics.jsonl`, `best-N` (model and tokenizer at the best step N),
+    `checkpoint-N` (all that is needed to go on) and, at the end, the best model and the tokenizer. A run that was
+    ended by anything, `kill -9` included, goes on with `args.resume` and reaches the weights that it would have
+    reached (to the last bit on a CPU). SIGTERM writes a checkpoint first and exits with status 143.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation`.
+        train_view: the training view of [`~blossomrec_hf.data.split`], rows with `input_ids`, or [`HistoryStore`].
+        validation_view: the validation view, rows like its, or [`HeldOutItems`]. Without one, the last weights are
+            kept.
+        args: see [`LoopArguments`].
+        tokenizer: saved beside the model.
+        accelerator: made from `args` when left out.
+
+    Raises:
+        ValueError: if no history holds an item to predict, the metric's name is unknown, the run to be resumed was
+            another one, or the folder holds an unfinished run that is not to be resumed.
+        FloatingPointError: if a gradient or the loss is not finite; names the step and the parameters. The checkpoints
+            written before stay.
+    """
+    return TrainingLoop(
+        model, train_view, validation_view, args=args, tokenizer=tokenizer, accelerator=accelerator
+    ).run()
+
+
+def make_accelerator(args: LoopArguments) -> Accelerator:
+    """An accelerator for the loop. The buffers (item frequencies) never change: no broadcast at every step."""
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def make_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
+    """AdamW, fused where the device has it. Only matrices decay: not biases, norms and item embeddings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters),
+    )
+
+
+class TrainingLoop:
+    """
+    The parts of [`train`], for those who want to replace one; same arguments. `run()` does everything.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        train_view: Dataset | Sequence[Mapping] | HistoryStore,
+        validation_view: Dataset | Sequence[Mapping] | HeldOutItems | None = None,
+        *,
+        args: LoopArguments,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        names = per_user_metrics([1.0])
+        if args.metric_for_best_model.removesuffix(UNSEEN_SUFFIX) not in names:
+            raise ValueError(
+                f"`metric_for_best_model` must be one of {', '.join(names)}, or one of them with {UNSEEN_SUFFIX} "
+                f"appended, got {args.metric_for_best_model!r}."
+            )
+        self.args = args
+        self.tokenizer = tokenizer
+        self.accelerator = accelerator or make_accelerator(args)
+        self.output_dir = Path(args.output_dir)
+
+        self.histories = (
+            train_view
+            if isinstance(train_view, HistoryStore)
+            else HistoryStore.from_rows(train_view, max_length=args.max_length)
+        )
+        self.trainable = np.flatnonzero(self.histories.num_targets > 0)
+        if len(self.trainable) == 0:
+            raise ValueError("`train_view` holds no history with an item to predict: there is nothing to learn from.")
+        if len(self.trainable) < len(self.histories):
+            logger.info("%d histories have no item to predict.", len(self.histories) - len(self.trainable))
+        self.sampler = TokenBudgetSampler(self.histories.lengths[self.trainable], args.tokens_per_step, seed=args.seed)
+        self.held_out = (
+            validation_view
+            if validation_view is None or isinstance(validation_view, HeldOutItems)
+            else HeldOutItems.from_rows(validation_view, max_length=args.max_length)
+        )
+
+        self.state = LoopState()
+        self.bare_model = model
+        self._run_description = self._describe_run()
+        # Each process draws its own dropout; the order of the data does not depend on the global generators.
+        set_seed(args.seed, device_specific=True)
+        model.to(self.accelerator.device)
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, args))
+        if args.torch_compile:
+            model.compile(dynamic=True)
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer.optimizer,
+            num_warmup_steps=args.warmup_steps,
+            num_training_steps=self.total_steps(),
+        )
+        self.accelerator.register_for_checkpointing(self.state, self.scheduler)
+        self.histories.to(self.accelerator.device)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self._parameter_names = [name.removeprefix("module.") for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._stop_requested = False
+        self._best_in_checkpoint = 0
+
+    # -- the plan ----------------------------------------------------------------------------------
+
+    def total_steps(self) -> int:
+        """The steps of the whole run, by which schedules decay (shuffling changes an epoch's steps by a few)."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.args.num_train_epochs * len(self.plan_epoch(0))
+
+    def plan_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The histories of each step of an epoch: the same on every process, every history once."""
+        self.sampler.set_epoch(epoch)
+        return [self.trainable[rows] for rows in self.sampler]
+
+    def own_parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """
+        Cuts the histories of a step into one part a forward pass, about equal in items, and returns this process's
+        parts.
+        """
+        accumulation = self.args.gradient_accumulation_steps
+        num_parts = accumulation * self.accelerator.num_processes
+        lengths = self.histories.lengths[rows]
+        middles = np.cumsum(lengths) - lengths / 2
+        part_of_row = (middles * num_parts / lengths.sum()).astype(np.int64)
+        first = self.accelerator.process_index * accumulation
+        return [rows[part_of_row == part] for part in range(first, first + accumulation)]
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def run(self) -> TrainingResult:
+        args, state = self.args, self.state
+        resumed = self._start_folder()
+        self.metrics_file = MetricsFile(
+            self.output_dir / "metrics.jsonl",
+            enabled=self.accelerator.is_main_process,
+            step=state.step if resumed else None,
+        )
+        self._reset_sums()
+        self._last_save = time.perf_counter()
+        started = time.perf_counter() - state.seconds
+
+        with (
+            self._noting_sigterm(),
+            progress_bar(
+                total=self.total_steps(),
+                initial=state.step,
+                description="Training",
+                enabled=self.accelerator.is_main_process,
+            ) as self.bar,
+        ):
+            while not self._finished():
+                for rows in self.plan_epoch(state.epoch)[state.step_in_epoch :]:
+                    self.training_step(rows)
+                    state.seconds = time.perf_counter() - started
+                    self._after_step()
+                    if state.step == args.max_steps:
+                        break
+                state.epoch += 1
+                state.step_in_epoch = 0
+                if self.held_out is not None and (state.epoch % args.eval_epochs == 0 or self._finished()):
+                    self.validate()
+                state.seconds = time.perf_counter() - started
+                if self._finished() or self._agreed(time.perf_counter() - self._last_save >= args.save_seconds):
+                    self.save_checkpoint()
+        self._finish()
+        return TrainingResult(
+            state.step, state.epoch, state.seconds, state.best_metric, state.best_step, state.best_epoch
+        )
+
+    def training_step(self, rows: np.ndarray) -> None:
+        """One update of the weights from the histories `rows`. Never waits for the device."""
+        self.model.train()
+        # No process has to ask the others: the plan is the same everywhere.
+        num_targets = int(self.histories.num_targets[rows].sum())
+        parts = self.own_parts(rows)
+        step_loss = torch.zeros((), device=self.accelerator.device)
+        for place, part in enumerate(parts):
+            with nullcontext() if place == len(parts) - 1 else self.accelerator.no_sync(self.model):
+                batch = self.histories.pack(part, labels=True) if len(part) else self._batch_without_targets()
+                loss = self.model(**batch, num_items_in_batch=num_targets).loss
+                # Each loss is already a share of the whole, so the division by processes (and by what accumulation
+                # steps the accelerator knows of) is undone.
+                self.accelerator.backward(
+                    loss * (self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps)
+                )
+            step_loss += loss.detach()
+        self._clip_and_watch(step_loss)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self._loss_sum += step_loss
+        self._items_since_log += int(self.histories.lengths[rows].sum())
+        self.state.step += 1
+        self.state.step_in_epoch += 1
+
+    def _batch_without_targets(self) -> dict[str, torch.Tensor | int]:
+        # A process without a history in this step still has to take part in the exchange of gradients.
+        batch = self.histories.pack(self.trainable[:1], labels=True)
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        return batch
+
+    def _clip_and_watch(self, loss: torch.Tensor) -> None:
+        """
+        Clips the gradient and notes, on the device, the first step that is not finite and the norms of its gradients.
+        """
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self._parameters]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self._grad_norm = torch.linalg.vector_norm(norms)
+        if self.args.max_grad_norm > 0:
+            torch._foreach_mul_(gradients, (self.args.max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0))
+        # Under fp16 an infinite gradient is the scaler's daily business; the loss is not.
+        watched = loss if self.accelerator.scaler is not None else self._grad_norm
+        first_bad = ~torch.isfinite(watched) & (self._bad_step < 0)
+        self._bad_step = torch.where(first_bad, self.state.step + 1, self._bad_step)
+        self._bad_norms = torch.where(first_bad, norms, self._bad_norms)
+
+    def _raise_if_not_finite(self) -> None:
+        bad_step = int(self.accelerator.gather(self._bad_step).max())
+        if bad_step < 0:
+            return
+        finite = torch.isfinite(self._bad_norms).tolist()
+        names = [name for name, ok in zip(self._parameter_names, finite, strict=True) if not ok]
+        checkpoints = numbered_folders(self.output_dir, "checkpoint")
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {bad_step}; gradients not finite: "
+            f"{', '.join(names) if names else 'none on this process'}. "
+            + (
+                f"The last good checkpoint is {checkpoints[-1][1]}."
+                if checkpoints
+                else "No checkpoint was written yet."
+            )
+            + " A lower learning rate, a longer warm-up or bf16 in place of fp16 usually help."
+        )
+
+    # -- after a step or an epoch ------------------------------------------------------------------
+
+    def _finished(self) -> bool:
+        args, state = self.args, self.state
+        return (
+            state.epoch >= args.num_train_epochs
+            or state.step == args.max_steps
+            or (args.patience > 0 and state.evaluations_since_best >= args.patience)
+        )
+
+    def _after_step(self) -> None:
+        args, state = self.args, self.state
+        self.bar.update()
+        stopping = self._stop_requested and self.accelerator.num_processes == 1
+        if state.step % args.logging_steps == 0:
+            self.log()
+            # A signal reaches the processes of one run at different steps; they have to agree on where to stop.
+            stopping = self._agreed(self._stop_requested)
+        if stopping or (args.save_steps > 0 and state.step % args.save_steps == 0):
+            self.save_checkpoint()
+        if stopping:
+            logger.warning("Stopped by SIGTERM at step %d; `--resume` goes on from here.", state.step)
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def log(self) -> None:
+        """
+        Writes the means since the last log. Inside an epoch, the only place where the CPU waits for the device.
+        """
+        self._raise_if_not_finite()
+        steps = self.state.step - self._last_log_step
+        loss = self.accelerator.reduce(self._loss_sum, reduction="sum").item() / steps
+        self.metrics_file.write(
+            step=self.state.step,
+            epoch=self.state.epoch,
+            loss=loss,
+            grad_norm=self._grad_norm.item(),
+            learning_rate=self.scheduler.get_last_lr()[0],
+            items_per_second=round(self._items_since_log / (time.perf_counter() - self._last_log_time)),
+            seconds=round(self.state.seconds, 3),
+        )
+        self.bar.set_postfix({"loss": f"{loss:.3f}", **self._best_in_bar()}, refresh=False)
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        device = self.accelerator.device
+        self._loss_sum = torch.zeros((), device=device)
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad_norms = torch.zeros(len(self._parameters), device=device)
+        self._items_since_log = 0
+        self._last_log_step = self.state.step
+        self._last_log_time = time.perf_counter()
+
+    def _best_in_bar(self) -> dict[str, str]:
+        known = self.state.best_step > 0
+        return {f"best {self.args.metric_for_best_model}": f"{self.state.best_metric:.4f}"} if known else {}
+
+    def validate(self) -> dict[str, float]:
+        """Ranks the validation items, and keeps the model on disk if it is the best so far."""
+        args, state = self.args, self.state
+        self._raise_if_not_finite()
+        started = time.perf_counter()
+        metrics = evaluate(
+            self.bare_model, self.held_out, max_tokens=args.eval_tokens, accelerator=self.accelerator, progress=False
+        )
+        self.metrics_file.write(
+            step=state.step,
+            epoch=state.epoch,
+            seconds=round(state.seconds, 3),
+            validation_seconds=round(time.perf_counter() - started, 3),
+            **{f"validation_{name}": value for name, value in metrics.items()},
+        )
+        if metrics[args.metric_for_best_model] > state.best_metric:
+            state.best_metric = metrics[args.metric_for_best_model]
+            state.best_step, state.best_epoch = state.step, state.epoch
+            state.evaluations_since_best = 0
+            with written_aside(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
+                self._save_model(folder)
+            if self.accelerator.is_main_process:
+                keep_only(self.output_dir, "best", state.best_step, self._best_in_checkpoint)
+        else:
+            state.evaluations_since_best += 1
+        self.bar.set_postfix(self._best_in_bar(), refresh=False)
+        return metrics
+
+    # -- the run's folder --------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """
+        Writes all that the run needs to go on, then removes the checkpoint before and the models that were best
+        before.
+        """
+        self._raise_if_not_finite()
+        step = self.state.step
+        with written_aside(self.output_dir / f"checkpoint-{step}", self.accelerator) as folder:
+            self.accelerator.save_state(folder)
+            if self.accelerator.is_main_process:
+                write_json(folder / RUN_FILE, {**self._run_description, "finished": self._finished()})
+        if self.accelerator.is_main_process:
+            keep_only(self.output_dir, "checkpoint", step)
+            keep_only(self.output_dir, "best", self.state.best_step)
+        self._best_in_checkpoint = self.state.best_step
+        self._last_save = time.perf_counter()
+
+    def _start_folder(self) -> bool:
+        """Loads the last checkpoint if the run is to be resumed and has one; tells whether it did."""
+        checkpoints = numbered_folders(self.output_dir, "checkpoint")
+        if checkpoints:
+            folder = checkpoints[-1][1]
+            saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            if self.args.resume:
+                self._refuse_another_run(folder, saved)
+                self.accelerator.load_state(folder)
+                self._best_in_checkpoint = self.state.best_step
+                logger.info("Resumed from %s.", folder)
+                return True
+            if not saved["finished"]:
+                raise ValueError(
+                    f"`output_dir` {self.output_dir} holds an unfinished run ({folder.name}): pass `resume` to go on "
+                    "with it, or another folder."
+                )
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            keep_only(self.output_dir, "checkpoint")
+            keep_only(self.output_dir, "best")
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / RUN_FILE, {**self._run_description, "environment": describe_environment()})
+        self.accelerator.wait_for_everyone()
+        return False
+
+    def _describe_run(self) -> dict[str, Any]:
+        """What has to be the same for a run to be continued."""
+        not_the_model = ("_name_or_path", "transformers_version", "architectures", "auto_map")
+        config = {key: value for key, value in self.bare_model.config.to_dict().items() if key not in not_the_model}
+        return {
+            "arguments": self.args.that_shape_the_weights(),
+            "model": json.loads(json.dumps(config, default=str)),
+            "data": {
+                "histories": len(self.histories),
+                "items": int(self.histories.lengths.sum()),
+                "checksum": zlib.crc32(self.histories.items.numpy(), zlib.crc32(self.histories.lengths)),
+            },
+            "processes": {"number": self.accelerator.num_processes},
+        }
+
+    def _refuse_another_run(self, folder: Path, saved: dict[str, Any]) -> None:
+        differences = [
+            f"{part} {key}: {saved.get(part, {}).get(key)!r} there, {value!r} now"
+            for part, values in self._run_description.items()
+            for key, value in values.items()
+            if saved.get(part, {}).get(key) != value
+        ]
+        if differences:
+            raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
+
+    def _save_model(self, folder: Path) -> None:
+        state_dict = self.accelerator.get_state_dict(self.model)
+        with quiet_transformers():
+            self.bare_model.save_pretrained(
+                folder, state_dict=state_dict, is_main_process=self.accelerator.is_main_process
+            )
+        if self.tokenizer is not None and self.accelerator.is_main_process:
+            self.tokenizer.save_pretrained(folder)
+
+    def _finish(self) -> None:
+        """Loads the best weights, and puts the model and the tokenizer into the run's folder."""
+        best = self.output_dir / f"best-{self.state.best_step}"
+        if best.is_dir():
+            with quiet_transformers():
+                best_model = type(self.bare_model).from_pretrained(best)
+            self.bare_model.load_state_dict(best_model.state_dict())
+        with written_aside(self.output_dir / "final", self.accelerator) as folder:
+            self._save_model(folder)
+        if self.accelerator.is_main_process:
+            for file in (self.output_dir / "final").iterdir():
+                file.replace(self.output_dir / file.name)
+            (self.output_dir / "final").rmdir()
+        self.accelerator.wait_for_everyone()
+
+    # -- signals and processes ---------------------------------------------------------------------
+
+    @contextmanager
+    def _noting_sigterm(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            self._stop_requested = True
+
+        try:
+            previous = signal.signal(signal.SIGTERM, note)
+        except ValueError:  # Not in the main thread: whoever runs the loop there handles signals.
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return self.accelerator.reduce(flags, reduction="sum").item() > 0
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars that `transformers` shows for every file it reads or writes: the loop has its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and revision, for the run's folder and the results."""
+    packages = ("blossomrec-hf", "torch", "transformers", "accelerate", "datasets")
+    installed = {}
+    for package in packages:
+        try:
+            installed[package] = version(package)
+        except ModuleNotFoundError:
+            installed[package] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"versions": installed, "device": device, "commit": git_revision()}
+
+
+def git_revision() -> str | None:
+    """The commit of the package's source, with `-dirty` if tracked files were changed; `None` outside a repository."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
