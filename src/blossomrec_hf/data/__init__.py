@@ -3,11 +3,18 @@
 from .build import build_sequences
 from .collators import PackingCollator, PaddingCollator
 from .sampling import TokenBudgetSampler
-from .splits import item_counts, split
+from .splits import item_counts, split, split_by_leave_one_out, split_by_time, split_by_user
+from .streaming import PackedStream
 from .synthetic import generate_log
+from .trainer import PackedDataLoader, PackedTrainerMixin
+from .windows import HistoryWindows
 
 
 __all__ = [
+    "HistoryWindows",
+    "PackedDataLoader",
+    "PackedStream",
+    "PackedTrainerMixin",
     "PackingCollator",
     "PaddingCollator",
     "TokenBudgetSampler",
@@ -15,4 +22,7 @@ __all__ = [
     "generate_log",
     "item_counts",
     "split",
+    "split_by_leave_one_out",
+    "split_by_time",
+    "split_by_user",
 ]

@@ -1,5 +1,6 @@
 """build_sequences: a log of interactions -> one row a user, on disk or in memory, in bounded memory."""
 
+import errno
 import logging
 import shutil
 import tempfile
@@ -142,6 +143,15 @@ def build_sequences(
         report.save(built)
         replace_folder(built, output_dir)
         return Dataset.load_from_disk(str(output_dir)), tokenizer
+    except OSError as error:
+        # numpy reports a write that the disk cut short by these words and without a number.
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"no room to write under {scratch.parent} ({error}; {shutil.disk_usage(scratch.parent).free / 2**30:.1f} GiB "
+                "free); a build needs about three times the size of its result. Nothing is left behind.",
+            ) from error
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

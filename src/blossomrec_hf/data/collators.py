@@ -11,9 +11,15 @@ IGNORE = -100
 NUM_SPECIAL = 2  # [PAD] and [UNK] are no targets
 
 
-def _histories(rows: Sequence[Any], max_length: int | None) -> list[np.ndarray]:
-    histories = [np.asarray(row["input_ids"] if isinstance(row, dict) else row, dtype=np.int64) for row in rows]
-    return histories if max_length is None else [history[-max_length:] for history in histories]
+def _histories(rows: Sequence[Any], max_length: int | None) -> tuple[list[np.ndarray], list[int]]:
+    """The items of each row, and how many of its first items are no targets: the first has nothing before it."""
+    histories, known = [], []
+    for row in rows:
+        items = np.asarray(row["input_ids"], dtype=np.int64)
+        cut = 0 if max_length is None else max(items.size - max_length, 0)
+        histories.append(items[cut:])
+        known.append(max(row.get("num_known", 1) - cut, 1))
+    return histories, known
 
 
 def _check_max_length(max_length: int | None) -> None:
@@ -26,29 +32,47 @@ class PackingCollator:
     Lays histories end to end, without padding; the names are those of `transformers`' padding-free collator.
 
     A batch is `input_ids` and `position_ids` (int64 [1, T]; positions restart at 0 in each history), `labels` (int64
-    [1, T], unshifted; −100 where a history begins and at `[PAD]`/`[UNK]`), `cu_seq_lens_q` and `cu_seq_lens_k` (int32
-    [histories + 1]), `max_length_q` and `max_length_k` (`int`).
+    [1, T], unshifted; −100 where a history begins, at a row's first `num_known` items and at `[PAD]`/`[UNK]`),
+    `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]), `max_length_q` and `max_length_k` (`int`).
+
+    With `max_tokens` every batch has the same T: what the rows leave open is filled with `[PAD]` as histories of its
+    own without targets, and `max_length_q` is the same number each time too (that of `max_length`, if given), so that
+    compiled graphs hold. No rows at all then give a batch of nothing but fill: it runs every parameter, and adds
+    nothing to the loss.
 
     Args:
         max_length (`int`, *optional*): each history's latest so many items.
+        max_tokens (`int`, *optional*): T.
 
     Raises:
-        `ValueError`: no history with an item among the rows.
+        `ValueError`: rows with more than `max_tokens` items, or, without `max_tokens`, no item in any row.
     """
 
-    def __init__(self, max_length: int | None = None) -> None:
+    def __init__(self, max_length: int | None = None, *, max_tokens: int | None = None) -> None:
         _check_max_length(max_length)
-        self.max_length = max_length
+        self.max_length, self.max_tokens = max_length, max_tokens
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        histories = [history for history in _histories(rows, self.max_length) if history.size]
-        if not histories:
-            raise ValueError("rows holds no history with an item; leave empty histories out before packing.")
+        histories, known = _histories(rows, self.max_length)
+        total = sum(history.size for history in histories)
+        longest = max((history.size for history in histories), default=0)
+        if self.max_tokens is not None:
+            if total > self.max_tokens:
+                raise ValueError(f"rows hold {total} items, but max_tokens is {self.max_tokens}; use TokenBudgetSampler.")
+            longest = min(self.max_length or self.max_tokens, self.max_tokens)
+            while total < self.max_tokens:
+                histories.append(np.zeros(min(longest, self.max_tokens - total), np.int64))
+                known.append(1)
+                total += histories[-1].size
+        if not total:
+            raise ValueError("rows holds no history with an item; leave empty histories out, or give max_tokens.")
         lengths = np.array([history.size for history in histories])
+        known = np.array(known)[lengths > 0]
+        lengths = lengths[lengths > 0]
         ends = np.cumsum(lengths)
         ids = np.concatenate(histories)
-        positions = np.arange(ids.size) - np.repeat(ends - lengths, lengths)
-        labels = np.where((ids < NUM_SPECIAL) | (positions == 0), IGNORE, ids)
+        positions = np.arange(total) - np.repeat(ends - lengths, lengths)
+        labels = np.where((ids < NUM_SPECIAL) | (positions < np.repeat(known, lengths)), IGNORE, ids)
         offsets = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
         return {
             "input_ids": torch.from_numpy(ids)[None],
@@ -56,8 +80,8 @@ class PackingCollator:
             "labels": torch.from_numpy(labels)[None],
             "cu_seq_lens_q": offsets,
             "cu_seq_lens_k": offsets,
-            "max_length_q": int(lengths.max()),
-            "max_length_k": int(lengths.max()),
+            "max_length_q": int(longest),
+            "max_length_k": int(longest),
         }
 
 
@@ -79,18 +103,18 @@ class PaddingCollator:
         self.max_length, self.padding_side = max_length, padding_side
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
-        histories = _histories(rows, self.max_length)
+        histories, known = _histories(rows, self.max_length)
         width = max((history.size for history in histories), default=0)
         ids = np.zeros((len(histories), width), np.int64)
         mask = np.zeros_like(ids)
         labels = np.full_like(ids, IGNORE)
-        for row, history in enumerate(histories):
+        for row, (history, first_target) in enumerate(zip(histories, known)):
             start = 0 if self.padding_side == "right" else width - history.size
             place = slice(start, start + history.size)
             ids[row, place] = history
             mask[row, place] = 1
             labels[row, place] = np.where(history < NUM_SPECIAL, IGNORE, history)
-            labels[row, start : start + 1] = IGNORE
+            labels[row, start : start + first_target] = IGNORE
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),

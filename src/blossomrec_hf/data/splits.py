@@ -10,10 +10,15 @@ from datasets import Dataset
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
+UNK = 1
 
 
 def split(
-    dataset: Dataset, part: Literal["train", "validation", "test"], max_length: int | None = None
+    dataset: Dataset,
+    part: Literal["train", "validation", "test"],
+    max_length: int | None = None,
+    *,
+    counts: np.ndarray | None = None,
 ) -> Dataset:
     """
     A view of one part of a built Dataset: selected rows and a transform at access; nothing is copied.
@@ -26,7 +31,12 @@ def split(
     - test: events up to `validation_end` → those up to `test_end`.
 
     Users without an event in the history or the targets (train: without two events) are left out and counted in the
-    log.
+    log. So are, after [`split_by_user`], the users of the other parts.
+
+    Args:
+        counts (int64 [vocab_size], *optional*): training frequencies from [`item_counts`]. Where given, an item that
+            training never saw is `[UNK]` in validation and test histories and no target; both are counted in the log.
+            A global time split has such items.
 
     Raises:
         `ValueError`: another `part`, `max_length` below 1, a dataset without the columns of `build_sequences`, or a part
@@ -37,64 +47,178 @@ def split(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it may be 1 or more, or None for all.")
     lengths, targets = part_lengths(dataset, part)
+    if counts is not None and part != "train":
+        known = _known_targets(dataset, lengths, lengths + targets, np.asarray(counts) > 0)
+        logger.warning("%s: %d of %d targets never seen in training, dropped", part, (targets - known).sum(), targets.sum())
+        targets = known
     rows = np.flatnonzero((lengths >= 2) if part == "train" else (lengths >= 1) & (targets >= 1))
     if len(rows) < len(dataset):
-        logger.warning("%s: %d of %d users have too few items for it", part, len(dataset) - len(rows), len(dataset))
+        logger.warning("%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset))
     if not len(rows):
         raise ValueError(f'dataset has no user with enough items for the part "{part}".')
     view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
-    return view.with_transform(_View(part, max_length))
+    unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
+    return view.with_transform(_View(part, max_length, unseen))
 
 
 def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
     """int64 [users]: the events that each user's history in `part` has, and the events to predict after them."""
-    missing = {"input_ids", "train_end", "validation_end", "test_end"} - set(dataset.column_names)
-    if missing:
+    needed = {"input_ids", "train_end", "validation_end", "test_end"}
+    if missing := needed - set(dataset.column_names):
         raise ValueError(f"dataset lacks {', '.join(sorted(missing))}; it should come from build_sequences.")
-    arrow = dataset.with_format("arrow")
-    ends = {name: _numbers(arrow, f"{name}_end") for name in PARTS}
+    ends = {name: _numbers(dataset, f"{name}_end") for name in PARTS}
     history = ends["validation"] if part == "test" else ends["train"]
     target = {"train": history, "validation": ends["validation"], "test": ends["test"]}[part]
+    if "part" in dataset.column_names:
+        others = _numbers(dataset, "part") != PARTS.index(part)
+        history, target = np.where(others, 0, history), np.where(others, 0, target)
     return history, target - history
 
 
-def _numbers(arrow: Dataset, column: str) -> np.ndarray:
-    return np.asarray(arrow[:][column] if len(arrow) else [], dtype=np.int64)
+def _numbers(dataset: Dataset, column: str) -> np.ndarray:
+    return dataset.with_format("arrow").select_columns([column])[:][column].to_numpy().astype(np.int64)
+
+
+def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """int64 [users]: the events from `starts` to `stops` whose item training has seen."""
+    known, first = np.zeros(len(dataset), np.int64), 0
+    for ids, lengths in _event_batches(dataset):
+        last = first + lengths.size
+        position = np.arange(ids.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        inside = (position >= np.repeat(starts[first:last], lengths)) & (position < np.repeat(stops[first:last], lengths))
+        user = np.repeat(np.arange(first, last), lengths)
+        known += np.bincount(user[inside & seen[ids]], minlength=known.size)
+        first = last
+    return known
+
+
+def _event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
+    """(values of all events, events a user) of one batch of users after another."""
+    for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
+        events = table[column].combine_chunks()
+        yield events.flatten().to_numpy(), events.value_lengths().to_numpy().astype(np.int64)
 
 
 class _View:
     """Batches of stored rows -> batches of a part's rows. A class, because DataLoader workers may pickle it."""
 
-    def __init__(self, part: str, max_length: int | None) -> None:
-        self.part, self.max_length = part, max_length
+    def __init__(self, part: str, max_length: int | None, unseen: np.ndarray | None) -> None:
+        self.part, self.max_length, self.unseen = part, max_length, unseen
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         stops = batch["validation_end"] if self.part == "test" else batch["train_end"]
         histories = [events[:stop] for events, stop in zip(batch["input_ids"], stops)]
+        unseen = self.unseen
+        if unseen is not None:
+            histories = [[UNK if unseen[item] else item for item in history] for history in histories]
         cut = histories if self.max_length is None else [history[-self.max_length :] for history in histories]
         rows: dict[str, Any] = {"user_id": batch["user_id"], "input_ids": cut, "target_ids": [[] for _ in histories]}
         if self.part != "train":
             ends = zip(batch["input_ids"], stops, batch[f"{self.part}_end"])
-            rows["target_ids"] = [events[stop:end] for events, stop, end in ends]
+            targets = [events[stop:end] for events, stop, end in ends]
+            if unseen is not None:
+                targets = [[item for item in items if not unseen[item]] for items in targets]
+            rows["target_ids"] = targets
             rows["seen_ids"] = histories
         return rows
 
 
 def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
     """
-    How often each vocabulary id stands in the training part, events up to `train_end`, as int64 [vocab_size].
+    How often each vocabulary id stands in the training part, as int64 [vocab_size].
 
     Raises:
         `ValueError`: an id of the dataset is `vocab_size` or more.
     """
     counts = np.zeros(vocab_size, np.int64)
-    for table in dataset.with_format("arrow").iter(batch_size=50_000):
-        events = table["input_ids"].combine_chunks()
-        ids, lengths = events.flatten().to_numpy(), events.value_lengths().to_numpy()
-        starts = np.cumsum(lengths) - lengths
-        position = np.arange(ids.size) - np.repeat(starts, lengths)
-        ids = ids[position < np.repeat(table["train_end"].to_numpy(), lengths)]
+    stops, first = part_lengths(dataset, "train")[0], 0
+    for ids, lengths in _event_batches(dataset):
+        position = np.arange(ids.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        ids = ids[position < np.repeat(stops[first : first + lengths.size], lengths)]
+        first += lengths.size
         if ids.size and ids.max() >= vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}, but dataset holds the id {ids.max()}.")
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
+
+
+def split_by_leave_one_out(dataset: Dataset) -> Dataset:
+    """`dataset` with the ends of leave-one-out: the last event is the test's, the one before the validation's."""
+    lengths = _history_lengths(dataset)
+    return _with_ends(dataset, *(np.maximum(lengths - held_out, 0) for held_out in (2, 1, 0)))
+
+
+def split_by_time(dataset: Dataset, validation_from: float, test_from: float) -> Dataset:
+    """
+    `dataset` with the ends of a global time split: train before `validation_from`, validation from there to before
+    `test_from`, test from there on; nothing of a later part is known in an earlier one. The lists are shared, not
+    copied.
+
+    A user may have no event in some parts, and an item none in training: the log says how many, [`split`] leaves such
+    users out of those parts, and with `counts` it takes such items out too.
+
+    Args:
+        validation_from, test_from: times in the unit of the column `timestamps`.
+
+    Raises:
+        `ValueError`: no column `timestamps`; `test_from` before `validation_from`; no event before `validation_from`.
+    """
+    if "timestamps" not in dataset.column_names:
+        raise ValueError("dataset has no column timestamps; a split by time needs a log with times.")
+    if test_from < validation_from:
+        raise ValueError(f"test_from is {test_from}, before validation_from {validation_from}.")
+    ends = []
+    for border in (validation_from, test_from):
+        before = []
+        for times, lengths in _event_batches(dataset, "timestamps"):
+            user = np.repeat(np.arange(lengths.size), lengths)
+            before.append(np.bincount(user[times < border], minlength=lengths.size))
+        ends.append(np.concatenate(before))
+    if not ends[0].any():
+        raise ValueError(f"validation_from is {validation_from}, but no event is before it; nothing would be left to train.")
+    lengths = _history_lengths(dataset)
+    logger.info("%d of %d users have no event before %s: cold", (ends[0] == 0).sum(), len(dataset), validation_from)
+    return _with_ends(dataset, *ends, lengths)
+
+
+def split_by_user(
+    dataset: Dataset, *, validation: float = 0.1, test: float = 0.1, num_targets: int = 1, seed: int = 0
+) -> Dataset:
+    """
+    `dataset` with its users dealt to the parts, so that validation and test ask for users never seen in training. A
+    column `part` (int8: 0 train, 1 validation, 2 test) says whose a user is; the lists are shared, not copied.
+
+    Users of train have all their events there. Of the others the last `num_targets` events are to be predicted from
+    those before.
+
+    Args:
+        validation, test (`float`): share of the users.
+        num_targets (`int`): events to predict.
+        seed (`int`): same seed, same users.
+
+    Raises:
+        `ValueError`: shares that are negative or leave no user for training.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise ValueError(f"validation is {validation} and test {test}; they may be 0 or more and less than 1 together.")
+    draw = np.random.default_rng(seed).random(len(dataset))
+    part = np.where(draw < test, 2, np.where(draw < test + validation, 1, 0)).astype(np.int8)
+    lengths = _history_lengths(dataset)
+    history = np.maximum(lengths - num_targets, 0)
+    train_end = np.where(part == 0, lengths, history)
+    validation_end = np.where(part == 2, history, lengths)
+    split = _with_ends(dataset, train_end, validation_end, lengths)
+    split = split.remove_columns("part") if "part" in split.column_names else split
+    return split.add_column("part", part)
+
+
+def _history_lengths(dataset: Dataset) -> np.ndarray:
+    return np.concatenate([lengths for _, lengths in _event_batches(dataset)])
+
+
+def _with_ends(dataset: Dataset, *ends: np.ndarray) -> Dataset:
+    names = [f"{part}_end" for part in PARTS]
+    dataset = dataset.remove_columns([*names, *({"part"} & set(dataset.column_names))])
+    for name, end in zip(names, ends):
+        dataset = dataset.add_column(name, end.astype(np.int32))
+    return dataset

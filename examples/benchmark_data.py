@@ -1,0 +1,109 @@
+"""
+Times the road from a Parquet log to a saved Dataset.
+
+    python examples/benchmark_data.py --interactions 32_000_000 --k_core 5
+
+generates a log (Zipf items, log-normal histories, rows in time order, so users are interleaved), keeps it under
+`--folder` for the next time, and builds it in a process of its own. Prints one line of JSON a run: seconds of
+`build_sequences`, seconds of the whole process with its imports, peak resident MiB, and what came out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+CHUNK = 4_000_000
+
+
+def generate(path: Path, interactions: int, seed: int = 0) -> None:
+    """A log of `interactions` rows: user, item, rating, timestamp; about 165 a user, as in MovieLens."""
+    rng = np.random.default_rng(seed)
+    num_users, num_items = max(interactions // 165, 10), max(int(interactions**0.5) * 15, 100)
+    user_share = np.cumsum(rng.lognormal(0, 1.2, num_users))
+    item_share = np.cumsum(1 / np.arange(1, num_items + 1))
+    user_names, item_names = rng.permutation(num_users * 3)[:num_users], rng.permutation(num_items * 3)[:num_items]
+    schema = pa.schema([("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())])
+    aside = path.with_suffix(".part")
+    with pq.ParquetWriter(aside, schema) as writer:
+        for start in range(0, interactions, CHUNK):
+            rows = min(CHUNK, interactions - start)
+            users = np.searchsorted(user_share, rng.random(rows) * user_share[-1])
+            items = np.searchsorted(item_share, rng.random(rows) * item_share[-1])
+            times = 1_000_000_000 + (start + np.sort(rng.integers(0, rows, rows))) * 600_000_000 // interactions
+            ratings = rng.integers(1, 11, rows).astype(np.float32) / 2
+            columns = [user_names[users], item_names[items], ratings, times]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=1_000_000)
+    aside.rename(path)
+
+
+def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+    """What Polars alone takes to sort and group such a log: the yardstick, without filter, ids or saving."""
+    started = time.perf_counter()
+    frame = pl.scan_parquet(path).select("user", "item", "timestamp").sort("user", "timestamp", maintain_order=True)
+    users = frame.group_by("user", maintain_order=True).agg("item").collect(engine="streaming").height
+    report.put({"what": "polars sort and group", "seconds": round(time.perf_counter() - started, 2), "users": users})
+    report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+    process_started = time.perf_counter()
+    from blossomrec_hf.data import build_sequences
+
+    started = time.perf_counter()
+    dataset, tokenizer = build_sequences(path, k_core=k_core, output_dir=output, overwrite=True)
+    seconds = time.perf_counter() - started
+    report.put(
+        {
+            "what": f"build_sequences, k_core={k_core}",
+            "seconds": round(seconds, 2),
+            "process_seconds": round(time.perf_counter() - process_started, 2),
+            "users": len(dataset),
+            "items": len(tokenizer) - 2,
+            "output_MiB": round(sum(file.stat().st_size for file in output.iterdir()) / 2**20),
+        }
+    )
+    report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interactions", type=int, nargs="+", default=[1_000_000], help="sizes; several give the slope")
+    parser.add_argument("--k_core", type=int, default=5)
+    parser.add_argument("--log", type=Path, help="a log to build instead of generating one")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark_data"), help="for generated logs and output")
+    parser.add_argument("--bare_sort", action="store_true", help="also time Polars' sort and group alone")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")  # so that a run's peak memory is its own
+    seconds = []
+    for interactions in [0] if arguments.log else arguments.interactions:
+        path = arguments.log or arguments.folder / f"log-{interactions}.parquet"
+        if not path.exists():
+            generate(path, interactions)
+        output = arguments.folder / "built"
+        for run in [bare_sort] * arguments.bare_sort + [build]:
+            report = spawn.Queue()
+            process = spawn.Process(target=run, args=(path, output, arguments.k_core, report))
+            process.start()
+            line = {"log": path.name, **report.get(), "peak_MiB": round(report.get())}
+            process.join()
+            print(json.dumps(line), flush=True)
+        seconds.append(line["seconds"])
+        shutil.rmtree(output, ignore_errors=True)
+    if len(seconds) > 1:
+        slope = np.polyfit(np.log(arguments.interactions), np.log(seconds), 1)[0]
+        print(json.dumps({"slope of log seconds over log interactions": round(float(slope), 3)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Splits are views: what each part reads and predicts, checked against lists cut by hand."""
+
+import logging
+
+import numpy as np
+import polars as pl
+import pytest
+from datasets import Dataset, load_from_disk
+
+from blossomrec_hf.data import (
+    build_sequences,
+    item_counts,
+    split,
+    split_by_leave_one_out,
+    split_by_time,
+    split_by_user,
+)
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    """Users a, b, c with 5, 2 and 1 events; ids by frequency: x 2, y 3, z 4, w 5."""
+    log = pl.DataFrame(
+        {
+            "user": ["a"] * 5 + ["b"] * 2 + ["c"],
+            "item": ["x", "y", "x", "z", "w", "x", "y", "y"],
+            "timestamp": [10, 20, 30, 40, 50, 35, 60, 70],
+        }
+    )
+    return build_sequences(log)[0]
+
+
+def test_leave_one_out(dataset, caplog):
+    train, validation, test = (split(dataset, part) for part in ("train", "validation", "test"))
+    assert train[:] == {"user_id": ["a"], "input_ids": [[2, 3, 2]], "target_ids": [[]]}
+    assert validation[:] == {
+        "user_id": ["a"], "input_ids": [[2, 3, 2]], "target_ids": [[4]], "seen_ids": [[2, 3, 2]]
+    }  # fmt: skip
+    assert test[:] == {
+        "user_id": ["a", "b"],
+        "input_ids": [[2, 3, 2, 4], [2]],
+        "target_ids": [[5], [3]],
+        "seen_ids": [[2, 3, 2, 4], [2]],
+    }
+    assert "left out 2 of 3 users" in caplog.text
+
+
+def test_max_length_cuts_what_is_read_and_not_what_is_seen(dataset):
+    assert split(dataset, "test", 2)[0] == {
+        "user_id": "a", "input_ids": [2, 4], "target_ids": [5], "seen_ids": [2, 3, 2, 4]
+    }  # fmt: skip
+
+
+def test_counts_are_those_of_training(dataset):
+    assert item_counts(dataset, 6).tolist() == [0, 0, 2, 1, 0, 0]
+    with pytest.raises(ValueError, match="vocab_size is 4"):
+        item_counts(split_by_time(dataset, 100, 100), 4)
+
+
+def test_by_time(dataset, caplog):
+    caplog.set_level(logging.INFO)
+    timed = split_by_time(dataset, 30, 60)
+    ends = [timed[name] for name in ("train_end", "validation_end", "test_end")]
+    assert [list(column) for column in ends] == [[2, 0, 0], [5, 1, 0], [5, 2, 1]]
+    assert "2 of 3 users have no event before 30" in caplog.text
+    assert split(timed, "validation")[:]["target_ids"] == [[2, 4, 5]]
+    assert split(timed, "test")[:] == {"user_id": ["b"], "input_ids": [[2]], "target_ids": [[3]], "seen_ids": [[2]]}
+    assert [list(column) for column in (split_by_leave_one_out(timed)["train_end"], dataset["train_end"])] == [[3, 0, 0]] * 2
+
+
+def test_items_never_trained_are_unknown_and_no_target(dataset, caplog):
+    timed = split_by_time(dataset, 30, 50)
+    counts = item_counts(timed, 6)
+    assert counts.tolist() == [0, 0, 1, 1, 0, 0]
+    assert split(timed, "validation", counts=counts)[:]["target_ids"] == [[2]]  # z was never trained
+    assert "1 of 3 targets never seen in training" in caplog.text
+    both = split(timed, "test", counts=counts)[:]
+    assert both["user_id"] == ["b"]  # the only target of a is w
+    assert split(timed, "test")[0]["input_ids"] == [2, 3, 2, 4]
+    longer = split(split_by_time(dataset, 30, 60), "test", counts=np.array([0, 0, 0, 1, 0, 0]))[:]
+    assert longer["input_ids"] == [[1]] and longer["target_ids"] == [[3]]
+
+
+def test_by_user():
+    log = pl.DataFrame({"user": np.repeat(np.arange(300), 4), "item": np.tile([1, 2, 3, 4], 300)})
+    dataset = split_by_user(build_sequences(log)[0], validation=0.2, test=0.3, seed=1)
+    rows = {part: split(dataset, part)[:] for part in ("train", "validation", "test")}
+    users = [set(rows[part]["user_id"]) for part in rows]
+    assert sum(map(len, users)) == 300 and set.union(*users) == set(range(300))
+    assert 40 <= len(users[1]) <= 80 and 65 <= len(users[2]) <= 115
+    assert rows["train"]["input_ids"][0] == [2, 3, 4, 5]
+    for part in ("validation", "test"):
+        assert rows[part]["input_ids"][0] == [2, 3, 4] and rows[part]["target_ids"][0] == [5]
+    assert item_counts(dataset, 6).tolist() == [0, 0] + [len(users[0])] * 4
+
+
+def test_splits_survive_saving(dataset, tmp_path):
+    split_by_time(dataset, 30, 60).save_to_disk(tmp_path / "timed")
+    assert split(load_from_disk(tmp_path / "timed"), "validation")[:]["target_ids"] == [[2, 4, 5]]
+
+
+def test_refusals(dataset):
+    with pytest.raises(ValueError, match="part is 'dev'"):
+        split(dataset, "dev")
+    with pytest.raises(ValueError, match="max_length is 0"):
+        split(dataset, "test", 0)
+    with pytest.raises(ValueError, match="lacks input_ids"):
+        split(Dataset.from_dict({"user_id": [1]}), "train")
+    with pytest.raises(ValueError, match='part "train"'):
+        split(dataset.select([1, 2]), "train")
+    with pytest.raises(ValueError, match="no event is before"):
+        split_by_time(dataset, 5, 6)
+    with pytest.raises(ValueError, match="before validation_from"):
+        split_by_time(dataset, 50, 6)
+    with pytest.raises(ValueError, match="no column timestamps"):
+        split_by_time(dataset.remove_columns("timestamps"), 5, 6)
+    with pytest.raises(ValueError, match="less than 1 together"):
+        split_by_user(dataset, validation=0.5, test=0.5)
