@@ -97,7 +97,7 @@ def build_sequences(
         output_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=None if output_dir is None else output_dir.parent))
     try:
-        report = FilterReport(log.name, log.format)
+        report = FilterReport(log.name, log.format, licence=log.licence)
         interactions = ingest(log, scratch, min_rating=min_rating, on_bad_rows=on_bad_rows)
         num_users, num_items = interactions.users.size, interactions.items.size
         report.bad_rows, report.time_unit = interactions.bad_rows, interactions.time_unit
@@ -132,6 +132,7 @@ def build_sequences(
             tokenizer = BlossomRecTokenizer.from_items(item_ids[order].to_list(), item_type=item_type)
         else:
             vocabulary = _known_vocabulary(item_ids, tokenizer)
+        titles = log.titles if titles is None else titles
         metadata = None if titles is None else item_metadata(titles, tokenizer)
         user_ids = interactions.users.ids()
         if output_dir is None:

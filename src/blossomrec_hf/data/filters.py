@@ -20,6 +20,7 @@ class FilterReport:
     interactions_read: int = 0
     bad_rows: int = 0
     time_unit: str | None = None
+    licence: str | None = None
     steps: list[list] = field(default_factory=list)
 
     def read(self, interactions: int) -> None:

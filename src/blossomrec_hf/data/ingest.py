@@ -1,17 +1,19 @@
 """A log, batch by batch, into three columns on disk: user code, item code, time, in file order."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
+from tqdm import tqdm
 
-from .readers import Log, Part
+from .formats import Part, without_ragged_lines
+from .readers import Log
 
-
-logger = logging.getLogger(__name__)
 
 BATCH_ROWS = 1 << 20
 _YEAR_2100 = 4_102_444_800  # in seconds: the largest time a log may hold, in the unit that its first rows speak
@@ -29,6 +31,11 @@ class Codes:
     def encode(self, ids: pl.Series) -> np.ndarray:
         """uint32 codes of a batch of ids; ids never seen before are appended."""
         batch = pl.DataFrame({"id": ids})
+        if self._known is not None and self._known.schema["id"] != ids.dtype:
+            raise ValueError(
+                f"the ids of {ids.name}s are {self._known.schema['id']} in one file and {ids.dtype} in another; ids may be "
+                "integers or strings, not a mixture."
+            )
         if self._known is None:
             self._known = pl.DataFrame({"id": ids[:0], "code": pl.Series([], dtype=pl.UInt32)})
         new = batch.select(pl.col("id").unique(maintain_order=True)).join(
@@ -69,55 +76,87 @@ def ingest(
     log: Log, folder: Path, *, min_rating: float | None = None, on_bad_rows: Literal["fail", "skip"] = "fail"
 ) -> Interactions:
     """
-    Streams `log` to `folder/user.bin`, `item.bin` (uint32) and `time.bin` (int64 or float64, absent without times).
+    Streams `log` to `log_user.bin`, `log_item.bin` (uint32) and `log_time.bin` (int64 or float64, absent without times).
 
     Raises:
-        `ValueError`: a row without user, item or time, or with a time that is negative or past the year 2100, while
-            `on_bad_rows="fail"`; the message names file and line.
+        `ValueError`: while `on_bad_rows="fail"`, a row without a usable user, item, rating (if `min_rating` asks for it)
+            or time (negative, or past the year 2100), or with too many fields; the message names file and line. Ids that
+            are integers in one file and strings in another.
+        `OSError`: a compressed file that ends early.
     """
     result = Interactions(folder)
-    with open(folder / "log_user.bin", "wb") as users, open(folder / "log_item.bin", "wb") as items:
-        times = open(folder / "log_time.bin", "wb") if log.has_timestamp else None
-        try:
-            for part in log.parts:
-                first = part.first_line
-                for batch in part.frame.collect_batches(chunk_size=BATCH_ROWS):
+    numeric = ["rating"] * (min_rating is not None) + ["timestamp"] * log.has_timestamp
+    with ExitStack() as stack:
+        paths = (folder / f"log_{name}.bin" for name in ("user", "item", "time"))
+        users, items, times = (stack.enter_context(open(path, "wb")) for path in paths)
+        bar = stack.enter_context(tqdm(desc="read", unit=" rows", unit_scale=True, disable=None))
+        for part in log.parts:
+            line = part.first_line
+            for batch in _batches(part, numeric, result, on_bad_rows):
+                bar.update(batch.height)
+                height = batch.height
+                batch = _clean(batch, line, part, numeric, result, on_bad_rows)
+                line += height
+                if min_rating is not None:
                     height = batch.height
-                    batch = _clean(batch, first, part, log, result, on_bad_rows)
-                    first += height
-                    if min_rating is not None:
-                        kept = batch.filter(pl.col("rating") >= min_rating)
-                        result.below_rating += batch.height - kept.height
-                        batch = kept
-                    result.users.encode(batch["user"]).tofile(users)
-                    result.items.encode(batch["item"]).tofile(items)
-                    if times is not None and batch.height:
-                        time = batch["timestamp"].to_numpy()
-                        if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
-                            times.flush()
-                            earlier = np.fromfile(times.name, np.int64).astype(np.float64)
-                            times.seek(0)
-                            earlier.tofile(times)
-                            result.time_dtype = np.dtype(np.float64)
-                        time.astype(result.time_dtype).tofile(times)
-                    result.rows += batch.height
-        finally:
-            if times is not None:
-                times.close()
+                    batch = batch.filter(pl.col("rating") >= min_rating)
+                    result.below_rating += height - batch.height
+                result.users.encode(batch["user"]).tofile(users)
+                result.items.encode(batch["item"]).tofile(items)
+                if log.has_timestamp and batch.height:
+                    time = batch["timestamp"].to_numpy()
+                    if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
+                        times.flush()
+                        earlier = np.fromfile(times.name, np.int64).astype(np.float64)
+                        times.seek(0)
+                        earlier.tofile(times)
+                        result.time_dtype = np.dtype(np.float64)
+                    time.astype(result.time_dtype).tofile(times)
+                result.rows += batch.height
     return result
 
 
+def _batches(part: Part, numeric: list[str], result: Interactions, on_bad_rows: str) -> Iterator[pl.DataFrame]:
+    """The rows of a part, batch by batch; only the columns that are needed are read."""
+    rows = 0
+    try:
+        for batch in _needed(part.frame, numeric).collect_batches(chunk_size=BATCH_ROWS):
+            yield batch
+            rows += batch.height
+    except (pl.exceptions.ComputeError, pl.exceptions.PolarsError, OSError) as error:
+        if "requested and" in str(error):  # numpy's words for a full disk: not about this file
+            raise
+        if part.reopen is None or "more fields" not in str(error):
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(
+                f"{part.name} can not be read to its end ({str(error).splitlines()[0]}). Is it complete, UTF-8 and of this format?"
+            ) from error
+        corrected = result.folder / "corrected"
+        line, count = without_ragged_lines(Path(part.name), part.separator, corrected)
+        if on_bad_rows == "fail":
+            raise ValueError(
+                f"{part.name}, line {line}: more fields than the header has. Correct the file, or pass "
+                'on_bad_rows="skip" to drop and count such rows.'
+            ) from error
+        result.bad_rows += count
+        yield from _needed(part.reopen(corrected), numeric).slice(rows).collect_batches(chunk_size=BATCH_ROWS)
+        corrected.unlink()
+
+
+def _needed(frame: pl.LazyFrame, numeric: list[str]) -> pl.LazyFrame:
+    return frame.select(pl.col("user", "item", *numeric), cs.by_name("row", require_all=False))
+
+
 def _clean(
-    batch: pl.DataFrame, first: int, part: Part, log: Log, result: Interactions, on_bad_rows: str
+    batch: pl.DataFrame, first: int, part: Part, numeric: list[str], result: Interactions, on_bad_rows: str
 ) -> pl.DataFrame:
     """`batch` with its columns in their final types and without bad rows."""
-    numeric = ["rating"] * log.has_rating + ["timestamp"] * log.has_timestamp
     clean = batch.with_columns(
         *(_as_id(batch, name) for name in ("user", "item")),
         *(_as_number(batch[name]).alias(name) for name in numeric),
     )
     checks = {name: pl.col(name).is_null() for name in ("user", "item", *numeric)}
-    if log.has_timestamp:
+    if "timestamp" in numeric:
         time = clean["timestamp"]
         if result.time_dtype is None and time.len() > time.null_count():
             result.time_dtype = np.dtype(np.float64 if time.dtype.is_float() else np.int64)
@@ -135,8 +174,8 @@ def _clean(
         values = ", ".join(f"{name} {batch[name][row]!r}" for name in wrong)
         raise ValueError(
             f"{part.name}, {part.row_word} {line}: not a usable {' or '.join(wrong)} ({values}). "
-            "An interaction has a user, an item and, where the log has them, a numeric rating and a time from 0 to the "
-            'year 2100. Correct the file, or pass on_bad_rows="skip" to drop and count such rows.'
+            "An interaction has a user, an item, a time from 0 to the year 2100 if the log has times, and a number as rating "
+            'if min_rating asks for it. Correct the file, or pass on_bad_rows="skip" to drop and count such rows.'
         )
     result.bad_rows += count
     return clean.filter(~bad)

@@ -1,37 +1,18 @@
-"""Readers: whatever a log is stored as -> lazy frames with the columns user, item and, where known, rating and timestamp."""
+"""open_log: whatever a log is stored as -> lazy frames with the columns user, item and, where known, rating and timestamp."""
 
-import csv
-import difflib
-import gzip
 import logging
-from collections.abc import Callable, Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
+from . import known_sets
+from .formats import FORMATS, Names, Part, find_columns, named, sniff
+
 
 logger = logging.getLogger(__name__)
-
-_NO_SEPARATOR = "\x01"  # reads a line whole; no text file of the formats below holds it
-
-# The names by which logs call their columns, most telling first; a file's own header is matched without regard to case.
-_USER = ("user_id", "userid", "user", "uid", "reviewerid", "user_name", "username", "customer_id", "visitorid", "steamid")
-_ITEM = ("item_id", "itemid", "item", "iid", "movieid", "parent_asin", "asin", "video_id", "business_id", "product_id")
-_ITEM += ("productid", "location_id", "venue_id", "venueid", "app_id", "track_id", "artist_id", "isbn")
-_RATING = ("rating", "overall", "stars", "score", "is_click")
-_TIME = ("timestamp", "unixreviewtime", "time_ms", "time", "ts", "date", "datetime", "event_time", "check_in_time")
-
-
-@dataclass
-class Part:
-    """One file (or frame) of a log: `frame` has columns user, item, …, and `row` where lines do not follow from rows."""
-
-    frame: pl.LazyFrame
-    name: str
-    first_line: int = 1
-    row_word: str = "line"
 
 
 @dataclass
@@ -41,8 +22,16 @@ class Log:
     parts: list[Part]
     name: str
     format: str
-    has_rating: bool
-    has_timestamp: bool
+    licence: str | None = None
+    titles: Path | None = None
+
+    @property
+    def has_rating(self) -> bool:
+        return all("rating" in part.columns for part in self.parts)
+
+    @property
+    def has_timestamp(self) -> bool:
+        return all("timestamp" in part.columns for part in self.parts)
 
 
 def open_log(
@@ -58,35 +47,41 @@ def open_log(
     Opens a log without reading it.
 
     Args:
-        source: a file, a folder or a glob of files of one format (read in name order), a Polars or pandas frame or a
-            `datasets.Dataset`.
-        format (`str`, *optional*): one of [`FORMATS`]; found out by looking if not given.
-        user, item, timestamp, rating (`str`, *optional*): the names of the columns where a file names its columns; the
-            usual names are found without.
+        source: a file, a folder or a glob of files of one format (read in name order); the name of a public set
+            (`ml-1m`, … see [`~data.known_sets.KNOWN`]), downloaded once; a folder of `Dataset.save_to_disk` or the id
+            of a data set on the Hub (its split `train`); a Polars or pandas frame, a pyarrow table or a `Dataset`.
+        format (`str`, *optional*): found out by looking if not given. `csv`, `tsv`, `parquet`, `jsonl` and `recbole` name
+            their columns; `pairs` (user item), `sequences` (user item item …), `ml-100k` (`u.data`), `ml-1m` (`::`),
+            `amazon-csv` (ratings without header, 2014 or 2018), `gowalla`, `foursquare` and `python-lines` (Steam) do
+            not need to. Each may be gzip-compressed (`.gz`), Parquet aside.
+        user, item, timestamp, rating (`str`, *optional*): the names of the columns; the usual ones are found without.
+            `timestamp=""` leaves times unread, so that file order counts.
 
     Raises:
-        `FileNotFoundError`: nothing is there.
-        `ValueError`: an empty file, a column that is not there (the message names near matches), an unknown format.
+        `FileNotFoundError`: nothing is there; for a public set that can not be fetched, where to put it by hand.
+        `ValueError`: an empty file, a column that is not there (with near matches), an unknown format.
     """
-    names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
+    names: Names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     if not isinstance(source, (str, Path)):
-        return _from_frame(_as_polars(source), names)
-    paths = _files(Path(source))
+        return _frame_log(_as_polars(source), names, "source")
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}; it may be one of {', '.join(sorted(FORMATS))}.")
-    for path in paths:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path} is empty; a log needs at least one interaction.")
-    format = format or sniff(paths[0])
-    logger.info("reading %d file(s) as %s, first %s", len(paths), format, paths[0])
-    logs = [FORMATS[format](path, names) for path in paths]
-    return Log(
-        [part for log in logs for part in log.parts],
-        str(source),
-        format,
-        all(log.has_rating for log in logs),
-        all(log.has_timestamp for log in logs),
-    )
+    path = Path(source)
+    if str(source) in known_sets.KNOWN and not path.exists():
+        known = known_sets.KNOWN[str(source)]
+        folder = known_sets.fetch(str(source))
+        files, name, format = [folder / known.log], str(source), known.format
+        licence, titles = known.licence, folder / known.titles if known.titles else None
+    elif (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _frame_log(_as_polars(_stored_dataset(str(source))), names, str(source))
+    else:
+        files, name, licence, titles = _files(path), str(source), None, None
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty; a log needs at least one interaction.")
+    format = format or sniff(files[0], names)
+    logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
+    return Log([FORMATS[format](file, names) for file in files], name, format, licence, titles)
 
 
 def _files(path: Path) -> list[Path]:
@@ -97,8 +92,25 @@ def _files(path: Path) -> list[Path]:
     else:
         files = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []
     if not files:
-        raise FileNotFoundError(f"source {str(path)!r} is no file, no folder with files and no pattern that finds any.")
+        raise FileNotFoundError(
+            f"source {str(path)!r} is no file, no folder with files and no pattern that finds any, nor one of the public "
+            f"sets {', '.join(known_sets.KNOWN)}."
+        )
     return files
+
+
+def _stored_dataset(source: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    if Path(source).exists():
+        return load_from_disk(source)
+    try:
+        return load_dataset(source, split="train")
+    except Exception as error:
+        raise FileNotFoundError(
+            f"source {source!r} is no file or folder here, and no data set of that id could be loaded from the Hub "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 def _as_polars(source: Any) -> pl.LazyFrame:
@@ -123,133 +135,6 @@ def _as_polars(source: Any) -> pl.LazyFrame:
     )
 
 
-def _from_frame(frame: pl.LazyFrame, names: dict[str, str | None]) -> Log:
-    return _named(Part(frame, "source", first_line=0, row_word="row"), frame.collect_schema().names(), names, "frame")
-
-
-def _named(part: Part, columns: Sequence[str], names: dict[str, str | None], format: str) -> Log:
-    """`part` with the columns that `names` and the usual names point to, under our names."""
-    found = {
-        ours: _column(ours, names[ours], columns, usual, needed, part.name)
-        for ours, usual, needed in (
-            ("user", _USER, True),
-            ("item", _ITEM, True),
-            ("rating", _RATING, False),
-            ("timestamp", _TIME, False),
-        )
-    }
-    keep = [pl.col(theirs).alias(ours) for ours, theirs in found.items() if theirs is not None]
-    if "row" in columns and part.row_word == "line":
-        keep.append(pl.col("row"))
-    part.frame = part.frame.select(keep)
-    return Log([part], part.name, format, found["rating"] is not None, found["timestamp"] is not None)
-
-
-def _column(
-    ours: str, asked: str | None, columns: Sequence[str], usual: tuple[str, ...], needed: bool, where: str
-) -> str | None:
-    if asked is not None:
-        if asked in columns:
-            return asked
-        near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
-        raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
-    plain = {name.lower().split(":")[0].strip(): name for name in reversed(columns)}
-    match = next((plain[name] for name in usual if name in plain), None)
-    if match is None and needed:
-        near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
-        hint = f"near matches: {', '.join(map(repr, near))}. " if near else ""
-        raise ValueError(
-            f"{where} has no column known to hold the {ours}; it has {', '.join(map(repr, columns))}. {hint}"
-            f"Name it with {ours}=…"
-        )
-    return match
-
-
-def _lines(path: Path) -> pl.LazyFrame:
-    return pl.scan_csv(
-        path, has_header=False, separator=_NO_SEPARATOR, quote_char=None, infer_schema=False,
-        row_index_name="row", row_index_offset=1, new_columns=["line"],
-    )  # fmt: skip
-
-
-def _read_fields(path: Path, separator: str, columns: Sequence[str]) -> Log:
-    """Lines without header: fields parted by `separator`, in the order of `columns`; what is beyond stays unread."""
-    fields = pl.col("line").str.splitn(separator, len(columns) + 1).struct
-    frame = _lines(path).filter(pl.col("line").str.strip_chars() != "")
-    frame = frame.select(
-        "row", *(fields.field(f"field_{i}").alias(name) for i, name in enumerate(columns) if name in _OURS)
-    )
-    return Log([Part(frame, str(path))], str(path), "", "rating" in columns, "timestamp" in columns)
-
-
-_OURS = ("user", "item", "rating", "timestamp")
-
-
-def _read_pairs(path: Path, names: dict[str, str | None]) -> Log:
-    separator = "\t" if "\t" in first_lines(path, 1)[0] else " "
-    return _read_fields(path, separator, ("user", "item"))
-
-
-def _read_sequences(path: Path, names: dict[str, str | None]) -> Log:
-    fields = pl.col("line").str.strip_chars().str.splitn(" ", 2).struct
-    frame = _lines(path).filter(pl.col("line").str.strip_chars() != "")
-    frame = frame.select("row", fields.field("field_0").alias("user"), fields.field("field_1").alias("item"))
-    frame = frame.with_columns(pl.col("item").str.strip_chars().str.split(" ")).explode("item")
-    return Log([Part(frame, str(path))], str(path), "", False, False)
-
-
-def _read_delimited(path: Path, names: dict[str, str | None], separator: str | None = None) -> Log:
-    header = first_lines(path, 1)[0]
-    separator = separator or ("\t" if header.count("\t") >= max(1, header.count(",")) else ",")
-    quote = '"' if separator == "," else None
-    frame = pl.scan_csv(
-        path, separator=separator, quote_char=quote, infer_schema=False, row_index_name="row", row_index_offset=2
-    )
-    columns = next(csv.reader([header.lstrip("\ufeff")], delimiter=separator))
-    return _named(Part(frame, str(path)), ["row", *columns], names, "")
-
-
-def _read_parquet(path: Path, names: dict[str, str | None]) -> Log:
-    frame = pl.scan_parquet(path)
-    return _named(Part(frame, str(path), 0, "row"), frame.collect_schema().names(), names, "")
-
-
-FORMATS: dict[str, Callable[[Path, dict[str, str | None]], Log]] = {
-    "pairs": _read_pairs,
-    "sequences": _read_sequences,
-    "recbole": lambda path, names: _read_delimited(path, names, "\t"),
-    "csv": lambda path, names: _read_delimited(path, names, ","),
-    "tsv": lambda path, names: _read_delimited(path, names, "\t"),
-    "parquet": _read_parquet,
-    "ml-1m": lambda path, names: _read_fields(path, "::", ("user", "item", "rating", "timestamp")),
-    "ml-100k": lambda path, names: _read_fields(path, "\t", ("user", "item", "rating", "timestamp")),
-}
-
-
-def first_lines(path: Path, count: int) -> list[str]:
-    """The first lines of a text file, gzip or not; undecodable bytes are replaced."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    with opened as file:
-        lines = [file.readline().decode("utf-8", "replace").rstrip("\r\n") for _ in range(count)]
-    return [line for line in lines if line] or [""]
-
-
-def sniff(path: Path) -> str:
-    """The format of a file, by its name and its first lines."""
-    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if suffix in ("parquet", "csv", "tsv"):
-        return suffix
-    if suffix == "inter":
-        return "recbole"
-    lines = first_lines(path, 20)
-    if "::" in lines[0]:
-        return "ml-1m"
-    if all(line.count("\t") == 3 for line in lines):
-        return "ml-100k"
-    widths = {len(line.split()) for line in lines}
-    if widths == {2}:
-        return "pairs"
-    if min(widths) >= 2:
-        return "sequences"
-    raise ValueError(f"{path} is of no format known by its look; name it with format=, one of {', '.join(FORMATS)}.")
+def _frame_log(frame: pl.LazyFrame, names: Names, name: str) -> Log:
+    found = find_columns(frame.collect_schema().names(), names, name)
+    return Log([Part(named(frame, found), name, tuple(found), first_line=0, row_word="row")], name, "table")
