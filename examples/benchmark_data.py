@@ -32,7 +32,9 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
     user_share = np.cumsum(rng.lognormal(0, 1.2, num_users))
     item_share = np.cumsum(1 / np.arange(1, num_items + 1))
     user_names, item_names = rng.permutation(num_users * 3)[:num_users], rng.permutation(num_items * 3)[:num_items]
-    schema = pa.schema([("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())])
+    schema = pa.schema(
+        [("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
+    )
     aside = path.with_suffix(".part")
     with pq.ParquetWriter(aside, schema) as writer:
         for start in range(0, interactions, CHUNK):
@@ -77,7 +79,9 @@ def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--interactions", type=int, nargs="+", default=[1_000_000], help="sizes; several give the slope")
+    parser.add_argument(
+        "--interactions", type=int, nargs="+", default=[1_000_000], help="sizes; several give the slope"
+    )
     parser.add_argument("--k_core", type=int, default=5)
     parser.add_argument("--log", type=Path, help="a log to build instead of generating one")
     parser.add_argument("--folder", type=Path, default=Path("benchmark_data"), help="for generated logs and output")

@@ -97,7 +97,11 @@ def test_saved_and_in_memory_agree(tmp_path):
     saved, loaded = build_sequences(log, output_dir=tmp_path / "log", partition_rows=300)
     assert saved.features == memory.features == load_from_disk(tmp_path / "log").features
     assert unpack(saved) == unpack(memory) == unpack(load_from_disk(tmp_path / "log"))
-    assert BlossomRecTokenizer.from_pretrained(tmp_path / "log").get_vocab() == tokenizer.get_vocab() == loaded.get_vocab()
+    assert (
+        BlossomRecTokenizer.from_pretrained(tmp_path / "log").get_vocab()
+        == tokenizer.get_vocab()
+        == loaded.get_vocab()
+    )
     assert len(list((tmp_path / "log").glob("*.arrow"))) > 5
     assert os.listdir(tmp_path) == ["log"]
     assert FilterReport.load(tmp_path / "log").steps == [["kept", 5000, 50, 50]]

@@ -65,7 +65,9 @@ def test_by_time(dataset, caplog):
     assert "2 of 3 users have no event before 30" in caplog.text
     assert split(timed, "validation")[:]["target_ids"] == [[2, 4, 5]]
     assert split(timed, "test")[:] == {"user_id": ["b"], "input_ids": [[2]], "target_ids": [[3]], "seen_ids": [[2]]}
-    assert [list(column) for column in (split_by_leave_one_out(timed)["train_end"], dataset["train_end"])] == [[3, 0, 0]] * 2
+    assert [list(column) for column in (split_by_leave_one_out(timed)["train_end"], dataset["train_end"])] == [
+        [3, 0, 0]
+    ] * 2
 
 
 def test_items_never_trained_are_unknown_and_no_target(dataset, caplog):

@@ -91,7 +91,8 @@ def test_shape_and_order():
 
 
 @pytest.mark.parametrize(
-    "arguments, named", [({"num_items": 60}, "num_items"), ({"min_history": 50}, "min_history"), ({"max_history": 90}, "max")]
+    "arguments, named",
+    [({"num_items": 60}, "num_items"), ({"min_history": 50}, "min_history"), ({"max_history": 90}, "max")],
 )
 def test_impossible_sizes_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):

@@ -92,7 +92,9 @@ def build_sequences(
         raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")
     log = open_log(source, format=format, user=user, item=item, timestamp=timestamp, rating=rating)
     if min_rating is not None and not log.has_rating:
-        raise ValueError(f"min_rating is {min_rating}, but {log.name} has no rating known; name its column with rating=…")
+        raise ValueError(
+            f"min_rating is {min_rating}, but {log.name} has no rating known; name its column with rating=…"
+        )
     if output_dir is not None:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=None if output_dir is None else output_dir.parent))

@@ -58,7 +58,9 @@ class PackingCollator:
         longest = max((history.size for history in histories), default=0)
         if self.max_tokens is not None:
             if total > self.max_tokens:
-                raise ValueError(f"rows hold {total} items, but max_tokens is {self.max_tokens}; use TokenBudgetSampler.")
+                raise ValueError(
+                    f"rows hold {total} items, but max_tokens is {self.max_tokens}; use TokenBudgetSampler."
+                )
             longest = min(self.max_length or self.max_tokens, self.max_tokens)
             while total < self.max_tokens:
                 histories.append(np.zeros(min(longest, self.max_tokens - total), np.int64))

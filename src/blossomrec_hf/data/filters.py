@@ -53,6 +53,8 @@ class FilterReport:
         return cls(**json.loads(path.read_text())) if path.is_file() else None
 
     def __str__(self) -> str:
-        lines = [f"{self.interactions_read:,} interactions read from {self.source} ({self.bad_rows:,} bad rows skipped)."]
+        lines = [
+            f"{self.interactions_read:,} interactions read from {self.source} ({self.bad_rows:,} bad rows skipped)."
+        ]
         lines += [f"After {name}: {n:,} interactions, {u:,} users, {i:,} items." for name, n, u, i in self.steps]
         return "\n".join(lines)

@@ -65,7 +65,9 @@ def find_columns(columns: Sequence[str], names: Names, where: str) -> dict[str, 
             match = asked or None
         else:
             near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
+            )
             raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
         if match is None and ours in ("user", "item"):
             near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
@@ -145,7 +147,9 @@ def _delimited(path: Path, names: Names, separator: str) -> Part:
 def _headless_csv(path: Path, names: Names) -> Part:
     """Amazon's ratings: user, item, rating, time in the 2014 edition; item, user, rating, time in that of 2018."""
     rows = [line.split(",") for line in first_lines(path, 50)]
-    user = max((0, 1), key=lambda place: sum(bool(_AMAZON_USER.fullmatch(row[place])) for row in rows if len(row) == 4))
+    user = max(
+        (0, 1), key=lambda place: sum(bool(_AMAZON_USER.fullmatch(row[place])) for row in rows if len(row) == 4)
+    )
     columns = ("user", "item") if user == 0 else ("item", "user")
     return _fields(path, ",", (*columns, "rating", "timestamp"))
 

@@ -143,7 +143,9 @@ def _verify(download: Path, md5: str | None) -> None:
     found, wanted = (_digest(download, "md5"), md5) if md5 else (_digest(download, "sha256"), noted.read_text())
     if found != wanted:
         download.unlink()
-        raise ValueError(f"{download} has the checksum {found}, not {wanted}: damaged or another edition; it was removed.")
+        raise ValueError(
+            f"{download} has the checksum {found}, not {wanted}: damaged or another edition; it was removed."
+        )
 
 
 def _digest(path: Path, algorithm: str) -> str:

@@ -65,7 +65,9 @@ def _read(source: Any) -> pl.DataFrame:
         lines = pl.DataFrame({"line": path.read_text("iso-8859-1").splitlines()})
         fields = pl.col("line").str.splitn("::", 3).struct
         return lines.select(
-            fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"), fields.field("field_2").alias("genres")
+            fields.field("field_0").alias("item_id"),
+            fields.field("field_1").alias("title"),
+            fields.field("field_2").alias("genres"),
         )
     if path.name == "u.item":
         lines = pl.DataFrame({"line": path.read_text("iso-8859-1").splitlines()})
@@ -73,7 +75,11 @@ def _read(source: Any) -> pl.DataFrame:
         return lines.select(fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"))
     separator = "," if suffix == "csv" else "\t"
     return pl.read_csv(
-        path, separator=separator, quote_char='"' if separator == "," else None, infer_schema=False, encoding="utf8-lossy"
+        path,
+        separator=separator,
+        quote_char='"' if separator == "," else None,
+        infer_schema=False,
+        encoding="utf8-lossy",
     )
 
 

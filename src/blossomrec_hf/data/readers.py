@@ -75,7 +75,7 @@ def open_log(
     elif (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return _frame_log(_as_polars(_stored_dataset(str(source))), names, str(source))
     else:
-        files, name, licence, titles = _files(path), str(source), None, None
+        files, name, licence, titles = _files(path), path.name, None, None  # a card needs no folder of ours
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty; a log needs at least one interaction.")

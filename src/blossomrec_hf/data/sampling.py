@@ -54,7 +54,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 "pass a max_length."
             )
         if num_replicas < 1 or (rank is not None and not 0 <= rank < num_replicas):
-            raise ValueError(f"rank is {rank} of num_replicas {num_replicas}; it may be 0 to num_replicas - 1, or None.")
+            raise ValueError(
+                f"rank is {rank} of num_replicas {num_replicas}; it may be 0 to num_replicas - 1, or None."
+            )
         self.max_tokens, self.shuffle, self.seed, self.epoch = max_tokens, shuffle, seed, 0
         self.num_replicas, self.rank = num_replicas, rank
         self._num_batches = len(self._in_order()) if not shuffle else self._fewest_bins()

@@ -49,11 +49,15 @@ def split(
     lengths, targets = part_lengths(dataset, part)
     if counts is not None and part != "train":
         known = _known_targets(dataset, lengths, lengths + targets, np.asarray(counts) > 0)
-        logger.warning("%s: %d of %d targets never seen in training, dropped", part, (targets - known).sum(), targets.sum())
+        logger.warning(
+            "%s: %d of %d targets never seen in training, dropped", part, (targets - known).sum(), targets.sum()
+        )
         targets = known
     rows = np.flatnonzero((lengths >= 2) if part == "train" else (lengths >= 1) & (targets >= 1))
     if len(rows) < len(dataset):
-        logger.warning("%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset))
+        logger.warning(
+            "%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset)
+        )
     if not len(rows):
         raise ValueError(f'dataset has no user with enough items for the part "{part}".')
     view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
@@ -82,17 +86,19 @@ def _numbers(dataset: Dataset, column: str) -> np.ndarray:
 def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """int64 [users]: the events from `starts` to `stops` whose item training has seen."""
     known, first = np.zeros(len(dataset), np.int64), 0
-    for ids, lengths in _event_batches(dataset):
+    for ids, lengths in event_batches(dataset):
         last = first + lengths.size
         position = np.arange(ids.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        inside = (position >= np.repeat(starts[first:last], lengths)) & (position < np.repeat(stops[first:last], lengths))
+        inside = (position >= np.repeat(starts[first:last], lengths)) & (
+            position < np.repeat(stops[first:last], lengths)
+        )
         user = np.repeat(np.arange(first, last), lengths)
         known += np.bincount(user[inside & seen[ids]], minlength=known.size)
         first = last
     return known
 
 
-def _event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
+def event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
     """(values of all events, events a user) of one batch of users after another."""
     for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
         events = table[column].combine_chunks()
@@ -132,7 +138,7 @@ def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
     """
     counts = np.zeros(vocab_size, np.int64)
     stops, first = part_lengths(dataset, "train")[0], 0
-    for ids, lengths in _event_batches(dataset):
+    for ids, lengths in event_batches(dataset):
         position = np.arange(ids.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         ids = ids[position < np.repeat(stops[first : first + lengths.size], lengths)]
         first += lengths.size
@@ -170,12 +176,14 @@ def split_by_time(dataset: Dataset, validation_from: float, test_from: float) ->
     ends = []
     for border in (validation_from, test_from):
         before = []
-        for times, lengths in _event_batches(dataset, "timestamps"):
+        for times, lengths in event_batches(dataset, "timestamps"):
             user = np.repeat(np.arange(lengths.size), lengths)
             before.append(np.bincount(user[times < border], minlength=lengths.size))
         ends.append(np.concatenate(before))
     if not ends[0].any():
-        raise ValueError(f"validation_from is {validation_from}, but no event is before it; nothing would be left to train.")
+        raise ValueError(
+            f"validation_from is {validation_from}, but no event is before it; nothing would be left to train."
+        )
     lengths = _history_lengths(dataset)
     logger.info("%d of %d users have no event before %s: cold", (ends[0] == 0).sum(), len(dataset), validation_from)
     return _with_ends(dataset, *ends, lengths)
@@ -200,7 +208,9 @@ def split_by_user(
         `ValueError`: shares that are negative or leave no user for training.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(f"validation is {validation} and test {test}; they may be 0 or more and less than 1 together.")
+        raise ValueError(
+            f"validation is {validation} and test {test}; they may be 0 or more and less than 1 together."
+        )
     draw = np.random.default_rng(seed).random(len(dataset))
     part = np.where(draw < test, 2, np.where(draw < test + validation, 1, 0)).astype(np.int8)
     lengths = _history_lengths(dataset)
@@ -213,7 +223,7 @@ def split_by_user(
 
 
 def _history_lengths(dataset: Dataset) -> np.ndarray:
-    return np.concatenate([lengths for _, lengths in _event_batches(dataset)])
+    return np.concatenate([lengths for _, lengths in event_batches(dataset)])
 
 
 def _with_ends(dataset: Dataset, *ends: np.ndarray) -> Dataset:

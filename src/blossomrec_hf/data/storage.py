@@ -41,9 +41,7 @@ def _info(schema: pa.Schema, report: FilterReport) -> DatasetInfo:
     return DatasetInfo(description=str(report), features=Features.from_arrow_schema(schema))
 
 
-def to_dataset(
-    parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray, report: FilterReport
-) -> Dataset:
+def to_dataset(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray, report: FilterReport) -> Dataset:
     """The rows as a `Dataset` in memory."""
     table = pa.concat_tables(_tables(parts, user_ids, vocabulary))
     return Dataset(table, info=_info(table.schema, report))

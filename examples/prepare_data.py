@@ -1,0 +1,124 @@
+"""
+From an interaction log to item-id sequences, in one command.
+
+    python examples/prepare_data.py ml-1m --output_dir data/ml-1m --report data/ml-1m.html
+    python examples/prepare_data.py ratings.csv --min_rating 4 --k_core 5 --output_dir data/mine
+    python examples/prepare_data.py clicks/*.parquet --user uid --item sku --timestamp at --output_dir data/clicks
+
+The folder holds the Dataset (`datasets.load_from_disk`), the tokenizer (`BlossomRecTokenizer.from_pretrained`), item
+titles if known, what each filter removed, and a card. It appears complete or not at all.
+"""
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+
+from datasets import load_from_disk
+
+from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
+from blossomrec_hf.data.filters import FilterReport
+from blossomrec_hf.data.formats import FORMATS
+from blossomrec_hf.data.known_sets import KNOWN
+from blossomrec_hf.data.report import describe, summary, write_report
+from blossomrec_hf.data.storage import replace_folder
+from blossomrec_hf.hub import dataset_card, push_dataset
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help=f"file, folder, pattern, Hub data set, or one of {', '.join(KNOWN)}")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is there")
+    parser.add_argument("--format", choices=sorted(FORMATS), help="found out by looking, if not given")
+    for name in ("user", "item", "timestamp", "rating"):
+        parser.add_argument(f"--{name}", help=f"name of the column of {name}s; the usual names are found without")
+    parser.add_argument("--titles", help="file of item titles: movies.dat, u.item, .item, CSV, JSON lines, Parquet")
+    parser.add_argument("--min_rating", type=float, help="rows rated lower are no interactions")
+    parser.add_argument("--deduplicate", choices=("none", "first", "last"), default="none")
+    parser.add_argument(
+        "--k_core", type=int, nargs="+", default=[1], help="least interactions a user and an item have"
+    )
+    parser.add_argument("--min_history", type=int, default=1)
+    parser.add_argument("--max_history", type=int)
+    parser.add_argument("--on_bad_rows", choices=("fail", "skip"), default="fail")
+    parser.add_argument("--split", choices=("leave_one_out", "time", "user"), default="leave_one_out")
+    parser.add_argument(
+        "--validation_from", type=float, help="--split time: first time of validation, in the log's unit"
+    )
+    parser.add_argument("--test_from", type=float, help="--split time: first time of the test")
+    parser.add_argument("--validation_users", type=float, default=0.1, help="--split user: share of users")
+    parser.add_argument("--test_users", type=float, default=0.1, help="--split user: share of users")
+    parser.add_argument("--seed", type=int, default=0, help="--split user: which users")
+    parser.add_argument("--report", type=Path, help="write a page (.html) or a picture (.png) about the result")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="push the result to this data set repository")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
+    parsed = parser.parse_args(arguments)
+    if parsed.split == "time" and None in (parsed.validation_from, parsed.test_from):
+        parser.error("--split time needs --validation_from and --test_from")
+    if len(parsed.k_core) > 2:
+        parser.error("--k_core takes one number, or two: users and items")
+    if parsed.report is not None and parsed.report.suffix not in (".html", ".png"):
+        parser.error("--report takes a name that ends in .html or .png")
+    return parsed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "matplotlib", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    building = args.output_dir.with_name(f".{args.output_dir.name}.building")
+    if args.output_dir.exists() and not args.overwrite:
+        raise SystemExit(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")
+    try:
+        dataset, _ = build_sequences(
+            args.source,
+            user=args.user,
+            item=args.item,
+            timestamp=args.timestamp,
+            rating=args.rating,
+            format=args.format,
+            min_rating=args.min_rating,
+            deduplicate=args.deduplicate,
+            k_core=(args.k_core[0], args.k_core[-1]),
+            min_history=args.min_history,
+            max_history=args.max_history,
+            on_bad_rows=args.on_bad_rows,
+            titles=args.titles,
+            output_dir=building,
+            overwrite=True,
+        )
+        if args.split != "leave_one_out":
+            # Only the ends differ, but a folder on disk has to hold them: it is written again, and takes the other's place.
+            if args.split == "time":
+                dataset = split_by_time(dataset, args.validation_from, args.test_from)
+            else:
+                dataset = split_by_user(
+                    dataset, validation=args.validation_users, test=args.test_users, seed=args.seed
+                )
+            split = building.with_name(building.name + ".split")
+            dataset.save_to_disk(split)
+            for file in building.iterdir():
+                if file.suffix != ".arrow" and not (split / file.name).exists():
+                    shutil.copy(file, split)
+            shutil.rmtree(building)
+            split.rename(building)
+        (building / "README.md").write_text(dataset_card(building), encoding="utf-8")
+        replace_folder(building, args.output_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    finally:
+        for leftover in args.output_dir.parent.glob(f".{args.output_dir.name}.building*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    figures = write_report(args.report, args.output_dir) if args.report else describe(load_from_disk(args.output_dir))
+    for name, value in summary(figures, FilterReport.load(args.output_dir)):
+        print(f"{name}: {value}")
+    print(f"Saved to {args.output_dir}" + (f", report in {args.report}" if args.report else ""))
+    if args.push_to_hub:
+        print("Pushed to", push_dataset(args.output_dir, args.push_to_hub, private=not args.public))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A look at a built data set: its figures, and one self-contained page or picture of them."""
+
+import base64
+import html
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .filters import FilterReport
+from .metadata import read_item_metadata
+from .splits import event_batches
+
+
+NUM_SPECIAL = 2
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """
+    The figures of a built data set, in one pass over it.
+
+    Returns:
+        `dict`: `users`, `items`, `interactions`; `density` (interactions by users × items); `repeated_share` (events
+        whose item their user had before); `history_lengths` (int64 [users]) and `item_frequencies` (int64 [items],
+        falling); `covering_length`: for each of 50, 90 and 99, the least number of latest items a user that holds so
+        many percent of the interactions; `time_span` (first, last) in the log's unit, if it has times.
+    """
+    lengths, frequencies, repeated = [], np.zeros(1, np.int64), 0
+    for ids, batch_lengths in event_batches(dataset):
+        lengths.append(batch_lengths)
+        user = np.repeat(np.arange(batch_lengths.size), batch_lengths)
+        repeated += ids.size - np.unique(user << np.int64(32) | ids).size
+        counts = np.bincount(ids, minlength=frequencies.size)
+        counts[: frequencies.size] += frequencies
+        frequencies = counts
+    history_lengths = np.concatenate(lengths)
+    frequencies = np.sort(frequencies[NUM_SPECIAL:])[::-1]
+    frequencies = frequencies[frequencies > 0]
+    total = int(history_lengths.sum())
+    figures = {
+        "users": len(dataset),
+        "items": int(frequencies.size),
+        "interactions": total,
+        "density": total / max(len(dataset) * frequencies.size, 1),
+        "repeated_share": repeated / max(total, 1),
+        "history_lengths": history_lengths,
+        "item_frequencies": frequencies,
+    }
+    covered = np.cumsum(_longer_than(history_lengths))  # covered[L - 1]: interactions among the latest L of each user
+    figures["covering_length"] = {
+        percent: int(np.searchsorted(covered, total * percent / 100) + 1) for percent in (50, 90, 99)
+    }
+    if "timestamps" in dataset.column_names:
+        spans = [(times.min(), times.max()) for times, _ in event_batches(dataset, "timestamps") if times.size]
+        figures["time_span"] = (min(first for first, _ in spans), max(last for _, last in spans))
+    return figures
+
+
+def _longer_than(lengths: np.ndarray) -> np.ndarray:
+    """int64 [longest]: how many users have more than 0, 1, 2 … events."""
+    return lengths.size - np.cumsum(np.bincount(lengths))[:-1]
+
+
+def write_report(path: str | Path, folder: str | Path) -> dict[str, Any]:
+    """
+    Writes a page (`.html`, self-contained) or a picture (`.png`) about the data set that `build_sequences` saved.
+
+    Returns:
+        what [`describe`] found.
+
+    Raises:
+        `ValueError`: another suffix. `ImportError`: matplotlib is missing.
+    """
+    path, folder = Path(path), Path(folder)
+    if path.suffix not in (".html", ".png"):
+        raise ValueError(f"path is {str(path)!r}; a report is an .html page or a .png picture.")
+    filters = FilterReport.load(folder)
+    dataset = Dataset.load_from_disk(str(folder))
+    figures = describe(dataset)
+    picture = _picture(figures)
+    aside = path.with_name(path.name + ".part")
+    if path.suffix == ".png":
+        aside.write_bytes(picture)
+    else:
+        aside.write_text(_page(figures, filters, picture, _favourites(dataset, folder)), encoding="utf-8")
+    aside.replace(path)
+    return figures
+
+
+def _picture(figures: dict[str, Any]) -> bytes:
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    history, popularity, coverage = figure.subplots(1, 3)
+    lengths = np.sort(figures["history_lengths"])
+    history.plot(lengths, 1 - np.arange(lengths.size) / lengths.size)
+    history.set(xscale="log", xlabel="history length", ylabel="share of users with as many", title="Histories")
+    frequencies = figures["item_frequencies"]
+    popularity.plot(np.arange(1, frequencies.size + 1), frequencies)
+    popularity.set(xscale="log", yscale="log", xlabel="item, by rank", ylabel="interactions", title="Popularity")
+    covered = np.cumsum(_longer_than(lengths)) / max(figures["interactions"], 1)
+    coverage.plot(np.arange(1, covered.size + 1), covered)
+    for percent, length in figures["covering_length"].items():
+        coverage.axvline(length, color="grey", linewidth=0.8, linestyle=":")
+        coverage.annotate(f"{percent} %: {length}", (length, percent / 100), fontsize=8)
+    coverage.set(xscale="log", xlabel="latest items kept a user", ylabel="share of interactions", title="Coverage")
+    for axes in (history, popularity, coverage):
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple[str, str]]:
+    """The figures as (name, value) for people to read."""
+    lengths = figures["history_lengths"]
+    rows = [
+        ("Users", f"{figures['users']:,}"),
+        ("Items", f"{figures['items']:,}"),
+        ("Interactions", f"{figures['interactions']:,}"),
+        ("Density", f"{figures['density']:.3%}"),
+        ("History length", f"mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}"),
+        ("Events that repeat an item of their user", f"{figures['repeated_share']:.1%}"),
+    ]
+    for percent, length in figures["covering_length"].items():
+        rows.append((f"Latest items a user that hold {percent} % of the interactions", f"{length:,}"))
+    if "time_span" in figures:
+        unit = filters.time_unit if filters else None
+        rows.append(("Time span", " to ".join(_date(time, unit) for time in figures["time_span"])))
+    return rows
+
+
+def _date(time: float, unit: str | None) -> str:
+    return (
+        str(time) if unit is None else datetime.fromtimestamp(time / _PER_SECOND[unit], UTC).strftime("%Y-%m-%d %H:%M")
+    )
+
+
+def _favourites(dataset: Dataset, folder: Path) -> list[str]:
+    """The titles of the ten most frequent items, where titles are known; vocabulary ids fall by frequency."""
+    titles = read_item_metadata(folder)
+    return [] if titles is None else titles.filter(titles["input_id"] < NUM_SPECIAL + 10)["title"].to_list()
+
+
+def _table(rows: list[tuple], header: tuple[str, ...] = ()) -> str:
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"] if header else []
+    lines += ["<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows]
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _page(figures: dict[str, Any], filters: FilterReport | None, picture: bytes, favourites: list[str]) -> str:
+    source = html.escape(filters.source) if filters else "a data set"
+    parts = [f"<h1>{source}</h1>", _table(summary(figures, filters))]
+    image = base64.b64encode(picture).decode()
+    parts.append(f'<img alt="Histories, popularity, coverage" src="data:image/png;base64,{image}">')
+    if filters:
+        before = filters.interactions_read
+        rows: list[tuple] = [("read", f"{before:,}", "", "", "")]
+        for name, interactions, users, items in filters.steps:
+            rows.append((name, f"{interactions:,}", f"{before - interactions:,}", f"{users:,}", f"{items:,}"))
+            before = interactions
+        parts += ["<h2>What each filter removed</h2>", f"<p>Bad rows skipped: {filters.bad_rows:,}</p>"]
+        parts.append(_table(rows, ("filter", "interactions left", "removed", "users left", "items left")))
+    if favourites:
+        parts += ["<h2>Most frequent items</h2>", "<ol>", *(f"<li>{html.escape(t)}</li>" for t in favourites), "</ol>"]
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.2em 1em;text-align:left}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{source}</title><style>{style}</style>'
+        + "\n".join(parts)
+        + "</html>\n"
+    )
