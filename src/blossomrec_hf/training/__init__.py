@@ -3,8 +3,9 @@
 from .arguments import LoopArguments
 from .evaluation import HeldOutItems, Ranks, evaluate, rank_held_out_items
 from .histories import HistoryStore
-from .loop import TrainingLoop, TrainingResult, train
+from .loop import TrainingLoop, TrainingResult, describe_environment, train
 from .metrics import per_user_metrics, ranking_metrics
+from .results import append_result, read_results
 
 
 __all__ = [
@@ -14,9 +15,12 @@ __all__ = [
     "Ranks",
     "TrainingLoop",
     "TrainingResult",
+    "append_result",
+    "describe_environment",
     "evaluate",
     "per_user_metrics",
     "rank_held_out_items",
     "ranking_metrics",
+    "read_results",
     "train",
 ]

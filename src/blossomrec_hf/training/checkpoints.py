@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 
@@ -18,20 +19,29 @@ _PARTIAL = ".partial"
 @contextmanager
 def written_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
     """
-    Gives a folder to write into, and renames it to `folder` when all processes are done: whoever looks, after a kill
-    as well, finds the whole folder or none. If the writing fails, nothing is left.
+    Gives a folder to write into, and renames it to `folder` when all processes are done: whoever looks, after a kill as
+    well, finds the whole folder or none.
+
+    Raises:
+        OSError: on every process, if one of them could not write (a full disk). Nothing is left of the folder then.
     """
     partial = folder.with_name(folder.name + _PARTIAL)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
+    error = None
     try:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    accelerator.wait_for_everyone()
+    except Exception as raised:  # torch and safetensors have errors of their own for a full disk
+        error = raised
+    failed = torch.tensor(float(error is not None), device=accelerator.device)
+    if accelerator.reduce(failed, reduction="sum").item() > 0:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
+        ) from error
     if accelerator.is_main_process:
         # The target exists when a run that was cut off between two such folders does the same step again.
         shutil.rmtree(folder, ignore_errors=True)

@@ -324,17 +324,16 @@ class TrainingLoop:
         if bad_step < 0:
             return
         finite = torch.isfinite(self._bad_norms).tolist()
-        names = [name for name, ok in zip(self._parameter_names, finite, strict=True) if not ok]
+        bad = [name for name, ok in zip(self._parameter_names, finite, strict=True) if not ok]
+        # Backward goes from the last parameter to the first, and so does what is not finite.
+        where = (
+            f"it came up at {bad[-1]} and reached {len(bad)} of {len(finite)} gradients" if bad else "only the loss is"
+        )
         checkpoints = numbered_folders(self.output_dir, "checkpoint")
+        kept = f"The last good checkpoint is {checkpoints[-1][1]}." if checkpoints else "There is no checkpoint yet."
         raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {bad_step}; gradients not finite: "
-            f"{', '.join(names) if names else 'none on this process'}. "
-            + (
-                f"The last good checkpoint is {checkpoints[-1][1]}."
-                if checkpoints
-                else "No checkpoint was written yet."
-            )
-            + " A lower learning rate, a longer warm-up or bf16 in place of fp16 usually help."
+            f"the loss or its gradient is not finite at step {bad_step}: {where}. {kept} "
+            "A lower learning rate, a longer warm-up or bf16 in place of fp16 usually help."
         )
 
     # -- after a step or an epoch ------------------------------------------------------------------
@@ -431,7 +430,8 @@ class TrainingLoop:
         self._raise_if_not_finite()
         step = self.state.step
         with written_aside(self.output_dir / f"checkpoint-{step}", self.accelerator) as folder:
-            self.accelerator.save_state(folder)
+            with quiet_libraries():
+                self.accelerator.save_state(folder)
             if self.accelerator.is_main_process:
                 write_json(folder / RUN_FILE, {**self._run_description, "finished": self._finished()})
         if self.accelerator.is_main_process:
@@ -493,7 +493,7 @@ class TrainingLoop:
 
     def _save_model(self, folder: Path) -> None:
         state_dict = self.accelerator.get_state_dict(self.model)
-        with quiet_transformers():
+        with quiet_libraries():
             self.bare_model.save_pretrained(
                 folder, state_dict=state_dict, is_main_process=self.accelerator.is_main_process
             )
@@ -504,7 +504,7 @@ class TrainingLoop:
         """Loads the best weights, and puts the model and the tokenizer into the run's folder."""
         best = self.output_dir / f"best-{self.state.best_step}"
         if best.is_dir():
-            with quiet_transformers():
+            with quiet_libraries():
                 best_model = type(self.bare_model).from_pretrained(best)
             self.bare_model.load_state_dict(best_model.state_dict())
         with written_aside(self.output_dir / "final", self.accelerator) as folder:
@@ -541,13 +541,20 @@ class TrainingLoop:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the bars that `transformers` shows for every file it reads or writes: the loop has its own."""
+def quiet_libraries() -> Iterator[None]:
+    """
+    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and without
+    Accelerate's warning that tied weights are saved once (as they should be).
+    """
     shown = transformers_logging.is_progress_bar_enabled()
+    accelerate_logger = logging.getLogger("accelerate.utils")
+    level = accelerate_logger.level
     transformers_logging.disable_progress_bar()
+    accelerate_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        accelerate_logger.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
 

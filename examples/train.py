@@ -1,0 +1,155 @@
+"""
+Trains a BlossomRec model on a log of interactions, evaluates it by full ranking and saves it.
+
+    accelerate launch examples/train.py                                        # the built-in data set, a few CPU minutes
+    python examples/train.py --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
+    python examples/train.py --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
+
+All options: `python examples/train.py --help`.
+"""
+
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from accelerate.utils import set_seed
+from transformers import HfArgumentParser
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.data import build_sequences, generate_log, item_counts, split
+from blossomrec_hf.training import LoopArguments, TrainingLoop, append_result, describe_environment, evaluate
+
+
+@dataclass
+class DataArguments:
+    """The log to learn from."""
+
+    data: str | None = field(
+        default=None, metadata={"help": "A file or folder; left out, the built-in generated data set."}
+    )
+    format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
+    user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
+    item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
+    timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
+    k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
+
+
+@dataclass
+class ModelArguments:
+    """The model; the rest of `BlossomRecConfig` keeps its defaults."""
+
+    attention_types: list[str] = field(
+        default_factory=lambda: ["blossom"],
+        metadata={"help": "blossom, long_term, short_term or full: one word for all layers, or one for each."},
+    )
+    hidden_size: int = field(default=128, metadata={"help": "The width of the model."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Layers."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Query heads."})
+    num_key_value_heads: int = field(default=2, metadata={"help": "Key/value heads."})
+    intermediate_size: int = field(default=256, metadata={"help": "The width inside the feed-forward."})
+    hidden_dropout_prob: float = field(default=0.3, metadata={"help": "Dropout."})
+    selection_gradient: str = field(default="straight_through", metadata={"help": "straight_through or none."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "blossom_torch, blossom_triton or eager; left out, the fastest that fits."}
+    )
+
+
+@dataclass
+class OutputArguments:
+    """What to show and to keep of the results."""
+
+    eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    results_json: str | None = field(
+        default=None, metadata={"help": "Add the results to this file, keyed by configuration, seed and commit."}
+    )
+
+
+def main() -> None:
+    parser = HfArgumentParser((DataArguments, ModelArguments, LoopArguments, OutputArguments), description=__doc__)
+    data_args, model_args, args, output_args = parser.parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("accelerate", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+    source = generate_log() if data_args.data is None else data_args.data
+    dataset, tokenizer = build_sequences(
+        source,
+        format=data_args.format,
+        user=data_args.user,
+        item=data_args.item,
+        timestamp=data_args.timestamp,
+        k_core=data_args.k_core,
+    )
+
+    # The same weights on every process; the loop seeds what has to differ.
+    set_seed(args.seed)
+    types = model_args.attention_types
+    config = BlossomRecConfig(
+        vocab_size=len(tokenizer),
+        attention_types=types[0] if len(types) == 1 else types,
+        **{
+            name: value
+            for name, value in asdict(model_args).items()
+            if name not in ("attention_types", "attn_implementation")
+        },
+    )
+    model = BlossomRecForSequentialRecommendation._from_config(
+        config, attn_implementation=model_args.attn_implementation
+    )
+    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+
+    loop = TrainingLoop(
+        model,
+        split(dataset, "train", max_length=args.max_length),
+        split(dataset, "validation", max_length=args.max_length),
+        args=args,
+        tokenizer=tokenizer,
+    )
+    accelerator = loop.accelerator
+    accelerator.print(
+        f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights on {accelerator.device}"
+    )
+    result = loop.run()
+
+    test_view = split(dataset, "test", max_length=args.max_length)
+    figures = evaluate(model, test_view, ks=output_args.eval_ks, max_tokens=args.eval_tokens, accelerator=accelerator)
+    if not accelerator.is_main_process:
+        return
+
+    print(f"\n{result.epochs} epochs in {result.seconds:.0f} s; the best was epoch {result.best_epoch}, ", end="")
+    print(f"validation {args.metric_for_best_model} {result.best_metric:.4f}. Saved in {args.output_dir}.")
+    print_figures(figures, output_args.eval_ks)
+    print_recommendations(model, tokenizer, test_view[0])
+
+    if output_args.results_json is not None:
+        append_result(
+            output_args.results_json,
+            configuration={**asdict(data_args), **asdict(model_args), **args.that_shape_the_weights()},
+            test=figures,
+            training=asdict(result),
+            **describe_environment(),
+        )
+
+
+def print_figures(figures: dict[str, float], ks: list[int]) -> None:
+    """The test figures as a table, over all items and over those that a user has not seen."""
+    print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
+    for suffix, kind in (("", "all items"), ("_unseen", "unseen items")):
+        for name in ("recall", "ndcg", "mrr"):
+            row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
+            print(f"{name + ', ' + kind:<24}{row}")
+
+
+def print_recommendations(model, tokenizer, row: dict) -> None:
+    """Ten items that one user has not met, not even before the history that the model reads."""
+    new_items = torch.tensor(sorted(set(range(2, len(tokenizer))) - set(row["seen_ids"])), device=model.device)
+    history = torch.tensor([row["input_ids"]], device=model.device)
+    recommended = model.recommend(history, top_k=min(10, len(new_items)), candidate_ids=new_items)
+    print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")
+    for item, score in zip(tokenizer.decode_items(recommended.item_ids[0]), recommended.scores[0].tolist()):
+        print(f"{item!s:>12} {score:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

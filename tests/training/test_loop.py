@@ -1,0 +1,290 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from training_cases import make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blossomrec_hf.data import split
+from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate, train
+
+
+def arguments(tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "max_length": 20,
+        "num_train_epochs": 3,
+        "tokens_per_step": 200,
+        "learning_rate": 1e-2,
+        "warmup_steps": 4,
+        "logging_steps": 1,
+        "save_seconds": 0,
+    }
+    return LoopArguments(**{**settings, **changes})
+
+
+def make_exact_model():
+    """Without dropout, and in float64: what is selected must not hang on a rounding."""
+    torch.manual_seed(1)
+    return make_model(hidden_dropout_prob=0.0).double()
+
+
+def make_loop(log, tmp_path, loop_class=TrainingLoop, model=None, **changes):
+    torch.manual_seed(1)
+    model = model or make_model()
+    return loop_class(model, split(log[0], "train"), split(log[0], "validation"), args=arguments(tmp_path, **changes))
+
+
+def lines(loop):
+    return [json.loads(line) for line in (loop.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(loop):
+    return [line["loss"] for line in lines(loop) if "loss" in line]
+
+
+def test_learns_and_leaves_the_best_model(log, tmp_path):
+    torch.manual_seed(1)
+    model = make_model(hidden_dropout_prob=0.0)
+    view = split(log[0], "validation")
+    before = evaluate(model, view, progress=False)
+    args = arguments(tmp_path, num_train_epochs=30, patience=5)
+    result = train(model, split(log[0], "train"), view, args=args, tokenizer=log[1])
+
+    assert result.best_metric > before["ndcg@10"] + 0.2
+    assert result.epochs == 30 or result.epochs == result.best_epoch + 5
+    folder = Path(args.output_dir)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == log[1].get_vocab()
+    for figures in (evaluate(m, view, max_length=20, progress=False) for m in (model, loaded)):
+        assert figures["ndcg@10"] == pytest.approx(result.best_metric, abs=1e-6)
+
+    left = {path.name for path in folder.iterdir() if path.is_dir()}
+    assert left == {f"best-{result.best_step}", f"checkpoint-{result.steps}"}
+    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validated = [line["validation_ndcg@10"] for line in written if "validation_ndcg@10" in line]
+    assert len(validated) == result.epochs and max(validated) == result.best_metric
+    assert written[0]["loss"] == pytest.approx(np.log(60), rel=0.2) and written[-2]["loss"] < written[0]["loss"]
+
+
+def test_the_loss_is_the_mean_over_the_targets_of_the_step(log, tmp_path):
+    loop = make_loop(log, tmp_path, num_train_epochs=1, max_steps=1, model=make_exact_model())
+    rows = loop.plan_epoch(0)[0]
+    view = split(log[0], "train", max_length=20)
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([view[int(row)]["input_ids"]])
+            logits = loop.bare_model.eval()(ids).logits[0, :-1, 2:]
+            total += torch.nn.functional.cross_entropy(logits, ids[0, 1:] - 2, reduction="sum").item()
+            targets += ids.shape[1] - 1
+    loop.run()
+    assert losses(loop)[0] == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_accumulation_does_not_change_the_run(log, tmp_path):
+    runs = []
+    for steps in (1, 3):
+        model = make_exact_model()
+        loop = make_loop(log, tmp_path / str(steps), model=model, gradient_accumulation_steps=steps)
+        loop.run()
+        runs.append(losses(loop))
+    assert len(runs[0]) == 3 * len(loop.plan_epoch(0))
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
+
+
+def test_a_step_is_cut_into_parts_without_loss(log, tmp_path):
+    loop = make_loop(log, tmp_path, gradient_accumulation_steps=2)
+    for rows in loop.plan_epoch(3):
+        parts = []
+        for index in range(3):
+            loop.accelerator = SimpleNamespace(num_processes=3, process_index=index)
+            parts += loop.own_parts(rows)
+        assert len(parts) == 6
+        assert np.concatenate(parts).tolist() == rows.tolist()
+    every_row = np.concatenate(loop.plan_epoch(3))
+    assert sorted(every_row) == sorted(loop.trainable)
+    assert [r.tolist() for r in loop.plan_epoch(3)] != [r.tolist() for r in loop.plan_epoch(4)]
+
+
+def test_a_part_without_histories_moves_nothing(log, tmp_path):
+    # One history a step, and two forward passes: the second has nothing.
+    small_steps = {"tokens_per_step": 20, "max_steps": 4}
+    loop = make_loop(log, tmp_path, model=make_exact_model(), gradient_accumulation_steps=2, **small_steps)
+    loop.run()
+    plain = make_loop(log, tmp_path / "plain", model=make_exact_model(), **small_steps)
+    plain.run()
+    assert any(len(rows) == 1 for rows in plain.plan_epoch(0)[:4])
+    np.testing.assert_allclose(losses(loop), losses(plain), atol=1e-5)
+
+
+class InterruptedLoop(TrainingLoop):
+    """Gets SIGTERM while it works on a step."""
+
+    def training_step(self, rows):
+        super().training_step(rows)
+        if self.state.step == self.interrupted_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(log, tmp_path):
+    whole = make_loop(log, tmp_path / "whole")
+    result = whole.run()
+    InterruptedLoop.interrupted_at = int(np.random.default_rng().integers(1, result.steps))
+    interrupted = make_loop(log, tmp_path, InterruptedLoop)
+    with pytest.raises(SystemExit) as exit_info:
+        interrupted.run()
+    assert exit_info.value.code == 143
+    assert (interrupted.output_dir / f"checkpoint-{InterruptedLoop.interrupted_at}").is_dir()
+    with pytest.raises(ValueError, match="unfinished run"):
+        make_loop(log, tmp_path).run()
+
+    torch.manual_seed(5)  # whatever state the generators are in, the checkpoint's is what counts
+    resumed = make_loop(log, tmp_path, resume=True)
+    assert resumed.run().steps == result.steps
+    for (name, ours), expected in zip(
+        resumed.bare_model.state_dict().items(), whole.bare_model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, expected), name
+    assert losses(resumed) == losses(whole)
+    assert resumed.state.best_metric == whole.state.best_metric
+    # A finished run may be started over.
+    assert make_loop(log, tmp_path, num_train_epochs=1).run().epochs == 1
+
+
+KILLED_SCRIPT = """
+import os, random, signal, sys, threading, time
+import torch
+from training_cases import make_model, small_log
+from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.training import LoopArguments, train
+
+def run(folder, kill_after=None):
+    torch.set_num_threads(1)
+    if kill_after is not None:
+        def kill():
+            time.sleep(kill_after)
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Thread(target=kill, daemon=True).start()
+    torch.manual_seed(1)
+    args = LoopArguments(
+        output_dir=folder, max_length=20, num_train_epochs=6, tokens_per_step=150, learning_rate=1e-2, save_seconds=0,
+        save_steps=3, resume=True, logging_steps=2
+    )
+    dataset, tokenizer = build_sequences(small_log())
+    train(make_model(), split(dataset, "train"), split(dataset, "validation"), args=args, tokenizer=tokenizer)
+
+# Importing takes seconds, so one process imports and every run is a copy of it.
+def forked(*run_arguments):
+    child = os.fork()
+    if child == 0:
+        run(*run_arguments)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+start = time.perf_counter()
+assert forked(sys.argv[1] + "/whole") == 0
+duration = time.perf_counter() - start
+kills = 0
+while (status := forked(sys.argv[1] + "/killed", random.uniform(0.2, 0.9) * duration)) != 0:
+    assert status == signal.SIGKILL
+    kills += 1
+    assert kills < 40
+print(kills)
+"""
+
+
+def test_killed_at_any_moment_it_reaches_the_same_weights(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    checkpoint = next(whole.glob("checkpoint-*")).name
+    names = [f"{checkpoint}/model.safetensors"]
+    for name in names:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert [path.name for path in killed.glob("*.partial")] == []
+
+
+def test_another_run_is_not_resumed(log, tmp_path):
+    make_loop(log, tmp_path, num_train_epochs=1).run()
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.5 now"):
+        make_loop(log, tmp_path, num_train_epochs=1, resume=True, learning_rate=0.5).run()
+    with pytest.raises(ValueError, match=r"hidden_dropout_prob: 0.3 there, 0.1 now"):
+        make_loop(log, tmp_path, num_train_epochs=1, resume=True, model=make_model(hidden_dropout_prob=0.1)).run()
+    with pytest.raises(ValueError, match="data items"):
+        shorter = list(split(log[0], "train"))[1:]
+        args = arguments(tmp_path, num_train_epochs=1, resume=True)
+        TrainingLoop(make_model(), shorter, split(log[0], "validation"), args=args).run()
+
+
+class DivergingLoop(TrainingLoop):
+    """At its sixth step something breaks on the way back through the second layer."""
+
+    def training_step(self, rows):
+        projection = self.bare_model.model.layers[1].up_proj
+        hook = projection.register_full_backward_hook(lambda module, into, out: (into[0] * torch.nan,))
+        if self.state.step != 5:
+            hook.remove()
+        super().training_step(rows)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(log, tmp_path):
+    loop = make_loop(log, tmp_path, DivergingLoop, save_steps=2, logging_steps=100)
+    with pytest.raises(FloatingPointError, match=r"at step 6: it came up at model\.layers\.1\.attention_norm\.bias"):
+        loop.run()
+    kept = torch.load(loop.output_dir / "checkpoint-5" / "optimizer.bin")
+    assert all(torch.isfinite(state["exp_avg"]).all() for state in kept["state"].values())
+
+
+class FullDiskLoop(TrainingLoop):
+    """After the first checkpoint no file may grow beyond a few bytes."""
+
+    def save_checkpoint(self):
+        full = self.state.step > 5
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            if full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+            super().save_checkpoint()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path):
+    loop = make_loop(log, tmp_path, FullDiskLoop, save_steps=4)
+    with pytest.raises(OSError, match="could not write .*checkpoint-8"):
+        loop.run()
+    assert [path.name for path in loop.output_dir.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert make_loop(log, tmp_path, save_steps=4, resume=True).run().epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokens_per_step": 0}, "`tokens_per_step` must be at least 1, got 0"),
+        ({"learning_rate": 0.0}, "`learning_rate`"),
+        ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"metric_for_best_model": "ndcg"}, "`metric_for_best_model` must be one of recall@1"),
+    ],
+)
+def test_bad_arguments_are_named(log, tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        make_loop(log, tmp_path, **changes)
+
+
+def test_nothing_to_learn_from_is_told(tmp_path):
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        TrainingLoop(make_model(), [{"input_ids": [5]}, {"input_ids": [1, 0]}], args=arguments(tmp_path))
