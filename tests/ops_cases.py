@@ -29,7 +29,7 @@ class Case:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokens, l, d = sum(self.lengths), self.compress_block_size, self.width
+        tokens, length, d = sum(self.lengths), self.compress_block_size, self.width
 
         def random_tensor(*shape: int) -> torch.Tensor:
             return torch.randn(shape, dtype=self.dtype, device=self.device)
@@ -37,14 +37,14 @@ class Case:
         self.block = self.stride * self.windows_per_block
         self.cu_seqlens = torch.tensor([0, *self.lengths], device=self.device).cumsum(0)
         self.max_seqlen = max(self.lengths)
-        self.mlp = nn.Sequential(nn.Linear(l * d, l * d), nn.ReLU(), nn.Linear(l * d, d, bias=False))
+        self.mlp = nn.Sequential(nn.Linear(length * d, length * d), nn.ReLU(), nn.Linear(length * d, d, bias=False))
         self.mlp.to(dtype=self.dtype, device=self.device)
         # Twice the usual spread, so that the importance is far from uniform.
         self.tensors = {
             "q": 2 * random_tensor(tokens, self.heads, d),
             "k": 2 * random_tensor(tokens, self.groups, d),
             "v": random_tensor(tokens, self.groups, d),
-            "position": random_tensor(self.groups, l, d) / 4,
+            "position": random_tensor(self.groups, length, d) / 4,
         }
         for tensor in self.tensors.values():
             tensor.requires_grad_()

@@ -23,8 +23,9 @@ try:  # variable-length FlashAttention, since torch 2.10
 except ImportError:
     varlen_attn = None
 
-# Elements that one slice may lay out; more slices cost launches, larger ones memory.
-SLICE_ELEMENTS = 2**25
+# Elements that one slice may lay out. More slices cost launches, larger ones memory; on a CPU, a tensor of more than
+# 32 MiB costs fresh pages at every allocation, which is slower than computing the slices a second time.
+SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
 # Up to this length reading every key of a history is cheaper than gathering the selected blocks of every query.
 DENSE_MAX_LENGTH = 128
@@ -49,8 +50,14 @@ def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
     return _Rows(token.clamp(max=num_tokens - 1), block, first)
 
 
-def _in_slices(function: Callable[..., torch.Tensor], length: int, *tensors: torch.Tensor | None) -> torch.Tensor:
-    """`function` over slices of at most `length` rows of the tensors; where there are several, recomputed backward."""
+def _in_slices(
+    function: Callable[..., torch.Tensor], row_elements: int, *tensors: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    `function` over slices of the tensors' rows, of which each lays out `row_elements`; where there are several slices,
+    they are recomputed in the backward pass.
+    """
+    length = max(1, SLICE_ELEMENTS.get(tensors[0].device.type, 2**25) // row_elements)
     if tensors[0].shape[0] <= length:
         return function(*tensors)
     splits = zip(*(t.split(length) if t is not None else _endless(None) for t in tensors))
@@ -151,8 +158,7 @@ def select(
             # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
             return torch.stack([pi, blocks.to(dtype)]).permute(1, 3, 2, 4, 0)
 
-        length = max(1, SLICE_ELEMENTS // (tile * width * num_groups))
-        ranked = _in_slices(rank, length, queries, begin, end).flatten(0, 1)[:num_tokens]
+        ranked = _in_slices(rank, tile * width * num_groups, queries, begin, end).flatten(0, 1)[:num_tokens]
     pi, blocks = ranked[..., 0], ranked[..., 1].detach().long()
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, blocks, -1), torch.where(kept, pi, 0.0))
@@ -201,8 +207,8 @@ def attend_selected(
         keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
         return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
 
-    length = max(1, SLICE_ELEMENTS // (num_groups * mask.shape[-1] * width))
-    return _in_slices(attend, length, q.unflatten(1, (num_groups, -1)), index, mask, factor).flatten(1, 2)
+    row_elements = num_groups * mask.shape[-1] * width
+    return _in_slices(attend, row_elements, q.unflatten(1, (num_groups, -1)), index, mask, factor).flatten(1, 2)
 
 
 def _attend_selected_dense(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
@@ -230,7 +236,7 @@ def _attend_selected_dense(q, k, v, block_indices, factor, cu_seqlens, *, max_se
         probs = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         return (probs @ values).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    out = _in_slices(attend, max(1, SLICE_ELEMENTS // (q.shape[1] * max_seqlen**2)), token)
+    out = _in_slices(attend, q.shape[1] * max_seqlen**2, token)
     return _gather(out.flatten(0, 1), history * max_seqlen + position)
 
 
@@ -277,8 +283,8 @@ def attend_short(
         keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
         return nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
 
-    length = max(1, SLICE_ELEMENTS // (mask.shape[-1] * max(num_groups * width, mask.shape[2])))
-    out = _in_slices(attend, length, queries, index, mask)
+    row_elements = mask.shape[-1] * max(num_groups * width, mask.shape[2])
+    out = _in_slices(attend, row_elements, queries, index, mask)
     out = out.unflatten(2, (block_size, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return _gather(out, rows.first[history] * block_size + position)
 
@@ -321,7 +327,7 @@ def _attend_padded(q, k, v, cu_seqlens, mask, *, max_seqlen, scaling):
         )
         return out.transpose(1, 2)
 
-    out = _in_slices(attend, max(1, SLICE_ELEMENTS // (max_seqlen * num_heads * width)), token)
+    out = _in_slices(attend, max_seqlen * num_heads * width, token)
     return _gather(out.flatten(0, 1), history * max_seqlen + position)
 
 
