@@ -19,8 +19,8 @@ _PARTIAL = ".partial"
 @contextmanager
 def written_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
     """
-    Gives a folder to write into, and renames it to `folder` when all processes are done: whoever looks, after a kill as
-    well, finds the whole folder or none.
+    Gives a folder to write into, and renames it to `folder` when all processes are done: whoever looks, after a kill
+    as well, finds the whole folder or none.
 
     Raises:
         OSError: on every process, if one of them could not write (a full disk). Nothing is left of the folder then.

@@ -11,8 +11,8 @@ made in one pass:
   it before.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,31 +169,61 @@ def rank_held_out_items(
     A user whose history is empty is served by the popularity of the items (`model.item_counts`).
     """
     held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
-    if accelerator is not None:
-        model = accelerator.unwrap_model(model)
+    if accelerator is None:
+        doubled = double_ranks(model, held_out, max_tokens=max_tokens, progress=progress)
+    else:
+        doubled = double_ranks(
+            accelerator.unwrap_model(model),
+            held_out,
+            max_tokens=max_tokens,
+            autocast=accelerator.autocast,
+            share=(accelerator.process_index, accelerator.num_processes),
+            progress=progress,
+        )
+        doubled = accelerator.reduce(doubled, reduction="sum")
+    ranks = doubled.cpu().numpy() / 2
+    ranks[ranks == 0] = np.inf
+    return Ranks(ranks[:, 0], ranks[:, 1], held_out.target_users, held_out.user_ids)
+
+
+def double_ranks(
+    model: nn.Module,
+    held_out: HeldOutItems,
+    *,
+    max_tokens: int = 65536,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    share: tuple[int, int] = (0, 1),
+    progress: bool = False,
+) -> torch.Tensor:
+    """
+    Twice the ranks, over all and over unseen items: int64 [held-out items, 2] on the model's device.
+
+    Twice, because integers stay exact in a sum over processes. 0 stands for "not ranked": an item outside the
+    vocabulary, or one of another process's share.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation`, not wrapped.
+        autocast: makes the context in which the layers run.
+        share: (rank, number of processes): which part of the users is ranked here.
+    """
     device = next(model.parameters()).device
     vocab_size = model.config.vocab_size
     largest = max(int(held_out.inputs.items.max()) if len(held_out.inputs.items) else 0, int(held_out.targets.max()))
     if largest >= vocab_size:
         raise ValueError(f"`view` holds the item {largest}, but the model's vocabulary ends at {vocab_size - 1}.")
     held_out.inputs.to(device)
-
-    # [held-out items, 2]: twice the rank over all and over unseen items. Twice, because halves would make the sum over
-    # processes inexact; int64, so that it is exact for any catalogue. 0 stands for "not ranked".
     doubled = torch.zeros(len(held_out.targets), 2, dtype=torch.int64, device=device)
-    rankable = held_out.targets >= NUM_SPECIAL_TOKENS
 
+    rank, num_processes = share
     readers = np.flatnonzero(held_out.inputs.lengths > 0)
+    max_users = max(1, MAX_SCORES // vocab_size)
     batches = [
-        readers[batch]
-        for batch in budget_batches(
-            held_out.inputs.lengths[readers], max_tokens, max_count=max(1, MAX_SCORES // vocab_size)
-        )
+        readers[batch] for batch in budget_batches(held_out.inputs.lengths[readers], max_tokens, max_count=max_users)
     ]
-    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    own_batches = batches[rank::world_size]
+    own_batches = batches[rank::num_processes]
     # Sharded models meet in every forward pass, so each process makes the same number of them.
-    spare_passes = -(-len(batches) // world_size) - len(own_batches)
+    spare_passes = -(-len(batches) // num_processes) - len(own_batches)
+    newcomers = np.flatnonzero(held_out.inputs.lengths == 0)[rank::num_processes]
 
     was_training = model.training
     model.eval()
@@ -204,28 +234,22 @@ def rank_held_out_items(
         ) as bar,
     ):
         for users in own_batches:
-            scores = last_item_scores(model, held_out.inputs.pack(users), accelerator)
-            add_doubled_ranks(doubled, scores, held_out, users, rankable)
-            bar.update(len(users) * world_size)
+            scores = last_item_scores(model, held_out.inputs.pack(users), autocast)
+            add_double_ranks(doubled, scores, held_out, users)
+            bar.update(len(users) * num_processes)
         for _ in range(spare_passes):
-            last_item_scores(model, held_out.inputs.pack(batches[0]), accelerator)
-        cold_users = np.flatnonzero(held_out.inputs.lengths == 0)[rank::world_size]
-        for chunk in budget_batches(np.full(len(cold_users), vocab_size), MAX_SCORES):
+            last_item_scores(model, held_out.inputs.pack(batches[0]), autocast)
+        for chunk in budget_batches(np.ones(len(newcomers)), max_users):
             popularity = model.item_counts.to(device=device, dtype=torch.float32)
-            add_doubled_ranks(
-                doubled, popularity.expand(chunk.stop - chunk.start, -1), held_out, cold_users[chunk], rankable
-            )
+            add_double_ranks(doubled, popularity.expand(chunk.stop - chunk.start, -1), held_out, newcomers[chunk])
     model.train(was_training)
-
-    if accelerator is not None:
-        doubled = accelerator.reduce(doubled, reduction="sum")
-    ranks = doubled.cpu().numpy() / 2
-    ranks[ranks == 0] = np.inf
-    return Ranks(ranks[:, 0], ranks[:, 1], held_out.target_users, held_out.user_ids)
+    return doubled
 
 
 def last_item_scores(
-    model: nn.Module, batch: dict[str, torch.Tensor | int], accelerator: Accelerator | None = None
+    model: nn.Module,
+    batch: dict[str, torch.Tensor | int],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """
     float32 [histories, vocabulary]: the scores of all items after the last item of each packed history.
@@ -233,18 +257,15 @@ def last_item_scores(
     Under mixed precision the layers run in it and the scores do not: in bfloat16, with its eight bits, a large part of
     a catalogue would score the same.
     """
-    with nullcontext() if accelerator is None else accelerator.autocast():
+    with autocast():
         hidden_states = model.base_model(**batch).last_hidden_state[0]
     last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]
     return nn.functional.linear(last.float(), model.get_output_embeddings().weight.float())
 
 
-def add_doubled_ranks(
-    doubled: torch.Tensor, scores: torch.Tensor, held_out: HeldOutItems, users: np.ndarray, rankable: np.ndarray
-) -> None:
+def add_double_ranks(doubled: torch.Tensor, scores: torch.Tensor, held_out: HeldOutItems, users: np.ndarray) -> None:
     """
-    Writes twice the ranks of the held-out items of `users` into `doubled`; `scores` [users, vocabulary] are these
-    users'.
+    Writes twice the ranks of the held-out items of `users` into `doubled`; `scores` [users, vocabulary] are theirs.
 
     An item scoring higher adds 2, one scoring the same 1; both are counted as 2 − (s ≤ t) − (s < t), which makes 2 of
     a comparison with what is not a number. The held-out item itself adds the 1 that makes the best rank 1.
@@ -254,7 +275,8 @@ def add_doubled_ranks(
     ends = np.cumsum(owned)
     targets = np.arange(owned.sum()) + np.repeat(held_out.target_offsets[users] - (ends - owned), owned)
     rows = np.repeat(np.arange(len(users)), owned)
-    rows, targets = rows[rankable[targets]], targets[rankable[targets]]
+    rankable = held_out.targets[targets] >= NUM_SPECIAL_TOKENS
+    rows, targets = rows[rankable], targets[rankable]
     one_each = len(rows) == len(users) and (owned == 1).all()
     # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
     for chunk in [slice(0, len(targets))] if one_each else budget_batches(np.ones(len(targets)), max(1, len(users))):

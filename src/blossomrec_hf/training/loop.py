@@ -543,8 +543,8 @@ class TrainingLoop:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """
-    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and without
-    Accelerate's warning that tied weights are saved once (as they should be).
+    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and
+    without Accelerate's warning that tied weights are saved once (as they should be).
     """
     shown = transformers_logging.is_progress_bar_enabled()
     accelerate_logger = logging.getLogger("accelerate.utils")

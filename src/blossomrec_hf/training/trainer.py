@@ -1,0 +1,106 @@
+"""Training and evaluation with `transformers.Trainer`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer
+
+from ..data import PaddingCollator
+from .evaluation import UNSEEN_SUFFIX, HeldOutItems, double_ranks
+from .histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
+from .metrics import DEFAULT_KS, ranking_metrics
+
+
+class RankingCollator(PaddingCollator):
+    """
+    A [`~blossomrec_hf.data.PaddingCollator`] for training rows and evaluation rows alike. Rows that hold items to
+    predict also give `target_ids` int64 [B, n] and `seen_ids` int64 [B, m], each padded with −100.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(rows)
+        if any(len(row.get("target_ids", ())) > 0 for row in rows):
+            batch["target_ids"] = pad([np.unique(row["target_ids"]) for row in rows])
+            batch["seen_ids"] = pad([row.get("seen_ids", row["input_ids"]) for row in rows])
+        return batch
+
+
+class SequentialRecommendationTrainer(Trainer):
+    """
+    A `Trainer` whose evaluation ranks the whole catalogue for every user and gathers ranks, never scores.
+
+    `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`]. Left out, `data_collator` is a
+    [`RankingCollator`] (pass one to set `max_length`) and `compute_metrics` is [`ranking_compute_metrics`], which
+    gives the figures of [`~blossomrec_hf.training.evaluate`]: `eval_ndcg@10`, `eval_ndcg@10_unseen`, ....
+
+    Raises:
+        ValueError: for label smoothing, which would count `[PAD]`, `[UNK]` and padding in.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("data_collator", RankingCollator())
+        kwargs.setdefault("compute_metrics", ranking_compute_metrics())
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor != 0:
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0, got {self.args.label_smoothing_factor}: the smoothed loss "
+                "of `Trainer` would count [PAD], [UNK] and padding in."
+            )
+        # A view makes its columns from stored ones, which must not be taken from it.
+        self.args.remove_unused_columns = False
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """
+        For rows with items to predict: no loss, the ranks of these items over all and over unseen items (float64 [B,
+        n, 2]), and the items themselves (int64 [B, n], padded with −100). Other rows are evaluated as in `Trainer`.
+        """
+        if prediction_loss_only or "target_ids" not in inputs:
+            inputs = {name: value for name, value in inputs.items() if name not in ("target_ids", "seen_ids")}
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        target_ids = inputs["target_ids"].cpu()
+        real = inputs["attention_mask"].bool().cpu()
+        histories = [row[kept].numpy() for row, kept in zip(inputs["input_ids"].cpu(), real)]
+        seen = [row[row >= NUM_SPECIAL_TOKENS].numpy() for row in inputs["seen_ids"].cpu()]
+        targets = [row[row != IGNORE_INDEX].numpy() for row in target_ids]
+        held_out = HeldOutItems(HistoryStore(*concatenate(histories)), targets, seen, range(len(targets)))
+        doubled = double_ranks(
+            self.accelerator.unwrap_model(model), held_out, autocast=self.compute_loss_context_manager
+        )
+        ranks = torch.full((*target_ids.shape, 2), float(IGNORE_INDEX), dtype=torch.float64, device=doubled.device)
+        held_out_ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
+        ranks[(target_ids != IGNORE_INDEX).to(doubled.device)] = held_out_ranks
+        return None, ranks, target_ids.to(doubled.device)
+
+
+def ranking_compute_metrics(ks: Sequence[int] = DEFAULT_KS) -> Callable[[EvalPrediction], dict[str, float]]:
+    """
+    Makes a `compute_metrics` that reads the ranks of [`SequentialRecommendationTrainer`].
+    """
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        held_out = prediction.label_ids != IGNORE_INDEX
+        users = np.unique(np.nonzero(held_out)[0], return_inverse=True)[1]
+        ranks = prediction.predictions[held_out]
+        return {
+            **ranking_metrics(ranks[:, 0], ks=ks, users=users),
+            **ranking_metrics(ranks[:, 1], ks=ks, users=users, suffix=UNSEEN_SUFFIX),
+        }
+
+    return compute_metrics
+
+
+def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """int64 [rows, longest], padded at the end with −100."""
+    padded = np.full((len(rows), max(len(row) for row in rows)), IGNORE_INDEX, dtype=np.int64)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return torch.from_numpy(padded)
