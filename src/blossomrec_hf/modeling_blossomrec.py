@@ -137,6 +137,7 @@ def pack_histories(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     vocab_size: int,
+    labels: torch.Tensor | None = None,
 ) -> PackedHistories:
     """
     Turns any input that the model accepts into packed histories.
@@ -146,23 +147,16 @@ def pack_histories(
         attention_mask: `[B, L]`, 0 at padding; where it is `None`, [PAD] ids are padding.
         position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
         cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
+        labels: `[B, L]`, only looked at for ids outside the vocabulary.
 
     Raises:
         ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Not
             checked inside a compiled graph.
     """
-    batch, length = inputs.shape[:2]
-    shape = (batch, length)
+    batch, length = shape = inputs.shape[:2]
     device = inputs.device
-    checked = not torch.compiler.is_compiling()
-    if checked and inputs.dim() == 2 and inputs.numel():
-        low, high = torch.stack(inputs.aminmax()).tolist()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. For new items, grow "
-                "the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(len(tokenizer))`."
-            )
     packed_row = batch == 1 and attention_mask is None and position_ids is not None
+    token = None
     if cu_seqlens is not None or packed_row:
         if batch != 1:
             raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {batch} rows.")
@@ -170,52 +164,75 @@ def pack_histories(
             starts = (position_ids[0] == 0).nonzero().flatten()
             cu_seqlens = nn.functional.pad(starts, (0, 1), value=length)
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
-        token = torch.arange(length, device=device)
-        history = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True).clamp(max=cu_seqlens.shape[0] - 2)
-        position = token - cu_seqlens[history]
-        if checked:
-            offsets = cu_seqlens.tolist()
-            if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in zip(offsets, offsets[1:])):
-                raise ValueError(
-                    f"The offsets of packed histories (`cu_seq_lens_q`, or `position_ids` that are 0) must start at "
-                    f"0, never fall, and end at {length}, the length of the input; they are {_short(offsets)}."
-                )
-            longest = max(b - a for a, b in zip(offsets, offsets[1:]))
-            if max_seqlen is not None and max_seqlen < longest:
-                raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
-            max_seqlen = longest if max_seqlen is None else max_seqlen
-        elif max_seqlen is None:
-            max_seqlen = length
-        token = None
-        if checked and attention_mask is not None and not attention_mask.all():
-            raise ValueError(
-                "`attention_mask` marks padding in packed input; leave padding out, or make it a history."
-            )
+        place = torch.arange(length, device=device)
+        history = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+        position = place - cu_seqlens[history]
+        padding = attention_mask
     else:
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {tuple(shape)}; it must be 2-D, "
+                "1 at items and 0 at padding."
+            )
         if attention_mask is not None:
-            if attention_mask.shape != shape:
-                raise ValueError(
-                    f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {shape}; it must be 2-D, 1 "
-                    "at items and 0 at padding."
-                )
             real = attention_mask.to(device) != 0
         else:
             real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
-        lengths = real.sum(1)
-        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0))
+        cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
         token = real.flatten().nonzero().flatten()
         position = (real.cumsum(1) - 1).flatten()[token]
-        max_seqlen = int(lengths.max()) if lengths.numel() else 0
-        if token.shape[0] == batch * length:
-            token = None
-    if checked and position_ids is not None:
-        given = position_ids.expand(shape).flatten()
-        if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
-            raise ValueError(
-                "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to have "
-                "them made."
-            )
-    return PackedHistories(token, position, cu_seqlens, max_seqlen, shape)
+        max_seqlen = None
+        padding = None
+    if torch.compiler.is_compiling():
+        max_seqlen = length if max_seqlen is None else max_seqlen
+    else:
+        ids = inputs if inputs.dim() == 2 else None
+        max_seqlen = _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, token is None, vocab_size)
+        if position_ids is not None:
+            given = position_ids.expand(shape).flatten()
+            if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
+                raise ValueError(
+                    "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
+                    "have them made."
+                )
+    if token is not None and token.shape[0] == batch * length:
+        token = None
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
+
+
+def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> int:
+    """The checks of `pack_histories` that need values, read from the device all at once; the longest history."""
+    zero = cu_seqlens.new_zeros(1)
+    lengths = cu_seqlens.diff()
+    facts = [
+        *((zero, zero) if ids is None else torch.cat([ids.flatten(), zero]).aminmax()),
+        zero if labels is None else torch.cat([labels.flatten(), zero]).max(),
+        zero if padding is None else (padding == 0).sum(),
+        cu_seqlens[0],
+        cu_seqlens[-1],
+        *torch.cat([lengths, zero]).aminmax(),
+    ]
+    low, high, label, num_padding, first, last, shortest, longest = torch.stack(
+        [x.reshape(()) for x in facts]
+    ).tolist()
+    remedy = (
+        "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
+    )
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. {remedy}")
+    if label >= vocab_size:
+        raise ValueError(f"`labels` holds {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
+    if num_padding:
+        raise ValueError("`attention_mask` marks padding in packed input; leave padding out, or make it a history.")
+    if offsets_given and (first != 0 or last != length or shortest < 0):
+        offsets = cu_seqlens.tolist()
+        raise ValueError(
+            "The offsets of packed histories (`cu_seq_lens_q`, or `position_ids` that are 0) must start at 0, never "
+            f"fall, and end at {length}, the length of the input; they are {_short(offsets)}."
+        )
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
+    return longest if max_seqlen is None else max_seqlen
 
 
 def _short(values: list[int]) -> str:
@@ -460,7 +477,7 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
         if inputs is None:
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         packed = pack_histories(
-            inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
+            inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size, labels
         )
         outputs: BlossomRecModelOutput = self.model(
             input_ids=input_ids,
@@ -475,10 +492,6 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
         loss = logits = None
         if labels is not None:
             labels = packed.pack(labels)
-            if not torch.compiler.is_compiling() and labels.numel() and labels.max() >= self.config.vocab_size:
-                raise ValueError(
-                    f"`labels` holds {int(labels.max())}; ids lie in 0 … {self.config.vocab_size - 1}, or are −100."
-                )
             targets = next_item_targets(labels, packed.cu_seqlens)
             loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
         if logits_to_keep:
