@@ -28,9 +28,10 @@ def twin(rows, min_rating, deduplicate, user_core, item_core, shortest, longest)
     users, items = list(dict.fromkeys(row[0] for row in rows)), list(dict.fromkeys(row[1] for row in rows))
     rows = sorted(rows, key=lambda row: (users.index(row[0]), row[3]))  # Python's sort is stable
     if deduplicate != "none":
-        rows = rows if deduplicate == "first" else rows[::-1]
-        rows = list({row[:2]: row for row in reversed(rows)}.values())[::-1]
-        rows = rows if deduplicate == "first" else rows[::-1]
+        kept = {}
+        for row in rows if deduplicate == "first" else rows[::-1]:
+            kept.setdefault(row[:2], row)
+        rows = list(kept.values()) if deduplicate == "first" else list(kept.values())[::-1]
     before = None
     while before != len(rows):
         before, per_user, per_item = len(rows), Counter(row[0] for row in rows), Counter(row[1] for row in rows)
@@ -49,7 +50,7 @@ def unpack(dataset: Dataset) -> list[tuple]:
     return list(zip(dataset["user_id"], dataset["input_ids"], dataset["timestamps"]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.integers(0, 6), st.integers(-3, 5), st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=60

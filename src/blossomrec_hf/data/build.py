@@ -18,7 +18,7 @@ from .filters import FilterReport
 from .ingest import ingest
 from .metadata import item_metadata, write_item_metadata
 from .readers import open_log
-from .storage import replace_folder, to_dataset, write_rows
+from .storage import replace_folder, to_dataset, user_rows, write_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def build_sequences(
         `OSError`: a file that can not be read to its end, or no room on the disk.
     """
     user_core, item_core = (k_core, k_core) if isinstance(k_core, int) else k_core
-    _check(deduplicate, on_bad_rows, user_core, item_core, min_history, max_history)
+    check_arguments(deduplicate, on_bad_rows, user_core, item_core, min_history, max_history)
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None and output_dir.exists() and not overwrite:
         raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")
@@ -138,9 +138,9 @@ def build_sequences(
         metadata = None if titles is None else item_metadata(titles, tokenizer)
         user_ids = interactions.users.ids()
         if output_dir is None:
-            return to_dataset(parts, user_ids, vocabulary, report), tokenizer
+            return to_dataset(user_rows(parts, user_ids, vocabulary), report), tokenizer
         built = scratch / "built"
-        write_rows(built, parts, user_ids, vocabulary, report)
+        write_dataset(built, user_rows(parts, user_ids, vocabulary), report)
         tokenizer.save_pretrained(built)
         write_item_metadata(built, metadata)
         report.save(built)
@@ -159,7 +159,10 @@ def build_sequences(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check(deduplicate: str, on_bad_rows: str, user_core: int, item_core: int, shortest: int, longest: Any) -> None:
+def check_arguments(
+    deduplicate: str, on_bad_rows: str, user_core: int, item_core: int, shortest: int, longest: int | None
+) -> None:
+    """Refuses, before any work, what `build_sequences` can not do."""
     if deduplicate not in ("none", "first", "last"):
         raise ValueError(f'deduplicate is {deduplicate!r}; it may be "none", "first" or "last".')
     if on_bad_rows not in ("fail", "skip"):

@@ -16,7 +16,7 @@ from .readers import Log
 
 
 BATCH_ROWS = 1 << 20
-_YEAR_2100 = 4_102_444_800  # in seconds: the largest time a log may hold, in the unit that its first rows speak
+_YEAR_2100 = 4_102_444_800  # in seconds
 _UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -24,7 +24,6 @@ class Codes:
     """Raw ids -> codes 0, 1, 2 … in the order they are first seen."""
 
     def __init__(self) -> None:
-        self._frames: list[pl.DataFrame] = []
         self._known: pl.DataFrame | None = None
         self.size = 0
 
@@ -51,11 +50,15 @@ class Codes:
         """The raw ids by code: Int64 where every one is an integer (text: a plainly written one), else String."""
         if self._known is None:
             return pl.Series("id", [], dtype=pl.Int64)
-        ids = self._known["id"]
-        if ids.dtype == pl.String:
-            numbers = ids.cast(pl.Int64, strict=False)
-            return numbers if (numbers.cast(pl.String) == ids).fill_null(False).all() else ids
+        return as_integers(self._known["id"])
+
+
+def as_integers(ids: pl.Series) -> pl.Series:
+    """Text ids as Int64 if every one is a plainly written integer (no leading zeros), else as they are."""
+    if ids.dtype != pl.String:
         return ids
+    numbers = ids.cast(pl.Int64, strict=False)
+    return numbers if (numbers.cast(pl.String) == ids).fill_null(False).all() else ids
 
 
 @dataclass
@@ -89,31 +92,38 @@ def ingest(
     with ExitStack() as stack:
         paths = (folder / f"log_{name}.bin" for name in ("user", "item", "time"))
         users, items, times = (stack.enter_context(open(path, "wb")) for path in paths)
-        bar = stack.enter_context(tqdm(desc="read", unit=" rows", unit_scale=True, disable=None))
+        for batch in clean_batches(log, numeric, result, on_bad_rows):
+            if min_rating is not None:
+                height = batch.height
+                batch = batch.filter(pl.col("rating") >= min_rating)
+                result.below_rating += height - batch.height
+            result.users.encode(batch["user"]).tofile(users)
+            result.items.encode(batch["item"]).tofile(items)
+            if log.has_timestamp and batch.height:
+                time = batch["timestamp"].to_numpy()
+                if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
+                    times.flush()
+                    earlier = np.fromfile(times.name, np.int64).astype(np.float64)
+                    times.seek(0)
+                    earlier.tofile(times)
+                    result.time_dtype = np.dtype(np.float64)
+                time.astype(result.time_dtype).tofile(times)
+            result.rows += batch.height
+    return result
+
+
+def clean_batches(log: Log, numeric: list[str], result: Interactions, on_bad_rows: str) -> Iterator[pl.DataFrame]:
+    """
+    The good rows of a log, batch by batch, with `user`, `item` and the columns `numeric` in their final types. Bad rows
+    and what the times are like are noted in `result`, whose folder may be written to.
+    """
+    with tqdm(desc="read", unit=" rows", unit_scale=True, disable=None) as bar:
         for part in log.parts:
             line = part.first_line
             for batch in _batches(part, numeric, result, on_bad_rows):
+                yield _clean(batch, line, part, numeric, result, on_bad_rows)
+                line += batch.height
                 bar.update(batch.height)
-                height = batch.height
-                batch = _clean(batch, line, part, numeric, result, on_bad_rows)
-                line += height
-                if min_rating is not None:
-                    height = batch.height
-                    batch = batch.filter(pl.col("rating") >= min_rating)
-                    result.below_rating += height - batch.height
-                result.users.encode(batch["user"]).tofile(users)
-                result.items.encode(batch["item"]).tofile(items)
-                if log.has_timestamp and batch.height:
-                    time = batch["timestamp"].to_numpy()
-                    if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
-                        times.flush()
-                        earlier = np.fromfile(times.name, np.int64).astype(np.float64)
-                        times.seek(0)
-                        earlier.tofile(times)
-                        result.time_dtype = np.dtype(np.float64)
-                    time.astype(result.time_dtype).tofile(times)
-                result.rows += batch.height
-    return result
 
 
 def _batches(part: Part, numeric: list[str], result: Interactions, on_bad_rows: str) -> Iterator[pl.DataFrame]:
@@ -160,9 +170,8 @@ def _clean(
         time = clean["timestamp"]
         if result.time_dtype is None and time.len() > time.null_count():
             result.time_dtype = np.dtype(np.float64 if time.dtype.is_float() else np.int64)
-            result.time_unit = _time_unit(time.drop_nulls().median())
-        limit = _YEAR_2100 * _UNITS[result.time_unit or "s"]
-        checks["timestamp"] |= ~pl.col("timestamp").is_between(0, limit)
+            result.time_unit = time_unit(time.drop_nulls().median())
+        checks["timestamp"] |= ~pl.col("timestamp").is_between(0, latest_time(result.time_unit))
     bad = clean.select(pl.any_horizontal(*checks.values()).fill_null(True)).to_series()
     count = int(bad.sum())
     if not count:
@@ -211,6 +220,11 @@ def _as_number(column: pl.Series) -> pl.Series:
     return whole if (whole == number).fill_null(True).all() else number
 
 
-def _time_unit(median: float) -> str:
+def time_unit(median: float) -> str:
     """The unit in which a log's middle time lies before the year 2100; counters (1, 2, 3 …) count as seconds."""
     return next((unit for unit, scale in _UNITS.items() if median <= _YEAR_2100 * scale), "ns")
+
+
+def latest_time(unit: str | None) -> int:
+    """The start of the year 2100: what is later is no time of an interaction."""
+    return _YEAR_2100 * _UNITS[unit or "s"]

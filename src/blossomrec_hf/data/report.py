@@ -93,6 +93,7 @@ def write_report(path: str | Path, folder: str | Path) -> dict[str, Any]:
 
 def _picture(figures: dict[str, Any]) -> bytes:
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     history, popularity, coverage = figure.subplots(1, 3)
@@ -106,10 +107,14 @@ def _picture(figures: dict[str, Any]) -> bytes:
     coverage.plot(np.arange(1, covered.size + 1), covered)
     for percent, length in figures["covering_length"].items():
         coverage.axvline(length, color="grey", linewidth=0.8, linestyle=":")
-        coverage.annotate(f"{percent} %: {length}", (length, percent / 100), fontsize=8)
+        point = (length, percent / 100)
+        coverage.annotate(f"{percent} %: {length}", point, (-4, 2), textcoords="offset points", ha="right", fontsize=8)
     coverage.set(xscale="log", xlabel="latest items kept a user", ylabel="share of interactions", title="Coverage")
     for axes in (history, popularity, coverage):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes is history else (1,)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

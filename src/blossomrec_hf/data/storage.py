@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from .partitions import Partition, runs
 _ROWS_A_BATCH = 5_000  # what a random access by row has to look at
 
 
-def _tables(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray) -> Iterator[pa.Table]:
-    """One Arrow table a part, one row a user."""
+def user_rows(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray) -> Iterator[pa.Table]:
+    """One Arrow table a part, one row a user, with the ends of leave-one-out."""
     id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
     for part in parts:
         columns = part.load()
@@ -32,34 +32,41 @@ def _tables(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray)
         }
         if "time" in columns:
             rows["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(columns["time"]))
-        for name, held_out in (("train_end", 2), ("validation_end", 1), ("test_end", 0)):
-            rows[name] = pa.array(np.maximum(lengths - held_out, 0), pa.int32())
-        yield pa.table(rows)
+        yield with_ends(pa.table(rows), lengths)
+
+
+def with_ends(rows: pa.Table, lengths: np.ndarray) -> pa.Table:
+    """`rows` with the ends of leave-one-out for histories of these lengths."""
+    for name, held_out in (("train_end", 2), ("validation_end", 1), ("test_end", 0)):
+        rows = rows.append_column(name, pa.array(np.maximum(lengths - held_out, 0), pa.int32()))
+    return rows
 
 
 def _info(schema: pa.Schema, report: FilterReport) -> DatasetInfo:
     return DatasetInfo(description=str(report), features=Features.from_arrow_schema(schema))
 
 
-def to_dataset(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray, report: FilterReport) -> Dataset:
+def to_dataset(tables: Iterable[pa.Table], report: FilterReport) -> Dataset:
     """The rows as a `Dataset` in memory."""
-    table = pa.concat_tables(_tables(parts, user_ids, vocabulary))
+    table = pa.concat_tables(tables)
     return Dataset(table, info=_info(table.schema, report))
 
 
-def write_rows(
-    folder: Path, parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray, report: FilterReport
-) -> None:
+def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport) -> None:
     """
-    Writes the rows to `folder` as `Dataset.save_to_disk` lays them out, an Arrow file a part: `save_to_disk` itself
+    Writes the rows to `folder` as `Dataset.save_to_disk` lays them out, an Arrow file a table: `save_to_disk` itself
     would need a Dataset first, and so write everything twice.
     """
     folder.mkdir()
-    names = [f"data-{number:05d}-of-{len(parts):05d}.arrow" for number in range(len(parts))]
-    for name, table in zip(names, _tables(parts, user_ids, vocabulary)):
-        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=_ROWS_A_BATCH)
+    written = []
+    for number, table in enumerate(tables):
         schema = table.schema
+        written.append(folder / f"data-{number:05d}.arrow")
+        with pa.OSFile(str(written[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(table, max_chunksize=_ROWS_A_BATCH)
+    names = [f"data-{number:05d}-of-{len(written):05d}.arrow" for number in range(len(written))]
+    for path, name in zip(written, names):
+        path.rename(folder / name)
     _info(schema, report).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": name} for name in names],

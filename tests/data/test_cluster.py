@@ -1,0 +1,118 @@
+"""The Spark engine, in local mode, gives what the engine of one machine gives, byte for byte."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from blossomrec_hf.data import build_sequences
+from blossomrec_hf.data.cluster import build_sequences_on_spark, partition_log
+from blossomrec_hf.data.filters import FilterReport
+
+
+DATA = Path(os.environ.get("BLOSSOMREC_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def spark():
+    sql = pytest.importorskip("pyspark.sql", reason="the extra spark is not installed")
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Spark needs Java")
+    builder = sql.SparkSession.builder.master("local[2]").config("spark.sql.shuffle.partitions", 3)
+    builder = builder.config("spark.ui.enabled", False).config("spark.driver.bindAddress", "127.0.0.1")
+    session = builder.config("spark.driver.host", "127.0.0.1").config("spark.driver.memory", "1g").getOrCreate()
+    yield session
+    session.stop()
+
+
+def random_log(rows: int, text: bool, times: str) -> pl.DataFrame:
+    """Ties in time, repeats, ids that are no row numbers."""
+    rng = np.random.default_rng(rows)
+    log = pl.DataFrame(
+        {
+            "user": rng.permutation(90)[rng.integers(0, 40, rows)],
+            "item": rng.permutation(90)[np.minimum(rng.geometric(0.08, rows), 60)] - 5,
+            "rating": rng.integers(1, 6, rows),
+            "timestamp": rng.integers(0, 30, rows),
+        }
+    )
+    if times == "float":
+        log = log.with_columns(pl.col("timestamp") / 4)
+    elif times == "datetime":
+        log = log.with_columns(pl.from_epoch("timestamp", "s"))
+    elif times == "none":
+        log = log.drop("timestamp")
+    if text:
+        log = log.with_columns(pl.format("u {}", "user").alias("user"), pl.col("item").cast(pl.String))
+    return log
+
+
+def same(one: tuple, other: tuple) -> None:
+    (rows, tokenizer), (other_rows, other_tokenizer) = one, other
+    assert rows.features == other_rows.features
+    assert rows.data.table.combine_chunks().equals(other_rows.data.table.combine_chunks())
+    assert tokenizer.get_vocab() == other_tokenizer.get_vocab() and tokenizer.item_type == other_tokenizer.item_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text, times, arguments",
+    [
+        (False, "int", {}),
+        (True, "datetime", {"deduplicate": "first", "k_core": (3, 4)}),
+        (True, "float", {"deduplicate": "last", "k_core": 5, "min_rating": 2, "min_history": 6, "max_history": 9}),
+        (False, "none", {"k_core": 2, "max_history": 7}),
+    ],
+)
+def test_spark_agrees_to_the_byte(spark, tmp_path, text, times, arguments):
+    log = random_log(700, text, times)
+    for number, start in enumerate(range(0, 700, 250)):
+        (tmp_path / "log").mkdir(exist_ok=True)
+        log[start : start + 250].write_parquet(tmp_path / "log" / f"part-{number}.parquet")
+    here = build_sequences(tmp_path / "log", output_dir=tmp_path / "here", **arguments)
+    there = build_sequences_on_spark(str(tmp_path / "log"), tmp_path / "there", spark=spark, **arguments)
+    same(here, there)
+    assert FilterReport.load(tmp_path / "here") == FilterReport.load(tmp_path / "there")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
+def test_spark_on_user_partitions_of_movielens(spark, tmp_path):
+    path = DATA / "ml-100k" / "ml-100k.inter"
+    partition_log(path, tmp_path / "shards", 4)
+    here = build_sequences(path, k_core=10)
+    there = build_sequences_on_spark(str(tmp_path / "shards"), tmp_path / "there", spark=spark, k_core=10)
+    same(here, there)
+
+
+@pytest.mark.slow
+def test_spark_refuses_and_counts_bad_rows(spark, tmp_path):
+    log = pl.DataFrame({"user": [1, None, 3], "item": [1, 2, 3], "timestamp": [5, 6, -1]})
+    log.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match="2 rows without a usable"):
+        build_sequences_on_spark(str(tmp_path / "log.parquet"), tmp_path / "out", spark=spark)
+    rows, _ = build_sequences_on_spark(
+        str(tmp_path / "log.parquet"), tmp_path / "out", spark=spark, on_bad_rows="skip"
+    )
+    assert list(rows["user_id"]) == [1]
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        build_sequences_on_spark(str(tmp_path / "log.parquet"), tmp_path / "out", spark=spark)
+
+
+def test_partitions_hold_whole_users_and_all_rows(tmp_path):
+    log = random_log(500, True, "int")
+    partition_log(log, tmp_path / "shards", 3, with_rating=True)
+    shards = [pl.from_arrow(pq.read_table(path)) for path in sorted((tmp_path / "shards").iterdir())]
+    assert len(shards) == 3
+    users = [set(shard["user"]) for shard in shards]
+    assert sum(map(len, users)) == len(set.union(*users)) == log["user"].n_unique()
+    assert pl.concat(shards).sort("row").drop("row").equals(log.cast({"rating": pl.Int64}))
+    assert os.listdir(tmp_path) == ["shards"]
+    with pytest.raises(FileExistsError, match="shards"):
+        partition_log(log, tmp_path / "shards", 3)
+    with pytest.raises(ValueError, match="num_partitions is 0"):
+        partition_log(log, tmp_path / "more", 0)
