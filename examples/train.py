@@ -123,10 +123,11 @@ def main() -> None:
     print_recommendations(model, tokenizer, test_view[0])
 
     if output_args.results_json is not None:
+        configuration = {**asdict(data_args), **asdict(model_args), **args.that_shape_the_weights()}
         append_result(
             output_args.results_json,
-            configuration={**asdict(data_args), **asdict(model_args), **args.that_shape_the_weights()},
-            seed=args.seed,
+            seed=configuration.pop("seed"),
+            configuration=configuration,
             test=figures,
             training=asdict(result),
             **describe_environment(),

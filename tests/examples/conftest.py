@@ -1,0 +1,63 @@
+"""The examples are run as a user runs them, on a small log."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL_MODEL = (
+    "--hidden_size 16 --num_attention_heads 2 --num_key_value_heads 1 --intermediate_size 32 --max_length 20 "
+    "--tokens_per_step 300 --learning_rate 1e-2 --warmup_steps 5"
+).split()
+
+
+@pytest.fixture(scope="session")
+def run_example():
+    """Runs a script of `examples/` and returns what it printed; with `status`, the exit status that is expected."""
+
+    def run(script, *arguments, launcher=(), status=0, field="stdout"):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TQDM_DISABLE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, *launcher, str(REPOSITORY / "examples" / script), *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, done.stdout + done.stderr
+        return getattr(done, field)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def log_file(tmp_path_factory):
+    """A CSV of 60 users; an item's successor on a ring of 60 mostly follows it."""
+    return write_log(tmp_path_factory.mktemp("log") / "log.csv", num_users=60, num_items=60)
+
+
+def write_log(path, *, num_users, num_items):
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(num_users):
+        steps = rng.choice([1, 1, 1, 1, 7], size=rng.integers(5, 40))
+        rows += [(user, int(item), time) for time, item in enumerate((user + np.cumsum(steps)) % num_items)]
+    pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row").write_csv(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(run_example, log_file, tmp_path_factory):
+    """(folder of a trained model, what was printed, results file)"""
+    folder = tmp_path_factory.mktemp("trained")
+    printed = run_example(
+        "train.py", *SMALL_MODEL, "--data", log_file, "--output_dir", folder / "run", "--num_train_epochs", 15,
+        "--results_json", folder / "results.json", launcher=("-m", "accelerate.commands.launch", "--cpu"),
+    )  # fmt: skip
+    return folder / "run", printed, folder / "results.json"

@@ -1,0 +1,45 @@
+import json
+import re
+
+from conftest import SMALL_MODEL
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_trains_saves_and_recommends(trained):
+    folder, printed, results_file = trained
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 62
+
+    table = re.search(r"^ndcg, all items\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)$", printed, re.MULTILINE)
+    (result,) = json.loads(results_file.read_text())
+    assert float(table[3]) == round(result["test"]["ndcg@10"], 4) > 0.3  # chance: 0.076
+    assert result["seed"] == 42 and "seed" not in result["configuration"]
+    assert result["configuration"]["hidden_size"] == 16 and result["training"]["epochs"] == 15
+
+    user, latest = re.search(r"^user (\d+): the latest items \[(.*)\]$", printed, re.MULTILINE).groups()
+    recommended = re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE)
+    assert len(set(recommended)) == 10
+    assert not set(recommended) & set(latest.split(", "))
+
+
+def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_example, trained, log_file, tmp_path):
+    folder, printed, results_file = trained
+    arguments = (*SMALL_MODEL, "--data", log_file, "--num_train_epochs", 15, "--results_json", results_file)
+    again = run_example("train.py", *arguments, "--output_dir", folder, "--resume")
+    assert again.splitlines()[-18:] == printed.splitlines()[-18:]
+    run_example(
+        "train.py", *arguments, "--output_dir", tmp_path, "--seed", 7, "--attention_types", "full", "short_term"
+    )
+    results = json.loads(results_file.read_text())
+    assert [(result["seed"], result["configuration"]["attention_types"]) for result in results] == [
+        (42, ["blossom"]),
+        (7, ["full", "short_term"]),
+    ]
+
+
+def test_bad_arguments_are_named(run_example, log_file, tmp_path):
+    for arguments, named in ((("--item", "movie"), "movie"), (("--tokens_per_step", 10), "max_tokens is 10")):
+        run = ("train.py", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
+        error = run_example(*run, status=1, field="stderr")
+        assert named in error.strip().splitlines()[-1]
+        assert not (tmp_path / "run").exists()
