@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+import blossomrec_hf  # noqa: F401  (makes the Auto classes know the models that the examples save)
+
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL_MODEL = (
