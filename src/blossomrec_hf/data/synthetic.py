@@ -16,7 +16,7 @@ def generate_log(
     walk_length: int = 8,
     num_rings: int = 10,
     min_history: int = 100,
-    max_history: int = 240,
+    max_history: int = 200,
     noise: float = 0.03,
 ) -> pl.DataFrame:
     """

@@ -1,0 +1,128 @@
+"""The look at the data, the card, the push, and the command that does it all."""
+
+import base64
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from datasets import Dataset, load_from_disk
+from huggingface_hub import DatasetCard, HfApi
+
+from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.data.report import describe, write_report
+from blossomrec_hf.hub import dataset_card, push_dataset
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+prepare_data = pytest.importorskip("prepare_data")
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def log() -> pl.DataFrame:
+    """Users of 1, 2, 3 … 100 events; the last two of the longest repeat."""
+    users = np.repeat(np.arange(100), np.arange(1, 101))
+    items = np.concatenate([np.arange(length) for length in range(1, 101)])
+    items[-2:] = items[-3]
+    return pl.DataFrame({"user": users, "item": items, "timestamp": 1_600_000_000 + np.arange(users.size)})
+
+
+def test_figures(log):
+    figures = describe(build_sequences(log)[0])
+    assert (figures["users"], figures["items"], figures["interactions"]) == (100, 99, 5050)
+    assert figures["density"] == 5050 / 9900
+    assert figures["repeated_share"] == 2 / 5050
+    assert figures["time_span"] == (1_600_000_000, 1_600_005_049)
+    assert figures["item_frequencies"].tolist() == sorted([*range(4, 101), 5, 1], reverse=True)
+    lengths = np.arange(1, 101)
+    for percent, length in figures["covering_length"].items():
+        assert np.minimum(lengths, length).sum() >= 5050 * percent / 100 > np.minimum(lengths, length - 1).sum()
+
+
+def test_a_page_holds_everything(log, tmp_path):
+    titles = pl.DataFrame({"item_id": [0, 1], "title": ["A <b>", "B"]})
+    build_sequences(log, k_core=5, titles=titles, output_dir=tmp_path / "out")
+    write_report(tmp_path / "page.html", tmp_path / "out")
+    page = (tmp_path / "page.html").read_text()
+    for text in ("k-core 5, 5", "2020-09-13 12:26", "A &lt;b&gt;", "Bad rows skipped: 0"):
+        assert text in page
+    assert "http" not in page  # self-contained
+    image = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])
+    write_report(tmp_path / "page.png", tmp_path / "out")
+    assert image.startswith(b"\x89PNG") and (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "page.html", "page.png"}
+    with pytest.raises(ValueError, match="an .html page or a .png"):
+        write_report(tmp_path / "page.pdf", tmp_path / "out")
+
+
+def test_the_card_says_what_is_in_the_folder(log, tmp_path):
+    log.write_csv(tmp_path / "log.csv")
+    build_sequences(tmp_path / "log.csv", k_core=5, output_dir=tmp_path / "out")
+    card = DatasetCard(dataset_card(tmp_path / "out"))
+    assert "sequential-recommendation" in card.data.tags
+    for text in ("`log.csv`", "k-core 5, 5", "| `input_ids` | `list<", "not known", "| Users | 96 |"):
+        assert text in card.text
+    assert str(tmp_path) not in card.text
+
+
+def test_a_push_is_private_and_complete(log, tmp_path, monkeypatch):
+    """The Hub itself is replaced by a record of what would reach it."""
+    calls = {}
+    build_sequences(log, output_dir=tmp_path / "out")
+    generated = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+    monkeypatch.setattr(Dataset, "push_to_hub", lambda self, repo, **kw: calls.update(rows=len(self), repo=repo, **kw))
+    monkeypatch.setattr(DatasetCard, "load", classmethod(lambda cls, repo, **kw: DatasetCard(generated)))
+    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo, **kw: calls.update(card=str(self)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kw: calls.update(upload=kw) or "address")
+    assert push_dataset(tmp_path / "out", "me/log") == "address"
+    assert (calls["rows"], calls["repo"], calls["private"]) == (100, "me/log", True)
+    assert "path: data/train-*" in calls["card"] and "## Filters" in calls["card"]
+    assert calls["upload"]["repo_type"] == "dataset" and "item_metadata.parquet" in calls["upload"]["allow_patterns"]
+    push_dataset(tmp_path / "out", "me/log", private=False)
+    assert calls["private"] is False
+
+
+def test_the_command_builds_all(log, tmp_path, capsys):
+    log.write_csv(tmp_path / "log.csv")
+    out = tmp_path / "runs" / "out"
+    prepare_data.main(
+        [str(tmp_path / "log.csv"), "--output_dir", str(out), "--k_core", "5", "--report", str(tmp_path / "page.html")]
+    )
+    assert "Users: 96" in capsys.readouterr().out
+    assert len(load_from_disk(out)) == 96 and len(BlossomRecTokenizer.from_pretrained(out)) > 2
+    assert {"README.md", "filters.json"} <= {path.name for path in out.iterdir()}
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(SystemExit, match="pass --overwrite"):
+        prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out)])
+    prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out), "--overwrite"])
+    assert len(load_from_disk(out)) == 100
+
+
+@pytest.mark.parametrize("how", ["time", "user"])
+def test_the_command_splits(log, tmp_path, how):
+    log.write_parquet(tmp_path / "log.parquet")
+    options = {
+        "time": ["--validation_from", "1600004000", "--test_from", "1600004500"],
+        "user": ["--validation_users", "0.2", "--test_users", "0.2"],
+    }[how]
+    out = tmp_path / "out"
+    prepare_data.main([str(tmp_path / "log.parquet"), "--output_dir", str(out), "--split", how, *options])
+    dataset = load_from_disk(out)
+    assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
+    if how == "time":
+        times = [time for row in dataset for time in row["timestamps"][: row["train_end"]]]
+        assert max(times) == 1_600_003_999
+    else:
+        assert len(split(dataset, "train")) + len(split(dataset, "validation")) + len(split(dataset, "test")) >= 98
+    assert {path.name for path in tmp_path.iterdir()} == {"log.parquet", "out"}
+
+
+def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path):
+    log.write_csv(tmp_path / "log.csv")
+    with pytest.raises(SystemExit, match="k-core 500, 500"):
+        prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--k_core", "500"])
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
