@@ -1,15 +1,37 @@
 """The tokenizer: raw ids of any kind to the vocabulary and back, also through save and load."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
 
 
-ODD = ["B00 5A", "[PAD]", "[UNK]", "x%20y", "", "é\u00a0q", "a\nb", '"q"', "new5", "xnew5y", "%", "a[b", "\u2003", "\x85", "日本"]
+ODD = [
+    "B00 5A",
+    "[PAD]",
+    "[UNK]",
+    "x%20y",
+    "",
+    "é\u00a0q",
+    "a\nb",
+    '"q"',
+    "new5",
+    "xnew5y",
+    "%",
+    "a[b",
+    "\u2003",
+    "\x85",
+    "日本",
+]
 
 
 def test_special_ids_come_first():
@@ -105,3 +127,27 @@ def test_other_bad_input():
         BlossomRecTokenizer.from_items([], item_type="float")
     with pytest.raises(ValueError, match="an id may be 0 to 3"):
         BlossomRecTokenizer.from_items(["a", "b"]).decode_items([4])
+
+
+def test_auto_tokenizer_with_and_without_our_package(tmp_path):
+    import blossomrec_hf  # noqa: F401  registers the class for AutoTokenizer
+
+    tokenizer = BlossomRecTokenizer.from_items(ODD)
+    tokenizer.add_items(["later"])
+    tokenizer.save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is BlossomRecTokenizer
+    # A process that has never heard of blossomrec_hf gets the class from the file that travels with the vocabulary.
+    code = (
+        "import sys, json; from transformers import AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'blossomrec_hf' not in sys.modules\n"
+        "items = tokenizer.decode_items(range(2, len(tokenizer)))\n"
+        "print(json.dumps([items, tokenizer.encode_items(items), tokenizer.truncation_side]))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[*ODD, "later"], list(range(2, 3 + len(ODD))), "left"]
