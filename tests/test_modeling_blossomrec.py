@@ -1,6 +1,9 @@
 """The model as users of `transformers` meet it: inputs of every form, outputs, loss, saving, recommending."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,6 +242,35 @@ def test_the_code_travels_with_the_checkpoint(tmp_path):
     assert {"modeling_blossomrec.py", "attention_blossomrec.py", "ops_torch.py", "ops_reference.py"} <= written
 
 
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["blossomrec_hf"] = None  # importing it fails, as where it is not installed
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+assert model.config._attn_implementation == "blossom"
+ids = torch.load(folder + "/ids.pt")
+torch.save((model(ids).logits, model.recommend(ids).item_ids), folder + "/out.pt")
+"""
+
+
+def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path):
+    model = recommender().float()
+    model.save_pretrained(tmp_path / "saved")
+    ids = padded(histories(40, 7), "left")[0]
+    torch.save(ids, tmp_path / "saved" / "ids.pt")
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "saved")],
+        check=True,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    logits, item_ids = torch.load(tmp_path / "saved" / "out.pt")
+    torch.testing.assert_close(logits, model(ids).logits)
+    assert torch.equal(item_ids, model.recommend(ids).item_ids)
+
+
 def test_an_empty_checkpoint_folder_is_told(tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
@@ -278,6 +310,15 @@ def test_recommend_ranks_by_logits_without_seen_and_special_items():
         torch.testing.assert_close(out.scores[i], expected.values[:38].float().double())
     seen = model.recommend(ids, top_k=58, exclude_seen=False).item_ids
     assert all(sorted(row.tolist()) == list(range(2, 60)) for row in seen)
+
+
+def test_recommend_scores_in_float32_under_autocast():
+    model = recommender().float()
+    ids, _ = padded(histories(20, 3), "left")
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.recommend(ids, top_k=30).scores
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_recommend_from_candidates():

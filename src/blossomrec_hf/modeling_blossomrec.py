@@ -123,11 +123,11 @@ class PackedHistories(NamedTuple):
         out = out.index_put((row[query], column[query], column[key]), x[:, query, key].T)
         return out.permute(0, 3, 1, 2)
 
-    def last(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed places of the last `n` positions of each history, `[S, n]`, and which of them exist."""
-        place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=self.cu_seqlens.device)
-        exists = place >= self.cu_seqlens[:-1, None]
-        return torch.where(exists, place, 0), exists
+    def last(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero where a history is shorter."""
+        place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
+        place = torch.where(place >= self.cu_seqlens[:-1, None], place, x.shape[0])
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[place]
 
 
 def pack_histories(
@@ -495,10 +495,7 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
             targets = next_item_targets(labels, packed.cu_seqlens)
             loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
         if logits_to_keep:
-            place, exists = packed.last(logits_to_keep)
-            # A zero row behind the others stands for positions that do not exist.
-            place = torch.where(exists, place, hidden_states.shape[0])
-            logits = self.lm_head(nn.functional.pad(hidden_states, (0, 0, 0, 1))[place])
+            logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
         elif labels is None or not self.training:
             logits = packed.unpack(self.lm_head(hidden_states))
         return BlossomRecOutput(
@@ -551,14 +548,18 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
                 f"Dropped {int(num_unknown.sum())} unknown items from {int((num_unknown > 0).sum())} histories."
             )
 
+        packed = pack_histories(input_ids, real, None, None, None, vocab_size)
         training = self.training
         self.eval()
         try:
-            scores = self(input_ids, attention_mask=real, logits_to_keep=1).logits[:, 0]
+            hidden_states = packed.pack(self.model(input_ids, packed=packed).last_hidden_state)
         finally:
             self.train(training)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = torch.where(real.any(1)[:, None], scores, self.item_counts.to(scores.dtype))
+        # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = packed.last(hidden_states, 1)[:, 0].to(dtype) @ self.lm_head.weight.to(dtype).T
+        scores = torch.where(real.any(1)[:, None], scores, self.item_counts.to(dtype))
         scores[:, :NUM_SPECIAL_IDS] = -torch.inf
         if exclude_seen:
             scores.scatter_(1, torch.where(real, input_ids, 0), -torch.inf)
