@@ -12,9 +12,10 @@ titles if known, what each filter removed, and a card. It appears complete or no
 import argparse
 import logging
 import shutil
+import sys
 from pathlib import Path
 
-from datasets import load_from_disk
+from datasets import disable_progress_bars, load_from_disk
 
 from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "matplotlib", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # those of `datasets`; ours are silent by themselves
     building = args.output_dir.with_name(f".{args.output_dir.name}.building")
     if args.output_dir.exists() and not args.overwrite:
         raise SystemExit(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")

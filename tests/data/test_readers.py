@@ -142,6 +142,20 @@ def test_a_saved_dataset_is_a_source(tmp_path):
     assert build_sequences(tmp_path / "log")[0][:] == build_sequences(Dataset.from_dict(log))[0][:]
 
 
+def test_a_data_set_of_the_hub_is_a_source(monkeypatch):
+    """The Hub is replaced: what counts is that the id reaches `load_dataset`, and that its rows come out."""
+    stored = {"me/log": Dataset.from_dict({"user": [1, 2, 1], "item": ["a", "b", "c"]})}
+
+    def load_dataset(name, split):
+        assert split == "train"
+        return stored[name]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert build_sequences("me/log")[0]["input_ids"][0] == [2, 4]
+    with pytest.raises(FileNotFoundError, match="'me/other' is no file or folder here, and no data set"):
+        build_sequences("me/other")
+
+
 def test_missing_columns_name_the_near_ones(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("usr,item\n1,2\n")
