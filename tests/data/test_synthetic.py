@@ -9,7 +9,7 @@ import pytest
 from blossomrec_hf.data import generate_log
 
 
-LAG, OPENING, FAR = 4, 10, 30
+LAG, OPENING, FAR = 4, 8, 30
 
 
 def shares(counts: Counter) -> dict[int, float]:
@@ -83,16 +83,16 @@ def test_same_seed_same_log():
 
 
 def test_shape_and_order():
-    log = generate_log(60, 600, min_history=100, max_history=150)
+    log = generate_log(60, 240, min_history=100, max_history=150)
     lengths = log.group_by("user").len()["len"]
     assert len(lengths) == 60 and lengths.min() >= 100 and lengths.max() <= 150
     assert log.equals(log.sort("user", "timestamp"))
-    assert 1 <= log["item"].min() and log["item"].max() <= 600
+    assert 1 <= log["item"].min() and log["item"].max() <= 240
 
 
 @pytest.mark.parametrize(
     "arguments, named",
-    [({"num_items": 60}, "num_items"), ({"min_history": 50}, "min_history"), ({"max_history": 90}, "max")],
+    [({"num_items": 60}, "num_items"), ({"min_history": 50}, "min_history"), ({"max_history": 60}, "max")],
 )
 def test_impossible_sizes_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):

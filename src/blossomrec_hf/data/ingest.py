@@ -133,9 +133,7 @@ def _batches(part: Part, numeric: list[str], result: Interactions, on_bad_rows: 
         for batch in _needed(part.frame, numeric).collect_batches(chunk_size=BATCH_ROWS):
             yield batch
             rows += batch.height
-    except (pl.exceptions.ComputeError, pl.exceptions.PolarsError, OSError) as error:
-        if "requested and" in str(error):  # numpy's words for a full disk: not about this file
-            raise
+    except (pl.exceptions.PolarsError, OSError) as error:
         if part.reopen is None or "more fields" not in str(error):
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(

@@ -5,18 +5,18 @@ import polars as pl
 
 
 def generate_log(
-    num_users: int = 1500,
-    num_items: int = 600,
+    num_users: int = 500,
+    num_items: int = 240,
     seed: int = 0,
     *,
-    num_genres: int = 20,
-    taste_length: int = 10,
-    return_probability: float = 0.1,
+    num_genres: int = 10,
+    taste_length: int = 8,
+    return_probability: float = 0.15,
     drift_lag: int = 4,
-    walk_length: int = 8,
-    num_rings: int = 10,
-    min_history: int = 100,
-    max_history: int = 200,
+    walk_length: int = 6,
+    num_rings: int = 6,
+    min_history: int = 64,
+    max_history: int = 128,
     noise: float = 0.03,
 ) -> pl.DataFrame:
     """
@@ -72,20 +72,17 @@ def generate_log(
     rings = names[num_taste:-1].reshape(num_rings, ring_size)
     door = int(names[-1])
 
-    histories = []
-    for user in range(num_users):
-        classics, novelties = taste[rng.integers(num_genres)]
+    def draw_events(classics: np.ndarray, novelties: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        """The events of one user, `max_history` of them, and where among them the novelties are."""
         events = rng.choice(classics, taste_length, replace=taste_length > classics.size).tolist()
         walks: list[list[int]] = [[] for _ in range(drift_lag)]
-        returns = []  # where novelties stand
-        after_door = False
+        returns: list[int] = []
         while len(events) < max_history:
             walk = walks[len(events) % drift_lag]
-            if after_door:
+            if events[-1] == door:
                 returns.append(len(events))
                 events.append(int(rng.choice(novelties)))
                 walk.clear()
-                after_door = False
                 continue
             if not walk:
                 if rng.random() < return_probability:
@@ -94,11 +91,18 @@ def generate_log(
                     start = rng.integers(ring_size - walk_length + 1)
                     walk.extend(rings[rng.integers(num_rings), start : start + walk_length][::-1].tolist())
             events.append(walk.pop())  # the next item stands last
-            after_door = events[-1] == door
-        history = np.array(events)
-        length = int(rng.integers(min_history, max_history + 1))
-        endings = [place + 1 + (user % 3 == 2) for place in returns if place + 1 + (user % 3 == 2) >= min_history]
-        if user % 3 and endings:
+        return np.array(events), returns
+
+    histories = []
+    for user in range(num_users):
+        classics, novelties = taste[rng.integers(num_genres)]
+        length, kind = int(rng.integers(min_history, max_history + 1)), user % 3
+        for _ in range(100):  # until a novelty lies where this kind of history may end
+            history, returns = draw_events(classics, novelties)
+            endings = [place + kind for place in returns if min_history <= place + kind <= max_history]
+            if endings or not kind:
+                break
+        if endings and kind:
             length = min(endings, key=lambda end: abs(end - length))
         random = rng.random(history.size) < noise
         random[length - drift_lag - 2 :] = False
