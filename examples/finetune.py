@@ -5,30 +5,42 @@ Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint,
     python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --learning_rate 3e-4
     python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --train_only embeddings
 
-A log with items that the checkpoint does not know makes its catalogue grow; the rows of the old items stay in place, new
-items begin at their mean. All options of `TrainingArguments` are there: `python examples/finetune.py --help`.
+A log with items that the checkpoint does not know makes its catalogue grow; the rows of the old items stay in place,
+new items begin at their mean. All options of `TrainingArguments` are there: `python examples/finetune.py --help`.
 """
 
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.data import build_sequences, generate_log, item_counts, split
-from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer
+from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.training import LogArguments, RankingCollator, SequentialRecommendationTrainer, parse_arguments
+
+
+DEFAULTS = {
+    "output_dir": "runs/finetuned",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 256,
+    "learning_rate": 1e-3,
+    "warmup_steps": 20,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "ndcg@10",
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
 
 
 @dataclass
 class FineTuneArguments:
-    """What to fine-tune, and on what."""
+    """What to fine-tune, and how much of it."""
 
     model: str | None = field(default=None, metadata={"help": "A checkpoint; left out, a new small model."})
-    data: str | None = field(default=None, metadata={"help": "A file or folder; left out, the built-in data set."})
-    format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
-    user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
-    item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
-    timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
     train_only: str = field(default="all", metadata={"help": "all, or embeddings: the layers stay as they are."})
 
@@ -38,28 +50,12 @@ class FineTuneArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser((FineTuneArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        output_dir="runs/finetuned",
-        num_train_epochs=10,
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=256,
-        learning_rate=1e-3,
-        warmup_steps=20,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="ndcg@10",
-        report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+    log_args, args, training_args = parse_arguments(
+        LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
     )
-    args, training_args = parser.parse_args_into_dataclasses()
     set_seed(training_args.seed)
 
-    source = generate_log() if args.data is None else args.data
-    columns = {"format": args.format, "user": args.user, "item": args.item, "timestamp": args.timestamp}
-    dataset, tokenizer = build_sequences(source, **columns)
+    dataset, tokenizer = log_args.build()
     if args.model is None:
         config = BlossomRecConfig(
             vocab_size=len(tokenizer),
@@ -77,7 +73,7 @@ def main() -> None:
         if num_added := tokenizer.add_items(log_items):
             model.resize_token_embeddings(len(tokenizer))
             print(f"{num_added} new items; the catalogue now holds {len(tokenizer) - 2}.")
-        dataset, _ = build_sequences(source, tokenizer=tokenizer, **columns)
+        dataset, _ = log_args.build(tokenizer)
         model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
     if args.train_only == "embeddings":
         model.requires_grad_(False)

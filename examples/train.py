@@ -14,25 +14,32 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate.utils import set_seed
-from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.data import build_sequences, generate_log, item_counts, split
-from blossomrec_hf.training import LoopArguments, TrainingLoop, append_result, describe_environment, evaluate
+from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.training import (
+    LogArguments,
+    LoopArguments,
+    TrainingLoop,
+    append_result,
+    describe_environment,
+    evaluate,
+    parse_arguments,
+    save_arguments,
+)
 
 
-@dataclass
-class DataArguments:
-    """The log to learn from."""
-
-    data: str | None = field(
-        default=None, metadata={"help": "A file or folder; left out, the built-in generated data set."}
-    )
-    format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
-    user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
-    item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
-    timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
-    k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
+# Small enough for two CPU cores and the few minutes that the built-in data set is meant for.
+BUILT_IN = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "hidden_dropout_prob": 0.1,
+    "tokens_per_step": 8192,
+    "learning_rate": 3e-3,
+    "warmup_steps": 50,
+    "num_train_epochs": 12,
+}
 
 
 @dataclass
@@ -66,21 +73,14 @@ class OutputArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser((DataArguments, ModelArguments, LoopArguments, OutputArguments), description=__doc__)
-    data_args, model_args, args, output_args = parser.parse_args_into_dataclasses()
+    log_args, model_args, args, output_args = parse_arguments(
+        LogArguments, ModelArguments, LoopArguments, OutputArguments, description=__doc__, built_in=BUILT_IN
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("accelerate", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
-    source = generate_log() if data_args.data is None else data_args.data
-    dataset, tokenizer = build_sequences(
-        source,
-        format=data_args.format,
-        user=data_args.user,
-        item=data_args.item,
-        timestamp=data_args.timestamp,
-        k_core=data_args.k_core,
-    )
+    dataset, tokenizer = log_args.build()
 
     # The same weights on every process; the loop seeds what has to differ.
     set_seed(args.seed)
@@ -111,6 +111,8 @@ def main() -> None:
         f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights on {accelerator.device}"
     )
     result = loop.run()
+    if accelerator.is_main_process:
+        save_arguments(f"{args.output_dir}/run.yaml", log_args, model_args, args, output_args)
 
     test_view = split(dataset, "test", max_length=args.max_length)
     figures = evaluate(model, test_view, ks=output_args.eval_ks, max_tokens=args.eval_tokens, accelerator=accelerator)
@@ -123,7 +125,7 @@ def main() -> None:
     print_recommendations(model, tokenizer, test_view[0])
 
     if output_args.results_json is not None:
-        configuration = {**asdict(data_args), **asdict(model_args), **args.that_shape_the_weights()}
+        configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
         append_result(
             output_args.results_json,
             seed=configuration.pop("seed"),

@@ -3,20 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
-import polars as pl
 import pytest
+from example_cases import REPOSITORY, SMALL_MODEL, write_log
 
 import blossomrec_hf  # noqa: F401  (makes the Auto classes know the models that the examples save)
-
-
-REPOSITORY = Path(__file__).parents[2]
-SMALL_MODEL = (
-    "--hidden_size 16 --num_attention_heads 2 --num_key_value_heads 1 --intermediate_size 32 --max_length 20 "
-    "--tokens_per_step 300 --learning_rate 1e-2 --warmup_steps 5"
-).split()
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +33,6 @@ def run_example():
 def log_file(tmp_path_factory):
     """A CSV of 60 users; an item's successor on a ring of 60 mostly follows it."""
     return write_log(tmp_path_factory.mktemp("log") / "log.csv", num_users=60, num_items=60)
-
-
-def write_log(path, *, num_users, num_items):
-    rng = np.random.default_rng(0)
-    rows = []
-    for user in range(num_users):
-        steps = rng.choice([1, 1, 1, 1, 7], size=rng.integers(5, 40))
-        rows += [(user, int(item), time) for time, item in enumerate((user + np.cumsum(steps)) % num_items)]
-    pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row").write_csv(path)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import write_log
+from example_cases import write_log
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import build_sequences, split

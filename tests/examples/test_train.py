@@ -1,7 +1,7 @@
 import json
 import re
 
-from conftest import SMALL_MODEL
+from example_cases import SMALL_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

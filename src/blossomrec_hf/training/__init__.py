@@ -1,10 +1,12 @@
 """Training and evaluation."""
 
-from .arguments import LoopArguments
-from .evaluation import HeldOutItems, Ranks, evaluate, rank_held_out_items
+from .arguments import LogArguments, LoopArguments, parse_arguments, save_arguments
+from .baselines import LastItemNeighbours, PopularityScores
+from .evaluation import HeldOutItems, ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
 from .histories import HistoryStore
 from .loop import TrainingLoop, TrainingResult, describe_environment, train
 from .metrics import per_user_metrics, ranking_metrics
+from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
 
@@ -12,19 +14,30 @@ from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_c
 __all__ = [
     "HeldOutItems",
     "HistoryStore",
+    "LastItemNeighbours",
+    "LogArguments",
     "LoopArguments",
+    "ModelScores",
+    "PopularityScores",
     "RankingCollator",
     "Ranks",
     "SequentialRecommendationTrainer",
     "TrainingLoop",
     "TrainingResult",
     "append_result",
+    "bootstrap_means",
     "describe_environment",
+    "describe_evaluation",
     "evaluate",
+    "markdown_table",
+    "paired_difference",
+    "parse_arguments",
     "per_user_metrics",
+    "rank_by_scores",
     "rank_held_out_items",
     "ranking_compute_metrics",
     "ranking_metrics",
     "read_results",
+    "save_arguments",
     "train",
 ]

@@ -1,7 +1,17 @@
-"""The arguments of the training loop."""
+"""The arguments of the training loop and of the examples, from the command line or a file."""
 
-from dataclasses import dataclass, field, fields
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import HfArgumentParser
+
+from ..data import build_sequences, generate_log
+from ..tokenization_blossomrec import BlossomRecTokenizer
 
 
 # What may differ between an interrupted run and its continuation, because the weights do not depend on it.
@@ -91,3 +101,74 @@ class LoopArguments:
     def that_shape_the_weights(self) -> dict[str, Any]:
         """The arguments that must be the same for a run to be continued."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE_ON_RESUME}
+
+
+@dataclass
+class LogArguments:
+    """The log of interactions that an example reads."""
+
+    data: str | None = field(
+        default=None, metadata={"help": "A file or folder; left out, the built-in generated data set."}
+    )
+    format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
+    user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
+    item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
+    timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
+    k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
+
+    def build(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[Dataset, BlossomRecTokenizer]:
+        """The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]."""
+        return build_sequences(
+            generate_log() if self.data is None else self.data,
+            format=self.format,
+            user=self.user,
+            item=self.item,
+            timestamp=self.timestamp,
+            k_core=self.k_core,
+            tokenizer=tokenizer,
+        )
+
+
+def parse_arguments(
+    *argument_classes: type,
+    description: str | None = None,
+    built_in: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """
+    Reads dataclasses from the command line, and from a YAML file of the same names if `--config FILE` is given; what
+    stands on the command line comes first, then the file, then the defaults.
+
+    Args:
+        defaults: take the place of the classes' own.
+        built_in: defaults for the built-in data set, where no `data` is given.
+
+    Raises:
+        ValueError: for a name in the file that is no argument.
+    """
+    parser = HfArgumentParser(
+        argument_classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="A YAML file of arguments, like the run.yaml in a run's folder.")
+    parser.set_defaults(**(defaults or {}))
+    known, _ = parser.parse_known_args()
+    from_file = {}
+    if known.config is not None:
+        from_file = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}
+        if unknown := sorted(set(from_file) - set(vars(known))):
+            raise ValueError(
+                f"`config` {known.config} holds {', '.join(unknown)}, which are no arguments of this command."
+            )
+    if known.data is None and from_file.get("data") is None:
+        parser.set_defaults(**(built_in or {}))
+    parser.set_defaults(**from_file)
+    *parsed, rest = parser.parse_args_into_dataclasses()
+    return tuple(parsed)
+
+
+def save_arguments(path: str | Path, *arguments: Any) -> None:
+    """Writes dataclasses as a YAML file that `--config` reads."""
+    values = {name: value for part in arguments for name, value in asdict(part).items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

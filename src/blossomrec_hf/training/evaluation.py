@@ -11,8 +11,8 @@ made in one pass:
   it before.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .histories import NUM_SPECIAL_TOKENS, HistoryStore, budget_batches, concatenate, iterate_columns, to_device
-from .metrics import DEFAULT_KS, ranking_metrics
+from .metrics import DEFAULT_KS, per_user_metrics
 from .progress import progress_bar
 
 
@@ -40,6 +40,7 @@ class HeldOutItems:
         inputs: the histories that the model reads.
         targets: int64 [number of held-out items], each item once a user, in the order of the users.
         target_users: int64 of the same shape: the user of each, as a row of `inputs`.
+        history_lengths: int64 [users], the items of each user's whole history.
         seen_items, seen_offsets: each user's distinct items, less specials and the user's own held-out items.
         user_ids: the users' names.
     """
@@ -60,6 +61,7 @@ class HeldOutItems:
 
         # One number a (user, item) pair makes the whole log one sort instead of a set for every user.
         items, offsets = concatenate(seen)
+        self.history_lengths = np.diff(offsets)
         stride = int(max(items.max(initial=0), self.targets.max(initial=0))) + 1
         users = np.repeat(np.arange(len(distinct_targets)), np.diff(offsets))
         pairs = np.unique(users[items >= NUM_SPECIAL_TOKENS] * stride + items[items >= NUM_SPECIAL_TOKENS])
@@ -87,36 +89,84 @@ class HeldOutItems:
     def __len__(self) -> int:
         return len(self.user_ids)
 
-    def seen_by(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def seen_by_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        The items met by the user of each held-out item: two int64 arrays [pairs], the place in `targets` and the item.
+        The items that each of `users` has met: two int64 arrays [pairs], the place in `users` and the item.
         """
-        users = self.target_users[targets]
         counts = self.seen_offsets[users + 1] - self.seen_offsets[users]
         ends = np.cumsum(counts)
         places = np.arange(counts.sum()) + np.repeat(self.seen_offsets[users] - (ends - counts), counts)
-        return np.repeat(np.arange(len(targets)), counts), self.seen_items[places]
+        return np.repeat(np.arange(len(users)), counts), self.seen_items[places]
+
+    def sample_negatives(self, number: int, *, vocab_size: int, seed: int = 0) -> np.ndarray:
+        """
+        Items to rank each held-out item against, as RecBole's `uni100` draws them: uniformly, with replacement, among
+        the items that are neither in the user's whole history nor held out. int32 [held-out items, number]; same seed,
+        same items.
+
+        Raises:
+            ValueError: for a user who has met every item.
+        """
+        user_of_seen = np.repeat(np.arange(len(self)), np.diff(self.seen_offsets))
+        excluded = [user_of_seen * vocab_size + self.seen_items, self.target_users * vocab_size + self.targets]
+        excluded = np.sort(np.concatenate(excluded))
+        met = np.bincount(excluded // vocab_size, minlength=len(self))
+        if met.max() >= vocab_size - NUM_SPECIAL_TOKENS:
+            user = self.user_ids[int(met.argmax())]
+            raise ValueError(f"`number` is {number}, but user {user!r} has met every item: no negative can be drawn.")
+        rng = np.random.default_rng(seed)
+        users = np.repeat(self.target_users, number)
+        negatives = np.zeros(len(users), dtype=np.int32)
+        open_places = np.arange(len(users))
+        while len(open_places):
+            drawn = rng.integers(NUM_SPECIAL_TOKENS, vocab_size, size=len(open_places), dtype=np.int32)
+            negatives[open_places] = drawn
+            keys = users[open_places] * vocab_size + drawn
+            found = excluded[np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)] == keys
+            open_places = open_places[found]
+        return negatives.reshape(len(self.targets), number)
 
 
 @dataclass
 class Ranks:
     """
-    The rank of each held-out item, float64 [number of held-out items]: over all items and over the unseen ones.
-    `users` [same] tells the user of each, counted from 0 in the order of `user_ids`. An item outside the vocabulary
-    has rank infinity.
+    The rank of each held-out item, float64 [number of held-out items]. An item outside the vocabulary has rank
+    infinity.
+
+    Attributes:
+        everything: over all items.
+        unseen: over the items that the user's history does not hold.
+        sampled: over the item itself and `num_negatives` drawn ones, if that was asked for.
+        top_items: int64 [users, k], the k best unseen items of each user, if that was asked for.
+        users: int64, the user of each held-out item, counted from 0 in the order of `user_ids`.
     """
 
     everything: np.ndarray
     unseen: np.ndarray
     users: np.ndarray
     user_ids: list
+    sampled: np.ndarray | None = None
+    num_negatives: int = 0
+    top_items: np.ndarray | None = None
+
+    def by_suffix(self) -> dict[str, np.ndarray]:
+        """The ranks by what their figures' names end with: "", "_unseen" and, if sampled, "_uni100"."""
+        ranks = {"": self.everything, UNSEEN_SUFFIX: self.unseen}
+        if self.sampled is not None:
+            ranks[f"_uni{self.num_negatives}"] = self.sampled
+        return ranks
+
+    def per_user_metrics(self, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, np.ndarray]:
+        """`recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` of each user, with each suffix: float64 [users]."""
+        return {
+            f"{name}{suffix}": values
+            for suffix, ranks in self.by_suffix().items()
+            for name, values in per_user_metrics(ranks, ks=ks, users=self.users).items()
+        }
 
     def metrics(self, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
-        """`recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k`, and the same with `_unseen` appended."""
-        return {
-            **ranking_metrics(self.everything, ks=ks, users=self.users),
-            **ranking_metrics(self.unseen, ks=ks, users=self.users, suffix=UNSEEN_SUFFIX),
-        }
+        """The means of [`per_user_metrics`] over the users."""
+        return {name: float(values.mean()) for name, values in self.per_user_metrics(ks=ks).items()}
 
 
 def evaluate(
@@ -160,90 +210,187 @@ def rank_held_out_items(
     *,
     max_length: int | None = None,
     max_tokens: int = 65536,
+    num_negatives: int = 0,
+    seed: int = 0,
+    top_k: int = 0,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Ranks:
     """
-    The ranks from which [`evaluate`] makes its figures; same arguments.
+    The ranks from which [`evaluate`] makes its figures; same arguments, and:
+
+    Args:
+        num_negatives: also rank each held-out item against so many drawn items (`uni100` with 100), drawn with `seed`.
+        top_k: also keep the best so many unseen items of each user.
 
     A user whose history is empty is served by the popularity of the items (`model.item_counts`).
     """
     held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
-    if accelerator is None:
-        doubled = double_ranks(model, held_out, max_tokens=max_tokens, progress=progress)
-    else:
-        doubled = double_ranks(
-            accelerator.unwrap_model(model),
+    autocast = nullcontext if accelerator is None else accelerator.autocast
+    bare_model = model if accelerator is None else accelerator.unwrap_model(model)
+    with evaluating(bare_model):
+        return rank_by_scores(
+            ModelScores(bare_model, held_out, autocast),
             held_out,
+            vocab_size=bare_model.config.vocab_size,
+            device=next(bare_model.parameters()).device,
             max_tokens=max_tokens,
-            autocast=accelerator.autocast,
-            share=(accelerator.process_index, accelerator.num_processes),
+            num_negatives=num_negatives,
+            seed=seed,
+            top_k=top_k,
+            accelerator=accelerator,
             progress=progress,
         )
+
+
+def rank_by_scores(
+    score: Callable[[np.ndarray], torch.Tensor],
+    held_out: HeldOutItems,
+    *,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    max_tokens: int = 65536,
+    num_negatives: int = 0,
+    seed: int = 0,
+    top_k: int = 0,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> Ranks:
+    """
+    Ranks held-out items by any scores.
+
+    Args:
+        score: makes float32 [users, vocab_size] on `device` for some users, given as rows of `held_out.inputs`.
+        vocab_size: the items and the two specials.
+        The other arguments are those of [`rank_held_out_items`].
+    """
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    negatives = held_out.sample_negatives(num_negatives, vocab_size=vocab_size, seed=seed) if num_negatives else None
+    top_items = torch.zeros(len(held_out), top_k, dtype=torch.int64, device=device)
+
+    def keep_top_items(users: np.ndarray, scores: torch.Tensor) -> None:
+        rows, items = to_device(torch.from_numpy(np.stack(held_out.seen_by_users(users))), scores.device)
+        unseen_scores = scores.index_put((rows, items), scores.new_tensor(-torch.inf))
+        unseen_scores[:, :NUM_SPECIAL_TOKENS] = -torch.inf
+        top_items[torch.from_numpy(users).to(device)] = unseen_scores.topk(top_k).indices
+
+    doubled = double_ranks(
+        score,
+        held_out,
+        vocab_size=vocab_size,
+        device=device,
+        max_tokens=max_tokens,
+        negatives=negatives,
+        share=share,
+        progress=progress,
+        observe=keep_top_items if top_k else None,
+    )
+    if accelerator is not None:
         doubled = accelerator.reduce(doubled, reduction="sum")
+        top_items = accelerator.reduce(top_items, reduction="sum") if top_k else top_items
     ranks = doubled.cpu().numpy() / 2
     ranks[ranks == 0] = np.inf
-    return Ranks(ranks[:, 0], ranks[:, 1], held_out.target_users, held_out.user_ids)
+    return Ranks(
+        everything=ranks[:, 0],
+        unseen=ranks[:, 1],
+        users=held_out.target_users,
+        user_ids=held_out.user_ids,
+        sampled=ranks[:, 2] if num_negatives else None,
+        num_negatives=num_negatives,
+        top_items=top_items.cpu().numpy() if top_k else None,
+    )
 
 
 def double_ranks(
-    model: nn.Module,
+    score: Callable[[np.ndarray], torch.Tensor],
     held_out: HeldOutItems,
     *,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
     max_tokens: int = 65536,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    negatives: np.ndarray | None = None,
     share: tuple[int, int] = (0, 1),
     progress: bool = False,
+    observe: Callable[[np.ndarray, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """
-    Twice the ranks, over all and over unseen items: int64 [held-out items, 2] on the model's device.
+    Twice the ranks of the held-out items: int64 [held-out items, 2 or 3] on `device`, over all items, over unseen
+    items and, if there are any, over the item and its `negatives`.
 
     Twice, because integers stay exact in a sum over processes. 0 stands for "not ranked": an item outside the
     vocabulary, or one of another process's share.
 
     Args:
-        model: a `BlossomRecForSequentialRecommendation`, not wrapped.
-        autocast: makes the context in which the layers run.
+        score: makes float32 [users, vocab_size] for some users, given as rows of `held_out.inputs`.
+        negatives: int [held-out items, number].
         share: (rank, number of processes): which part of the users is ranked here.
+        observe: sees every batch of users and their scores.
     """
-    device = next(model.parameters()).device
-    vocab_size = model.config.vocab_size
     largest = max(int(held_out.inputs.items.max()) if len(held_out.inputs.items) else 0, int(held_out.targets.max()))
     if largest >= vocab_size:
         raise ValueError(f"`view` holds the item {largest}, but the model's vocabulary ends at {vocab_size - 1}.")
     held_out.inputs.to(device)
-    doubled = torch.zeros(len(held_out.targets), 2, dtype=torch.int64, device=device)
+    doubled = torch.zeros(len(held_out.targets), 2 + (negatives is not None), dtype=torch.int64, device=device)
 
     rank, num_processes = share
-    readers = np.flatnonzero(held_out.inputs.lengths > 0)
+    lengths = held_out.inputs.lengths
+    # Users without a history come last, in batches of their own.
+    order = np.concatenate([np.flatnonzero(lengths > 0), np.flatnonzero(lengths == 0)])
+    num_readers = int((lengths > 0).sum())
     max_users = max(1, MAX_SCORES // vocab_size)
     batches = [
-        readers[batch] for batch in budget_batches(held_out.inputs.lengths[readers], max_tokens, max_count=max_users)
+        order[part][batch]
+        for part in (slice(0, num_readers), slice(num_readers, None))
+        for batch in budget_batches(lengths[order[part]], max_tokens, max_count=max_users)
     ]
     own_batches = batches[rank::num_processes]
     # Sharded models meet in every forward pass, so each process makes the same number of them.
     spare_passes = -(-len(batches) // num_processes) - len(own_batches)
-    newcomers = np.flatnonzero(held_out.inputs.lengths == 0)[rank::num_processes]
 
-    was_training = model.training
-    model.eval()
-    with (
-        torch.no_grad(),
-        progress_bar(
-            total=len(held_out), description="Evaluating", enabled=progress and rank == 0, leave=False
-        ) as bar,
-    ):
+    bar = progress_bar(total=len(held_out), description="Evaluating", enabled=progress and rank == 0, leave=False)
+    with torch.no_grad(), bar:
         for users in own_batches:
-            scores = last_item_scores(model, held_out.inputs.pack(users), autocast)
-            add_double_ranks(doubled, scores, held_out, users)
+            scores = score(users)
+            add_double_ranks(doubled, scores, held_out, users, negatives)
+            if observe is not None:
+                observe(users, scores)
             bar.update(len(users) * num_processes)
         for _ in range(spare_passes):
-            last_item_scores(model, held_out.inputs.pack(batches[0]), autocast)
-        for chunk in budget_batches(np.ones(len(newcomers)), max_users):
-            popularity = model.item_counts.to(device=device, dtype=torch.float32)
-            add_double_ranks(doubled, popularity.expand(chunk.stop - chunk.start, -1), held_out, newcomers[chunk])
-    model.train(was_training)
+            score(batches[0])
     return doubled
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class ModelScores:
+    """
+    The scores of a model for users of `held_out`; the popularity of the items for those without a history.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation`, not wrapped.
+        autocast: makes the context in which the layers run.
+    """
+
+    def __init__(
+        self, model: nn.Module, held_out: HeldOutItems, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.model = model
+        self.inputs = held_out.inputs
+        self.autocast = autocast
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        if self.inputs.lengths[users[0]] == 0:
+            return self.model.item_counts.float().expand(len(users), -1)
+        return last_item_scores(self.model, self.inputs.pack(users), self.autocast)
 
 
 def last_item_scores(
@@ -263,7 +410,13 @@ def last_item_scores(
     return nn.functional.linear(last.float(), model.get_output_embeddings().weight.float())
 
 
-def add_double_ranks(doubled: torch.Tensor, scores: torch.Tensor, held_out: HeldOutItems, users: np.ndarray) -> None:
+def add_double_ranks(
+    doubled: torch.Tensor,
+    scores: torch.Tensor,
+    held_out: HeldOutItems,
+    users: np.ndarray,
+    negatives: np.ndarray | None = None,
+) -> None:
     """
     Writes twice the ranks of the held-out items of `users` into `doubled`; `scores` [users, vocabulary] are theirs.
 
@@ -280,7 +433,7 @@ def add_double_ranks(doubled: torch.Tensor, scores: torch.Tensor, held_out: Held
     one_each = len(rows) == len(users) and (owned == 1).all()
     # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
     for chunk in [slice(0, len(targets))] if one_each else budget_batches(np.ones(len(targets)), max(1, len(users))):
-        pair_rows, pair_items = held_out.seen_by(targets[chunk])
+        pair_rows, pair_items = held_out.seen_by_users(held_out.target_users[targets[chunk]])
         chunk_rows, chunk_items, chunk_targets = to_device(
             torch.from_numpy(np.stack([rows[chunk], held_out.targets[targets[chunk]], targets[chunk]])), device
         )
@@ -293,5 +446,10 @@ def add_double_ranks(doubled: torch.Tensor, scores: torch.Tensor, held_out: Held
 
         seen_scores, compared = candidates[pairs[0], pairs[1]], target_scores[pairs[0], 0]
         added = 2 - (seen_scores <= compared).long() - (seen_scores < compared).long()
-        over_unseen = over_all.index_add(0, pairs[0], added, alpha=-1)
-        doubled[chunk_targets] = torch.stack([over_all, over_unseen], dim=1)
+        columns = [over_all, over_all.index_add(0, pairs[0], added, alpha=-1)]
+        if negatives is not None:
+            drawn = to_device(torch.from_numpy(negatives[targets[chunk]]), device).long()
+            drawn_scores = candidates.gather(1, drawn)
+            lower = (drawn_scores <= target_scores).sum(1) + (drawn_scores < target_scores).sum(1)
+            columns.append(2 + 2 * drawn.shape[1] - lower)
+        doubled[chunk_targets] = torch.stack(columns, dim=1)

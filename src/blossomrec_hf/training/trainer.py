@@ -9,7 +9,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..data import PaddingCollator
-from .evaluation import UNSEEN_SUFFIX, HeldOutItems, double_ranks
+from .evaluation import UNSEEN_SUFFIX, HeldOutItems, ModelScores, double_ranks, evaluating
 from .histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
 from .metrics import DEFAULT_KS, ranking_metrics
 
@@ -72,9 +72,14 @@ class SequentialRecommendationTrainer(Trainer):
         seen = [row[row >= NUM_SPECIAL_TOKENS].numpy() for row in inputs["seen_ids"].cpu()]
         targets = [row[row != IGNORE_INDEX].numpy() for row in target_ids]
         held_out = HeldOutItems(HistoryStore(*concatenate(histories)), targets, seen, range(len(targets)))
-        doubled = double_ranks(
-            self.accelerator.unwrap_model(model), held_out, autocast=self.compute_loss_context_manager
-        )
+        bare_model = self.accelerator.unwrap_model(model)
+        with evaluating(bare_model):
+            doubled = double_ranks(
+                ModelScores(bare_model, held_out, self.compute_loss_context_manager),
+                held_out,
+                vocab_size=bare_model.config.vocab_size,
+                device=inputs["input_ids"].device,
+            )
         ranks = torch.full((*target_ids.shape, 2), float(IGNORE_INDEX), dtype=torch.float64, device=doubled.device)
         held_out_ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
         ranks[(target_ids != IGNORE_INDEX).to(doubled.device)] = held_out_ranks

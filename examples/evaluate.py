@@ -1,0 +1,116 @@
+"""
+Evaluates checkpoints on a log, beside the most popular items and the items that follow the last one.
+
+    python examples/evaluate.py --models runs/ml-1m --data ml-1m/interactions.txt --max_length 1000
+    accelerate launch examples/evaluate.py --models runs/a runs/b --data log.csv --part validation --output_dir reports
+
+Every item is ranked for every user; `_unseen` figures leave out what a user has met, `_uni100` ones rank against 100
+drawn items as RecBole does. Writes `evaluation.json` (figures with bootstrap intervals, by history length, coverage,
+popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's item, for paired comparisons later).
+"""
+
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.training import (
+    HeldOutItems,
+    HistoryStore,
+    LastItemNeighbours,
+    LogArguments,
+    PopularityScores,
+    describe_environment,
+    describe_evaluation,
+    markdown_table,
+    parse_arguments,
+    rank_by_scores,
+    rank_held_out_items,
+)
+from blossomrec_hf.training.checkpoints import write_json
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and how."""
+
+    models: list[str] = field(default_factory=list, metadata={"help": "Folders of checkpoints with their tokenizers."})
+    part: str = field(default="test", metadata={"help": "test or validation."})
+    max_length: int = field(default=200, metadata={"help": "The latest items of a history that a model reads."})
+    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16."})
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
+    samples: int = field(default=1000, metadata={"help": "Bootstrap samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the drawn items and of the bootstrap."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the reports go."})
+
+    def __post_init__(self):
+        if self.part not in ("test", "validation"):
+            raise ValueError(f"`part` must be test or validation, got {self.part!r}.")
+        if not self.models:
+            raise ValueError("`models` must name at least one folder of a checkpoint.")
+
+
+def main() -> None:
+    log_args, args = parse_arguments(LogArguments, EvaluationArguments, description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
+
+    ranks, reports, tokenizers = {}, {}, []
+    for folder in args.models:
+        tokenizer = BlossomRecTokenizer.from_pretrained(folder)
+        model = BlossomRecForSequentialRecommendation.from_pretrained(folder).to(accelerator.device)
+        # The baselines and the held-out items serve every model with the same catalogue.
+        if not tokenizers or tokenizer.get_vocab() != tokenizers[-1].get_vocab():
+            if tokenizers:
+                raise ValueError(f"`models`: {folder} has another catalogue than {args.models[0]}.")
+            dataset, _ = log_args.build(tokenizer)
+            held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
+            counts = item_counts(dataset, len(tokenizer))
+            ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
+        tokenizers.append(tokenizer)
+        ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
+    training = HistoryStore.from_rows(split(dataset, "train"))
+    for name, scores in (
+        ("most popular", PopularityScores(counts, device=accelerator.device)),
+        ("after the last item", LastItemNeighbours(training, held_out, counts, device=accelerator.device)),
+    ):
+        ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)
+    if not accelerator.is_main_process:
+        return
+
+    for name, of_name in ranks.items():
+        reports[name] = describe_evaluation(
+            of_name, held_out, item_counts=counts, ks=args.ks, samples=args.samples, seed=args.seed
+        )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {**asdict(log_args), **asdict(args)}
+    write_json(folder / "evaluation.json", {"arguments": arguments, **describe_environment(), "reports": reports})
+    np.savez_compressed(
+        folder / "ranks.npz",
+        user_ids=np.array(held_out.user_ids),
+        users=held_out.target_users,
+        **{
+            f"{name}{suffix}": values
+            for name, of_name in ranks.items()
+            for suffix, values in of_name.by_suffix().items()
+        },
+    )
+    k = 10 if 10 in args.ks else max(args.ks)
+    suffixes = next(iter(ranks.values())).by_suffix()
+    names = [f"{figure}@{k}{suffix}" for suffix in suffixes for figure in ("recall", "ndcg")]
+    table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
+    (folder / "evaluation.md").write_text(table + "\n", encoding="utf-8")
+    print(f"{len(held_out)} users, {len(counts) - 2} items; ± is half a 95% interval over users\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+import json
+
+import numpy as np
+import pytest
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.training import evaluate
+
+
+def test_reports_models_and_baselines(run_example, trained, log_file, tmp_path):
+    arguments = ("--models", trained[0], "--data", log_file, "--max_length", 20, "--samples", 50, "--ks", 10)
+    printed = run_example("evaluate.py", *arguments, "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "evaluation.json").read_text())["reports"]
+    assert list(report) == [str(trained[0]), "most popular", "after the last item"]
+    assert (tmp_path / "evaluation.md").read_text().strip() in printed
+
+    tokenizer = BlossomRecTokenizer.from_pretrained(trained[0])
+    dataset, _ = build_sequences(log_file, tokenizer=tokenizer)
+    model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
+    expected = evaluate(model, split(dataset, "test"), ks=(10,), max_length=20, progress=False)
+    figures = report[str(trained[0])]["metrics"]
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert figures["ndcg@10"] > report["most popular"]["metrics"]["ndcg@10"] + 0.2
+
+    ranks = np.load(tmp_path / "ranks.npz")
+    assert np.mean(ranks[f"{trained[0]}_unseen"] <= 10) == pytest.approx(expected["recall@10_unseen"])

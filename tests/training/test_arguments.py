@@ -1,0 +1,66 @@
+import json
+import sys
+import threading
+
+import pytest
+
+from blossomrec_hf.training import (
+    LogArguments,
+    LoopArguments,
+    append_result,
+    parse_arguments,
+    read_results,
+    save_arguments,
+)
+
+
+def parse(monkeypatch, *words, **options):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    return parse_arguments(LogArguments, LoopArguments, **options)
+
+
+def test_command_line_then_file_then_built_in_then_default(monkeypatch, tmp_path):
+    built_in = {"learning_rate": 5.0, "warmup_steps": 3, "tokens_per_step": 77}
+    (tmp_path / "run.yaml").write_text("warmup_steps: 9\nweight_decay: 1e-3\n")  # YAML reads 1e-3 as text
+    _, args = parse(monkeypatch, "--config", tmp_path / "run.yaml", "--learning_rate", 7, built_in=built_in)
+    assert (args.learning_rate, args.warmup_steps, args.tokens_per_step) == (7.0, 9, 77)
+    assert (args.weight_decay, args.adam_beta1) == (1e-3, LoopArguments().adam_beta1)
+    _, args = parse(monkeypatch, "--data", "log.csv", built_in=built_in)
+    assert args == LoopArguments()
+
+
+def test_saved_arguments_come_back(monkeypatch, tmp_path):
+    log_args, args = LogArguments(data="a b.csv", k_core=5), LoopArguments(mixed_precision="bf16", learning_rate=3e-5)
+    save_arguments(tmp_path / "run.yaml", log_args, args)
+    assert parse(monkeypatch, "--config", tmp_path / "run.yaml") == (log_args, args)
+
+
+def test_unknown_names_in_a_file_are_told(monkeypatch, tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        parse(monkeypatch, "--config", tmp_path / "run.yaml")
+
+
+def test_results_of_runs_that_end_together_are_all_kept(tmp_path):
+    path = tmp_path / "results.json"
+
+    def run(seed):
+        append_result(path, configuration={"types": ("full",), "seed_free": 1}, seed=seed, commit="c", figure=seed)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result["figure"] for result in read_results(path)) == list(range(8))
+    append_result(path, configuration={"types": ["full"], "seed_free": 1}, seed=3, commit="c", figure=33)
+    assert sorted(result["figure"] for result in read_results(path)) == [0, 1, 2, 4, 5, 6, 7, 33]
+    assert [child.name for child in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_file_that_is_no_list_of_results_is_left_alone(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="no list of results"):
+        append_result(path, configuration={}, seed=0, commit=None)
+    assert json.loads(path.read_text()) == {"a": 1}
