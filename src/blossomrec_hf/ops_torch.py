@@ -28,7 +28,7 @@ except ImportError:
 SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
 # Up to this length reading every key of a history is cheaper than gathering the selected blocks of every query.
-DENSE_MAX_LENGTH = 128
+DENSE_MAX_LENGTH = 256
 
 
 class _Rows(NamedTuple):
