@@ -118,6 +118,31 @@ def test_formats(tmp_path, case, compressed):
             assert "timestamps" not in dataset.column_names
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("crlf.txt", "7 6\r\n7 5\r\n"),
+        ("blanks.txt", "7  6 \n\n7\t5\n"),
+        ("crlf.dat", "7::6::3::5\r\n7::5::2::6\r\n"),
+        ("bom.csv", "\ufeffuser,item\r\n7,6\r\n7,5\r\n"),
+        ("crlf.jsonl", '{"user":7,"item":6}\r\n\r\n{"user":7,"item":5}\r\n'),
+    ],
+)
+def test_the_ways_in_which_lines_end(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    dataset, tokenizer = build_sequences(tmp_path / name)
+    assert dataset["user_id"][:] == [7] and tokenizer.decode_items(dataset["input_ids"][0]) == [6, 5]
+
+
+def test_a_missing_field_is_no_id(tmp_path):
+    (tmp_path / "u.data").write_text("7\t5\t3\t1\n7\t \t3\t2\n")
+    with pytest.raises(ValueError, match="u.data, line 2: not a usable item"):
+        build_sequences(tmp_path / "u.data", format="ml-100k")
+    (tmp_path / "log.txt").write_text("7 5\n7 5 6\n")
+    with pytest.raises(ValueError, match="log.txt, line 2: not a usable item"):
+        build_sequences(tmp_path / "log.txt", format="pairs")
+
+
 def test_columns_by_name_and_file_order(tmp_path):
     path = tmp_path / "odd.dat"
     path.write_text("who,what,when,timestamp\n1,a,9,1\n1,b,8,2\n")

@@ -114,20 +114,24 @@ def _lines(path: Path) -> pl.LazyFrame:
 def _fields(path: Path, separator: str, columns: Sequence[str]) -> Part:
     """Lines without header, fields parted by `separator` in the order of `columns`; columns not ours stay unread."""
     fields = pl.col("line").str.splitn(separator, len(columns) + 1).struct
-    kept = [(number, name) for number, name in enumerate(columns) if name in OURS]
-    frame = _lines(path).select("row", *(fields.field(f"field_{number}").alias(name) for number, name in kept))
-    return Part(frame, str(path), tuple(name for _, name in kept))
+    kept = {name: f"field_{number}" for number, name in enumerate(columns) if name in OURS}
+    values = (fields.field(field).str.strip_chars().replace("", None).alias(name) for name, field in kept.items())
+    return Part(_lines(path).select("row", *values), str(path), tuple(kept))
+
+
+def _words(path: Path) -> pl.LazyFrame:
+    """The `user` that begins each line, and the other words as the list `item`."""
+    words = pl.col("line").str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ")
+    return _lines(path).select("row", words.list.first().alias("user"), words.list.slice(1).alias("item"))
 
 
 def _pairs(path: Path, names: Names) -> Part:
-    return _fields(path, "\t" if "\t" in first_lines(path, 1)[0] else " ", ("user", "item"))
+    only = pl.when(pl.col("item").list.len() == 1).then(pl.col("item").list.first())
+    return Part(_words(path).with_columns(only.alias("item")), str(path), ("user", "item"))
 
 
 def _sequences(path: Path, names: Names) -> Part:
-    fields = pl.col("line").str.strip_chars().str.splitn(" ", 2).struct
-    frame = _lines(path).select("row", fields.field("field_0").alias("user"), fields.field("field_1").alias("item"))
-    frame = frame.with_columns(pl.col("item").str.strip_chars().str.split(" ")).explode("item")
-    return Part(frame, str(path), ("user", "item"))
+    return Part(_words(path).explode("item"), str(path), ("user", "item"))
 
 
 def _delimited(path: Path, names: Names, separator: str) -> Part:

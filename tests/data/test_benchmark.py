@@ -1,0 +1,24 @@
+"""The benchmark runs, and what it prints can be read by a program."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_line_a_run_and_the_slope(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "benchmark_data.py"
+    sizes = ["20000", "60000"]
+    command = [sys.executable, str(script), "--folder", str(tmp_path), "--interactions", *sizes, "--bare_sort"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line.get("log") for line in lines] == [f"log-{size}.parquet" for size in sizes for _ in range(2)] + [None]
+    for line in lines[:-1]:
+        assert line["seconds"] > 0 and line["peak_MiB"] > 50 and line["users"] > 0
+    assert lines[1]["users"] <= lines[0]["users"]  # the 5-core can only drop users
+    assert list(lines[-1]) == ["slope of log seconds over log interactions"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"log-{size}.parquet" for size in sizes)
