@@ -21,7 +21,7 @@ from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
 from blossomrec_hf.data.known_sets import KNOWN
-from blossomrec_hf.data.report import describe, summary, write_report
+from blossomrec_hf.data.overview import describe, summary, write_report
 from blossomrec_hf.data.storage import replace_folder
 from blossomrec_hf.hub import dataset_card, push_dataset
 

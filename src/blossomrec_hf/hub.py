@@ -6,7 +6,7 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, HfApi
 
 from .data.filters import FilterReport
-from .data.report import describe, summary
+from .data.overview import describe, summary
 
 
 _COLUMNS = {

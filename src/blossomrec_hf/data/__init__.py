@@ -2,11 +2,11 @@
 
 from .build import build_sequences
 from .collators import PackingCollator, PaddingCollator
+from .packed_loader import PackedDataLoader, PackedTrainerMixin
 from .sampling import TokenBudgetSampler
 from .splits import item_counts, split, split_by_leave_one_out, split_by_time, split_by_user
 from .streaming import PackedStream
 from .synthetic import generate_log
-from .trainer import PackedDataLoader, PackedTrainerMixin
 from .windows import HistoryWindows
 
 

@@ -102,16 +102,14 @@ def build_sequences_on_spark(
     every_item = items.join(log.groupBy("item").count(), "item", "left").fillna(0, ["count"])
     every_item = every_item.orderBy(f.col("count").desc(), "item_place").select("item", "count")
     catalogue = pl.from_arrow(_collect(every_item))
-    ids = as_integers(
-        catalogue["item"]
-    )  # of all that the log shows, kept or not: so the type is that of build_sequences
+    # Of all items that the log shows, kept or not: so their type is the one that build_sequences finds.
+    ids = as_integers(catalogue["item"])
     kept = catalogue["count"] > 0
     item_type = "int" if ids.dtype.is_integer() else "str"
     tokenizer = BlossomRecTokenizer.from_items(ids.filter(kept).to_list(), item_type=item_type)
     numbered = catalogue.filter(kept).select("item").with_row_index("id", NUM_SPECIAL)
-    vocabulary = spark.createDataFrame(
-        list(zip(numbered["item"].to_list(), numbered["id"].to_list())), ["item", "id"]
-    ).withColumn("id", f.col("id").cast("int"))
+    vocabulary = spark.createDataFrame(numbered.select("item", "id").rows(), ["item", "id"])
+    vocabulary = vocabulary.withColumn("id", f.col("id").cast("int"))
 
     events = f.sort_array(f.collect_list(f.struct(*order, "id")))
     rows = log.join(f.broadcast(vocabulary), "item").groupBy("user").agg(events.alias("events"))

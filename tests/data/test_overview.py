@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, split
-from blossomrec_hf.data.report import describe, write_report
+from blossomrec_hf.data.overview import describe, write_report
 from blossomrec_hf.hub import dataset_card, push_dataset
 
 

@@ -87,7 +87,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 sys.path.insert(0, sys.argv[2])
 from test_batches import built, segments
-from test_trainer import tiny_model
+from test_packed_loader import tiny_model
 from blossomrec_hf.data import HistoryWindows, PackedDataLoader, PackedStream, PackingCollator, TokenBudgetSampler
 
 accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
