@@ -20,6 +20,7 @@ from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (
     LogArguments,
     LoopArguments,
+    SelectionWatch,
     TrainingLoop,
     append_result,
     describe_environment,
@@ -67,6 +68,9 @@ class OutputArguments:
     """What to show and to keep of the results."""
 
     eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    watch: bool = field(
+        default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
+    )
     results_json: str | None = field(
         default=None, metadata={"help": "Add the results to this file, keyed by configuration, seed and commit."}
     )
@@ -99,12 +103,14 @@ def main() -> None:
     )
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
 
+    validation_view = split(dataset, "validation", max_length=args.max_length)
     loop = TrainingLoop(
         model,
         split(dataset, "train", max_length=args.max_length),
-        split(dataset, "validation", max_length=args.max_length),
+        validation_view,
         args=args,
         tokenizer=tokenizer,
+        callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
     )
     accelerator = loop.accelerator
     accelerator.print(

@@ -135,20 +135,21 @@ class InterruptedLoop(TrainingLoop):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(log, tmp_path):
-    whole = make_loop(log, tmp_path / "whole")
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "optim": "adafactor", "lr_scheduler_type": "cosine"}])
+def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(log, tmp_path, changes):
+    whole = make_loop(log, tmp_path / "whole", **changes)
     result = whole.run()
     InterruptedLoop.interrupted_at = int(np.random.default_rng().integers(1, result.steps))
-    interrupted = make_loop(log, tmp_path, InterruptedLoop)
+    interrupted = make_loop(log, tmp_path, InterruptedLoop, **changes)
     with pytest.raises(SystemExit) as exit_info:
         interrupted.run()
     assert exit_info.value.code == 143
     assert (interrupted.output_dir / f"checkpoint-{InterruptedLoop.interrupted_at}").is_dir()
     with pytest.raises(ValueError, match="unfinished run"):
-        make_loop(log, tmp_path).run()
+        make_loop(log, tmp_path, **changes).run()
 
     torch.manual_seed(5)  # whatever state the generators are in, the checkpoint's is what counts
-    resumed = make_loop(log, tmp_path, resume=True)
+    resumed = make_loop(log, tmp_path, resume=True, **changes)
     assert resumed.run().steps == result.steps
     for (name, ours), expected in zip(
         resumed.bare_model.state_dict().items(), whole.bare_model.state_dict().values(), strict=True
@@ -158,6 +159,50 @@ def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(log, tmp_path):
     assert resumed.state.best_metric == whole.state.best_metric
     # A finished run may be started over.
     assert make_loop(log, tmp_path, num_train_epochs=1).run().epochs == 1
+
+
+class AveragingLoop(TrainingLoop):
+    """Keeps the weights after every step, and what each validation saw."""
+
+    def training_step(self, rows):
+        super().training_step(rows)
+        self.history = [*getattr(self, "history", []), self.bare_model.lm_head.weight.detach().clone()]
+
+    def _validate(self):
+        self.seen = self.bare_model.lm_head.weight.detach().clone()
+        return super()._validate()
+
+
+def test_validates_and_keeps_the_moving_average(log, tmp_path):
+    torch.manual_seed(1)
+    model = make_model()
+    average = model.lm_head.weight.detach().clone()
+    loop = make_loop(log, tmp_path, AveragingLoop, model=model, num_train_epochs=1, ema_decay=0.5)
+    loop.run()
+    for step, weight in enumerate(loop.history):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(loop.seen, average)
+    torch.testing.assert_close(model.lm_head.weight, average)
+    assert not torch.allclose(loop.history[-1], average, atol=1e-4)
+
+
+def test_without_validation_the_last_weights_are_kept(log, tmp_path):
+    torch.manual_seed(1)
+    args = arguments(tmp_path, num_train_epochs=1)
+    loop = AveragingLoop(make_model(), split(log[0], "train"), args=args)
+    result = loop.run()
+    assert result.best_step == 0
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(args.output_dir).lm_head.weight, loop.history[-1])
+
+
+def test_uploads_at_the_end_if_asked(log, tmp_path, monkeypatch):
+    uploaded = []
+    for uploader in (type(make_model()), type(log[1])):
+        monkeypatch.setattr(uploader, "push_to_hub", lambda self, name: uploaded.append((type(self).__name__, name)))
+    args = arguments(tmp_path, num_train_epochs=1, push_to_hub=True, hub_model_id="me/mine")
+    train(make_model(), split(log[0], "train"), args=args, tokenizer=log[1])
+    assert uploaded == [("BlossomRecForSequentialRecommendation", "me/mine"), ("BlossomRecTokenizer", "me/mine")]
 
 
 KILLED_SCRIPT = """
@@ -277,6 +322,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path):
         ({"tokens_per_step": 0}, "`tokens_per_step` must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
         ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"optim": "sgdd"}, "sgdd is not a valid OptimizerNames"),
         ({"metric_for_best_model": "ndcg"}, "`metric_for_best_model` must be one of recall@1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from .arguments import LogArguments, LoopArguments, parse_arguments, save_arguments
 from .baselines import LastItemNeighbours, PopularityScores
+from .callbacks import LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .evaluation import HeldOutItems, ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
 from .histories import HistoryStore
 from .loop import TrainingLoop, TrainingResult, describe_environment, train
@@ -17,10 +18,12 @@ __all__ = [
     "LastItemNeighbours",
     "LogArguments",
     "LoopArguments",
+    "LoopCallback",
     "ModelScores",
     "PopularityScores",
     "RankingCollator",
     "Ranks",
+    "SelectionWatch",
     "SequentialRecommendationTrainer",
     "TrainingLoop",
     "TrainingResult",
@@ -28,6 +31,7 @@ __all__ = [
     "bootstrap_means",
     "describe_environment",
     "describe_evaluation",
+    "draw_selection",
     "evaluate",
     "markdown_table",
     "paired_difference",
@@ -39,5 +43,6 @@ __all__ = [
     "ranking_metrics",
     "read_results",
     "save_arguments",
+    "selection_statistics",
     "train",
 ]

@@ -15,7 +15,9 @@ from ..tokenization_blossomrec import BlossomRecTokenizer
 
 
 # What may differ between an interrupted run and its continuation, because the weights do not depend on it.
-_FREE_ON_RESUME = {"output_dir", "resume", "logging_steps", "save_seconds", "save_steps", "eval_tokens"}
+_FREE_ON_RESUME = (
+    "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id".split()
+)
 
 
 @dataclass
@@ -48,6 +50,9 @@ class LoopArguments:
     )
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model for training."})
 
+    optim: str = field(
+        default="adamw", metadata={"help": "adamw (fused where the device has it) or any optimizer of `transformers`."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay of the weight matrices."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
@@ -60,6 +65,10 @@ class LoopArguments:
         default="constant_with_warmup", metadata={"help": "Any schedule of `transformers`: linear, cosine, ..."}
     )
     warmup_steps: int = field(default=100, metadata={"help": "Steps over which the learning rate rises from 0."})
+
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "Validate and keep a moving average of the weights with this decay; 0: no."}
+    )
 
     eval_epochs: int = field(default=1, metadata={"help": "Epochs from one validation to the next."})
     eval_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time in evaluation."})
@@ -74,6 +83,11 @@ class LoopArguments:
     )
     save_steps: int = field(
         default=0, metadata={"help": "Also write one every so many steps, inside an epoch; 0: no."}
+    )
+    report_to: str = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..., or none."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where to; left out, the name of the output directory."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
 
@@ -91,6 +105,7 @@ class LoopArguments:
         for name in ("warmup_steps", "patience", "save_seconds", "save_steps", "max_grad_norm", "weight_decay"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 or more and below 1")
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1")
         self._require("mixed_precision", self.mixed_precision in (None, "no", "bf16", "fp16"), "no, bf16 or fp16")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,19 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    get_scheduler,
+)
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
 from ..data import TokenBudgetSampler
 from .arguments import LoopArguments
+from .averaging import WeightAverage
+from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, keep_only, numbered_folders, write_json, written_aside
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
 from .histories import IGNORE_INDEX, HistoryStore
@@ -79,6 +88,7 @@ def train(
     *,
     args: LoopArguments,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[LoopCallback] = (),
     accelerator: Accelerator | None = None,
 ) -> TrainingResult:
     """
@@ -100,6 +110,7 @@ def train(
             kept.
         args: see [`LoopArguments`].
         tokenizer: saved beside the model.
+        callbacks: see [`~blossomrec_hf.training.LoopCallback`].
         accelerator: made from `args` when left out.
 
     Raises:
@@ -109,7 +120,13 @@ def train(
             written before stay.
     """
     return TrainingLoop(
-        model, train_view, validation_view, args=args, tokenizer=tokenizer, accelerator=accelerator
+        model,
+        train_view,
+        validation_view,
+        args=args,
+        tokenizer=tokenizer,
+        callbacks=callbacks,
+        accelerator=accelerator,
     ).run()
 
 
@@ -117,23 +134,42 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     """An accelerator for the loop. The buffers (item frequencies) never change: no broadcast at every step."""
     return Accelerator(
         mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
 
 
 def make_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
-    """AdamW, fused where the device has it. Only matrices decay: not biases, norms and item embeddings."""
+    """
+    AdamW, fused where the device has it, or an optimizer of `transformers` by its name there. Only matrices decay: not
+    biases, norms and item embeddings.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters),
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if args.optim == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            fused=all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters),
+        )
+    # What `Trainer` reads of its arguments; a real TrainingArguments would reset the state of Accelerate.
+    settings = SimpleNamespace(
+        optim=OptimizerNames(args.optim),
+        optim_args=None,
+        optim_target_modules=None,
+        learning_rate=args.learning_rate,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_epsilon=args.adam_epsilon,
     )
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(settings, model)
+    return optimizer_class(groups, **settings)
 
 
 class TrainingLoop:
@@ -149,6 +185,7 @@ class TrainingLoop:
         *,
         args: LoopArguments,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[LoopCallback] = (),
         accelerator: Accelerator | None = None,
     ):
         names = per_user_metrics([1.0])
@@ -159,6 +196,7 @@ class TrainingLoop:
             )
         self.args = args
         self.tokenizer = tokenizer
+        self.callbacks = list(callbacks)
         self.accelerator = accelerator or make_accelerator(args)
         self.output_dir = Path(args.output_dir)
 
@@ -199,6 +237,10 @@ class TrainingLoop:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._parameter_names = [name.removeprefix("module.") for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
+        self.average = None
+        if args.ema_decay > 0:
+            self.average = WeightAverage(self._parameters, args.ema_decay)
+            self.accelerator.register_for_checkpointing(self.average)
         self._stop_requested = False
         self._best_in_checkpoint = 0
 
@@ -238,6 +280,9 @@ class TrainingLoop:
             enabled=self.accelerator.is_main_process,
             step=state.step if resumed else None,
         )
+        if self.args.report_to != "none":
+            settings = {name: value for name, value in args.that_shape_the_weights().items() if value is not None}
+            self.accelerator.init_trackers(self.output_dir.name, config=settings)
         self._reset_sums()
         self._last_save = time.perf_counter()
         started = time.perf_counter() - state.seconds
@@ -292,6 +337,8 @@ class TrainingLoop:
         if not self.optimizer.step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         self._loss_sum += step_loss
         self._items_since_log += int(self.histories.lengths[rows].sum())
         self.state.step += 1
@@ -349,6 +396,8 @@ class TrainingLoop:
     def _after_step(self) -> None:
         args, state = self.args, self.state
         self.bar.update()
+        for callback in self.callbacks:
+            callback.on_step(self)
         stopping = self._stop_requested and self.accelerator.num_processes == 1
         if state.step % args.logging_steps == 0:
             self.log()
@@ -367,9 +416,7 @@ class TrainingLoop:
         self._raise_if_not_finite()
         steps = self.state.step - self._last_log_step
         loss = self.accelerator.reduce(self._loss_sum, reduction="sum").item() / steps
-        self.metrics_file.write(
-            step=self.state.step,
-            epoch=self.state.epoch,
+        self._write(
             loss=loss,
             grad_norm=self._grad_norm.item(),
             learning_rate=self.scheduler.get_last_lr()[0],
@@ -378,6 +425,10 @@ class TrainingLoop:
         )
         self.bar.set_postfix({"loss": f"{loss:.3f}", **self._best_in_bar()}, refresh=False)
         self._reset_sums()
+
+    def _write(self, **values: float) -> None:
+        self.metrics_file.write(step=self.state.step, epoch=self.state.epoch, **values)
+        self.accelerator.log(values, step=self.state.step)
 
     def _reset_sums(self) -> None:
         device = self.accelerator.device
@@ -393,19 +444,25 @@ class TrainingLoop:
         return {f"best {self.args.metric_for_best_model}": f"{self.state.best_metric:.4f}"} if known else {}
 
     def validate(self) -> dict[str, float]:
-        """Ranks the validation items, and keeps the model on disk if it is the best so far."""
+        """
+        Ranks the validation items, and keeps the model on disk if it is the best so far. With a moving average of the
+        weights, the model is that average.
+        """
+        with nullcontext() if self.average is None else self.average.in_place():
+            return self._validate()
+
+    def _validate(self) -> dict[str, float]:
         args, state = self.args, self.state
         self._raise_if_not_finite()
         started = time.perf_counter()
         metrics = evaluate(
             self.bare_model, self.held_out, max_tokens=args.eval_tokens, accelerator=self.accelerator, progress=False
         )
-        self.metrics_file.write(
-            step=state.step,
-            epoch=state.epoch,
-            seconds=round(state.seconds, 3),
-            validation_seconds=round(time.perf_counter() - started, 3),
-            **{f"validation_{name}": value for name, value in metrics.items()},
+        values = {f"validation_{name}": value for name, value in metrics.items()}
+        for callback in self.callbacks:
+            values |= callback.on_validate(self, metrics)
+        self._write(
+            seconds=round(state.seconds, 3), validation_seconds=round(time.perf_counter() - started, 3), **values
         )
         if metrics[args.metric_for_best_model] > state.best_metric:
             state.best_metric = metrics[args.metric_for_best_model]
@@ -507,13 +564,24 @@ class TrainingLoop:
             with quiet_libraries():
                 best_model = type(self.bare_model).from_pretrained(best)
             self.bare_model.load_state_dict(best_model.state_dict())
+        elif self.average is not None:
+            torch._foreach_copy_([p.data for p in self._parameters], self.average.averages)
         with written_aside(self.output_dir / "final", self.accelerator) as folder:
             self._save_model(folder)
         if self.accelerator.is_main_process:
             for file in (self.output_dir / "final").iterdir():
                 file.replace(self.output_dir / file.name)
             (self.output_dir / "final").rmdir()
+        for callback in self.callbacks:
+            callback.on_end(self)
+        if self.args.push_to_hub and self.accelerator.is_main_process:
+            repository = self.args.hub_model_id or self.output_dir.name
+            self.bare_model.push_to_hub(repository)
+            if self.tokenizer is not None:
+                self.tokenizer.push_to_hub(repository)
         self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     # -- signals and processes ---------------------------------------------------------------------
 
