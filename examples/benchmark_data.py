@@ -6,6 +6,11 @@ Times the road from a Parquet log to a saved Dataset.
 generates a log (Zipf items, log-normal histories, rows in time order, so users are interleaved), keeps it under
 `--folder` for the next time, and builds it in a process of its own. Prints one line of JSON a run: seconds of
 `build_sequences`, seconds of the whole process with its imports, peak resident MiB, and what came out.
+
+    python examples/benchmark_data.py --log ml-1m/interactions.txt --max_length 1000 --max_tokens 65536 --workers 2
+
+builds a log at hand and then times epochs of packed batches, with nothing to train: how full they are, how long the loop
+waits a batch, and how much of that is work of the process that would train.
 """
 
 import argparse
@@ -77,6 +82,39 @@ def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) 
     report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seconds: float) -> None:
+    """Epochs of packed batches; a sleep of `step_seconds` stands for the training step that workers run beside."""
+    from blossomrec_hf.data import HistoryWindows, PackedDataLoader, build_sequences
+
+    windows = HistoryWindows(build_sequences(log)[0], max_length)
+    loader = PackedDataLoader(windows, max_tokens, num_workers=workers, persistent_workers=workers > 0)
+    padded = len(windows) * int(windows.lengths.max())
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        sizes, waited, work, iterator = set(), [], 0.0, iter(loader)
+        while True:
+            started, worked = time.perf_counter(), time.thread_time()
+            batch = next(iterator, None)
+            waited.append(time.perf_counter() - started)
+            work += time.thread_time() - worked
+            if batch is None:
+                break
+            sizes.add(batch["input_ids"].shape[1])
+            time.sleep(step_seconds)
+        line = {
+            "log": log.name,
+            "epoch": epoch,
+            "steps": len(waited) - 1,
+            "sizes": sorted(sizes),
+            "filled": round(int(windows.lengths.sum()) / max_tokens / (len(waited) - 1), 4),
+            "filled_if_padded": round(int(windows.lengths.sum()) / padded, 4),
+            "first_wait_ms": round(waited[0] * 1e3, 1),
+            "later_wait_ms_a_step": round(sum(waited[1:-1]) / max(len(waited) - 2, 1) * 1e3, 2),
+            "own_cpu_ms_a_step": round(work / (len(waited) - 1) * 1e3, 2),
+        }
+        print(json.dumps(line), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -86,7 +124,16 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="a log to build instead of generating one")
     parser.add_argument("--folder", type=Path, default=Path("benchmark_data"), help="for generated logs and output")
     parser.add_argument("--bare_sort", action="store_true", help="also time Polars' sort and group alone")
+    parser.add_argument("--max_tokens", type=int, help="with --log: time packed batches of this size instead")
+    parser.add_argument("--max_length", type=int, default=1000, help="items of a history in such a batch")
+    parser.add_argument("--workers", type=int, default=2, help="DataLoader workers for such batches")
+    parser.add_argument("--step_seconds", type=float, default=0.03, help="what a training step takes")
     arguments = parser.parse_args()
+    if arguments.max_tokens is not None:
+        if arguments.log is None:
+            parser.error("--max_tokens needs --log")
+        batches(arguments.log, arguments.max_length, arguments.max_tokens, arguments.workers, arguments.step_seconds)
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")  # so that a run's peak memory is its own
     seconds = []

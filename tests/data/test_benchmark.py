@@ -22,3 +22,21 @@ def test_the_benchmark_prints_a_line_a_run_and_the_slope(tmp_path):
     assert lines[1]["users"] <= lines[0]["users"]  # the 5-core can only drop users
     assert list(lines[-1]) == ["slope of log seconds over log interactions"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"log-{size}.parquet" for size in sizes)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_batches_says_how_full_they_are(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("".join(f"{user} {item}\n" for user in range(200) for item in range(user % 40 + 3)))
+    script = Path(__file__).parents[2] / "examples" / "benchmark_data.py"
+    options = ["--log", str(log), "--max_tokens", "512", "--max_length", "30", "--workers", "1", "--step_seconds", "0"]
+    command = [sys.executable, str(script), "--folder", str(tmp_path / "folder"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 3]
+    lengths = [min(user % 40 + 1, 30) for user in range(200) if user % 40 + 1 >= 2]
+    for line in lines:
+        assert line["sizes"] == [512]
+        assert line["filled"] == round(sum(lengths) / 512 / line["steps"], 4) > 0.9
+        assert line["own_cpu_ms_a_step"] > 0

@@ -234,6 +234,7 @@ def test_bad_rows_name_file_and_line(tmp_path):
     assert dataset["input_ids"][0] == [2] and "(2 bad rows skipped)" in dataset.info.description
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_full_disk(tmp_path):
     """A limit on file size stands in for the full disk: the system refuses the write either way."""
     code = (

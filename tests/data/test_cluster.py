@@ -9,8 +9,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from blossomrec_hf.data import build_sequences
-from blossomrec_hf.data.cluster import build_sequences_on_spark, partition_log
+from blossomrec_hf.data import build_sequences, build_sequences_on_spark, partition_log
 from blossomrec_hf.data.filters import FilterReport
 
 

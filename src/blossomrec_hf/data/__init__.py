@@ -1,6 +1,7 @@
 """Raw logs -> item-id sequences -> batches."""
 
 from .build import build_sequences
+from .cluster import build_sequences_on_spark, partition_log
 from .collators import PackingCollator, PaddingCollator
 from .packed_loader import PackedDataLoader, PackedTrainerMixin
 from .sampling import TokenBudgetSampler
@@ -19,8 +20,10 @@ __all__ = [
     "PaddingCollator",
     "TokenBudgetSampler",
     "build_sequences",
+    "build_sequences_on_spark",
     "generate_log",
     "item_counts",
+    "partition_log",
     "split",
     "split_by_leave_one_out",
     "split_by_time",
