@@ -18,8 +18,10 @@ from blossomrec_hf.hub import dataset_card, push_dataset
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-prepare_data = pytest.importorskip("prepare_data")
-pytest.importorskip("matplotlib")
+import prepare_data  # noqa: E402
+
+
+pytest.importorskip("matplotlib", reason="the extra report is not installed")
 
 
 @pytest.fixture
