@@ -5,7 +5,8 @@ from transformers import PreTrainedConfig
 
 ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
-OBJECTIVES = ("cross_entropy",)
+OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
+NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
@@ -40,7 +41,12 @@ class BlossomRecConfig(PreTrainedConfig):
         attention_bias (`bool`): biases in the query, key, value and output projections.
         rope_parameters (`dict`, *optional*): as in `transformers`; `rope_theta` defaults to 10,000.
         max_position_embeddings (`int`): read by scaled `rope_type`s only; the length of a history is not limited.
-        objective (`str`): the training loss, `"cross_entropy"`: full softmax over the catalogue at every position.
+        objective (`str`): the training loss, at every position: `"cross_entropy"` (full softmax over the catalogue) or,
+            against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`.
+        num_negatives (`int`): how many items are drawn for those; at most the number of items.
+        negative_sampling (`str`): `"uniform"`, `"popularity"` or `"in_batch"` (targets of other positions).
+        shared_negatives (`bool`): the same drawn items for all positions of a batch, or drawn for each.
+        gbce_calibration (`float`): t of gBCE, from 0 (plain BCE) to 1 (fully calibrated).
         initializer_range (`float`): standard deviation of the initial weights.
         layer_norm_eps (`float`): epsilon of the layer norms.
         tie_word_embeddings (`bool`): whether the logits use the item embedding.
@@ -76,6 +82,10 @@ class BlossomRecConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     max_position_embeddings: int = 2048
     objective: str = "cross_entropy"
+    num_negatives: int = 256
+    negative_sampling: str = "uniform"
+    shared_negatives: bool = True
+    gbce_calibration: float = 0.75
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     tie_word_embeddings: bool = True
@@ -159,6 +169,13 @@ class BlossomRecConfig(PreTrainedConfig):
             _check_choice("attention_types", attention_type, ATTENTION_TYPES)
         _check_choice("selection_gradient", self.selection_gradient, SELECTION_GRADIENTS)
         _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("negative_sampling", self.negative_sampling, NEGATIVE_SAMPLINGS)
+        if self.objective != "cross_entropy" and not 1 <= self.num_negatives <= self.vocab_size - 2:
+            raise ValueError(
+                f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.vocab_size - 2}, the number of items."
+            )
+        if not 0 <= self.gbce_calibration <= 1:
+            raise ValueError(f"`gbce_calibration` is {self.gbce_calibration!r}; it must lie in [0, 1].")
         _check_choice("rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
 
 

@@ -1,10 +1,13 @@
 """Training objectives over the catalogue."""
 
+import math
+
 import torch
 from torch import nn
 
 
 NUM_SPECIAL_IDS = 2  # [PAD] and [UNK] stand before the items
+MAX_LOGITS = 2**26  # logits alive at a time: 256 MiB in float32
 
 
 def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -31,7 +34,8 @@ def cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Full-softmax cross-entropy over the items, at every position that has a target.
+    Full-softmax cross-entropy over the items, at every position that has a target. Beyond 2²⁶ logits they are made,
+    and their gradients with them, some positions at a time.
 
     Args:
         hidden_states: `[T, hidden_size]`.
@@ -43,10 +47,153 @@ def cross_entropy(
     Returns:
         a scalar, float32 or better.
     """
-    logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
-    total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    rows = max(1, MAX_LOGITS // weight.shape[0])
+    if hidden_states.shape[0] > rows:
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+            weight = weight.to(hidden_states.dtype)
+        total = _ChunkedCrossEntropy.apply(hidden_states, weight, targets, rows)
+    else:
+        logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (targets >= 0).sum().clamp(min=1)
     return total / num_items_in_batch
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """
+    Summed full-softmax cross-entropy without the matrix of all logits: some positions at a time, whose share of the
+    gradients is made at once, while their logits are there (as the fused linear cross-entropy of Liger Kernel does,
+    arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, rows):
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        items = weight[NUM_SPECIAL_IDS:]
+        total = hidden_states.new_zeros((), dtype=dtype)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        for start in range(0, hidden_states.shape[0], rows):
+            hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
+            is_target = target >= 0
+            place = target.clamp(min=0)[:, None]
+            logits = (hidden @ items.T).to(dtype)
+            normalizer = logits.logsumexp(1, keepdim=True)
+            losses = (normalizer - logits.gather(1, place))[:, 0]
+            total += torch.where(is_target, losses, 0.0).sum()
+            if not (need_hidden or need_weight):
+                continue
+            gradient = logits.sub_(normalizer).exp_()
+            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
+            gradient.mul_(is_target[:, None])
+            gradient = gradient.to(hidden.dtype)
+            if need_hidden:
+                grad_hidden[start : start + rows] = gradient @ items
+            if need_weight:
+                grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def sampled_loss(
+    objective: str,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    item_counts: torch.Tensor,
+    num_negatives: int,
+    negative_sampling: str = "uniform",
+    shared_negatives: bool = True,
+    gbce_calibration: float = 0.75,
+) -> torch.Tensor:
+    """
+    An objective against drawn items instead of all, at every position that has a target. A drawn item that is the
+    position's own target takes no part. What is drawn comes from torch's generator of the device, so it is seeded with
+    everything else.
+
+    With s⁺ the logit of the target, s_j that of the drawn item j, q_j its chance to be drawn and k = `num_negatives`:
+
+    - `"sampled_softmax"`: −s⁺ + log(exp s⁺ + Σ_j exp(s_j − log(k·q_j))), the log-Q correction (Bengio and Senécal
+      2008; Yi et al. 2019), under which the sum stands for the one over the whole catalogue;
+    - `"bce"`: −(log σ(s⁺) + Σ_j log(1 − σ(s_j))) / (k + 1), SASRec's (Kang and McAuley 2018) for k = 1;
+    - `"gbce"`: the same with β·log σ(s⁺), β = α(t(1 − 1/α) + 1/α), α = k / (number of items − 1), gSASRec's (Petrov
+      and Macdonald 2023, equations 7 and 9); t = 0 is `"bce"`;
+    - `"bpr"`: −Σ_j log σ(s⁺ − s_j) / k (Rendle et al. 2009).
+
+    Args:
+        hidden_states: `[T, hidden_size]`.
+        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] are never drawn.
+        targets: vocabulary ids `[T]`, −100 for none.
+        num_items_in_batch: as in `cross_entropy`.
+        item_counts: training frequencies `[vocab_size]`.
+        negative_sampling: `"uniform"`, `"popularity"` (by frequency + 1) or `"in_batch"` (other positions' targets; q
+            by the frequencies).
+        shared_negatives: the same items for all positions of the batch, or drawn anew for each.
+        gbce_calibration: t.
+
+    Returns:
+        a scalar, float32 or better.
+    """
+    num_items = weight.shape[0] - NUM_SPECIAL_IDS
+    is_target = targets >= 0
+    if num_items_in_batch is None:
+        num_items_in_batch = is_target.sum().clamp(min=1)
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    target = torch.where(is_target, targets, NUM_SPECIAL_IDS)
+
+    frequencies = item_counts[NUM_SPECIAL_IDS:].double() + 1
+    shape = (num_negatives,) if shared_negatives else (targets.shape[0], num_negatives)
+    if negative_sampling == "uniform":
+        negatives = torch.randint(NUM_SPECIAL_IDS, weight.shape[0], shape, device=weight.device)
+        log_chance = torch.full((), -math.log(num_items), dtype=dtype, device=weight.device)
+    else:
+        if negative_sampling == "popularity":
+            negatives = _draw(frequencies, shape) + NUM_SPECIAL_IDS
+        else:
+            negatives = target[_draw(is_target.double(), shape)]
+        log_chance = (frequencies / frequencies.sum()).log().to(dtype)[negatives - NUM_SPECIAL_IDS]
+
+    positive = (hidden_states * weight[target]).sum(-1, dtype=dtype)[:, None]
+    if shared_negatives:
+        negative = (hidden_states @ weight[negatives].T).to(dtype)
+    else:
+        negative = torch.einsum("td,tkd->tk", hidden_states, weight[negatives]).to(dtype)
+    accidental = negatives == target[:, None]
+
+    if objective == "sampled_softmax":
+        corrected = negative - (log_chance + math.log(num_negatives))
+        logits = torch.cat([positive, corrected.masked_fill(accidental, -torch.inf)], dim=1)
+        losses = logits.logsumexp(1) - positive[:, 0]
+    elif objective == "bpr":
+        losses = nn.functional.softplus(negative - positive).masked_fill(accidental, 0.0).sum(1) / num_negatives
+    else:
+        rate = num_negatives / (num_items - 1)
+        beta = 1.0 if objective == "bce" else rate * (gbce_calibration * (1 - 1 / rate) + 1 / rate)
+        against = nn.functional.softplus(negative).masked_fill(accidental, 0.0).sum(1)
+        losses = (beta * nn.functional.softplus(-positive[:, 0]) + against) / (num_negatives + 1)
+    return torch.where(is_target, losses, 0.0).sum() / num_items_in_batch
+
+
+def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Places drawn with replacement, each with its (unnormalised) chance; unlike `multinomial`, of any number of places."""
+    edges = chances.cumsum(0)
+    drawn = torch.rand(shape, dtype=edges.dtype, device=edges.device) * edges[-1]
+    return torch.searchsorted(edges, drawn, right=True).clamp(max=len(edges) - 1)

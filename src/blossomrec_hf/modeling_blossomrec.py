@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
 from .configuration_blossomrec import BlossomRecConfig
-from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets
+from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
 
 
 logger = logging.get_logger(__name__)
@@ -493,7 +493,21 @@ class BlossomRecForSequentialRecommendation(BlossomRecPreTrainedModel):
         if labels is not None:
             labels = packed.pack(labels)
             targets = next_item_targets(labels, packed.cu_seqlens)
-            loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
+            if self.config.objective == "cross_entropy":
+                loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
+            else:
+                loss = sampled_loss(
+                    self.config.objective,
+                    hidden_states,
+                    self.lm_head.weight,
+                    targets,
+                    num_items_in_batch,
+                    item_counts=self.item_counts,
+                    num_negatives=self.config.num_negatives,
+                    negative_sampling=self.config.negative_sampling,
+                    shared_negatives=self.config.shared_negatives,
+                    gbce_calibration=self.config.gbce_calibration,
+                )
         if logits_to_keep:
             logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
         elif labels is None or not self.training:
