@@ -8,6 +8,10 @@ import pytest
 import torch
 
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the kernels run on the CPU
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """A seed drawn anew for each test (or set by `BLOSSOMREC_TEST_SEED`); pytest shows it where a test fails."""

@@ -2,6 +2,7 @@
 BlossomRec's attention layer, and the attention functions it is registered under in `transformers`:
 
 - `"blossom"` (what a model uses when nothing is asked) takes the fastest of the others for the input at hand,
+- `"blossom_triton"` is `ops_triton.py`, fused GPU kernels,
 - `"blossom_torch"` is `ops_torch.py`,
 - `"eager"` is `ops_reference.py`; it is never registered, which would change every other model in the process,
 - `"power_law"` is the short-term stream alone, for the decoders of `transformers`.
@@ -14,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .configuration_blossomrec import BlossomRecConfig
 from .ops_reference import REFERENCE_OPS, Ops, Selection, power_law_distances, straight_through
 from .ops_torch import TORCH_OPS
+from .ops_triton import Sizes, blossom_attention, why_unsupported
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -114,6 +116,70 @@ def eager_attention_forward(module, query, key, value, attention_mask=None, **kw
 def blossom_torch_attention_forward(module, query, key, value, attention_mask=None, **kwargs):
     """`ops_torch.py` behind the contract of `BlossomAttention`'s attention functions."""
     return _attention(TORCH_OPS, module, query, key, value, **kwargs)[:2]
+
+
+def _why_no_triton(module: "BlossomAttention", query: torch.Tensor) -> str | None:
+    """Why the kernels cannot compute this layer; `None` where they can."""
+    config = module.config
+    return why_unsupported(
+        query.device.type,
+        query.dtype,
+        module.head_dim,
+        block_size=config.selection_block_size,
+        num_selected_blocks=config.num_selected_blocks,
+        short_block_size=config.short_term_block_size,
+        heads_per_group=config.num_attention_heads // config.num_key_value_heads,
+    )
+
+
+def blossom_triton_attention_forward(
+    module, query, key, value, attention_mask=None, *, gates, position_embeddings, cu_seqlens, max_seqlen, scaling
+):
+    """
+    `ops_triton.py` behind the contract of `BlossomAttention`'s attention functions: one operation a layer. `full`
+    layers are PyTorch's own fused attention, as in `blossom_torch`.
+
+    Raises:
+        ValueError: where there are no kernels for the device, the dtype or a size.
+    """
+    config = module.config
+    if module.attention_type == "full" or query.shape[2] == 0:
+        where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "scaling": scaling}
+        where |= {"gates": gates, "position_embeddings": position_embeddings}
+        return _attention(TORCH_OPS, module, query, key, value, **where)[:2]
+    compressor = getattr(module, "compressor", None)
+    cos, sin = position_embeddings
+    out, selection = blossom_attention(
+        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        cos=cos[0],
+        sin=sin[0],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        sizes=Sizes(
+            stride=config.compress_stride,
+            length=config.compress_block_size,
+            block=config.selection_block_size,
+            selected=config.num_selected_blocks,
+            short_block=config.short_term_block_size,
+            window=config.short_term_window,
+            base=config.power_law_base,
+        ),
+        scaling=scaling,
+        threshold=config.importance_threshold,
+        gates=None if gates is None else gates[0],
+        position=None if compressor is None else compressor.position,
+        mlp=None if compressor is None else compressor.mlp,
+        factor=config.selection_gradient == "straight_through",
+        short=module.attention_type != "long_term",
+    )
+    return out[None], selection
+
+
+def blossom_attention_forward(module, query, key, value, attention_mask=None, **kwargs):
+    """The fastest implementation of the same function: the kernels on a GPU that they support, else `ops_torch.py`."""
+    if query.is_cuda and _why_no_triton(module, query) is None:
+        return blossom_triton_attention_forward(module, query, key, value, **kwargs)
+    return blossom_torch_attention_forward(module, query, key, value, **kwargs)
 
 
 class BlossomCompressor(nn.Module):
@@ -323,7 +389,8 @@ def power_law_attention_forward(
     return out.flatten(2, 3), None
 
 
-AttentionInterface.register("blossom", blossom_torch_attention_forward)
+AttentionInterface.register("blossom", blossom_attention_forward)
+AttentionInterface.register("blossom_triton", blossom_triton_attention_forward)
 AttentionInterface.register("blossom_torch", blossom_torch_attention_forward)
 AttentionInterface.register("power_law", power_law_attention_forward)
 AttentionMaskInterface.register("power_law", power_law_mask)

@@ -1,0 +1,1119 @@
+"""
+BlossomRec's attention as fused GPU kernels, forward and backward: the functions of `ops_reference.py` under the same
+names, and `blossom_attention`, one operation for a whole layer (rotary embedding, compressor, selection, both streams,
+gates). Every operation is a `torch.library` custom op with a fake implementation and registered autograd, so that
+`torch.compile` sees single nodes and activation checkpointing works.
+
+Sizes of buffers and grids follow from shapes and `max_seqlen`, so nothing here synchronises; no sum is added
+atomically, so gradients are bitwise the same from run to run. Conventions: `ops_reference.py`; the kernels and how they
+lay out blocks and tiles: `ops_triton_kernels.py`.
+"""
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops_reference import Ops, Selection
+from .ops_torch import attend_full
+from .ops_triton_kernels import (
+    invert_kernel,
+    inverted_kernel,
+    keys_kernel,
+    plan_kernel,
+    rotate_kernel,
+    score_key_kernel,
+    select_kernel,
+    selected_dq_kernel,
+    selected_kernel,
+    short_dq_kernel,
+    short_kernel,
+    spread_kernel,
+    triton,
+    windows_kernel,
+)
+
+
+# Part of the operations' names: two versions of this package in one process must not replace each other's. It is that
+# of the package, which this file cannot import where it travels with a checkpoint; a test compares them.
+VERSION = "0.1.0"
+_NAMESPACE = "blossomrec_hf_" + VERSION.replace(".", "_")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: the kernels run on the CPU
+
+WIDTHS = (16, 32, 64, 128)
+BLOCK_SIZES = (16, 32, 64)
+MAX_SELECTED_BLOCKS = 16
+MAX_SHORT_BLOCK = 64
+MAX_TILE_BYTES = 2**16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Pairs of (query, selected block) that one program of the backward pass works on; blocks chosen more often are split.
+CHUNK = 256
+# Positions of a tile of the short-term stream, at least.
+SHORT_TILE = 16
+# Tile sizes, warps (for tiles of 1,024 elements of half precision; larger ones get more) and pipeline stages.
+LAUNCH = {
+    "select": {"BQ": 64, "BM": 64, "num_warps": 1, "num_stages": 2},
+    "selected": {"num_warps": 1, "num_stages": 2},
+    "short": {"num_warps": 2, "num_stages": 2},
+    "selected_dq": {"num_warps": 1, "num_stages": 2},
+    "short_dq": {"num_warps": 2, "num_stages": 2},
+    "inverted": {"PQ": 16, "num_warps": 2, "num_stages": 2},
+    "spread": {"BM": 64, "BQ": 64, "num_warps": 1, "num_stages": 2},
+    "keys": {"num_warps": 2, "num_stages": 2},
+}
+
+
+class Sizes(NamedTuple):
+    """The numbers of a configuration that the kernels are specialised on."""
+
+    stride: int
+    length: int
+    block: int
+    selected: int
+    short_block: int
+    window: int
+    base: int
+
+
+def why_unsupported(
+    device: str,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    block_size: int = 16,
+    num_selected_blocks: int = 1,
+    short_block_size: int = 1,
+    heads_per_group: int = 1,
+) -> str | None:
+    """
+    A sentence that says what the kernels cannot do, or `None` where they can do everything asked.
+
+    Args:
+        device: `"cuda"` or another device type.
+        width: head width d.
+        block_size, num_selected_blocks, short_block_size: b, k and B of the configuration.
+        heads_per_group: query heads that share a key/value head.
+    """
+    if triton is None:
+        return "`blossom_triton` needs Triton, which is not installed; install `triton`, or use `blossom_torch`."
+    if device != "cuda" and not INTERPRETED:
+        return f"`blossom_triton` needs a CUDA device, the input is on {device!r}; use `blossom_torch` there."
+    for name, value, choices in (
+        ("dtype", dtype, DTYPES),
+        ("head width", width, WIDTHS),
+        ("selection_block_size", block_size, BLOCK_SIZES),
+        ("num_selected_blocks", num_selected_blocks, range(1, MAX_SELECTED_BLOCKS + 1)),
+        ("short_term_block_size", short_block_size, range(1, MAX_SHORT_BLOCK + 1)),
+    ):
+        if value not in choices:
+            allowed = f"1 to {choices[-1]}" if isinstance(choices, range) else ", ".join(map(str, choices))
+            return f"`blossom_triton` has no kernels for {name} {value} (only {allowed}); use `blossom_torch`."
+    rows = max(16, _power_of_two(short_tile(short_block_size))) * _power_of_two(heads_per_group)
+    if rows * width * dtype.itemsize > MAX_TILE_BYTES:
+        return (
+            f"`blossom_triton` cannot hold a short-term block of {short_block_size} positions with {heads_per_group} "
+            f"heads of width {width} in {dtype} for each key/value head; use `blossom_torch`."
+        )
+    return None
+
+
+def _check(x: Tensor, **sizes: int) -> None:
+    reason = why_unsupported(x.device.type, x.dtype, x.shape[-1], **sizes)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def short_tile(block_size: int) -> int:
+    """Positions of a tile of the short-term stream: whole blocks of it."""
+    return max(1, SHORT_TILE // block_size) * block_size
+
+
+class _Layout:
+    """What the launches of one call have in common."""
+
+    def __init__(self, q: Tensor, num_groups: int, cu_seqlens: Tensor, max_seqlen: int, sizes: Sizes, scaling: float):
+        self.num_tokens, self.heads, self.width = q.shape
+        self.groups = num_groups
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self.sizes = sizes
+        self.scaling = scaling
+        self.scale2 = scaling * math.log2(math.e)
+        self.dtype, self.device = q.dtype, q.device
+        self.rows = self.num_tokens // sizes.block
+        rep = self.heads // num_groups
+        self.heads_kw = {"H": self.heads, "G": num_groups, "D": self.width}
+        self.rep_kw = {"REP": rep, "REPP": _power_of_two(rep)}
+        self.precision = {"PREC": "ieee" if q.dtype == torch.float32 else "tf32"}
+        # Queries of a tile of the selected stream: 16 rows, but no more keys than shared memory holds.
+        fitting = 512 * 2 // (self.width * q.element_size())
+        self.query_tile = max(1, min(16 // self.rep_kw["REPP"], fitting))
+        self.selected_kw = self.rep_kw | {"REPP": max(self.rep_kw["REPP"], 16 // self.query_tile)}
+        self.selected_rows = self.query_tile * self.selected_kw["REPP"]
+        short = sizes.short_block
+        self.tile = short_tile(short)
+        power = next(p for p in (sizes.base**e for e in range(64)) if p >= sizes.window)
+        self.short_kw = {"B": short, "WINDOW": sizes.window, "POWER": power, "BASE": sizes.base}
+        self.tile_kw = {"TILE": self.tile, "N": max(16, _power_of_two(self.tile))}
+        self.num_tiles = self.num_tokens // self.tile + cu_seqlens.shape[0] - 1
+
+    def launch(self, name: str, rows: int, columns: int, **changes: int) -> dict[str, int]:
+        """The entry of `LAUNCH`, with warps for tiles of `rows` times `columns` or the head width."""
+        elements = rows * max(columns, self.width) * (2 if self.dtype == torch.float32 else 1)
+        options = LAUNCH[name] | changes
+        return options | {"num_warps": min(max(options["num_warps"], options["num_warps"] * elements // 1024), 8)}
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
+
+    def plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        start = self.empty(self.num_tokens, dtype=torch.int32)
+        stop = self.empty(self.num_tokens, dtype=torch.int32)
+        tile_history = self.empty(self.num_tiles, dtype=torch.int32)
+        grid = (self.cu_seqlens.shape[0] - 1, max(1, _ceil(self.max_seqlen, 1024)))
+        plan_kernel[grid](self.cu_seqlens, start, stop, tile_history, TILE=self.tile, CHUNK=1024)
+        return start, stop, tile_history
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+        q_out = self.empty(*q.shape)
+        k_out = self.empty(*k.shape)
+        mean_q = self.empty(*(k.shape if mean else (0,)))
+        grid = (_ceil(self.num_tokens, 32), self.groups)
+        rotate_kernel[grid](
+            q,
+            k,
+            cos,
+            sin,
+            q_out,
+            k_out,
+            mean_q,
+            self.num_tokens,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            self.scale2,
+            **self.heads_kw,
+            REP=self.rep_kw["REP"],
+            MEAN=mean,
+            BT=32,
+        )
+        return q_out, k_out, mean_q
+
+    def windows(self, k: Tensor, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        stride, length, block = self.sizes[:3]
+        out = self.empty(self.rows * (block // stride), self.groups, length, self.width)
+        if out.shape[0]:
+            lines = min(_power_of_two(length), max(1, 4096 // self.width))
+            windows_kernel[(out.shape[0], self.groups)](
+                k,
+                position,
+                start,
+                stop,
+                out,
+                self.num_tokens,
+                G=self.groups,
+                D=self.width,
+                B=block,
+                STRIDE=stride,
+                LENGTH=length,
+                BL=lines,
+                num_warps=1 if lines * self.width <= 1024 else 4,
+            )
+        return out
+
+    def pool(self, c: Tensor) -> Tensor:
+        """Score keys `[rows, G, d]` of compressed keys `[rows · b / s, G, d]`."""
+        per_block = self.sizes.block // self.sizes.stride
+        return c if per_block == 1 else c.unflatten(0, (-1, per_block)).mean(1, dtype=torch.float32).to(c.dtype)
+
+    def select(self, mean_q: Tensor, c: Tensor, start: Tensor, threshold: float, save: bool):
+        tokens, groups, selected = self.num_tokens, self.groups, self.sizes.selected
+        blocks = self.empty(tokens, groups, selected, dtype=torch.int64)
+        pi = self.empty(tokens, groups, selected, dtype=torch.float32)
+        lse = self.empty(*((tokens, groups) if save else (0,)), dtype=torch.float32)
+        u = self.empty(*((tokens, groups, self.width) if save else (0,)))
+        padded = _power_of_two(selected)
+        launch = LAUNCH["select"]
+        if padded > 8 or self.width > 64 or self.dtype == torch.float32:
+            launch = launch | {"BQ": 32}
+        launch = self.launch("select", launch["BQ"], launch["BM"], BQ=launch["BQ"])
+        select_kernel[(_ceil(tokens, launch["BQ"]), groups)](
+            mean_q,
+            c,
+            start,
+            blocks,
+            pi,
+            lse,
+            u,
+            tokens,
+            self.rows,
+            threshold,
+            G=groups,
+            D=self.width,
+            B=self.sizes.block,
+            K=selected,
+            KP=padded,
+            SAVE=save,
+            **self.precision,
+            **launch,
+        )
+        return blocks, pi, lse, u
+
+    def selected(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, start: Tensor, save: bool):
+        out = self.empty(*q.shape)
+        lse = self.empty(*(q.shape[:2] if save else (0,)), dtype=torch.float32)
+        selected_kernel[(_ceil(self.num_tokens, self.query_tile), self.groups)](
+            q,
+            k,
+            v,
+            blocks,
+            start,
+            out,
+            lse,
+            self.num_tokens,
+            self.scale2,
+            **self.heads_kw,
+            B=self.sizes.block,
+            K=self.sizes.selected,
+            **self.selected_kw,
+            BQ=self.query_tile,
+            SAVE=save,
+            **self.precision,
+            **self.launch("selected", 16 * self.query_tile, self.selected_rows),
+        )
+        return out, lse
+
+    def short(self, q, k, v, tile_history, long_out: Tensor | None, gates: Tensor | None, save: bool):
+        gated = gates is not None
+        out = self.empty(*q.shape)
+        # Without gates the stream is the output.
+        short_out = self.empty(*(q.shape if save and gated else (0,)))
+        lse = self.empty(*(q.shape[:2] if save else (0,)), dtype=torch.float32)
+        short_kernel[(self.num_tiles, self.groups)](
+            q,
+            k,
+            v,
+            self.cu_seqlens,
+            tile_history,
+            long_out if gated else q,
+            gates if gated else q,
+            out,
+            short_out if gated else out,
+            lse,
+            self.scale2,
+            *(gates.stride() if gated else (0, 0, 0)),
+            **self.heads_kw,
+            **self.rep_kw,
+            **self.short_kw,
+            **self.tile_kw,
+            GATED=gated,
+            SAVE=save,
+            **self.precision,
+            **self.launch("short", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
+        )
+        return out, short_out, lse
+
+    def selected_backward(
+        self, q, k, v, out, grad, gates, lse, blocks, start, dgates, scored: tuple[Tensor, ...] | None, factor: bool
+    ):
+        """
+        Args:
+            scored: π, score keys and u of the selection, to carry the factor's gradient on to the queries.
+
+        Returns:
+            dq (without the rotary embedding's part), delta, the factor's gradient (times π if `scored`), its sum over
+            blocks, and the number of the (block, group) of each pair.
+        """
+        num_keys = self.rows * self.groups
+        pairs = blocks.shape if factor else (0,)
+        dq = self.empty(*q.shape)
+        delta = self.empty(*q.shape[:2], dtype=torch.float32)
+        weight = self.empty(*pairs, dtype=torch.float32)
+        weight_sum = self.empty(*(blocks.shape[:2] if scored else (0,)), dtype=torch.float32)
+        pair = self.empty(*blocks.shape, dtype=torch.int16 if num_keys < 2**15 else torch.int32)
+        gated = gates is not None
+        selected_dq_kernel[(_ceil(self.num_tokens, self.query_tile), self.groups)](
+            q,
+            k,
+            v,
+            out,
+            grad,
+            gates if gated else q,
+            lse,
+            blocks,
+            *(scored or (lse, q, q)),
+            start,
+            dq,
+            delta,
+            dgates if gated else q,
+            weight,
+            weight_sum,
+            pair,
+            self.num_tokens,
+            num_keys,
+            self.scale2,
+            self.scaling,
+            *(gates.stride() + dgates.stride() if gated else (0,) * 6),
+            **self.heads_kw,
+            B=self.sizes.block,
+            K=self.sizes.selected,
+            **self.selected_kw,
+            BQ=self.query_tile,
+            GATED=gated,
+            FACTOR=factor,
+            SCORED=scored is not None,
+            **self.precision,
+            **self.launch("selected_dq", 16 * self.query_tile, self.selected_rows),
+        )
+        return dq, delta, weight, weight_sum, pair
+
+    def query_backward(self, q, k, v, tile_history, out, grad, gates, lse, long_dq, rotary, dgates, short: bool):
+        dq = self.empty(*q.shape)
+        delta = self.empty(*(q.shape[:2] if short else (0,)), dtype=torch.float32)
+        gated = gates is not None
+        short_dq_kernel[(self.num_tiles, self.groups)](
+            q,
+            k,
+            v,
+            self.cu_seqlens,
+            tile_history,
+            out,
+            grad,
+            gates if gated else q,
+            lse,
+            q if long_dq is None else long_dq,
+            *(rotary or (q, q)),
+            dq,
+            delta,
+            dgates if gated else q,
+            self.scale2,
+            self.scaling,
+            *(gates.stride() + dgates.stride() if gated else (0,) * 6),
+            **self.heads_kw,
+            **self.rep_kw,
+            **self.short_kw,
+            **self.tile_kw,
+            SHORT=short,
+            LONG=long_dq is not None,
+            GATED=gated,
+            ROTARY=rotary is not None,
+            **self.precision,
+            **self.launch("short_dq", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
+        )
+        return dq, delta
+
+    def invert(self, pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The pairs in the order of their (block, group), where each one's begin, and whose each chunk is."""
+        num_keys = self.rows * self.groups
+        values, order = pair.flatten().sort(stable=True)
+        offsets = self.empty(num_keys + 1, dtype=torch.int32)
+        chunk_key = torch.full((pair.numel() // CHUNK + num_keys,), -1, dtype=torch.int32, device=self.device)
+        invert_kernel[(_ceil(num_keys, 128),)](values, offsets, chunk_key, pair.numel(), num_keys, CHUNK=CHUNK, BK=128)
+        return order, offsets, chunk_key
+
+    def inverted(self, q, k, v, grad, gates, lse, delta, start, stop, inverted, scored: tuple[Tensor, Tensor] | None):
+        """Parts of dk, dv and of the score keys' gradient, one for each chunk; `scored`: mean queries and weights."""
+        order, offsets, chunk_key = inverted
+        num_chunks = chunk_key.shape[0]
+        queries = max(1, 4 * LAUNCH["inverted"]["PQ"] // self.rep_kw["REPP"])
+        shape = (num_chunks, self.sizes.block, self.width)
+        dk, dv = self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.float32)
+        dc = self.empty(*((num_chunks, self.width) if scored else (0,)), dtype=torch.float32)
+        gated = gates is not None
+        inverted_kernel[(num_chunks,)](
+            q,
+            k,
+            v,
+            grad,
+            gates if gated else q,
+            lse,
+            delta,
+            *(scored or (q, lse)),
+            order,
+            offsets,
+            chunk_key,
+            start,
+            stop,
+            dk,
+            dv,
+            dc,
+            self.num_tokens,
+            self.scale2,
+            *(gates.stride()[:2] if gated else (0, 0)),
+            **self.heads_kw,
+            B=self.sizes.block,
+            K=self.sizes.selected,
+            **self.rep_kw,
+            CHUNK=CHUNK,
+            GATED=gated,
+            SCORED=scored is not None,
+            **self.precision,
+            **self.launch("inverted", queries * self.rep_kw["REPP"], self.sizes.block, PQ=queries),
+        )
+        return dk, dv, dc
+
+    def spread(self, mean_q, c, lse, weight_sum, start, stop) -> Tensor:
+        """Parts (to be subtracted) of the score keys' gradient that come through the softmax."""
+        block = self.sizes.block
+        keys, queries = LAUNCH["spread"]["BM"], LAUNCH["spread"]["BQ"]
+        span = max(1024, _ceil(self.max_seqlen, 16 * queries) * queries)
+        num_splits = _ceil(keys * block + self.max_seqlen, span)
+        parts = self.empty(num_splits, self.rows, self.groups, self.width, dtype=torch.float32)
+        spread_kernel[(_ceil(self.rows, keys), self.groups, num_splits)](
+            mean_q,
+            c,
+            lse,
+            weight_sum,
+            start,
+            stop,
+            parts,
+            self.num_tokens,
+            self.rows,
+            span,
+            G=self.groups,
+            D=self.width,
+            B=block,
+            **self.precision,
+            **self.launch("spread", keys, queries),
+        )
+        return parts
+
+    def score_keys(self, dc_part: Tensor, spread_part: Tensor, offsets: Tensor) -> Tensor:
+        """The gradient of the compressed keys `[rows · b / s, G, d]`."""
+        stride, _, block = self.sizes[:3]
+        dc = self.empty(self.rows * (block // stride), self.groups, self.width)
+        # The mean queries carry scaling · log2(e).
+        score_key_kernel[(_ceil(self.rows * self.groups, 16),)](
+            dc_part,
+            spread_part,
+            offsets,
+            dc,
+            self.rows,
+            spread_part.shape[0],
+            math.log(2) * stride / block,
+            G=self.groups,
+            D=self.width,
+            CHUNK=CHUNK,
+            PER_BLOCK=block // stride,
+            BR=16,
+            num_warps=1,
+        )
+        return dc
+
+    def key_backward(
+        self, q, k, v, tile_history, grad, gates, long: tuple[Tensor, ...] | None, short, dwindows, rotary
+    ) -> tuple[Tensor, Tensor]:
+        """`long`: lse, delta, dk and dv parts and their offsets; `short`: lse, delta."""
+        dk, dv = self.empty(*k.shape), self.empty(*v.shape)
+        gated = gates is not None
+        long_lse, long_delta, dk_part, dv_part, offsets = long or (q,) * 5
+        keys_kernel[(self.num_tiles, self.groups)](
+            q,
+            k,
+            v,
+            self.cu_seqlens,
+            tile_history,
+            grad,
+            gates if gated else q,
+            long_lse,
+            long_delta,
+            *(short or (q, q)),
+            dk_part,
+            dv_part,
+            offsets,
+            q if dwindows is None else dwindows,
+            *(rotary or (q, q)),
+            dk,
+            dv,
+            self.scale2,
+            self.scaling,
+            *(gates.stride() if gated else (0, 0, 0)),
+            **self.heads_kw,
+            **self.rep_kw,
+            SB=self.sizes.block,
+            CHUNK=CHUNK,
+            STRIDE=self.sizes.stride,
+            LENGTH=self.sizes.length,
+            **self.short_kw,
+            **self.tile_kw,
+            SHORT=short is not None,
+            LONG=long is not None,
+            WINDOWS=dwindows is not None,
+            GATED=gated,
+            ROTARY=rotary is not None,
+            **self.precision,
+            **self.launch("keys", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
+        )
+        return dk, dv
+
+
+# One layer in one operation.
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gates: Tensor | None,
+    position: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sizes: list[int],
+    scaling: float,
+    threshold: float,
+    long: bool,
+    short: bool,
+    factor: bool,
+    save: bool,
+) -> tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+]:
+    """
+    Head outputs `[T, H, d]`, blocks and π `[T, G, k]`, and what the backward pass needs (empty where it needs nothing):
+    rotated q and k, mean q, score keys, u, lse of the scores, long-term output and lse, short-term output and lse,
+    windows, the compressor's hidden activations, start, stop, tile_history.
+    """
+    layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
+    save_scores = save and long and factor
+    v = v.contiguous()
+    start, stop, tile_history = layout.plan()
+    q, k, mean_q = layout.rotate(q, k, cos, sin, mean=long)
+    blocks = layout.empty(0, dtype=torch.int64)
+    pi, score_lse, long_lse, short_lse = (layout.empty(0, dtype=torch.float32) for _ in range(4))
+    c, u, windows, hidden, long_out, short_out = (layout.empty(0) for _ in range(6))
+    if long:
+        windows = layout.windows(k, position, start, stop)
+        w1, b1, w2 = (w.to(q.dtype) for w in (w1, b1, w2))
+        hidden = torch.addmm(b1, windows.view(-1, w1.shape[1]), w1.t()).relu_()
+        c = layout.pool((hidden @ w2.t()).view(-1, layout.groups, layout.width))
+        blocks, pi, score_lse, u = layout.select(mean_q, c, start, threshold, save_scores)
+        long_out, long_lse = layout.selected(q, k, v, blocks, start, save)
+        if not save_scores:
+            windows, hidden = layout.empty(0), layout.empty(0)
+    if short:
+        out, short_out, short_lse = layout.short(q, k, v, tile_history, long_out if long else None, gates, save)
+    else:
+        out, long_out = long_out, layout.empty(0)
+    if not save:
+        q, k, mean_q, c, u, long_out = (layout.empty(0) for _ in range(6))
+    return (
+        *(out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out, short_lse),
+        *(windows, hidden, start, stop, tile_history),
+    )
+
+
+@_attention.register_fake
+def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, max_seqlen, sizes, *flags):
+    sizes = Sizes(*sizes)
+    _, _, long, short, factor, save = flags
+    tokens, heads, width = q.shape
+    groups = k.shape[1]
+    save_scores = save and long and factor
+    rows = tokens // sizes.block
+    windows = rows * (sizes.block // sizes.stride)
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
+        return q.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    blocks = (tokens, groups, sizes.selected)
+    single, integer = torch.float32, torch.int32
+    return (
+        empty(True, *q.shape),
+        empty(long, *blocks, dtype=torch.int64),
+        empty(long, *blocks, dtype=single),
+        empty(save, *q.shape),
+        empty(save, *k.shape),
+        empty(save and long, *k.shape),
+        empty(save and long, rows, groups, width),
+        empty(save_scores, *k.shape),
+        empty(save_scores, tokens, groups, dtype=single),
+        empty(save and long and short, *q.shape),
+        empty(save and long, tokens, heads, dtype=single),
+        empty(save and short and gates is not None, *q.shape),
+        empty(save and short, tokens, heads, dtype=single),
+        empty(save_scores, windows, groups, sizes.length, width),
+        empty(save_scores, windows * groups, sizes.length * width),
+        empty(True, tokens, dtype=integer),
+        empty(True, tokens, dtype=integer),
+        empty(True, tokens // short_tile(sizes.short_block) + cu_seqlens.shape[0] - 1, dtype=integer),
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    saved: list[Tensor],
+    gates: Tensor | None,
+    position: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    max_seqlen: int,
+    sizes: list[int],
+    scaling: float,
+    long: bool,
+    short: bool,
+    factor: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, gates, position, w1, b1, w2; empty where there is none."""
+    v, cos, sin, cu_seqlens, out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out = saved[:16]
+    short_lse, windows, hidden, start, stop, tile_history = saved[16:]
+    layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
+    grad, v = grad.contiguous(), v.contiguous()
+    gated = gates is not None
+    dgates = torch.empty_like(gates) if gated else layout.empty(0)
+    long_part = dwindows = long_dq = None
+    dposition, dw1, db1, dw2 = (layout.empty(0) for _ in range(4))
+    if long:
+        scored = (pi, c, u) if factor else None
+        long_dq, delta, weight, weight_sum, pair = layout.selected_backward(
+            *(q, k, v, long_out if short else out, grad, gates, long_lse, blocks, start, dgates, scored, factor)
+        )
+        if layout.rows:
+            inverted = layout.invert(pair)
+            pairs = (mean_q, weight) if factor else None
+            parts = layout.inverted(q, k, v, grad, gates, long_lse, delta, start, stop, inverted, pairs)
+            long_part = (long_lse, delta, *parts[:2], inverted[1])
+        else:  # no complete block anywhere: nothing was selected
+            long_part = (long_lse, delta, long_lse, long_lse, start)
+        if factor:
+            if layout.rows:
+                spread = layout.spread(mean_q, c, score_lse, weight_sum, start, stop)
+                dc = layout.score_keys(parts[2], spread, inverted[1]).flatten(0, 1)
+            else:
+                dc = layout.empty(0, layout.width)
+            dw2 = (dc.t() @ hidden).to(w2.dtype)
+            dhidden = torch.ops.aten.threshold_backward(dc @ w2.to(dc.dtype), hidden, 0)
+            db1 = dhidden.sum(0, dtype=torch.float32).to(b1.dtype)
+            dw1 = (dhidden.t() @ windows.view(-1, w1.shape[1])).to(w1.dtype)
+            dwindows = (dhidden @ w1.to(dc.dtype)).view_as(windows)
+            dposition = dwindows.sum(0, dtype=torch.float32).to(position.dtype)
+    rotary = (cos, sin)
+    short_part = None
+    dq, short_delta = layout.query_backward(
+        *(q, k, v, tile_history, short_out if gated else out, grad, gates, short_lse, long_dq, rotary, dgates, short)
+    )
+    if short:
+        short_part = (short_lse, short_delta)
+    if dwindows is not None and not layout.rows:
+        dwindows = None
+    dk, dv = layout.key_backward(q, k, v, tile_history, grad, gates, long_part, short_part, dwindows, rotary)
+    return dq, dk, dv, dgates, dposition, dw1, db1, dw2
+
+
+@_attention_backward.register_fake
+def _(grad, saved, gates, position, w1, b1, w2, max_seqlen, sizes, scaling, long, short, factor):
+    q, k = saved[7], saved[8]
+    learned = long and factor
+    return (
+        *(q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)),
+        torch.empty_like(gates) if gates is not None else q.new_empty(0),
+        *(x.new_empty(x.shape) if learned else q.new_empty(0) for x in (position, w1, b1, w2)),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, max_seqlen, sizes, scaling = inputs[:14]
+    ctx.save_for_backward(v, cos, sin, cu_seqlens, *output, gates, position, w1, b1, w2)
+    ctx.settings = (max_seqlen, sizes, scaling, *inputs[15:18])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *others):
+    *saved, gates, position, w1, b1, w2 = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 19
+    max_seqlen, sizes, scaling, long, short, factor = ctx.settings
+    dq, dk, dv, dgates, *dcompressor = _attention_backward(
+        grad, saved, gates, position, w1, b1, w2, max_seqlen, sizes, scaling, long, short, factor
+    )
+    if not (long and factor):
+        dcompressor = (None,) * 4
+    return dq, dk, dv, None, None, None if gates is None else dgates, *dcompressor, *(None,) * 9
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def blossom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sizes: Sizes,
+    scaling: float,
+    threshold: float,
+    gates: Tensor | None = None,
+    position: Tensor | None = None,
+    mlp: nn.Sequential | None = None,
+    factor: bool = True,
+    short: bool = True,
+) -> tuple[Tensor, Selection | None]:
+    """
+    A whole layer: rotary embedding, and the streams asked for.
+
+    Args:
+        q, k, v: `[T, H, d]`, `[T, G, d]`, `[T, G, d]`, rotary embedding not yet applied; any strides of the first two
+            dimensions.
+        cos, sin: of the rotary embedding, `[T, d]`, float32.
+        gates: `[T, H, 2]`, values of the long-term and the short-term stream; `None` with one stream.
+        position, mlp: the compressor; `None` without the long-term stream.
+        factor: whether the importance is learned (straight through).
+        short: whether the short-term stream takes part.
+
+    Returns:
+        `[T, H, d]`, and the `Selection` of the long-term stream (whose importance carries no gradient here).
+
+    Raises:
+        ValueError: where the kernels do not support the device, the dtype or a size.
+    """
+    _check(
+        q,
+        block_size=sizes.block,
+        num_selected_blocks=sizes.selected,
+        short_block_size=sizes.short_block,
+        heads_per_group=q.shape[1] // k.shape[1],
+    )
+    long = mlp is not None
+    weights = (position, mlp[0].weight, mlp[0].bias, mlp[2].weight) if long else (None,) * 4
+    inputs = (q, k, v, gates, *(weights if factor else ()))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    out, blocks, pi, *_ = _attention(
+        *(q, k, v, cos.float().contiguous(), sin.float().contiguous(), gates, *weights, cu_seqlens, max_seqlen),
+        *(list(sizes), scaling, threshold, long, short, factor, save),
+    )
+    return out, Selection(blocks, pi) if long else None
+
+
+# The functions of `ops_reference.py` one by one.
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::windows", mutates_args=())
+def _windows(k: Tensor, position: Tensor, cu_seqlens: Tensor, max_seqlen: int, stride: int) -> Tensor:
+    """`[T // stride, G, l, d]`, those of history i from row `cu_seqlens[i] // stride` on."""
+    layout = _Layout(k, k.shape[1], cu_seqlens, max_seqlen, _only(stride=stride, length=position.shape[1]), 1.0)
+    start, stop, _ = layout.plan()
+    return layout.windows(k.contiguous(), position, start, stop)
+
+
+@_windows.register_fake
+def _(k, position, cu_seqlens, max_seqlen, stride):
+    return k.new_empty(k.shape[0] // stride, *position.shape)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::windows_backward", mutates_args=())
+def _windows_backward(grad: Tensor, cu_seqlens: Tensor, max_seqlen: int, stride: int, num_tokens: int) -> Tensor:
+    _, groups, length, width = grad.shape
+    k = grad.new_empty(num_tokens, groups, width)
+    layout = _Layout(k, groups, cu_seqlens, max_seqlen, _only(stride=stride, length=length), 1.0)
+    _, _, tile_history = layout.plan()
+    return layout.key_backward(k, k, k, tile_history, k, None, None, None, grad.contiguous(), None)[0]
+
+
+@_windows_backward.register_fake
+def _(grad, cu_seqlens, max_seqlen, stride, num_tokens):
+    return grad.new_empty(num_tokens, grad.shape[1], grad.shape[3])
+
+
+def _windows_setup(ctx, inputs, output) -> None:
+    k, position, cu_seqlens, ctx.max_seqlen, ctx.stride = inputs
+    ctx.num_tokens, ctx.dtype = k.shape[0], position.dtype
+    ctx.save_for_backward(cu_seqlens)
+
+
+def _windows_grad(ctx, grad):
+    dk = _windows_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.stride, ctx.num_tokens)
+    return dk, grad.sum(0, dtype=torch.float32).to(ctx.dtype), None, None, None
+
+
+_windows.register_autograd(_windows_grad, setup_context=_windows_setup)
+
+
+def _only(**sizes: int) -> Sizes:
+    """Sizes of which only some matter."""
+    rest = {"length": 1, "selected": 1, "short_block": 1, "window": 1, "base": 2}
+    block = sizes.get("block", sizes.get("stride", 16))
+    return Sizes(**(rest | {"stride": block, "block": block} | sizes))
+
+
+def _first_rows(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Where the complete blocks of each history begin if they lie end to end, `[S + 1]`."""
+    blocks = torch.div(cu_seqlens.diff(), size, rounding_mode="floor").cumsum(0)
+    return nn.functional.pad(blocks, (1, 0))
+
+
+def compress(k: Tensor, position: Tensor, mlp: nn.Module, cu_seqlens: Tensor, *, stride: int) -> Tensor:
+    """As `ops_reference.compress`, with `T // stride` rows: those after the last complete window mean nothing."""
+    _check(k)
+    num_rows = k.shape[0] // stride
+    if num_rows == 0:
+        return mlp((k.new_zeros(0, *position.shape) + position).flatten(2))
+    windows = _windows(k, position, cu_seqlens, k.shape[0], stride)
+    first = _first_rows(cu_seqlens, stride)
+    row = torch.arange(num_rows, device=k.device)
+    history = torch.searchsorted(first[1:].contiguous(), row, right=True).clamp(max=first.shape[0] - 2)
+    row = torch.div(cu_seqlens[history], stride, rounding_mode="floor") + row - first[history]
+    return mlp(windows.flatten(2))[row.clamp(max=num_rows - 1)]
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::select", mutates_args=())
+def _select(
+    mean_q: Tensor, c: Tensor, cu_seqlens: Tensor, max_seqlen: int, block: int, selected: int, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks and π `[T, G, k]`, lse `[T, G]`, u `[T, G, d]`; `c` has a row a block, mean queries carry the scale."""
+    layout = _Layout(mean_q, c.shape[1], cu_seqlens, max_seqlen, _only(block=block, selected=selected), 1.0)
+    start, _, _ = layout.plan()
+    return layout.select(mean_q.contiguous(), c.contiguous(), start, threshold, save=True)
+
+
+@_select.register_fake
+def _(mean_q, c, cu_seqlens, max_seqlen, block, selected, threshold):
+    tokens, groups, _ = mean_q.shape
+    pi = mean_q.new_empty(tokens, groups, selected, dtype=torch.float32)
+    return (
+        pi.new_empty(pi.shape, dtype=torch.int64),
+        pi,
+        pi.new_empty(tokens, groups),
+        mean_q.new_empty(mean_q.shape),
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::select_backward", mutates_args=())
+def _select_backward(
+    grad: Tensor,
+    mean_q: Tensor,
+    c: Tensor,
+    blocks: Tensor,
+    pi: Tensor,
+    lse: Tensor,
+    u: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    layout = _Layout(mean_q, c.shape[1], cu_seqlens, max_seqlen, _only(block=block, selected=pi.shape[2]), 1.0)
+    start, stop, _ = layout.plan()
+    weight = grad * pi
+    group = torch.arange(layout.groups, device=c.device)[:, None]
+    if not layout.rows:
+        return torch.zeros_like(mean_q), torch.zeros_like(c)
+    row = (torch.div(start, block, rounding_mode="floor")[:, None, None] + blocks.clamp(min=0)).long()
+    total = weight.sum(-1)
+    dmean = (weight[..., None] * c[row, group].float()).sum(2) - total[..., None] * u.float()
+    dc = torch.zeros(c.shape, dtype=torch.float32, device=c.device)
+    dc.index_put_((row, group.expand_as(row)), weight[..., None] * mean_q[:, :, None].float(), accumulate=True)
+    dc -= layout.spread(mean_q.contiguous(), c.contiguous(), lse, total, start, stop).sum(0)
+    return (dmean * math.log(2)).to(mean_q.dtype), (dc * math.log(2)).to(c.dtype)
+
+
+@_select_backward.register_fake
+def _(grad, mean_q, c, blocks, pi, lse, u, cu_seqlens, max_seqlen, block):
+    return torch.empty_like(mean_q), torch.empty_like(c)
+
+
+def _select_setup(ctx, inputs, output) -> None:
+    mean_q, c, cu_seqlens, ctx.max_seqlen, ctx.block, _, _ = inputs
+    ctx.save_for_backward(mean_q, c, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[0], *output[2:])
+
+
+def _select_grad(ctx, _, grad, *others):
+    return *_select_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.block), *(None,) * 5
+
+
+_select.register_autograd(_select_grad, setup_context=_select_setup)
+
+
+def select(
+    q: Tensor,
+    c: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    num_selected_blocks: int,
+    block_size: int,
+    stride: int,
+    threshold: float,
+    scaling: float,
+) -> Selection:
+    """As `ops_reference.select`."""
+    _check(q, block_size=block_size, num_selected_blocks=num_selected_blocks)
+    num_groups, num_blocks = c.shape[1], q.shape[0] // block_size
+    mean_q = q.unflatten(1, (num_groups, -1)).mean(2, dtype=torch.float32).mul(scaling * math.log2(math.e)).to(q.dtype)
+    if num_blocks:
+        token = torch.arange(1, num_blocks + 1, device=q.device) * block_size - 1  # one in each row's block
+        history = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        block = torch.arange(num_blocks, device=q.device)
+        block = block - torch.div(cu_seqlens[history], block_size, rounding_mode="floor")
+        per_block = block_size // stride
+        window = _first_rows(cu_seqlens, stride)[history] + block * per_block
+        window = window[:, None] + torch.arange(per_block, device=q.device)
+        c = c[window.clamp(max=c.shape[0] - 1)].mean(1, dtype=torch.float32)
+    else:  # the compressor still takes part, so that its gradients exist
+        c = c[:0]
+    blocks, pi, _, _ = _select(
+        mean_q, c.to(q.dtype), cu_seqlens, max_seqlen, block_size, num_selected_blocks, threshold
+    )
+    return Selection(blocks, pi)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::stream", mutates_args=())
+def _stream(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    factor: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    sizes: list[int],
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """One stream and its lse: the selected `blocks`, or the short-term stream where there are none."""
+    layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    start, _, tile_history = layout.plan()
+    if blocks is not None:
+        return layout.selected(q, k, v, blocks.contiguous(), start, save=True)
+    out, _, lse = layout.short(q, k, v, tile_history, None, None, save=True)
+    return out, lse
+
+
+@_stream.register_fake
+def _(q, k, v, blocks, factor, cu_seqlens, max_seqlen, sizes, scaling):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::stream_backward", mutates_args=())
+def _stream_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor | None,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    max_seqlen: int,
+    sizes: list[int],
+    scaling: float,
+    factor: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
+    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
+    start, stop, tile_history = layout.plan()
+    if blocks is None:
+        dq, delta = layout.query_backward(q, k, v, tile_history, out, grad, None, lse, None, None, None, short=True)
+        dk, dv = layout.key_backward(q, k, v, tile_history, grad, None, None, (lse, delta), None, None)
+        return dq, dk, dv, layout.empty(0)
+    dq, delta, weight, _, pair = layout.selected_backward(
+        *(q, k, v, out, grad, None, lse, blocks.contiguous(), start, None, None, factor)
+    )
+    long = (lse, delta, lse, lse, start)
+    if layout.rows:
+        inverted = layout.invert(pair)
+        parts = layout.inverted(q, k, v, grad, None, lse, delta, start, stop, inverted, None)
+        long = (lse, delta, *parts[:2], inverted[1])
+    dk, dv = layout.key_backward(q, k, v, tile_history, grad, None, long, None, None, None)
+    return dq, dk, dv, weight
+
+
+@_stream_backward.register_fake
+def _(grad, q, k, v, blocks, cu_seqlens, out, lse, max_seqlen, sizes, scaling, factor):
+    weight = q.new_empty(blocks.shape if factor else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), weight
+
+
+def _stream_setup(ctx, inputs, output) -> None:
+    q, k, v, blocks, factor, cu_seqlens, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, blocks, cu_seqlens, *output)
+    ctx.factor = None if factor is None else factor.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _stream_grad(ctx, grad, _):
+    *gradients, weight = _stream_backward(grad, *ctx.saved_tensors, *ctx.settings, ctx.factor is not None)
+    weight = None if ctx.factor is None else weight.to(ctx.factor)
+    return *gradients, None, weight, *(None,) * 4
+
+
+_stream.register_autograd(_stream_grad, setup_context=_stream_setup)
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    factor: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    block_size: int,
+    scaling: float,
+) -> Tensor:
+    """As `ops_reference.attend_selected`, for factors that are one in value (as `straight_through` makes them)."""
+    _check(q, block_size=block_size, num_selected_blocks=block_indices.shape[2])
+    sizes = _only(block=block_size, selected=block_indices.shape[2])
+    return _stream(q, k, v, block_indices, factor, cu_seqlens, max_seqlen, list(sizes), scaling)[0]
+
+
+def attend_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    block_size: int,
+    window: int,
+    base: int,
+    scaling: float,
+) -> Tensor:
+    """As `ops_reference.attend_short`."""
+    _check(q, short_block_size=block_size, heads_per_group=q.shape[1] // k.shape[1])
+    sizes = _only(short_block=block_size, window=window, base=base)
+    return _stream(q, k, v, None, None, cu_seqlens, max_seqlen, list(sizes), scaling)[0]
+
+
+TRITON_OPS = Ops(compress, select, attend_selected, attend_short, attend_full)

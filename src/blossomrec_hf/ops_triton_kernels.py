@@ -1,0 +1,944 @@
+"""
+The GPU kernels behind `ops_triton.py`, in Triton. Conventions:
+
+- Layouts are those of `ops_reference.py`, contiguous unless strides are passed: `[T, H, D]` queries, `[T, G, D]` keys.
+  `REP` query heads share a key/value head; tiles of query rows hold `REPP` (a power of two) rows a query.
+- A history that begins at token `lo` owns the rows from `lo // N` on in every array with one row for N complete
+  positions, and the tiles from `lo // N + i` on among tiles that may be incomplete (i is its number). Both follow
+  from the offset alone, so nothing is counted, scanned or read back; a few rows and tiles stay unused.
+- `start` and `stop` `[T]` are the offsets of the history around each token; `tile_history` is the history of a tile.
+- Softmaxes work in base 2: `scale2` is scaling · log2(e), and a saved `lse` is a base-2 logarithm.
+- Nothing is added atomically: every sum has one writer and a fixed order, so results are bitwise reproducible.
+"""
+
+from types import SimpleNamespace
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit(do_not_specialize=["T", "num_rows", "num_keys", "num_pairs", "num_splits", "span"])
+except ImportError:  # `ops_triton.why_unsupported` says so before any of these is called
+    triton = None
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(function):
+        return function
+
+
+@jit
+def block_place(row, T, start, stop, B: tl.constexpr):
+    """The first token of the complete block in a `row`, the start of its history, and whether there is one."""
+    token = tl.minimum((row + 1) * B - 1, T - 1)  # lies in the block wherever there is one
+    lo = tl.load(start + token)
+    first = lo + (row - lo // B) * B
+    return first, lo, first + B <= tl.load(stop + token)
+
+
+@jit
+def next_distance(i, distance, WINDOW: tl.constexpr, POWER: tl.constexpr, BASE: tl.constexpr):
+    """Short-term block distance number `i`, after `distance`; `POWER` is the first power of `BASE` not in the window."""
+    return tl.where(i < WINDOW, i, tl.where(i == WINDOW, POWER, distance * BASE))
+
+
+@jit
+def unrotate(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+    """Gradient of a rotary embedding, as two halves `[ROWS, D / 2]`; `cos` and `sin` `[ROWS, D]`."""
+    x1, x2 = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, D // 2)), (0, 2, 1)))
+    c1, c2 = tl.split(tl.permute(tl.reshape(cos, (ROWS, 2, D // 2)), (0, 2, 1)))
+    s1, s2 = tl.split(tl.permute(tl.reshape(sin, (ROWS, 2, D // 2)), (0, 2, 1)))
+    return x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+
+
+@jit
+def plan_kernel(cu_seqlens, start, stop, tile_history, TILE: tl.constexpr, CHUNK: tl.constexpr):
+    history = tl.program_id(0)
+    lo = tl.load(cu_seqlens + history).to(tl.int32)
+    hi = tl.load(cu_seqlens + history + 1).to(tl.int32)
+    index = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    inside = lo + index < hi
+    tl.store(start + lo + index, tl.zeros_like(index) + lo, mask=inside)
+    tl.store(stop + lo + index, tl.zeros_like(index) + hi, mask=inside)
+    tile = lo // TILE + history + index
+    tl.store(tile_history + tile, tl.zeros_like(index) + history, mask=tile < hi // TILE + history + 1)
+
+
+@jit
+def rotate_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    mean_out,
+    T,
+    sq_t,
+    sq_h,
+    sk_t,
+    sk_g,
+    scale2,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    REP: tl.constexpr,
+    MEAN: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Rotary embedding of queries and keys, and the scaled mean query of each group."""
+    group = tl.program_id(1)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    half = tl.arange(0, D // 2)
+    mask = (t < T)[:, None]
+    t = t.to(tl.int64)[:, None]
+    at = t * D + half
+    c1, c2 = tl.load(cos + at, mask, 0.0), tl.load(cos + at + D // 2, mask, 0.0)
+    s1, s2 = tl.load(sin + at, mask, 0.0), tl.load(sin + at + D // 2, mask, 0.0)
+    mean1 = tl.zeros((BT, D // 2), tl.float32)
+    mean2 = tl.zeros((BT, D // 2), tl.float32)
+    for r in tl.static_range(REP):
+        head = group * REP + r
+        source = q + t * sq_t + head * sq_h + half
+        x1, x2 = tl.load(source, mask, 0.0).to(tl.float32), tl.load(source + D // 2, mask, 0.0).to(tl.float32)
+        y1 = (x1 * c1 - x2 * s1).to(q_out.dtype.element_ty)
+        y2 = (x2 * c2 + x1 * s2).to(q_out.dtype.element_ty)
+        target = q_out + (t * H + head) * D + half
+        tl.store(target, y1, mask)
+        tl.store(target + D // 2, y2, mask)
+        mean1 += y1.to(tl.float32)
+        mean2 += y2.to(tl.float32)
+    if MEAN:
+        target = mean_out + (t * G + group) * D + half
+        tl.store(target, mean1 * (scale2 / REP), mask)
+        tl.store(target + D // 2, mean2 * (scale2 / REP), mask)
+    source = k + t * sk_t + group * sk_g + half
+    x1, x2 = tl.load(source, mask, 0.0).to(tl.float32), tl.load(source + D // 2, mask, 0.0).to(tl.float32)
+    target = k_out + (t * G + group) * D + half
+    tl.store(target, x1 * c1 - x2 * s1, mask)
+    tl.store(target + D // 2, x2 * c2 + x1 * s2, mask)
+
+
+@jit
+def windows_kernel(
+    k,
+    position,
+    start,
+    stop,
+    out,
+    T,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """The windows of every complete block with their learned positions, `[rows · B / STRIDE, G, LENGTH, D]`."""
+    window, group = tl.program_id(0), tl.program_id(1)
+    first, lo, real = block_place(window // (B // STRIDE), T, start, stop, B)
+    begin = first + (window % (B // STRIDE) + 1) * STRIDE - LENGTH
+    target = out + (window.to(tl.int64) * G + group) * LENGTH * D
+    d = tl.arange(0, D)[None, :]
+    length = tl.where(real, LENGTH, 0)
+    for l0 in range(0, LENGTH, BL):
+        i = (l0 + tl.arange(0, BL))[:, None]
+        token = begin + i
+        inside = i < length
+        x = tl.load(k + (token.to(tl.int64) * G + group) * D + d, inside & (token >= lo), 0.0).to(tl.float32)
+        x += tl.load(position + (group * LENGTH + i) * D + d, inside, 0.0).to(tl.float32)
+        tl.store(target + i * D + d, x, i < LENGTH)
+
+
+@jit
+def select_kernel(
+    mean_q,
+    c,
+    start,
+    block_out,
+    pi_out,
+    lse_out,
+    u_out,
+    T,
+    num_rows,
+    threshold,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+    BQ: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Scores, softmax and the top blocks in one pass, and (`SAVE`) u = sum of π · c for the backward pass."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the late queries of a history have the most to do
+    group = tl.program_id(1)
+    t = tile * BQ + tl.arange(0, BQ)
+    token = tl.minimum(t, T - 1)
+    lo = tl.load(start + token)
+    begin = lo // B
+    end = begin + (token - lo) // B
+    d = tl.arange(0, D)
+    at = token.to(tl.int64) * G + group
+    queries = tl.load(mean_q + at[:, None] * D + d)
+    slot = tl.arange(0, KP)[None, :]
+    top = tl.where(slot < K, float("-inf"), float("inf")) + tl.zeros((BQ, KP), tl.float32)
+    where = tl.zeros((BQ, KP), tl.int32) - 1 - slot
+    m = tl.zeros((BQ,), tl.float32) - 1000.0 * 1.4426950408889634
+    norm = tl.zeros((BQ,), tl.float32) + 1.0
+    u = tl.zeros((BQ, D), tl.float32)
+    last = tl.max(end, 0)
+    for n in range(tl.min(begin, 0), last, BM):
+        column = n + tl.arange(0, BM)
+        source = c + (tl.minimum(column, num_rows - 1).to(tl.int64) * G + group)[:, None] * D + d
+        keys = tl.load(source)
+        s = tl.dot(queries, tl.trans(keys), input_precision=PREC)
+        s = tl.where((column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None]), s, float("-inf"))
+        best = tl.max(s, 1)
+        m_new = tl.maximum(m, best)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - m_new[:, None])
+        norm = norm * alpha + tl.sum(p, 1)
+        if SAVE:
+            u = u * alpha[:, None] + tl.dot(p.to(keys.dtype), keys, input_precision=PREC)
+        m = m_new
+        # As often as any row's best beats the lowest of its top: put it there, and take it out of the tile.
+        lowest = tl.min(top, 1)
+        while tl.max((best > lowest).to(tl.int32), 0) > 0:
+            hit = tl.min(tl.where(s == best[:, None], column[None, :], 2147483647), 1)
+            evicted = tl.max(tl.where(top == lowest[:, None], where, -2147483647), 1)
+            change = (where == evicted[:, None]) & (top == lowest[:, None]) & (best > lowest)[:, None]
+            top = tl.where(change, best[:, None], top)
+            where = tl.where(change, hit[:, None], where)
+            s = tl.where(column[None, :] == hit[:, None], float("-inf"), s)
+            best = tl.max(s, 1)
+            lowest = tl.min(top, 1)
+    top = tl.where(slot < K, top, float("-inf"))
+    order = tl.where(slot < K, where, -2147483647)  # behind everything: among equals the lower block comes first
+    behind = (top[:, None, :] > top[:, :, None]) | (
+        (top[:, None, :] == top[:, :, None])
+        & tl.where(
+            top[:, :, None] == float("-inf"),
+            order[:, None, :] > order[:, :, None],
+            order[:, None, :] < order[:, :, None],
+        )
+    )
+    rank = tl.sum(behind.to(tl.int32), 2)
+    lse = m + tl.log2(norm)
+    pi = tl.exp2(top - lse[:, None])
+    kept = pi > threshold
+    target = at[:, None] * K + rank
+    mask = (t < T)[:, None] & (slot < K)
+    tl.store(block_out + target, tl.where(kept, where - begin[:, None], -1).to(tl.int64), mask)
+    tl.store(pi_out + target, tl.where(kept, pi, 0.0), mask)
+    if SAVE:
+        tl.store(lse_out + at, lse, t < T)
+        tl.store(u_out + at[:, None] * D + d, u / norm[:, None], (t < T)[:, None])
+
+
+@jit
+def selected_kernel(
+    q,
+    k,
+    v,
+    blocks,
+    start,
+    out,
+    lse_out,
+    T,
+    scale2,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    BQ: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """
+    Attention over the selected blocks and the own one. BQ queries with all their heads make the rows of a tile, and
+    16 keys of each of them its columns, of which a row sees those of its own query.
+    """
+    first, group = tl.program_id(0) * BQ, tl.program_id(1)
+    row = tl.arange(0, BQ * REPP)
+    query = tl.minimum(first + row // REPP, T - 1)
+    head = group * REP + row % REPP
+    stored = (first + row // REPP < T) & (row % REPP < REP)
+    d = tl.arange(0, D)[None, :]
+    at = query.to(tl.int64) * H + head
+    queries = tl.load(q + at[:, None] * D + d, (row % REPP < REP)[:, None], 0.0)
+
+    column = tl.arange(0, BQ * 16)
+    reader = tl.minimum(first + column // 16, T - 1)
+    same = (row // REPP)[:, None] == (column // 16)[None, :]
+    lo = tl.load(start + reader)
+    place = reader - lo
+    chosen = blocks + (reader.to(tl.int64) * G + group) * K
+    m = tl.zeros((BQ * REPP,), tl.float32) - 1e30
+    norm = tl.zeros((BQ * REPP,), tl.float32)
+    acc = tl.zeros((BQ * REPP, D), tl.float32)
+    for j in range(K + 1):  # the own block first, so that every row has a key
+        past = column < j * (BQ * 16)  # all columns or none
+        block = tl.where(past, tl.load(chosen + j - 1, mask=past, other=0).to(tl.int32), place // B)
+        for i in tl.static_range(B // 16):
+            key = block * B + i * 16 + column % 16
+            seen = (block >= 0) & (key <= place)
+            source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
+            keys = tl.load(k + source, seen[:, None], 0.0)
+            values = tl.load(v + source, seen[:, None], 0.0)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
+            s = tl.where(same & seen[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s - m_new[:, None])
+            norm = norm * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PREC)
+            m = m_new
+    tl.store(out + at[:, None] * D + d, acc / norm[:, None], stored[:, None])
+    if SAVE:
+        tl.store(lse_out + at, m + tl.log2(norm), stored)
+
+
+@jit
+def short_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    tile_history,
+    long_out,
+    gates,
+    out,
+    short_out,
+    lse_out,
+    scale2,
+    sg_t,
+    sg_h,
+    sg_s,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    B: tl.constexpr,
+    WINDOW: tl.constexpr,
+    POWER: tl.constexpr,
+    BASE: tl.constexpr,
+    TILE: tl.constexpr,
+    N: tl.constexpr,
+    GATED: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """
+    Short-term attention of a tile of TILE positions (a multiple of B, padded to N), and (`GATED`) the gated sum of
+    both streams. The keys at one block distance are the tile itself moved back.
+    """
+    tile, group = tl.program_id(0), tl.program_id(1)
+    history = tl.load(tile_history + tile)
+    lo = tl.load(cu_seqlens + history).to(tl.int32)
+    n = tl.load(cu_seqlens + history + 1).to(tl.int32) - lo
+    p0 = (tile - lo // TILE - history) * TILE
+    if p0 < n:
+        row = tl.arange(0, N * REPP)
+        place = p0 + row // REPP
+        stored = (row // REPP < TILE) & (place < n) & (row % REPP < REP)
+        head = group * REP + row % REPP
+        d = tl.arange(0, D)[None, :]
+        at = (lo + place).to(tl.int64) * H + head
+        queries = tl.load(q + at[:, None] * D + d, stored[:, None], 0.0)
+        column = tl.arange(0, N)
+        m = tl.zeros((N * REPP,), tl.float32) - 1e30
+        norm = tl.zeros((N * REPP,), tl.float32)
+        acc = tl.zeros((N * REPP, D), tl.float32)
+        farthest = tl.minimum(p0 + TILE, n) - 1
+        i = 0
+        distance = 0
+        while distance * B <= farthest:
+            key = p0 - distance * B + column
+            seen = (column < TILE) & (key >= 0) & (key < n)
+            source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
+            keys = tl.load(k + source, seen[:, None], 0.0)
+            values = tl.load(v + source, seen[:, None], 0.0)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
+            near = ((place // B)[:, None] - distance == (key // B)[None, :]) & (key[None, :] <= place[:, None])
+            s = tl.where(near & seen[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1))
+            alpha = tl.exp2(m - m_new)
+            p = tl.exp2(s - m_new[:, None])
+            norm = norm * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PREC)
+            m = m_new
+            i += 1
+            distance = next_distance(i, distance, WINDOW, POWER, BASE)
+        norm = tl.where(stored, norm, 1.0)
+        acc = acc / norm[:, None]
+        if SAVE:
+            tl.store(short_out + at[:, None] * D + d, acc, stored[:, None])
+            tl.store(lse_out + at, m + tl.log2(norm), stored)
+        if GATED:
+            gate = gates + (lo + place).to(tl.int64) * sg_t + head * sg_h
+            long_gate = tl.load(gate, stored, 0.0).to(tl.float32)
+            short_gate = tl.load(gate + sg_s, stored, 0.0).to(tl.float32)
+            long = tl.load(long_out + at[:, None] * D + d, stored[:, None], 0.0).to(tl.float32)
+            acc = acc * short_gate[:, None] + long * long_gate[:, None]
+        tl.store(out + at[:, None] * D + d, acc, stored[:, None])
+
+
+@jit
+def selected_dq_kernel(
+    q,
+    k,
+    v,
+    out,
+    grad,
+    gates,
+    lse,
+    blocks,
+    pi,
+    c,
+    u,
+    start,
+    dq,
+    delta_out,
+    dgates,
+    weight_out,
+    weight_sum_out,
+    pair_out,
+    T,
+    num_keys,
+    scale2,
+    scaling,
+    sg_t,
+    sg_h,
+    sg_s,
+    sdg_t,
+    sdg_h,
+    sdg_s,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    BQ: tl.constexpr,
+    GATED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SCORED: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """
+    Gradients of `selected_kernel` that belong to a query: its own, its gate's, that of the straight-through factor
+    of each block (`FACTOR`) and through it that of the scores (`SCORED`), all of them in the tiles of the forward pass.
+    Also the number of the (block, group) of every selected pair, by which `inverted_kernel` reads.
+    """
+    first, group = tl.program_id(0) * BQ, tl.program_id(1)
+    row = tl.arange(0, BQ * REPP)
+    query = tl.minimum(first + row // REPP, T - 1)
+    head = group * REP + row % REPP
+    real = row % REPP < REP
+    stored = (first + row // REPP < T) & real
+    d = tl.arange(0, D)[None, :]
+    at = query.to(tl.int64) * H + head
+    queries = tl.load(q + at[:, None] * D + d, real[:, None], 0.0)
+    do = tl.load(grad + at[:, None] * D + d, real[:, None], 0.0).to(tl.float32)
+    o = tl.load(out + at[:, None] * D + d, real[:, None], 0.0).to(tl.float32)
+    delta = tl.sum(do * o, 1)
+    if GATED:
+        gate = tl.load(gates + query.to(tl.int64) * sg_t + head * sg_h, real, 0.0).to(tl.float32)
+        tl.store(dgates + query.to(tl.int64) * sdg_t + head * sdg_h, delta, stored)
+        delta = delta * gate
+        do = do * gate[:, None]
+    tl.store(delta_out + at, delta, stored)
+    do = do.to(queries.dtype)
+    norm = tl.load(lse + at, real, 0.0)
+
+    own = first + tl.arange(0, BQ)
+    kept = own < T
+    own = tl.minimum(own, T - 1)
+    own_at = own.to(tl.int64) * G + group
+    own_row = tl.load(start + own) // B
+    column = tl.arange(0, BQ * 16)
+    reader = tl.minimum(first + column // 16, T - 1)
+    same = (row // REPP)[:, None] == (column // 16)[None, :]
+    lo = tl.load(start + reader)
+    place = reader - lo
+    chosen = blocks + (reader.to(tl.int64) * G + group) * K
+    acc = tl.zeros((BQ * REPP, D), tl.float32)
+    dmean = tl.zeros((BQ, D), tl.float32)
+    weight_sum = tl.zeros((BQ,), tl.float32)
+    dcolumn = tl.arange(0, D)[None, :]
+    for j in range(K + 1):
+        past = column < j * (BQ * 16)  # all columns or none
+        block = tl.where(past, tl.load(chosen + j - 1, mask=past, other=0).to(tl.int32), place // B)
+        dfactor = tl.zeros((BQ * REPP,), tl.float32)
+        for i in tl.static_range(B // 16):
+            key = block * B + i * 16 + column % 16
+            seen = (block >= 0) & (key <= place)
+            source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
+            keys = tl.load(k + source, seen[:, None], 0.0)
+            values = tl.load(v + source, seen[:, None], 0.0)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
+            p = tl.where(same & seen[None, :], tl.exp2(s - norm[:, None]), 0.0)
+            ds = p * (tl.dot(do, tl.trans(values), input_precision=PREC) - delta[:, None])
+            acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PREC)
+            dfactor += tl.sum(ds * s, 1)
+        past = kept & (tl.arange(0, BQ) < j * BQ)
+        mine = tl.load(blocks + own_at * K + j - 1, mask=past, other=-1).to(tl.int32)
+        pair = tl.where(mine >= 0, (own_row + mine) * G + group, num_keys)
+        tl.store(pair_out + own_at * K + j - 1, pair.to(pair_out.dtype.element_ty), past)
+        if FACTOR:
+            weight = tl.sum(tl.reshape(dfactor, (BQ, REPP)), 1) * 0.6931471805599453  # natural logits
+            weight = tl.where(mine >= 0, weight, 0.0)
+            if SCORED:
+                weight *= tl.load(pi + own_at * K + j - 1, mask=past, other=0.0)
+                source = c + ((own_row + mine).to(tl.int64) * G + group)[:, None] * D + dcolumn
+                dmean += weight[:, None] * tl.load(source, (mine >= 0)[:, None], 0.0).to(tl.float32)
+                weight_sum += weight
+            tl.store(weight_out + own_at * K + j - 1, weight, past)
+    acc *= scaling
+    if SCORED:
+        tl.store(weight_sum_out + own_at, weight_sum, kept)
+        dmean -= weight_sum[:, None] * tl.load(u + own_at[:, None] * D + dcolumn).to(tl.float32)
+        dmean *= scaling / REP
+        acc = tl.reshape(tl.reshape(acc, (BQ, REPP, D)) + dmean[:, None, :], (BQ * REPP, D))
+    tl.store(dq + at[:, None] * D + d, acc, stored[:, None])
+
+
+@jit
+def short_dq_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    tile_history,
+    out,
+    grad,
+    gates,
+    lse,
+    long_dq,
+    cos,
+    sin,
+    dq,
+    delta_out,
+    dgates,
+    scale2,
+    scaling,
+    sg_t,
+    sg_h,
+    sg_s,
+    sdg_t,
+    sdg_h,
+    sdg_s,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    B: tl.constexpr,
+    WINDOW: tl.constexpr,
+    POWER: tl.constexpr,
+    BASE: tl.constexpr,
+    TILE: tl.constexpr,
+    N: tl.constexpr,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
+    GATED: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradient of the queries: the short-term stream's added to the long-term one's, rotary embedding undone."""
+    tile, group = tl.program_id(0), tl.program_id(1)
+    history = tl.load(tile_history + tile)
+    lo = tl.load(cu_seqlens + history).to(tl.int32)
+    n = tl.load(cu_seqlens + history + 1).to(tl.int32) - lo
+    p0 = (tile - lo // TILE - history) * TILE
+    if p0 < n:
+        row = tl.arange(0, N * REPP)
+        place = p0 + row // REPP
+        stored = (row // REPP < TILE) & (place < n) & (row % REPP < REP)
+        head = group * REP + row % REPP
+        d = tl.arange(0, D)[None, :]
+        token = (lo + place).to(tl.int64)
+        at = token * H + head
+        acc = tl.zeros((N * REPP, D), tl.float32)
+        if SHORT:
+            queries = tl.load(q + at[:, None] * D + d, stored[:, None], 0.0)
+            do = tl.load(grad + at[:, None] * D + d, stored[:, None], 0.0).to(tl.float32)
+            o = tl.load(out + at[:, None] * D + d, stored[:, None], 0.0).to(tl.float32)
+            delta = tl.sum(do * o, 1)
+            if GATED:
+                gate = tl.load(gates + token * sg_t + head * sg_h + sg_s, stored, 0.0).to(tl.float32)
+                tl.store(dgates + token * sdg_t + head * sdg_h + sdg_s, delta, stored)
+                delta = delta * gate
+                do = do * gate[:, None]
+            tl.store(delta_out + at, delta, stored)
+            do = do.to(queries.dtype)
+            norm = tl.load(lse + at, stored, 0.0)
+            column = tl.arange(0, N)
+            farthest = tl.minimum(p0 + TILE, n) - 1
+            i = 0
+            distance = 0
+            while distance * B <= farthest:
+                key = p0 - distance * B + column
+                seen = (column < TILE) & (key >= 0) & (key < n)
+                source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
+                keys = tl.load(k + source, seen[:, None], 0.0)
+                values = tl.load(v + source, seen[:, None], 0.0)
+                s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
+                near = ((place // B)[:, None] - distance == (key // B)[None, :]) & (key[None, :] <= place[:, None])
+                p = tl.where(near & seen[None, :], tl.exp2(s - norm[:, None]), 0.0)
+                ds = p * (tl.dot(do, tl.trans(values), input_precision=PREC) - delta[:, None])
+                acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PREC)
+                i += 1
+                distance = next_distance(i, distance, WINDOW, POWER, BASE)
+            acc *= scaling
+        if LONG:
+            acc += tl.load(long_dq + at[:, None] * D + d, stored[:, None], 0.0).to(tl.float32)
+        if ROTARY:
+            angle = token[:, None] * D + d
+            c, s = tl.load(cos + angle, stored[:, None], 0.0), tl.load(sin + angle, stored[:, None], 0.0)
+            first, second = unrotate(acc, c, s, N * REPP, D)
+            target = dq + at[:, None] * D + tl.arange(0, D // 2)[None, :]
+            tl.store(target, first, stored[:, None])
+            tl.store(target + D // 2, second, stored[:, None])
+        else:
+            tl.store(dq + at[:, None] * D + d, acc, stored[:, None])
+
+
+@jit
+def invert_kernel(sorted_pairs, offsets, chunk_key, num_pairs, num_keys, CHUNK: tl.constexpr, BK: tl.constexpr):
+    """
+    Where the pairs of each (block, group) begin among the sorted ones, and whose pairs each chunk of them holds: key
+    number i owns the chunks from offsets[i] // CHUNK + i on.
+    """
+    key = tl.program_id(0) * BK + tl.arange(0, BK)
+    lo = tl.zeros((BK,), tl.int32)
+    lo_hi = lo + num_pairs
+    hi = tl.zeros((BK,), tl.int32)
+    hi_hi = hi + num_pairs
+    width = num_pairs
+    while width > 0:  # two binary searches at once, for the first pair not below `key` and not below `key + 1`
+        middle = (lo + lo_hi) // 2
+        below = (lo < lo_hi) & (tl.load(sorted_pairs + middle, lo < lo_hi, 0).to(tl.int32) < key)
+        lo_hi = tl.where(below, lo_hi, middle)
+        lo = tl.where(below, middle + 1, lo)
+        middle = (hi + hi_hi) // 2
+        below = (hi < hi_hi) & (tl.load(sorted_pairs + middle, hi < hi_hi, 0).to(tl.int32) <= key)
+        hi_hi = tl.where(below, hi_hi, middle)
+        hi = tl.where(below, middle + 1, hi)
+        width = width // 2
+    tl.store(offsets + key, lo, key < num_keys)
+    tl.store(offsets + key + 1, hi, key == num_keys - 1)
+    first = lo // CHUNK + key
+    count = tl.where(key < num_keys, hi // CHUNK + key + 1 - first, 0)
+    for i in range(tl.max(count, 0)):
+        tl.store(chunk_key + first + i, key, i < count)
+
+
+@jit
+def inverted_kernel(
+    q,
+    k,
+    v,
+    grad,
+    gates,
+    lse,
+    delta,
+    mean_q,
+    weight,
+    order,
+    offsets,
+    chunk_key,
+    start,
+    stop,
+    dk_part,
+    dv_part,
+    dc_part,
+    T,
+    scale2,
+    sg_t,
+    sg_h,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    PQ: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GATED: tl.constexpr,
+    SCORED: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradients of a block's keys, values and score key from one chunk of the queries that chose it."""
+    chunk = tl.program_id(0)
+    number = tl.load(chunk_key + chunk)
+    lo = tl.load(offsets + number, number >= 0, 0)  # −1: a chunk that nobody needs
+    hi = tl.load(offsets + number + 1, number >= 0, 0)
+    begin = lo + (chunk - lo // CHUNK - number) * CHUNK
+    end = tl.minimum(begin + CHUNK, hi)
+    if begin < end:
+        group = number % G
+        first, _, _ = block_place(number // G, T, start, stop, B)
+        token = tl.arange(0, B)
+        d = tl.arange(0, D)[None, :]
+        source = ((first + token).to(tl.int64) * G + group)[:, None] * D + d
+        keys, values = tl.load(k + source), tl.load(v + source)
+        dk = tl.zeros((B, D), tl.float32)
+        dv = tl.zeros((B, D), tl.float32)
+        dc = tl.zeros((D,), tl.float32)
+        row = tl.arange(0, PQ * REPP)
+        head = group * REP + row % REPP
+        for i in range(begin, end, PQ):
+            real = (i + row // REPP < end) & (row % REPP < REP)
+            query = tl.load(order + i + row // REPP, real, 0) // (G * K)
+            at = query * H + head
+            queries = tl.load(q + at[:, None] * D + d, real[:, None], 0.0)
+            do = tl.load(grad + at[:, None] * D + d, real[:, None], 0.0)
+            if GATED:
+                gate = tl.load(gates + query * sg_t + head * sg_h, real, 0.0).to(tl.float32)
+                do = (do.to(tl.float32) * gate[:, None]).to(queries.dtype)
+            s = tl.dot(keys, tl.trans(queries), input_precision=PREC) * scale2
+            p = tl.where(real[None, :], tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :]), 0.0)
+            dv += tl.dot(p.to(do.dtype), do, input_precision=PREC)
+            ds = tl.dot(values, tl.trans(do), input_precision=PREC) - tl.load(delta + at, real, 0.0)[None, :]
+            dk += tl.dot((p * ds).to(queries.dtype), queries, input_precision=PREC)
+            if SCORED:
+                j = i + tl.arange(0, PQ)
+                pair = tl.load(order + j, j < end, 0)
+                w = tl.load(weight + pair, j < end, 0.0)
+                mean = tl.load(mean_q + (pair // K)[:, None] * D + d)
+                dc += tl.sum(w[:, None] * mean.to(tl.float32), 0)
+        target = (chunk.to(tl.int64) * B + token)[:, None] * D + d
+        tl.store(dk_part + target, dk)
+        tl.store(dv_part + target, dv)
+        if SCORED:
+            tl.store(dc_part + chunk.to(tl.int64) * D + tl.arange(0, D), dc)
+
+
+@jit
+def spread_kernel(
+    mean_q,
+    c,
+    lse,
+    weight_sum,
+    start,
+    stop,
+    dc_part,
+    T,
+    num_rows,
+    span,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    BM: tl.constexpr,
+    BQ: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """What the score keys get through the softmax of all later queries, of which each program takes `span`."""
+    r0, group, split = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2)
+    row = r0 + tl.arange(0, BM)
+    d = tl.arange(0, D)[None, :]
+    source = (row.to(tl.int64) * G + group)[:, None] * D + d
+    keys = tl.load(c + source, (row < num_rows)[:, None], 0.0)
+    begin = r0 * B + split * span
+    end = tl.minimum(begin + span, tl.load(stop + tl.minimum(r0 + BM, num_rows) * B - 1))
+    acc = tl.zeros((BM, D), tl.float32)
+    for i in range(begin, end, BQ):
+        t = i + tl.arange(0, BQ)
+        real = t < end
+        lo = tl.load(start + t, real, 0)
+        at = t.to(tl.int64) * G + group
+        queries = tl.load(mean_q + at[:, None] * D + d, real[:, None], 0.0)
+        s = tl.dot(keys, tl.trans(queries), input_precision=PREC)
+        first = lo // B
+        last = tl.where(real, first + (t - lo) // B, 0)
+        met = (row[:, None] >= first[None, :]) & (row[:, None] < last[None, :])
+        p = tl.where(met, tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :]), 0.0)
+        p *= tl.load(weight_sum + at, real, 0.0)[None, :]
+        acc += tl.dot(p.to(queries.dtype), queries, input_precision=PREC)
+    target = ((split.to(tl.int64) * num_rows + row) * G + group)[:, None] * D + d
+    tl.store(dc_part + target, acc, (row < num_rows)[:, None])
+
+
+@jit
+def score_key_kernel(
+    chosen_part,
+    spread_part,
+    offsets,
+    dc,
+    num_rows,
+    num_splits,
+    factor,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Sums the parts of the score keys' gradient, and hands each window of a block its share."""
+    key = tl.program_id(0) * BR + tl.arange(0, BR)  # row · G + group
+    real = key < num_rows * G
+    lo, hi = tl.load(offsets + key, real, 0), tl.load(offsets + key + 1, real, 0)
+    first, count = lo // CHUNK + key, (hi - lo + CHUNK - 1) // CHUNK
+    d = tl.arange(0, D)[None, :]
+    acc = tl.zeros((BR, D), tl.float32)
+    for i in range(tl.max(count, 0)):
+        acc += tl.load(chosen_part + (first + i).to(tl.int64)[:, None] * D + d, (i < count)[:, None], 0.0)
+    for i in range(num_splits):
+        at = key.to(tl.int64) + i * (num_rows.to(tl.int64) * G)
+        acc -= tl.load(spread_part + at[:, None] * D + d, real[:, None], 0.0)
+    acc *= factor
+    for i in tl.static_range(PER_BLOCK):
+        window = (key // G).to(tl.int64) * PER_BLOCK + i
+        tl.store(dc + (window * G + key % G)[:, None] * D + d, acc, real[:, None])
+
+
+@jit
+def keys_kernel(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    tile_history,
+    grad,
+    gates,
+    long_lse,
+    long_delta,
+    short_lse,
+    short_delta,
+    dk_part,
+    dv_part,
+    offsets,
+    dwindows,
+    cos,
+    sin,
+    dk,
+    dv,
+    scale2,
+    scaling,
+    sg_t,
+    sg_h,
+    sg_s,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    REP: tl.constexpr,
+    REPP: tl.constexpr,
+    SB: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    B: tl.constexpr,
+    WINDOW: tl.constexpr,
+    POWER: tl.constexpr,
+    BASE: tl.constexpr,
+    TILE: tl.constexpr,
+    N: tl.constexpr,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    GATED: tl.constexpr,
+    ROTARY: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """
+    Gradients of the keys and values of a tile of TILE positions: from short-term queries (the tile moved ahead), from
+    queries of the own selection block, from the chunks of `inverted_kernel`, and from the compressed windows.
+    """
+    tile, group = tl.program_id(0), tl.program_id(1)
+    history = tl.load(tile_history + tile)
+    lo = tl.load(cu_seqlens + history).to(tl.int32)
+    n = tl.load(cu_seqlens + history + 1).to(tl.int32) - lo
+    p0 = (tile - lo // TILE - history) * TILE
+    if p0 < n:
+        column = tl.arange(0, N)
+        key = p0 + column
+        real = (column < TILE) & (key < n)
+        d = tl.arange(0, D)[None, :]
+        token = (lo + key).to(tl.int64)
+        at = token * G + group
+        keys = tl.load(k + at[:, None] * D + d, real[:, None], 0.0)
+        values = tl.load(v + at[:, None] * D + d, real[:, None], 0.0)
+        dkeys = tl.zeros((N, D), tl.float32)
+        dvalues = tl.zeros((N, D), tl.float32)
+        row = tl.arange(0, N * REPP)
+        head = group * REP + row % REPP
+        if SHORT:
+            i = 0
+            distance = 0
+            while p0 + distance * B < n:
+                place = p0 + distance * B + row // REPP
+                asked = (row // REPP < TILE) & (place < n) & (row % REPP < REP)
+                query = (lo + place).to(tl.int64)
+                source = (query * H + head)[:, None] * D + d
+                queries = tl.load(q + source, asked[:, None], 0.0)
+                do = tl.load(grad + source, asked[:, None], 0.0)
+                if GATED:
+                    gate = tl.load(gates + query * sg_t + head * sg_h + sg_s, asked, 0.0).to(tl.float32)
+                    do = (do.to(tl.float32) * gate[:, None]).to(queries.dtype)
+                s = tl.dot(keys, tl.trans(queries), input_precision=PREC) * scale2
+                near = ((place // B)[None, :] - distance == (key // B)[:, None]) & (key[:, None] <= place[None, :])
+                lse = tl.load(short_lse + query * H + head, asked, 0.0)
+                p = tl.where(near & asked[None, :] & real[:, None], tl.exp2(s - lse[None, :]), 0.0)
+                dvalues += tl.dot(p.to(do.dtype), do, input_precision=PREC)
+                delta = tl.load(short_delta + query * H + head, asked, 0.0)
+                ds = p * (tl.dot(values, tl.trans(do), input_precision=PREC) - delta[None, :])
+                dkeys += tl.dot(ds.to(queries.dtype), queries, input_precision=PREC)
+                i += 1
+                distance = next_distance(i, distance, WINDOW, POWER, BASE)
+        if LONG:
+            end = tl.minimum(n, ((p0 + TILE - 1) // SB + 1) * SB)
+            for i in range(p0, end, N):
+                place = i + row // REPP
+                asked = (place < end) & (row % REPP < REP)
+                query = (lo + place).to(tl.int64)
+                source = (query * H + head)[:, None] * D + d
+                queries = tl.load(q + source, asked[:, None], 0.0)
+                do = tl.load(grad + source, asked[:, None], 0.0)
+                if GATED:
+                    gate = tl.load(gates + query * sg_t + head * sg_h, asked, 0.0).to(tl.float32)
+                    do = (do.to(tl.float32) * gate[:, None]).to(queries.dtype)
+                s = tl.dot(keys, tl.trans(queries), input_precision=PREC) * scale2
+                near = ((place // SB)[None, :] == (key // SB)[:, None]) & (key[:, None] <= place[None, :])
+                lse = tl.load(long_lse + query * H + head, asked, 0.0)
+                p = tl.where(near & asked[None, :] & real[:, None], tl.exp2(s - lse[None, :]), 0.0)
+                dvalues += tl.dot(p.to(do.dtype), do, input_precision=PREC)
+                delta = tl.load(long_delta + query * H + head, asked, 0.0)
+                ds = p * (tl.dot(values, tl.trans(do), input_precision=PREC) - delta[None, :])
+                dkeys += tl.dot(ds.to(queries.dtype), queries, input_precision=PREC)
+            number = (lo // SB + key // SB) * G + group
+            whole = real & ((key // SB + 1) * SB <= n)
+            before, after = tl.load(offsets + number, whole, 0), tl.load(offsets + number + 1, whole, 0)
+            first, count = before // CHUNK + number, (after - before + CHUNK - 1) // CHUNK
+            for i in range(tl.max(count, 0)):
+                source = ((first + i).to(tl.int64) * SB + key % SB)[:, None] * D + d
+                dkeys += tl.load(dk_part + source, (i < count)[:, None], 0.0)
+                dvalues += tl.load(dv_part + source, (i < count)[:, None], 0.0)
+        dkeys *= scaling
+        if WINDOWS:
+            for i in tl.static_range((LENGTH + STRIDE - 1) // STRIDE):
+                j = key // STRIDE + i
+                slot = key - (j + 1) * STRIDE + LENGTH
+                inside = real & (slot >= 0) & (slot < LENGTH) & (j < n // SB * (SB // STRIDE))
+                window = (lo // SB * (SB // STRIDE) + j).to(tl.int64) * G + group
+                source = dwindows + (window * LENGTH + slot)[:, None] * D + d
+                dkeys += tl.load(source, inside[:, None], 0.0).to(tl.float32)
+        tl.store(dv + at[:, None] * D + d, dvalues, real[:, None])
+        if ROTARY:
+            angle = token[:, None] * D + d
+            c, s = tl.load(cos + angle, real[:, None], 0.0), tl.load(sin + angle, real[:, None], 0.0)
+            first, second = unrotate(dkeys, c, s, N, D)
+            target = dk + at[:, None] * D + tl.arange(0, D // 2)[None, :]
+            tl.store(target, first, real[:, None])
+            tl.store(target + D // 2, second, real[:, None])
+        else:
+            tl.store(dk + at[:, None] * D + d, dkeys, real[:, None])
