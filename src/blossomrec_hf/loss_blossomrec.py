@@ -7,7 +7,7 @@ from torch import nn
 
 
 NUM_SPECIAL_IDS = 2  # [PAD] and [UNK] stand before the items
-MAX_LOGITS = 2**26  # logits alive at a time: 256 MiB in float32
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits alive at a time, 256 MiB and 1 GiB in float32
 
 
 def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """
-    Full-softmax cross-entropy over the items, at every position that has a target. Beyond 2²⁶ logits they are made,
+    Full-softmax cross-entropy over the items, at every position that has a target. Beyond `MAX_LOGITS` they are made,
     and their gradients with them, some positions at a time.
 
     Args:
@@ -48,7 +48,7 @@ def cross_entropy(
         a scalar, float32 or better.
     """
     targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
-    rows = max(1, MAX_LOGITS // weight.shape[0])
+    rows = max(1, MAX_LOGITS.get(weight.device.type, 2**26) // weight.shape[0])
     if hidden_states.shape[0] > rows:
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
@@ -95,7 +95,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_hidden:
                 grad_hidden[start : start + rows] = gradient @ items
             if need_weight:
-                grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ hidden
+                if gradient.dtype == dtype:
+                    grad_weight[NUM_SPECIAL_IDS:].addmm_(gradient.T, hidden)
+                else:
+                    grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
