@@ -36,10 +36,11 @@ BUILT_IN = {
     "num_attention_heads": 4,
     "intermediate_size": 128,
     "hidden_dropout_prob": 0.1,
-    "tokens_per_step": 8192,
+    "tokens_per_step": 2048,
     "learning_rate": 3e-3,
     "warmup_steps": 50,
-    "num_train_epochs": 12,
+    "num_train_epochs": 36,
+    "eval_epochs": 2,
 }
 
 
