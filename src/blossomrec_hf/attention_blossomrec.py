@@ -150,7 +150,8 @@ def blossom_triton_attention_forward(
     compressor = getattr(module, "compressor", None)
     cos, sin = position_embeddings
     out, selection = blossom_attention(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
+        # `squeeze`, whose gradient is a view, where that of `[0]` would be a copy.
+        *(x.squeeze(0).transpose(0, 1) for x in (query, key, value)),
         cos=cos[0],
         sin=sin[0],
         cu_seqlens=cu_seqlens,
@@ -166,7 +167,7 @@ def blossom_triton_attention_forward(
         ),
         scaling=scaling,
         threshold=config.importance_threshold,
-        gates=None if gates is None else gates[0],
+        gates=None if gates is None else gates.squeeze(0),
         position=None if compressor is None else compressor.position,
         mlp=None if compressor is None else compressor.mlp,
         factor=config.selection_gradient == "straight_through",

@@ -418,7 +418,7 @@ class _Layout:
         num_keys = self.rows * self.groups
         values, order = pair.flatten().sort(stable=True)
         offsets = self.empty(num_keys + 1, dtype=torch.int32)
-        chunk_key = torch.full((pair.numel() // CHUNK + num_keys,), -1, dtype=torch.int32, device=self.device)
+        chunk_key = self.empty(pair.numel() // CHUNK + num_keys, dtype=torch.int32)
         invert_kernel[(_ceil(num_keys, 128),)](values, offsets, chunk_key, pair.numel(), num_keys, CHUNK=CHUNK, BK=128)
         return order, offsets, chunk_key
 
@@ -449,6 +449,7 @@ class _Layout:
             dv,
             dc,
             self.num_tokens,
+            self.rows * self.groups,
             self.scale2,
             *(gates.stride()[:2] if gated else (0, 0)),
             **self.heads_kw,
@@ -574,15 +575,12 @@ def _attention(
     b1: Tensor | None,
     w2: Tensor | None,
     cu_seqlens: Tensor,
-    max_seqlen: int,
-    sizes: list[int],
+    settings: list[int],
     scaling: float,
     threshold: float,
-    long: bool,
-    short: bool,
-    factor: bool,
-    save: bool,
 ) -> tuple[
+    Tensor,
+    Tensor,
     Tensor,
     Tensor,
     Tensor,
@@ -603,23 +601,28 @@ def _attention(
     Tensor,
 ]:
     """
-    Head outputs `[T, H, d]`, blocks and π `[T, G, k]`, and what the backward pass needs (empty where it needs nothing):
-    rotated q and k, mean q, score keys, u, lse of the scores, long-term output and lse, short-term output and lse,
-    windows, the compressor's hidden activations, start, stop, tile_history.
+    `settings` are max_seqlen, whether there is a long-term and a short-term stream, whether the importance is learned,
+    whether to save for a backward pass, and the `Sizes`; few arguments, each of which costs time at every call.
+
+    Returns head outputs `[T, H, d]`, blocks and π `[T, G, k]`, and what the backward pass needs (empty where it needs
+    nothing): rotated q and k, mean q, score keys, u, lse of the scores, long-term output and lse, short-term output and
+    lse, windows, the compressor's hidden activations, its weights in the dtype of q, start, stop, tile_history.
     """
+    max_seqlen, long, short, factor, save, *sizes = settings
     layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
     save_scores = save and long and factor
-    v = v.contiguous()
     start, stop, tile_history = layout.plan()
     q, k, mean_q = layout.rotate(q, k, cos, sin, mean=long)
     blocks = layout.empty(0, dtype=torch.int64)
     pi, score_lse, long_lse, short_lse = (layout.empty(0, dtype=torch.float32) for _ in range(4))
-    c, u, windows, hidden, long_out, short_out = (layout.empty(0) for _ in range(6))
+    c, u, windows, hidden, long_out, short_out, w1_cast, w2_cast = (layout.empty(0) for _ in range(8))
     if long:
         windows = layout.windows(k, position, start, stop)
-        w1, b1, w2 = (w.to(q.dtype) for w in (w1, b1, w2))
-        hidden = torch.addmm(b1, windows.view(-1, w1.shape[1]), w1.t()).relu_()
-        c = layout.pool((hidden @ w2.t()).view(-1, layout.groups, layout.width))
+        w1_cast, w2_cast = w1.to(q.dtype), w2.to(q.dtype)
+        hidden = torch.addmm(b1.to(q.dtype), windows.view(-1, w1.shape[1]), w1_cast.t()).relu_()
+        c = layout.pool((hidden @ w2_cast.t()).view(-1, layout.groups, layout.width))
+        if not save_scores or w1.dtype == q.dtype:
+            w1_cast, w2_cast = layout.empty(0), layout.empty(0)
         blocks, pi, score_lse, u = layout.select(mean_q, c, start, threshold, save_scores)
         long_out, long_lse = layout.selected(q, k, v, blocks, start, save)
         if not save_scores:
@@ -632,17 +635,18 @@ def _attention(
         q, k, mean_q, c, u, long_out = (layout.empty(0) for _ in range(6))
     return (
         *(out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out, short_lse),
-        *(windows, hidden, start, stop, tile_history),
+        *(windows, hidden, w1_cast, w2_cast, start, stop, tile_history),
     )
 
 
 @_attention.register_fake
-def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, max_seqlen, sizes, *flags):
+def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, settings, scaling, threshold):
+    _, long, short, factor, save, *sizes = settings
     sizes = Sizes(*sizes)
-    _, _, long, short, factor, save = flags
     tokens, heads, width = q.shape
     groups = k.shape[1]
     save_scores = save and long and factor
+    cast = save_scores and w1.dtype != q.dtype
     rows = tokens // sizes.block
     windows = rows * (sizes.block // sizes.stride)
 
@@ -667,10 +671,19 @@ def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, max_seqlen, si
         empty(save and short, tokens, heads, dtype=single),
         empty(save_scores, windows, groups, sizes.length, width),
         empty(save_scores, windows * groups, sizes.length * width),
+        empty(cast, *(w1.shape if cast else ())),
+        empty(cast, *(w2.shape if cast else ())),
         empty(True, tokens, dtype=integer),
         empty(True, tokens, dtype=integer),
         empty(True, tokens // short_tile(sizes.short_block) + cu_seqlens.shape[0] - 1, dtype=integer),
     )
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` in `dtype`, which a GPU can write at once."""
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
@@ -682,18 +695,15 @@ def _attention_backward(
     w1: Tensor | None,
     b1: Tensor | None,
     w2: Tensor | None,
-    max_seqlen: int,
-    sizes: list[int],
+    settings: list[int],
     scaling: float,
-    long: bool,
-    short: bool,
-    factor: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gates, position, w1, b1, w2; empty where there is none."""
+    max_seqlen, long, short, factor, _, *sizes = settings
     v, cos, sin, cu_seqlens, out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out = saved[:16]
-    short_lse, windows, hidden, start, stop, tile_history = saved[16:]
+    short_lse, windows, hidden, w1_cast, w2_cast, start, stop, tile_history = saved[16:]
     layout = _Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
-    grad, v = grad.contiguous(), v.contiguous()
+    grad = grad.contiguous()
     gated = gates is not None
     dgates = torch.empty_like(gates) if gated else layout.empty(0)
     long_part = dwindows = long_dq = None
@@ -716,12 +726,14 @@ def _attention_backward(
                 dc = layout.score_keys(parts[2], spread, inverted[1]).flatten(0, 1)
             else:
                 dc = layout.empty(0, layout.width)
-            dw2 = (dc.t() @ hidden).to(w2.dtype)
-            dhidden = torch.ops.aten.threshold_backward(dc @ w2.to(dc.dtype), hidden, 0)
-            db1 = dhidden.sum(0, dtype=torch.float32).to(b1.dtype)
-            dw1 = (dhidden.t() @ windows.view(-1, w1.shape[1])).to(w1.dtype)
-            dwindows = (dhidden @ w1.to(dc.dtype)).view_as(windows)
-            dposition = dwindows.sum(0, dtype=torch.float32).to(position.dtype)
+            if w1.dtype == q.dtype:
+                w1_cast, w2_cast = w1, w2
+            dw2 = _product(dc.t(), hidden, w2.dtype)
+            dhidden = torch.ops.aten.threshold_backward(dc @ w2_cast, hidden, 0)
+            db1 = dhidden.sum(0, dtype=b1.dtype)
+            dw1 = _product(dhidden.t(), windows.view(-1, w1.shape[1]), w1.dtype)
+            dwindows = (dhidden @ w1_cast).view_as(windows)
+            dposition = dwindows.sum(0, dtype=position.dtype)
     rotary = (cos, sin)
     short_part = None
     dq, short_delta = layout.query_backward(
@@ -736,9 +748,9 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad, saved, gates, position, w1, b1, w2, max_seqlen, sizes, scaling, long, short, factor):
+def _(grad, saved, gates, position, w1, b1, w2, settings, scaling):
     q, k = saved[7], saved[8]
-    learned = long and factor
+    learned = settings[1] and settings[3]
     return (
         *(q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)),
         torch.empty_like(gates) if gates is not None else q.new_empty(0),
@@ -747,9 +759,8 @@ def _(grad, saved, gates, position, w1, b1, w2, max_seqlen, sizes, scaling, long
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, max_seqlen, sizes, scaling = inputs[:14]
+    q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, ctx.settings, ctx.scaling, _ = inputs
     ctx.save_for_backward(v, cos, sin, cu_seqlens, *output, gates, position, w1, b1, w2)
-    ctx.settings = (max_seqlen, sizes, scaling, *inputs[15:18])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -757,14 +768,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad, *others):
     *saved, gates, position, w1, b1, w2 = ctx.saved_tensors
     if grad is None:
-        return (None,) * 19
-    max_seqlen, sizes, scaling, long, short, factor = ctx.settings
+        return (None,) * 14
     dq, dk, dv, dgates, *dcompressor = _attention_backward(
-        grad, saved, gates, position, w1, b1, w2, max_seqlen, sizes, scaling, long, short, factor
+        grad, saved, gates, position, w1, b1, w2, ctx.settings, ctx.scaling
     )
-    if not (long and factor):
+    if not (ctx.settings[1] and ctx.settings[3]):
         dcompressor = (None,) * 4
-    return dq, dk, dv, None, None, None if gates is None else dgates, *dcompressor, *(None,) * 9
+    return dq, dk, dv, None, None, None if gates is None else dgates, *dcompressor, *(None,) * 4
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -818,9 +828,10 @@ def blossom_attention(
     inputs = (q, k, v, gates, *(weights if factor else ()))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    settings = [max_seqlen, long, short, factor, save, *sizes]
     out, blocks, pi, *_ = _attention(
-        *(q, k, v, cos.float().contiguous(), sin.float().contiguous(), gates, *weights, cu_seqlens, max_seqlen),
-        *(list(sizes), scaling, threshold, long, short, factor, save),
+        *(q, k, v.contiguous(), cos.float().contiguous(), sin.float().contiguous()),
+        *(gates, *weights, cu_seqlens, settings, scaling, threshold),
     )
     return out, Selection(blocks, pi) if long else None
 

@@ -52,6 +52,18 @@ def unrotate(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
 
 
 @jit
+def own_columns(x, same, BQ: tl.constexpr, ROWS: tl.constexpr):
+    """Of `[ROWS, BQ · 16]` the 16 columns that are the `same` query's as each row."""
+    return tl.sum(tl.reshape(tl.where(same, x, 0.0), (ROWS, BQ, 16)), 1)
+
+
+@jit
+def among_columns(x, same, BQ: tl.constexpr, ROWS: tl.constexpr):
+    """The inverse of `own_columns`: zero in the columns of other queries."""
+    return tl.where(same, tl.reshape(tl.broadcast_to(x[:, None, :], (ROWS, BQ, 16)), (ROWS, BQ * 16)), 0.0)
+
+
+@jit
 def plan_kernel(cu_seqlens, start, stop, tile_history, TILE: tl.constexpr, CHUNK: tl.constexpr):
     history = tl.program_id(0)
     lo = tl.load(cu_seqlens + history).to(tl.int32)
@@ -189,13 +201,15 @@ def select_kernel(
     m = tl.zeros((BQ,), tl.float32) - 1000.0 * 1.4426950408889634
     norm = tl.zeros((BQ,), tl.float32) + 1.0
     u = tl.zeros((BQ, D), tl.float32)
+    common_begin, common_end = tl.max(begin, 0), tl.min(end, 0)  # candidates of every row of the tile
     last = tl.max(end, 0)
     for n in range(tl.min(begin, 0), last, BM):
         column = n + tl.arange(0, BM)
         source = c + (tl.minimum(column, num_rows - 1).to(tl.int64) * G + group)[:, None] * D + d
         keys = tl.load(source)
         s = tl.dot(queries, tl.trans(keys), input_precision=PREC)
-        s = tl.where((column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None]), s, float("-inf"))
+        if (n < common_begin) | (n + BM > common_end):
+            s = tl.where((column[None, :] >= begin[:, None]) & (column[None, :] < end[:, None]), s, float("-inf"))
         best = tl.max(s, 1)
         m_new = tl.maximum(m, best)
         alpha = tl.exp2(m - m_new)
@@ -279,25 +293,32 @@ def selected_kernel(
     lo = tl.load(start + reader)
     place = reader - lo
     chosen = blocks + (reader.to(tl.int64) * G + group) * K
+    row_place = (query - tl.load(start + query))[:, None]
+    row_chosen = blocks + (query.to(tl.int64) * G + group) * K
     m = tl.zeros((BQ * REPP,), tl.float32) - 1e30
     norm = tl.zeros((BQ * REPP,), tl.float32)
     acc = tl.zeros((BQ * REPP, D), tl.float32)
     for j in range(K + 1):  # the own block first, so that every row has a key
-        past = column < j * (BQ * 16)  # all columns or none
+        past = column < j * (BQ * 16)  # all or none
         block = tl.where(past, tl.load(chosen + j - 1, mask=past, other=0).to(tl.int32), place // B)
+        row_past = row < j * (BQ * REPP)
+        row_block = tl.load(row_chosen + j - 1, mask=row_past, other=0).to(tl.int32)[:, None]
+        row_block = tl.where(row_past[:, None], row_block, row_place // B)
         for i in tl.static_range(B // 16):
             key = block * B + i * 16 + column % 16
             seen = (block >= 0) & (key <= place)
             source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
             keys = tl.load(k + source, seen[:, None], 0.0)
             values = tl.load(v + source, seen[:, None], 0.0)
-            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
-            s = tl.where(same & seen[None, :], s, float("-inf"))
+            s = own_columns(tl.dot(queries, tl.trans(keys), input_precision=PREC), same, BQ, BQ * REPP) * scale2
+            row_key = row_block * B + i * 16 + tl.arange(0, 16)[None, :]
+            s = tl.where((row_block >= 0) & (row_key <= row_place), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             alpha = tl.exp2(m - m_new)
             p = tl.exp2(s - m_new[:, None])
             norm = norm * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PREC)
+            p = among_columns(p, same, BQ, BQ * REPP).to(values.dtype)
+            acc = acc * alpha[:, None] + tl.dot(p, values, input_precision=PREC)
             m = m_new
     tl.store(out + at[:, None] * D + d, acc / norm[:, None], stored[:, None])
     if SAVE:
@@ -356,18 +377,23 @@ def short_kernel(
         m = tl.zeros((N * REPP,), tl.float32) - 1e30
         norm = tl.zeros((N * REPP,), tl.float32)
         acc = tl.zeros((N * REPP, D), tl.float32)
+        # −∞ outside of what the blocks of the tile share with those at any distance.
+        local = row // REPP
+        outside = (local // B)[:, None] == (column // B)[None, :]
+        outside = tl.where(outside & (local < TILE)[:, None] & (column < TILE)[None, :], 0.0, float("-inf"))
         farthest = tl.minimum(p0 + TILE, n) - 1
         i = 0
         distance = 0
         while distance * B <= farthest:
-            key = p0 - distance * B + column
+            key0 = p0 - distance * B
+            key = key0 + column
             seen = (column < TILE) & (key >= 0) & (key < n)
             source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
             keys = tl.load(k + source, seen[:, None], 0.0)
             values = tl.load(v + source, seen[:, None], 0.0)
-            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
-            near = ((place // B)[:, None] - distance == (key // B)[None, :]) & (key[None, :] <= place[:, None])
-            s = tl.where(near & seen[None, :], s, float("-inf"))
+            s = tl.dot(queries, tl.trans(keys), acc=outside, input_precision=PREC) * scale2
+            if (distance == 0) | (key0 < 0):
+                s = tl.where(seen[None, :] & (key[None, :] <= place[:, None]), s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, 1))
             alpha = tl.exp2(m - m_new)
             p = tl.exp2(s - m_new[:, None])
@@ -470,13 +496,18 @@ def selected_dq_kernel(
     lo = tl.load(start + reader)
     place = reader - lo
     chosen = blocks + (reader.to(tl.int64) * G + group) * K
+    row_place = (query - tl.load(start + query))[:, None]
+    row_chosen = blocks + (query.to(tl.int64) * G + group) * K
     acc = tl.zeros((BQ * REPP, D), tl.float32)
     dmean = tl.zeros((BQ, D), tl.float32)
     weight_sum = tl.zeros((BQ,), tl.float32)
     dcolumn = tl.arange(0, D)[None, :]
     for j in range(K + 1):
-        past = column < j * (BQ * 16)  # all columns or none
+        past = column < j * (BQ * 16)  # all or none
         block = tl.where(past, tl.load(chosen + j - 1, mask=past, other=0).to(tl.int32), place // B)
+        row_past = row < j * (BQ * REPP)
+        row_block = tl.load(row_chosen + j - 1, mask=row_past, other=0).to(tl.int32)[:, None]
+        row_block = tl.where(row_past[:, None], row_block, row_place // B)
         dfactor = tl.zeros((BQ * REPP,), tl.float32)
         for i in tl.static_range(B // 16):
             key = block * B + i * 16 + column % 16
@@ -484,11 +515,14 @@ def selected_dq_kernel(
             source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
             keys = tl.load(k + source, seen[:, None], 0.0)
             values = tl.load(v + source, seen[:, None], 0.0)
-            s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
-            p = tl.where(same & seen[None, :], tl.exp2(s - norm[:, None]), 0.0)
-            ds = p * (tl.dot(do, tl.trans(values), input_precision=PREC) - delta[:, None])
-            acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PREC)
+            s = own_columns(tl.dot(queries, tl.trans(keys), input_precision=PREC), same, BQ, BQ * REPP) * scale2
+            row_key = row_block * B + i * 16 + tl.arange(0, 16)[None, :]
+            p = tl.where((row_block >= 0) & (row_key <= row_place), tl.exp2(s - norm[:, None]), 0.0)
+            dp = own_columns(tl.dot(do, tl.trans(values), input_precision=PREC), same, BQ, BQ * REPP)
+            ds = p * (dp - delta[:, None])
             dfactor += tl.sum(ds * s, 1)
+            ds = among_columns(ds, same, BQ, BQ * REPP).to(keys.dtype)
+            acc += tl.dot(ds, keys, input_precision=PREC)
         past = kept & (tl.arange(0, BQ) < j * BQ)
         mine = tl.load(blocks + own_at * K + j - 1, mask=past, other=-1).to(tl.int32)
         pair = tl.where(mine >= 0, (own_row + mine) * G + group, num_keys)
@@ -582,18 +616,23 @@ def short_dq_kernel(
             do = do.to(queries.dtype)
             norm = tl.load(lse + at, stored, 0.0)
             column = tl.arange(0, N)
+            local = row // REPP
+            outside = (local // B)[:, None] == (column // B)[None, :]
+            outside = tl.where(outside & (local < TILE)[:, None] & (column < TILE)[None, :], 0.0, float("-inf"))
             farthest = tl.minimum(p0 + TILE, n) - 1
             i = 0
             distance = 0
             while distance * B <= farthest:
-                key = p0 - distance * B + column
+                key0 = p0 - distance * B
+                key = key0 + column
                 seen = (column < TILE) & (key >= 0) & (key < n)
                 source = ((lo + key).to(tl.int64) * G + group)[:, None] * D + d
                 keys = tl.load(k + source, seen[:, None], 0.0)
                 values = tl.load(v + source, seen[:, None], 0.0)
-                s = tl.dot(queries, tl.trans(keys), input_precision=PREC) * scale2
-                near = ((place // B)[:, None] - distance == (key // B)[None, :]) & (key[None, :] <= place[:, None])
-                p = tl.where(near & seen[None, :], tl.exp2(s - norm[:, None]), 0.0)
+                s = tl.dot(queries, tl.trans(keys), acc=outside, input_precision=PREC) * scale2
+                if (distance == 0) | (key0 < 0):
+                    s = tl.where(seen[None, :] & (key[None, :] <= place[:, None]), s, float("-inf"))
+                p = tl.exp2(s - norm[:, None])
                 ds = p * (tl.dot(do, tl.trans(values), input_precision=PREC) - delta[:, None])
                 acc += tl.dot(ds.to(keys.dtype), keys, input_precision=PREC)
                 i += 1
@@ -662,6 +701,7 @@ def inverted_kernel(
     dv_part,
     dc_part,
     T,
+    num_keys,
     scale2,
     sg_t,
     sg_h,
@@ -680,12 +720,12 @@ def inverted_kernel(
 ):
     """Gradients of a block's keys, values and score key from one chunk of the queries that chose it."""
     chunk = tl.program_id(0)
-    number = tl.load(chunk_key + chunk)
-    lo = tl.load(offsets + number, number >= 0, 0)  # −1: a chunk that nobody needs
-    hi = tl.load(offsets + number + 1, number >= 0, 0)
+    owned = chunk < tl.load(offsets + num_keys) // CHUNK + num_keys  # behind these, nobody needs a chunk
+    number = tl.load(chunk_key + chunk, owned, 0)
+    lo, hi = tl.load(offsets + number), tl.load(offsets + number + 1)
     begin = lo + (chunk - lo // CHUNK - number) * CHUNK
     end = tl.minimum(begin + CHUNK, hi)
-    if begin < end:
+    if owned & (begin < end):
         group = number % G
         first, _, _ = block_place(number // G, T, start, stop, B)
         token = tl.arange(0, B)
@@ -755,16 +795,18 @@ def spread_kernel(
     for i in range(begin, end, BQ):
         t = i + tl.arange(0, BQ)
         real = t < end
-        lo = tl.load(start + t, real, 0)
         at = t.to(tl.int64) * G + group
         queries = tl.load(mean_q + at[:, None] * D + d, real[:, None], 0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision=PREC)
-        first = lo // B
-        last = tl.where(real, first + (t - lo) // B, 0)
-        met = (row[:, None] >= first[None, :]) & (row[:, None] < last[None, :])
-        p = tl.where(met, tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :]), 0.0)
-        p *= tl.load(weight_sum + at, real, 0.0)[None, :]
-        acc += tl.dot(p.to(queries.dtype), queries, input_precision=PREC)
+        p = tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :])
+        lo = tl.load(start + i)
+        one_history = lo == tl.load(start + tl.minimum(i + BQ, end) - 1)
+        if (one_history == 0) | (i + BQ > end) | (lo // B > r0) | (lo // B + (i - lo) // B < r0 + BM):
+            first = tl.load(start + t, real, 0)
+            last = tl.where(real, first // B + (t - first) // B, 0)
+            p = tl.where((row[:, None] >= (first // B)[None, :]) & (row[:, None] < last[None, :]), p, 0.0)
+        weighted = queries.to(tl.float32) * tl.load(weight_sum + at, real, 0.0)[:, None]
+        acc += tl.dot(p.to(queries.dtype), weighted.to(queries.dtype), input_precision=PREC)
     target = ((split.to(tl.int64) * num_rows + row) * G + group)[:, None] * D + d
     tl.store(dc_part + target, acc, (row < num_rows)[:, None])
 
@@ -873,6 +915,9 @@ def keys_kernel(
         row = tl.arange(0, N * REPP)
         head = group * REP + row % REPP
         if SHORT:
+            local = row // REPP
+            outside = (local // B)[None, :] == (column // B)[:, None]
+            outside = tl.where(outside & (local < TILE)[None, :] & (column < TILE)[:, None], 0.0, float("-inf"))
             i = 0
             distance = 0
             while p0 + distance * B < n:
@@ -885,10 +930,12 @@ def keys_kernel(
                 if GATED:
                     gate = tl.load(gates + query * sg_t + head * sg_h + sg_s, asked, 0.0).to(tl.float32)
                     do = (do.to(tl.float32) * gate[:, None]).to(queries.dtype)
-                s = tl.dot(keys, tl.trans(queries), input_precision=PREC) * scale2
-                near = ((place // B)[None, :] - distance == (key // B)[:, None]) & (key[:, None] <= place[None, :])
+                s = tl.dot(keys, tl.trans(queries), acc=outside, input_precision=PREC) * scale2
+                if distance == 0:
+                    s = tl.where(key[:, None] <= place[None, :], s, float("-inf"))
+                # Where nobody asks, q, dO, lse and delta are zero, and so is what follows.
                 lse = tl.load(short_lse + query * H + head, asked, 0.0)
-                p = tl.where(near & asked[None, :] & real[:, None], tl.exp2(s - lse[None, :]), 0.0)
+                p = tl.exp2(s - lse[None, :])
                 dvalues += tl.dot(p.to(do.dtype), do, input_precision=PREC)
                 delta = tl.load(short_delta + query * H + head, asked, 0.0)
                 ds = p * (tl.dot(values, tl.trans(do), input_precision=PREC) - delta[None, :])
