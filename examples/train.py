@@ -129,6 +129,8 @@ def main() -> None:
     print(f"\n{result.epochs} epochs in {result.seconds:.0f} s; the best was epoch {result.best_epoch}, ", end="")
     print(f"validation {args.metric_for_best_model} {result.best_metric:.4f}. Saved in {args.output_dir}.")
     print_figures(figures, output_args.eval_ks)
+    # The saved model, because a sharded one answers only when all processes ask.
+    model = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
     print_recommendations(model, tokenizer, test_view[0])
 
     if output_args.results_json is not None:

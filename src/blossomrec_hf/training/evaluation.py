@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from .histories import NUM_SPECIAL_TOKENS, HistoryStore, budget_batches, concatenate, iterate_columns, to_device
@@ -402,8 +403,11 @@ def last_item_scores(
     float32 [histories, vocabulary]: the scores of all items after the last item of each packed history.
 
     Under mixed precision the layers run in it and the scores do not: in bfloat16, with its eight bits, a large part of
-    a catalogue would score the same.
+    a catalogue would score the same. Only a sharded model (FSDP), whose weights are gathered in its forward pass alone,
+    scores with its own logits.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model(**batch, logits_to_keep=1).logits[:, -1].float()
     with autocast():
         hidden_states = model.base_model(**batch).last_hidden_state[0]
     last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]

@@ -20,6 +20,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -237,8 +240,16 @@ class TrainingLoop:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._parameter_names = [name.removeprefix("module.") for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in self._parameters)
+        if self._sharded:
+            # Who calls it on every process gets the gathered weights, as in a forward pass.
+            register_fsdp_forward_method(model, "recommend")
         self.average = None
         if args.ema_decay > 0:
+            if self._sharded:
+                raise ValueError(
+                    f"`ema_decay` is {args.ema_decay}; a sharded model (FSDP) has no average, it must be 0."
+                )
             self.average = WeightAverage(self._parameters, args.ema_decay)
             self.accelerator.register_for_checkpointing(self.average)
         self._stop_requested = False
@@ -356,7 +367,13 @@ class TrainingLoop:
         """
         self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self._parameters]
-        norms = torch.stack(torch._foreach_norm(gradients))
+        if self._sharded:
+            # Each process holds a part of every gradient; the squares add up.
+            gradients = [gradient.to_local() for gradient in gradients]
+            squares = torch.stack(torch._foreach_norm(gradients)) ** 2
+            norms = self.accelerator.reduce(squares, reduction="sum").sqrt()
+        else:
+            norms = torch.stack(torch._foreach_norm(gradients))
         self._grad_norm = torch.linalg.vector_norm(norms)
         if self.args.max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self.args.max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0))
@@ -563,7 +580,9 @@ class TrainingLoop:
         if best.is_dir():
             with quiet_libraries():
                 best_model = type(self.bare_model).from_pretrained(best)
-            self.bare_model.load_state_dict(best_model.state_dict())
+            # For a sharded model each process takes its part of the whole weights.
+            options = StateDictOptions(full_state_dict=self._sharded)
+            set_model_state_dict(self.bare_model, best_model.state_dict(), options=options)
         elif self.average is not None:
             torch._foreach_copy_([p.data for p in self._parameters], self.average.averages)
         with written_aside(self.output_dir / "final", self.accelerator) as folder:
