@@ -8,6 +8,7 @@ Trains a BlossomRec model on a log of interactions, evaluates it by full ranking
 All options: `python examples/train.py --help`.
 """
 
+import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,9 @@ class ModelArguments:
     num_key_value_heads: int = field(default=2, metadata={"help": "Key/value heads."})
     intermediate_size: int = field(default=256, metadata={"help": "The width inside the feed-forward."})
     hidden_dropout_prob: float = field(default=0.3, metadata={"help": "Dropout."})
-    selection_gradient: str = field(default="straight_through", metadata={"help": "straight_through or none."})
+    config_overrides: str = field(
+        default="{}", metadata={"help": 'Any other settings of BlossomRecConfig, as JSON: {"objective": "gbce"}.'}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "blossom_torch, blossom_triton or eager; left out, the fastest that fits."}
     )
@@ -90,18 +93,12 @@ def main() -> None:
     # The same weights on every process; the loop seeds what has to differ.
     set_seed(args.seed)
     types = model_args.attention_types
-    config = BlossomRecConfig(
-        vocab_size=len(tokenizer),
-        attention_types=types[0] if len(types) == 1 else types,
-        **{
-            name: value
-            for name, value in asdict(model_args).items()
-            if name not in ("attention_types", "attn_implementation")
-        },
-    )
-    model = BlossomRecForSequentialRecommendation._from_config(
-        config, attn_implementation=model_args.attn_implementation
-    )
+    settings = asdict(model_args)
+    attn_implementation = settings.pop("attn_implementation")
+    settings |= {"attention_types": types[0] if len(types) == 1 else types}
+    settings |= json.loads(settings.pop("config_overrides"))
+    config = BlossomRecConfig(vocab_size=len(tokenizer), **settings)
+    model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
 
     validation_view = split(dataset, "validation", max_length=args.max_length)

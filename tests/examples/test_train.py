@@ -2,7 +2,7 @@ import json
 import re
 
 from example_cases import SMALL_MODEL
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def test_trains_saves_and_recommends(trained):
@@ -27,9 +27,11 @@ def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_examp
     arguments = (*SMALL_MODEL, "--data", log_file, "--num_train_epochs", 15, "--results_json", results_file)
     again = run_example("train.py", *arguments, "--output_dir", folder, "--resume")
     assert again.splitlines()[-18:] == printed.splitlines()[-18:]
-    run_example(
-        "train.py", *arguments, "--output_dir", tmp_path, "--seed", 7, "--attention_types", "full", "short_term"
-    )
+    overrides = ("--config_overrides", '{"objective": "gbce", "num_negatives": 7}')
+    types = ("--attention_types", "full", "short_term")
+    run_example("train.py", *arguments, "--output_dir", tmp_path, "--seed", 7, *types, *overrides)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.objective, config.num_negatives, config.attention_types) == ("gbce", 7, ["full", "short_term"])
     results = json.loads(results_file.read_text())
     assert [(result["seed"], result["configuration"]["attention_types"]) for result in results] == [
         (42, ["blossom"]),
