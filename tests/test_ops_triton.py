@@ -254,8 +254,9 @@ def test_real_sizes_on_a_gpu(lengths, config):
     assert same > 0.9999
     if same == 1:
         assert_close(out, expected, 1e-5)
-        for actual, reference in zip(gradients, expected_gradients, strict=True):
-            assert_close(actual, reference, 1e-4)
+        for i, (actual, reference) in enumerate(zip(gradients, expected_gradients, strict=True)):
+            # A hidden unit of the compressor that rounding takes to the other side of zero is an error of its own.
+            assert_close(actual, reference, 1e-4 if i < 4 else 1e-2, f"input {i}")
 
 
 @pytest.mark.gpu
