@@ -322,12 +322,15 @@ def _attend_padded(q, k, v, cu_seqlens, mask, *, max_seqlen, scaling):
 
     def attend(token):
         queries, keys, values = (_gather(x, token).transpose(1, 2) for x in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+        if mask is None:
+            out = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+        else:  # so few keys that the fused attention, which takes masks slowly on a CPU, does not pay
+            logits = (queries * scaling @ keys.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
+            out = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ values
         return out.transpose(1, 2)
 
-    out = _in_slices(attend, max_seqlen * num_heads * width, token)
+    row_elements = max_seqlen * num_heads * (width if mask is None else max_seqlen)
+    out = _in_slices(attend, row_elements, token)
     return _gather(out.flatten(0, 1), history * max_seqlen + position)
 
 
