@@ -7,8 +7,8 @@ from .modeling_blossomrec import (
     BlossomRecForSequentialRecommendation,
     BlossomRecModel,
     BlossomRecPreTrainedModel,
-    RecommendationOutput,
 )
+from .recommendation_blossomrec import RecommendationOutput
 from .tokenization_blossomrec import BlossomRecTokenizer
 
 
