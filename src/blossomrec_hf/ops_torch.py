@@ -145,15 +145,7 @@ def select(
             met = begin[:, :1] + torch.arange(width, device=q.device)
             scores = queries.transpose(1, 2) @ _gather(keys, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
             candidate = (met[:, None] >= begin[..., None]) & (met[:, None] < end[..., None])
-            scores = scores.masked_fill(~candidate[:, None], -1e30)  # finite: a row without candidates has gradients
-            chosen, left = [], scores.detach().clone()
-            for _ in range(num_selected_blocks):
-                best = left.max(-1, keepdim=True).indices  # the first of equals: ties to the lower block
-                left.scatter_(-1, best, -torch.inf)
-                chosen.append(best)
-            chosen = torch.cat(chosen, -1)
-            norm = torch.logaddexp(scores.logsumexp(-1), scores.new_tensor(-1000.0))
-            pi = (scores.gather(-1, chosen) - norm[..., None]).exp()
+            pi, chosen = best_blocks(scores, candidate[:, None], num_selected_blocks)
             blocks = chosen - (begin - begin[:, :1])[:, None, :, None]
             # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
             return torch.stack([pi, blocks.to(dtype)]).permute(1, 3, 2, 4, 0)
@@ -162,6 +154,22 @@ def select(
     pi, blocks = ranked[..., 0], ranked[..., 1].detach().long()
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, blocks, -1), torch.where(kept, pi, 0.0))
+
+
+def best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The `number` best candidates by `scores` `[..., M]` (M ≥ `number`), ties to the lower block: their probabilities π
+    (0 for what is no candidate) and their indices, `[..., number]` each.
+    """
+    scores = scores.masked_fill(~candidate, -1e30)  # finite: a row without candidates has gradients
+    chosen, left = [], scores.detach().clone()
+    for _ in range(number):
+        best = left.max(-1, keepdim=True).indices  # the first of equals: ties to the lower block
+        left.scatter_(-1, best, -torch.inf)
+        chosen.append(best)
+    chosen = torch.cat(chosen, -1)
+    norm = torch.logaddexp(scores.logsumexp(-1), scores.new_tensor(-1000.0))
+    return (scores.gather(-1, chosen) - norm[..., None]).exp(), chosen
 
 
 def attend_selected(
