@@ -142,7 +142,10 @@ def select(
         queries = nn.functional.pad(queries, (0, 0, 0, 0, 0, padding)).unflatten(0, (num_tiles, tile))
 
         def rank(queries, begin, end):
-            met = begin[:, :1] + torch.arange(width, device=q.device)
+            reach = width
+            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading a tensor costs nothing
+                reach = max(int((end - begin[:, :1]).max()), num_selected_blocks)
+            met = begin[:, :1] + torch.arange(reach, device=q.device)
             scores = queries.transpose(1, 2) @ _gather(keys, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
             candidate = (met[:, None] >= begin[..., None]) & (met[:, None] < end[..., None])
             pi, chosen = best_blocks(scores, candidate[:, None], num_selected_blocks)
