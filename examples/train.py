@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.data.metadata import write_item_metadata
 from blossomrec_hf.training import (
     LogArguments,
     LoopArguments,
@@ -89,6 +90,7 @@ def main() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
     dataset, tokenizer = log_args.build()
+    titles = log_args.item_titles(tokenizer)
 
     # The same weights on every process; the loop seeds what has to differ.
     set_seed(args.seed)
@@ -117,6 +119,7 @@ def main() -> None:
     result = loop.run()
     if accelerator.is_main_process:
         save_arguments(f"{args.output_dir}/run.yaml", log_args, model_args, args, output_args)
+        write_item_metadata(args.output_dir, titles)
 
     test_view = split(dataset, "test", max_length=args.max_length)
     figures = evaluate(model, test_view, ks=output_args.eval_ks, max_tokens=args.eval_tokens, accelerator=accelerator)

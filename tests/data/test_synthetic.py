@@ -6,7 +6,7 @@ from functools import partial
 import polars as pl
 import pytest
 
-from blossomrec_hf.data import generate_log
+from blossomrec_hf.data import generate_log, generate_titles
 
 
 LAG, OPENING, FAR = 4, 8, 30
@@ -97,3 +97,20 @@ def test_shape_and_order():
 def test_impossible_sizes_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         generate_log(10, **arguments)
+
+
+def test_titles_tell_what_an_item_is():
+    sizes = {"num_items": 300, "seed": 5, "num_genres": 6, "num_rings": 4}
+    titles = dict(generate_titles(**sizes).rows())
+    log = generate_log(40, noise=0, **sizes)
+    assert set(log["item"]) <= set(titles)
+    for (events,) in log.group_by("user").agg("item").select("item").iter_rows():
+        words = [titles[event].split() for event in events]
+        home = words[0][1]
+        assert all(word[:3] == ["Genre", home, "classic"] for word in words[:OPENING])
+        for last, word in zip(words[OPENING:], words[OPENING + 1 :]):
+            assert (word[:3] == ["Genre", home, "novelty"]) == (last == ["The", "door"])
+        starts = [word for word in words[OPENING : OPENING + LAG] if word[0] == "Ring"]
+        nexts = [word for word in words[OPENING + LAG : OPENING + 2 * LAG] if word[0] == "Ring"]
+        for (_, ring, _, stop), (_, same, _, after) in zip(starts, nexts):
+            assert (same, int(after)) == (ring, int(stop) + 1)

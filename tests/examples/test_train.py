@@ -4,6 +4,8 @@ import re
 from example_cases import SMALL_MODEL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from blossomrec_hf.data.metadata import read_item_metadata
+
 
 def test_trains_saves_and_recommends(trained):
     folder, printed, results_file = trained
@@ -37,6 +39,19 @@ def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_examp
     commits = len({result["commit"] for result in results if result["seed"] == 42})
     seeds_and_types = [(result["seed"], *result["configuration"]["attention_types"]) for result in results]
     assert seeds_and_types == [(42, "blossom")] * commits + [(7, "full", "short_term")]
+
+
+def test_titles_stay_beside_the_model(run_example, log_file, tmp_path):
+    (tmp_path / "titles.csv").write_text("item,title\n3,Three\n7,Seven\n99,not in the log\n")
+    run_example(
+        "train.py", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--titles", tmp_path / "titles.csv",
+    )  # fmt: skip
+    titles, tokenizer = read_item_metadata(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert dict(titles.select("title", "input_id").rows()) == {
+        "Three": tokenizer.encode_items([3])[0],
+        "Seven": tokenizer.encode_items([7])[0],
+    }
 
 
 def test_bad_arguments_are_named(run_example, log_file, tmp_path):

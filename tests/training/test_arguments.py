@@ -35,6 +35,18 @@ def test_saved_arguments_come_back(monkeypatch, tmp_path):
     assert parse(monkeypatch, "--config", tmp_path / "run.yaml") == (log_args, args)
 
 
+def test_titles_come_from_wherever_they_are_known(tmp_path):
+    _, tokenizer = LogArguments().build()
+    assert LogArguments().item_titles(tokenizer).height == len(tokenizer) - 2
+    (tmp_path / "log.csv").write_text("user,item\nu,a\nu,b\n")
+    (tmp_path / "titles.csv").write_text("item,title\nb,B!\n")
+    log = LogArguments(data=str(tmp_path / "log.csv"))
+    _, tokenizer = log.build()
+    assert log.item_titles(tokenizer) is None
+    log.titles = str(tmp_path / "titles.csv")
+    assert log.item_titles(tokenizer)["title"].to_list() == ["B!"]
+
+
 def test_unknown_names_in_a_file_are_told(monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="learning_rat"):

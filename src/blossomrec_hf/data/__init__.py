@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .build import build_sequences
 from .cluster import build_sequences_on_spark, partition_log
 from .splits import item_counts, split, split_by_leave_one_out, split_by_time, split_by_user
-from .synthetic import generate_log
+from .synthetic import generate_log, generate_titles
 
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "build_sequences",
     "build_sequences_on_spark",
     "generate_log",
+    "generate_titles",
     "item_counts",
     "partition_log",
     "split",

@@ -53,9 +53,8 @@ def generate_log(
     Raises:
         `ValueError`: a catalogue too small for the genres and rings, or bounds that leave no room.
     """
-    genre_size = 2 * num_items // 3 // num_genres // 2 * 2
+    genre_size, ring_size = _sizes(num_items, num_genres, num_rings)
     num_taste = genre_size * num_genres
-    ring_size = (num_items - num_taste - 1) // num_rings
     if genre_size < 4 or ring_size <= 2 * walk_length:
         raise ValueError(
             f"num_items is {num_items}: too few for {num_genres} genres of at least 4 items and {num_rings} rings longer "
@@ -116,3 +115,30 @@ def generate_log(
             "timestamp": 1_600_000_000 + np.cumsum(rng.integers(1, 3600, lengths.sum())),
         }
     )
+
+
+def generate_titles(num_items: int = 240, seed: int = 0, *, num_genres: int = 10, num_rings: int = 6) -> pl.DataFrame:
+    """
+    What each item of `generate_log` is, for people to read; the arguments are those that generated the log.
+
+    Returns:
+        `polars.DataFrame`: `item` (int64) and `title`: "Genre 3 classic 5", "Genre 3 novelty 2", "Ring 4 stop 7" (its
+        successor is stop 8), "The door".
+    """
+    genre_size, ring_size = _sizes(num_items, num_genres, num_rings)
+    titles = [
+        f"Genre {genre} {kind} {number}"
+        for genre in range(1, num_genres + 1)
+        for kind in ("classic", "novelty")
+        for number in range(1, genre_size // 2 + 1)
+    ]
+    titles += [f"Ring {ring} stop {stop}" for ring in range(1, num_rings + 1) for stop in range(1, ring_size + 1)]
+    titles.append("The door")
+    names = np.random.default_rng(seed).permutation(len(titles)) + 1  # the first draw of `generate_log`
+    return pl.DataFrame({"item": names, "title": titles})
+
+
+def _sizes(num_items: int, num_genres: int, num_rings: int) -> tuple[int, int]:
+    """How many items a genre has (half of them classics), and a ring."""
+    genre_size = 2 * num_items // 3 // num_genres // 2 * 2
+    return genre_size, (num_items - genre_size * num_genres - 1) // num_rings

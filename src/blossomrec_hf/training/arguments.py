@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import yaml
 from datasets import Dataset
 from transformers import HfArgumentParser
 
-from ..data import build_sequences, generate_log
+from ..data import build_sequences, generate_log, generate_titles
+from ..data.metadata import item_metadata
+from ..data.readers import open_log
 from ..tokenization_blossomrec import BlossomRecTokenizer
 
 
@@ -130,6 +133,9 @@ class LogArguments:
     item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
     timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
     k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
+    titles: str | None = field(
+        default=None, metadata={"help": "A file of item titles (movies.dat, .item, CSV, ...), kept beside the model."}
+    )
 
     def build(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[Dataset, BlossomRecTokenizer]:
         """The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]."""
@@ -142,6 +148,16 @@ class LogArguments:
             k_core=self.k_core,
             tokenizer=tokenizer,
         )
+
+    def item_titles(self, tokenizer: BlossomRecTokenizer) -> pl.DataFrame | None:
+        """The titles of the vocabulary's items where they are known, see [`~blossomrec_hf.data.metadata.item_metadata`]."""
+        source: Any = self.titles
+        if source is None and self.data is None:
+            source = generate_titles()
+        elif source is None:
+            names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
+            source = open_log(self.data, format=self.format, **names).titles
+        return None if source is None else item_metadata(source, tokenizer)
 
 
 def parse_arguments(
