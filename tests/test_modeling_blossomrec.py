@@ -4,11 +4,13 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
+import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
 
@@ -237,9 +239,9 @@ def test_save_and_load(tmp_path, tied):
 def test_the_code_travels_with_the_checkpoint(tmp_path):
     recommender().save_pretrained(tmp_path)
     auto_map = BlossomRecConfig.from_pretrained(tmp_path).auto_map
-    assert set(auto_map) == {"AutoConfig", "AutoModelForCausalLM"}
-    written = {path.name for path in tmp_path.glob("*.py")}
-    assert {"modeling_blossomrec.py", "attention_blossomrec.py", "ops_torch.py", "ops_reference.py"} <= written
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"}
+    flat = {path.name for path in Path(blossomrec_hf.__file__).parent.glob("[a-z]*_*.py")}
+    assert flat - {"cache_blossomrec.py"} <= {path.name for path in tmp_path.glob("*.py")}
 
 
 WITHOUT_THE_PACKAGE = """

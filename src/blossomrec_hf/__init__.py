@@ -1,6 +1,7 @@
 """BlossomRec (arXiv 2512.13368), block-level fused sparse attention for sequential recommendation, for `transformers`."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_blossomrec import BlossomRecConfig
 from .modeling_blossomrec import (
@@ -8,6 +9,7 @@ from .modeling_blossomrec import (
     BlossomRecModel,
     BlossomRecPreTrainedModel,
 )
+from .pipeline_blossomrec import SequentialRecommendationPipeline
 from .recommendation_blossomrec import RecommendationOutput
 from .tokenization_blossomrec import BlossomRecTokenizer
 
@@ -18,6 +20,9 @@ AutoConfig.register("blossomrec", BlossomRecConfig)
 AutoModel.register(BlossomRecConfig, BlossomRecModel)
 AutoModelForCausalLM.register(BlossomRecConfig, BlossomRecForSequentialRecommendation)
 AutoTokenizer.register(BlossomRecConfig, fast_tokenizer_class=BlossomRecTokenizer)
+PIPELINE_REGISTRY.register_pipeline(
+    "sequential-recommendation", SequentialRecommendationPipeline, pt_model=AutoModelForCausalLM, type="text"
+)
 
 # So that `save_pretrained` and `push_to_hub` put the code beside the weights.
 BlossomRecConfig.register_for_auto_class()
@@ -32,4 +37,5 @@ __all__ = [
     "BlossomRecPreTrainedModel",
     "BlossomRecTokenizer",
     "RecommendationOutput",
+    "SequentialRecommendationPipeline",
 ]

@@ -103,6 +103,10 @@ class BlossomRecConfig(PreTrainedConfig):
         self.gate_initial_bias = list(self.gate_initial_bias)
         # A dict of its own: `transformers` completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
+        if not type(self).__module__.startswith("transformers_modules."):
+            # Where the package is at hand its pipeline is registered, and the checkpoint's code is not needed;
+            # `transformers` would refuse to go on without leave to run that.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self._check()
 

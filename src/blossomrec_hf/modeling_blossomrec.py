@@ -1,7 +1,8 @@
 """BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalogue out."""
 
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +18,28 @@ from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGa
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
 from .recommendation_blossomrec import RecommendationMixin
+
+
+if TYPE_CHECKING:
+    # Nothing here uses them. `transformers` copies to a checkpoint, and loads from one, the files that this one imports
+    # anywhere: these two are to travel, too.
+    from .pipeline_blossomrec import SequentialRecommendationPipeline  # noqa: F401
+    from .tokenization_blossomrec import BlossomRecTokenizer  # noqa: F401
+
+# Where the Auto classes and `pipeline` find the code in a checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_blossomrec.BlossomRecConfig",
+    "AutoModel": "modeling_blossomrec.BlossomRecModel",
+    "AutoModelForCausalLM": "modeling_blossomrec.BlossomRecForSequentialRecommendation",
+    "AutoTokenizer": ["tokenization_blossomrec.BlossomRecTokenizer", None],
+}
+CUSTOM_PIPELINES = {
+    "sequential-recommendation": {
+        "impl": "pipeline_blossomrec.SequentialRecommendationPipeline",
+        "pt": ["AutoModelForCausalLM"],
+        "type": "text",
+    }
+}
 
 
 class LayerSelection(NamedTuple):
@@ -256,6 +279,13 @@ class BlossomRecPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Where nothing is asked, `transformers` would turn a custom model to "eager", the reference.
         return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers`; a checkpoint also tells where its model, tokenizer and pipeline find their code."""
+        if self._auto_class is not None:  # set where the code itself is saved
+            self.config.auto_map = dict(AUTO_MAP)
+            self.config.custom_pipelines = CUSTOM_PIPELINES
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,14 +1,22 @@
-"""The best next items of histories."""
+"""The best next items of histories: what is excluded, what may be chosen, and the top of a catalogue of any size."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .loss_blossomrec import NUM_SPECIAL_IDS
 
 
 logger = logging.get_logger(__name__)
+
+MAX_SCORES = {"cpu": 2**22, "cuda": 2**28}  # scores alive at a time, 16 MiB and 1 GiB in float32
+MAX_CHUNK = {"cpu": 2**16, "cuda": 2**22}  # items scored at a time, at most
+# One candidate of one history costs its row of the embedding gathered, about so many items of a shared product.
+GATHER_COST = 16
 
 
 @dataclass
@@ -25,43 +33,282 @@ class RecommendationOutput(ModelOutput):
     num_unknown: torch.LongTensor | None = None
 
 
+def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The `k` highest of each row and their places, `[S, min(k, C)]` of `scores` `[S, C]`: the highest first, of equals
+    the earlier one. Rows are not sorted, but for those where a tie lies at the edge.
+    """
+    k = min(k, scores.shape[1])
+    if scores.shape[1] <= 2 * k:
+        values, places = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :k], places[:, :k]
+    values, places = scores.topk(k + 1, dim=1)
+    tied = ((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).nonzero()[:, 0]
+    values, places = values[:, :k], places[:, :k]
+    if tied.numel():
+        of_tied = scores[tied].sort(dim=1, descending=True, stable=True)
+        values, places = values.index_copy(0, tied, of_tied[0][:, :k]), places.index_copy(0, tied, of_tied[1][:, :k])
+    places, order = places.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, order)
+
+
+class ItemSets:
+    """
+    A set of items for each of some histories, as pairs (row, id) without repeats, by id and then by row.
+
+    Args:
+        ids: `[S, E]`; ids below the first item are no members.
+    """
+
+    def __init__(self, ids: torch.Tensor, vocab_size: int) -> None:
+        self.num_rows = ids.shape[0]
+        row = torch.arange(self.num_rows, device=ids.device)[:, None].expand_as(ids)
+        member = ids >= NUM_SPECIAL_IDS
+        pairs = (ids[member] * self.num_rows + row[member]).unique()
+        self.ids, self.rows = pairs // max(self.num_rows, 1), pairs % max(self.num_rows, 1)
+        self.vocab_size = vocab_size
+
+    def at(self, candidates: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pairs as (row, place in `candidates`, ascending ids; among all items where `None`), by place."""
+        if candidates is None:
+            return self.rows, self.ids - NUM_SPECIAL_IDS
+        place = torch.searchsorted(candidates, self.ids)
+        found = place < candidates.shape[0]
+        found &= candidates[place.clamp(max=max(candidates.shape[0] - 1, 0))] == self.ids if len(candidates) else found
+        return self.rows[found], place[found]
+
+    def contains(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of `ids` `[S, C]` are members of their row's set."""
+        if not self.ids.numel():
+            return torch.zeros_like(ids, dtype=torch.bool)
+        row = torch.arange(self.num_rows, device=ids.device)[:, None]
+        pairs = self.ids * self.num_rows + self.rows
+        wanted = ids * self.num_rows + row
+        return pairs[torch.searchsorted(pairs, wanted).clamp(max=pairs.shape[0] - 1)] == wanted
+
+
+def rank_items(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    top_k: int,
+    *,
+    excluded: torch.Tensor | None = None,
+    candidates: torch.Tensor | None = None,
+    popular: torch.Tensor | None = None,
+    item_counts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The `top_k` items of the highest score for each state, of equals the one of the lower id. Scored in float32 or
+    better, some items at a time: never all users × all items of a large catalogue.
+
+    Args:
+        states: `[S, hidden_size]`, what each history ends in.
+        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] are never chosen.
+        excluded: ids `[S, E]` that a row does not get; ids below the first item (padding) mean nothing.
+        candidates: ids to choose from, `[C]` or, for each row, `[S, C]`; ids below the first item mean nothing.
+        popular: `[S]` bool, the rows that are ranked by `item_counts` `[vocab_size]` instead.
+
+    Returns:
+        ids `[S, top_k]` int64 and scores `[S, top_k]`, −1 and −inf where nothing is left.
+
+    Raises:
+        ValueError: where a score is not a number.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    states, vocab_size = states.to(dtype), weight.shape[0]
+    counts = item_counts.to(dtype) if popular is not None and bool(popular.any()) else None
+    excluded = None if excluded is None else ItemSets(excluded, vocab_size)
+    own = None
+    if candidates is not None and candidates.dim() == 2:
+        own, candidates = candidates, None
+    # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
+    with torch.autocast(states.device.type, enabled=False):
+        if own is not None and own.shape[1] * GATHER_COST < vocab_size:
+            best = _rank_own(states, weight, top_k, excluded, own, popular, counts)
+        else:
+            allowed = None if own is None else ItemSets(own, vocab_size)
+            if candidates is not None:
+                candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
+            best = _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, counts)
+    scores, ids = best
+    if bool(scores[:, :1].isnan().any()):  # whatever is not a number comes first
+        raise ValueError(
+            "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
+            "`[n for n, p in model.named_parameters() if not p.isfinite().all()]`, and load a sound checkpoint."
+        )
+    missing = top_k - scores.shape[1]
+    scores, ids = nn.functional.pad(scores, (0, missing), value=-torch.inf), nn.functional.pad(ids, (0, missing))
+    return ids.masked_fill(scores == -torch.inf, -1), scores
+
+
+def _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, counts):
+    """All rows over the same items, a chunk of them at a time, with the best so far."""
+    device, num_rows = states.device, states.shape[0]
+    num_items = weight.shape[0] - NUM_SPECIAL_IDS if candidates is None else candidates.shape[0]
+    size = min(MAX_SCORES.get(device.type, 2**26) // max(num_rows, 1), MAX_CHUNK.get(device.type, 2**16))
+    size = max(size, 2**10, top_k)
+    starts = range(0, num_items, size)
+    out = _by_chunk(excluded, candidates, starts, size)
+    inside = _by_chunk(allowed, candidates, starts, size)
+    scores, ids = states.new_empty(num_rows, 0), torch.empty(num_rows, 0, dtype=torch.long, device=device)
+    for start, drop, keep in zip(starts, out, inside):
+        stop = min(start + size, num_items)
+        if candidates is None:
+            chosen = slice(start + NUM_SPECIAL_IDS, stop + NUM_SPECIAL_IDS)
+        else:
+            chosen = candidates[start:stop]
+        found = states @ weight[chosen].to(states.dtype).T
+        if counts is not None:
+            found = torch.where(popular[:, None], counts[chosen], found)
+        if keep is not None:
+            found = torch.full_like(found, -torch.inf).index_put(keep, found[keep])
+        if drop is not None:
+            found[drop] = -torch.inf
+        found, place = top_of_rows(found, top_k)
+        place = place + (start + NUM_SPECIAL_IDS) if candidates is None else chosen[place]
+        if start == 0:
+            scores, ids = found, place
+        else:  # a stable sort: of equals, the lower ids stand first
+            scores, order = torch.cat([scores, found], 1).sort(dim=1, descending=True, stable=True)
+            scores, ids = scores[:, :top_k], torch.cat([ids, place], 1).gather(1, order[:, :top_k])
+    return scores, ids
+
+
+def _by_chunk(
+    sets: ItemSets | None, candidates: torch.Tensor | None, starts: range, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The pairs of `sets` that lie in each chunk of items, as index of the chunk's scores."""
+    if sets is None:
+        yield from (None for _ in starts)
+        return
+    rows, places = sets.at(candidates)
+    edges = torch.tensor([*starts, starts.stop], device=places.device)
+    edges = torch.searchsorted(places, edges).tolist() if len(starts) > 1 else [0, places.shape[0]]
+    for start, first, last in zip(starts, edges, edges[1:]):
+        yield rows[first:last], places[first:last] - start
+
+
+def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
+    """Each row over its own candidates, some rows at a time; their embeddings are gathered."""
+    candidates = candidates.sort(dim=1).values
+    valid = candidates >= NUM_SPECIAL_IDS
+    valid[:, 1:] &= candidates[:, 1:] != candidates[:, :-1]
+    if excluded is not None:
+        valid &= ~excluded.contains(candidates)
+    candidates = candidates.clamp(min=0)
+    scores = []
+    rows = max(1, MAX_SCORES.get(states.device.type, 2**26) // max(1, candidates.shape[1] * states.shape[1]))
+    for state, chosen in zip(states.split(rows), candidates.split(rows)):
+        scores.append((weight[chosen].to(states.dtype) @ state[:, :, None])[..., 0])
+    scores = torch.cat(scores) if scores else states.new_empty(candidates.shape)
+    if counts is not None:
+        scores = torch.where(popular[:, None], counts[candidates], scores)
+    scores, places = top_of_rows(scores.masked_fill(~valid, -torch.inf), top_k)
+    return scores, candidates.gather(1, places)
+
+
+def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: int) -> torch.Tensor:
+    """
+    Ids given as a tensor, a list, or lists of different lengths, as int64 `[C]` or `[B, C]` filled up with `padding`.
+
+    Raises:
+        ValueError: for what is no whole number, or lies outside the vocabulary (`padding` itself may).
+    """
+    if not isinstance(ids, torch.Tensor):
+        ids = list(ids)
+        if any(isinstance(row, (Sequence, torch.Tensor)) or hasattr(row, "__array__") for row in ids):
+            try:
+                rows = [torch.as_tensor(row) for row in ids]
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"`{name}` must hold vocabulary ids, lists of whole numbers: {error}.") from error
+            rows = [row.long() if row.numel() == 0 else row for row in rows]
+            if any(row.dim() != 1 for row in rows):
+                raise ValueError(f"`{name}` must be one list of ids, or one list a history.")
+            if any(row.is_floating_point() or row.is_complex() for row in rows):
+                raise ValueError(
+                    f"`{name}` must hold vocabulary ids, whole numbers; it holds numbers with a fraction."
+                )
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        else:
+            try:
+                ids = torch.as_tensor(ids) if ids else torch.empty(0, dtype=torch.long)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"`{name}` must hold vocabulary ids, whole numbers: {error}.") from error
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"`{name}` has dtype {ids.dtype}; it must hold vocabulary ids, whole numbers.")
+    ids = ids.to(device=device, dtype=torch.long)
+    if ids.numel():
+        low, high = torch.stack(ids.aminmax()).tolist()
+        if low < min(padding, 0) or high >= vocab_size:
+            wrong = high if high >= vocab_size else low
+            raise ValueError(
+                f"`{name}` holds {wrong}; ids lie in 0 … {vocab_size - 1}"
+                + (f" (or are {padding}, padding)." if padding < 0 else ".")
+            )
+    return ids
+
+
 class RecommendationMixin:
-    """`recommend` for a model with `model`, `lm_head` and `item_counts`."""
+    """`recommend` for a model with a base model, an output embedding and `item_counts`."""
 
     @torch.no_grad()
     def recommend(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | Sequence[Sequence[int]],
         attention_mask: torch.Tensor | None = None,
         *,
         top_k: int = 10,
         exclude_seen: bool = True,
-        candidate_ids: torch.LongTensor | None = None,
+        exclude_ids: torch.LongTensor | Sequence | None = None,
+        candidate_ids: torch.LongTensor | Sequence | None = None,
+        min_score: float | None = None,
+        max_length: int | None = None,
     ) -> RecommendationOutput:
         """
-        The `top_k` best next items of each history. Always in evaluation mode; [PAD] and [UNK] are never recommended.
+        The `top_k` best next items of each history, ties to the lower id. Always in evaluation mode, scored in float32
+        or better; [PAD] and [UNK] are never recommended.
 
         Args:
-            input_ids: item ids `[B, L]`, padded on any side; [UNK] is dropped and counted.
+            input_ids: vocabulary ids, `[B, L]` padded on any side or lists of different lengths; [UNK] is dropped and
+                counted. Raw ids go through `pipeline("sequential-recommendation")`.
             attention_mask: `[B, L]`, 0 at padding. Where it is missing, [PAD] ids are padding.
             exclude_seen: leave out the items of the history itself.
-            candidate_ids: items to choose from, `[C]` for all histories or `[B, C]` for each; all where it is `None`.
+            exclude_ids: more items to leave out, `[E]` for all histories, or `[B, E]` padded with −1 or lists of
+                different lengths for each.
+            candidate_ids: items to choose from, `[C]` for all histories, or `[B, C]` padded with −1 or lists of
+                different lengths for each; all where it is `None`.
+            min_score: leave out items of a lower score. An empty history's counts are no such scores.
+            max_length: the model reads the latest so many items of a history; all of them count as seen.
 
         Returns:
             `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`. An empty history gets the most frequent
-            items of the training data (`item_counts`, ties to the lower id).
+            items of the training data (`item_counts`).
 
         Raises:
-            ValueError: for `top_k` outside the catalogue, and ids outside the vocabulary.
+            ValueError: for `top_k` outside the catalogue, ids outside the vocabulary, shapes that do not fit, and
+                scores that are not numbers.
         """
         vocab_size = self.config.vocab_size
-        if not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
             raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalogue.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` is {max_length}; it must be at least 1, or None for whole histories.")
+        device = self.get_output_embeddings().weight.device
+        input_ids = as_ids("input_ids", input_ids, 0, device, vocab_size)
         if input_ids.dim() != 2:
             raise ValueError(
-                f"`input_ids` has shape {tuple(input_ids.shape)}; it must be `[B, L]`, one row a history."
+                f"`input_ids` has shape {tuple(input_ids.shape)}; it must be `[B, L]`, one row (or list) a history."
             )
-        real = input_ids != self.config.pad_token_id if attention_mask is None else attention_mask != 0
+        if attention_mask is None:
+            real = input_ids != self.config.pad_token_id
+        elif attention_mask.shape == input_ids.shape:
+            real = attention_mask.to(device) != 0
+        else:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, `input_ids` {tuple(input_ids.shape)}; "
+                "they must be the same."
+            )
         unknown = real & (input_ids == self.config.unk_token_id)
         real = real & ~unknown
         num_unknown = unknown.sum(1)
@@ -69,33 +316,86 @@ class RecommendationMixin:
             logger.warning(
                 f"Dropped {int(num_unknown.sum())} unknown items from {int((num_unknown > 0).sum())} histories."
             )
+        out = self.recommend_from_states(
+            self._last_states(input_ids, real, max_length),
+            torch.where(real, input_ids, -1) if exclude_seen else None,
+            empty=~real.any(1),
+            top_k=top_k,
+            exclude_ids=exclude_ids,
+            candidate_ids=candidate_ids,
+            min_score=min_score,
+        )
+        out.num_unknown = num_unknown
+        return out
 
+    @torch.no_grad()
+    def recommend_from_states(
+        self,
+        states: torch.Tensor,
+        seen_ids: torch.LongTensor | Sequence | None = None,
+        *,
+        empty: torch.Tensor | None = None,
+        top_k: int = 10,
+        exclude_ids: torch.LongTensor | Sequence | None = None,
+        candidate_ids: torch.LongTensor | Sequence | None = None,
+        min_score: float | None = None,
+    ) -> RecommendationOutput:
+        """
+        What `recommend` does once histories have been read, for states that come from elsewhere, such as a cache.
+
+        Args:
+            states: `[B, hidden_size]`, the last hidden state of each history's last position.
+            seen_ids: items to leave out, `[B, N]` padded with −1 or lists of different lengths; none where `None`.
+            empty: `[B]` bool, the rows without a history, whose states mean nothing.
+
+            The other arguments, what is returned and what is raised are those of `recommend`; there is no
+            `num_unknown`.
+        """
+        weight = self.get_output_embeddings().weight
+        device, vocab_size, batch = weight.device, weight.shape[0], states.shape[0]
+        sets = {}
+        for name, ids in (("seen_ids", seen_ids), ("exclude_ids", exclude_ids), ("candidate_ids", candidate_ids)):
+            ids = None if ids is None else as_ids(name, ids, -1, device, vocab_size)
+            if ids is not None and (ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != batch)):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list a history "
+                    f"({batch} of them)."
+                )
+            sets[name] = ids
+        excluded = [ids.expand(batch, -1) for ids in (sets["seen_ids"], sets["exclude_ids"]) if ids is not None]
+        item_ids, scores = rank_items(
+            states.to(device),
+            weight,
+            top_k,
+            excluded=torch.cat(excluded, 1) if excluded else None,
+            candidates=sets["candidate_ids"],
+            popular=empty,
+            item_counts=self.item_counts,
+        )
+        if min_score is not None:
+            low = scores < min_score if empty is None else (scores < min_score) & ~empty[:, None]
+            item_ids, scores = item_ids.masked_fill(low, -1), scores.masked_fill(low, -torch.inf)
+        return RecommendationOutput(item_ids=item_ids, scores=scores)
+
+    def _last_states(self, input_ids: torch.Tensor, real: torch.Tensor, max_length: int | None) -> torch.Tensor:
+        """The last hidden state of each row's last real position `[B, hidden_size]`; anything where there is none."""
+        if max_length is not None:
+            real = real & (real.flip(1).cumsum(1).flip(1) <= max_length)
+        lengths = real.sum(1)
+        items = input_ids[real]
+        if items.numel() == 0:
+            return torch.zeros(input_ids.shape[0], self.config.hidden_size, device=input_ids.device)
+        ends = lengths.cumsum(0)
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
-            hidden_states = self.model(input_ids, attention_mask=real).last_hidden_state
+            out = self.base_model(
+                input_ids=items[None],
+                cu_seq_lens_q=nn.functional.pad(ends, (1, 0)),
+                max_length_q=int(lengths.max()),
+            )
         finally:
-            self.train(training)
-        if input_ids.shape[1] == 0:
-            last = hidden_states.new_zeros(input_ids.shape[0], hidden_states.shape[-1])
-        else:
-            place = torch.where(real, torch.arange(input_ids.shape[1], device=real.device), 0).amax(1)
-            last = hidden_states[torch.arange(input_ids.shape[0], device=real.device), place]
-        # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            scores = last.to(dtype) @ self.lm_head.weight.to(dtype).T
-        scores = torch.where(real.any(1)[:, None], scores, self.item_counts.to(dtype))
-        scores[:, :NUM_SPECIAL_IDS] = -torch.inf
-        if exclude_seen:
-            scores.scatter_(1, torch.where(real, input_ids, 0), -torch.inf)
-        if candidate_ids is not None:
-            candidate_ids = torch.as_tensor(candidate_ids, device=scores.device).expand(scores.shape[0], -1)
-            if candidate_ids.numel() and not 0 <= int(candidate_ids.min()) <= int(candidate_ids.max()) < vocab_size:
-                raise ValueError(f"`candidate_ids` holds ids outside 0 … {vocab_size - 1}.")
-            allowed = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, candidate_ids, True)
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        scores, item_ids = scores.sort(dim=1, descending=True, stable=True)
-        scores, item_ids = scores[:, :top_k], item_ids[:, :top_k]
-        item_ids = item_ids.masked_fill(scores == -torch.inf, -1)
-        return RecommendationOutput(item_ids=item_ids, scores=scores, num_unknown=num_unknown)
+            if training:
+                self.train()
+        return out.last_hidden_state[0][(ends - 1).clamp(min=0)]

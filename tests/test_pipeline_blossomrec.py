@@ -1,0 +1,185 @@
+"""`pipeline("sequential-recommendation")`, with the package and from a checkpoint alone."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import pipeline
+
+from blossomrec_hf import (
+    BlossomRecConfig,
+    BlossomRecForSequentialRecommendation,
+    BlossomRecTokenizer,
+    SequentialRecommendationPipeline,
+)
+
+
+ITEMS = [f"item {i}" if i % 3 else f"{i}%[x]" for i in range(40)]
+
+
+def build(items=ITEMS) -> tuple[BlossomRecForSequentialRecommendation, BlossomRecTokenizer]:
+    tokenizer = BlossomRecTokenizer.from_items(items)
+    config = BlossomRecConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=4, intermediate_size=24)
+    model = BlossomRecForSequentialRecommendation(config).eval()
+    model.item_counts[2:] = torch.randperm(len(items))
+    return model, tokenizer
+
+
+def draw(length: int) -> list[str]:
+    return random.sample(ITEMS, length)
+
+
+def expected(model, tokenizer, history, **kwargs) -> list[tuple[str, float]]:
+    out = model.recommend([tokenizer.encode_items(history)], **kwargs)
+    items = tokenizer.decode_items(out.item_ids[0].clamp(min=0))
+    return [
+        (item, pytest.approx(score, abs=1e-5))
+        for item, score in zip(items, out.scores[0].tolist())
+        if score > -torch.inf
+    ]
+
+
+def as_pairs(answer: list[dict]) -> list[tuple[str, float]]:
+    return [(entry["item"], entry["score"]) for entry in answer]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model, tokenizer = build()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True, False])
+def test_from_a_folder(saved, trust_remote_code):
+    folder, model, tokenizer = saved
+    pipe = pipeline("sequential-recommendation", model=str(folder), trust_remote_code=trust_remote_code)
+    assert type(pipe) is SequentialRecommendationPipeline
+    history = draw(12)
+    assert as_pairs(pipe(history, top_k=5)) == expected(model, tokenizer, history, top_k=5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_lists_dictionaries_generators_and_batches(saved, batch_size):
+    _, model, tokenizer = saved
+    pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, top_k=6, batch_size=batch_size)
+    inputs, answers = [], []
+    for _ in range(8):
+        history, candidates, exclude = draw(random.randint(1, 30)), draw(random.randint(1, 9)), draw(3)
+        kind = random.randrange(4)
+        if kind == 0:
+            inputs.append(history)
+            answers.append(expected(model, tokenizer, history, top_k=6))
+        else:
+            ids = {"candidate_ids": [tokenizer.encode_items(candidates)]} if kind != 1 else {}
+            ids |= {"exclude_ids": [tokenizer.encode_items(exclude)]} if kind != 2 else {}
+            inputs.append({"history": history})
+            if kind != 1:
+                inputs[-1]["candidates"] = candidates
+            if kind != 2:
+                inputs[-1]["exclude"] = exclude
+            answers.append(expected(model, tokenizer, history, top_k=6, **ids))
+    assert [as_pairs(answer) for answer in pipe(inputs)] == answers
+    assert [as_pairs(answer) for answer in pipe(entry for entry in inputs)] == answers
+    assert as_pairs(pipe(inputs[0])) == answers[0]
+    assert pipe([]) == []
+
+
+def test_integer_ids_and_parameters():
+    items = random.sample(range(10**6), 30)
+    model, tokenizer = build(items)
+    pipe = SequentialRecommendationPipeline(model=model, tokenizer=tokenizer)
+    history = items[:8]
+    plain = pipe(history, top_k=30, exclude_seen=False)
+    assert sorted(entry["item"] for entry in plain) == sorted(items)
+    assert not {entry["item"] for entry in pipe(history, top_k=30)} & set(history)
+    lowest = plain[9]["score"]
+    assert pipe(history, top_k=30, exclude_seen=False, min_score=lowest) == plain[:10]
+    assert pipe(history, max_length=3, top_k=5) != pipe(history, top_k=5)
+    assert pipe(torch.tensor(history)) == pipe(history) == pipe(tuple(history))
+
+
+def test_unknown_items_are_dropped_and_empty_histories_get_the_popular_ones(saved, caplog):
+    _, model, tokenizer = saved
+    pipe = SequentialRecommendationPipeline(model=model, tokenizer=tokenizer)
+    history = draw(5)
+    assert pipe([*history, "never seen"]) == pipe(history)
+    popular = tokenizer.decode_items(model.item_counts.argsort(descending=True)[:3])
+    for nothing in ({"history": []}, ["never seen"]):
+        assert [entry["item"] for entry in pipe(nothing, top_k=3)] == popular
+    assert [entry["item"] for entry in pipe([[], history], top_k=3)[0]] == popular
+    assert pipe({"history": history, "candidates": ["never seen"]}) == []
+    assert pipe({"history": history, "candidates": []}) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"candidates": ["item 1"]}, "history"),
+        ({"history": ["item 1"], "candidate": []}, "'candidate'"),
+        ({"history": "item 1"}, "history"),
+        ([["item 1"], [3]], "3, a int"),
+    ],
+)
+def test_bad_input_is_named(saved, bad, message):
+    _, model, tokenizer = saved
+    with pytest.raises(ValueError, match=message):
+        SequentialRecommendationPipeline(model=model, tokenizer=tokenizer)(bad)
+
+
+def test_a_tokenizer_of_another_size_or_a_model_without_a_head_is_refused(saved):
+    _, model, tokenizer = saved
+    with pytest.raises(ValueError, match="40 ids.*42"):
+        SequentialRecommendationPipeline(model=model, tokenizer=BlossomRecTokenizer.from_items(ITEMS[:38]))
+    with pytest.raises(ValueError, match="recommend"):
+        SequentialRecommendationPipeline(model=model.model, tokenizer=tokenizer)
+
+
+def test_saving_the_pipeline_saves_all(saved, tmp_path):
+    folder, model, tokenizer = saved
+    SequentialRecommendationPipeline(model=model, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+
+
+WITHOUT_THE_PACKAGE = """
+import json, sys
+sys.modules["blossomrec_hf"] = None  # importing it fails, as where it is not installed
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+first, second = sys.argv[1:3]
+try:
+    pipeline("sequential-recommendation", model=first, trust_remote_code=False)
+    raise SystemExit("ran code that nobody trusted")
+except ValueError:
+    pass
+model = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
+model.save_pretrained(second)
+AutoTokenizer.from_pretrained(first, trust_remote_code=True).save_pretrained(second)
+pipe = pipeline("sequential-recommendation", model=second, trust_remote_code=True)
+assert type(pipe).__module__.startswith("transformers_modules"), type(pipe).__module__
+assert type(pipe.tokenizer).__module__.startswith("transformers_modules"), type(pipe.tokenizer).__module__
+print(json.dumps(pipe(json.loads(sys.argv[3]), top_k=5)))
+"""
+
+
+def test_a_checkpoint_and_its_copy_work_where_the_package_is_not_installed(saved, tmp_path):
+    folder, model, tokenizer = saved
+    history = draw(9)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(tmp_path / "copy"), json.dumps(history)],
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert as_pairs(answer) == expected(model, tokenizer, history, top_k=5)
+    copied, original = ({path.name for path in f.iterdir() if path.is_file()} for f in (tmp_path / "copy", folder))
+    assert copied == original
