@@ -295,68 +295,6 @@ def test_new_items_leave_old_ones_alone(tied):
     model(torch.tensor([[69, 65]]))
 
 
-# Recommending
-
-
-def test_recommend_ranks_by_logits_without_seen_and_special_items():
-    model = recommender()
-    rows = histories(20, 3)
-    ids, mask = padded(rows, "left")
-    out = model.recommend(ids, top_k=58 - 20)
-    for i, row in enumerate(rows):
-        scores = model(row[None]).logits[0, -1].clone()
-        scores[:2] = -torch.inf
-        scores[row] = -torch.inf
-        expected = scores.sort(descending=True, stable=True)
-        assert out.item_ids[i].tolist() == expected.indices[:38].tolist()
-        torch.testing.assert_close(out.scores[i], expected.values[:38].float().double())
-    seen = model.recommend(ids, top_k=58, exclude_seen=False).item_ids
-    assert all(sorted(row.tolist()) == list(range(2, 60)) for row in seen)
-
-
-def test_recommend_scores_in_float32_under_autocast():
-    model = recommender().float()
-    ids, _ = padded(histories(20, 3), "left")
-    with torch.autocast("cpu", torch.bfloat16):
-        scores = model.recommend(ids, top_k=30).scores
-    assert scores.dtype == torch.float32
-    assert not torch.equal(scores, scores.bfloat16().float())
-
-
-def test_recommend_from_candidates():
-    model = recommender()
-    ids, _ = padded(histories(5, 8), "right")
-    shared = model.recommend(ids, top_k=4, exclude_seen=False, candidate_ids=[7, 9, 11])
-    assert [sorted(row) for row in shared.item_ids.tolist()] == [[-1, 7, 9, 11]] * 2
-    assert (shared.scores[:, -1] == -torch.inf).all()
-    own = model.recommend(ids, top_k=1, exclude_seen=False, candidate_ids=torch.tensor([[7], [9]]))
-    assert own.item_ids.tolist() == [[7], [9]]
-
-
-def test_recommend_drops_unknown_items_and_counts_them():
-    model = recommender()
-    row = histories(12)[0]
-    with_unknown = torch.cat([row[:5], torch.tensor([1]), row[5:], torch.tensor([1])])[None]
-    out = model.recommend(with_unknown)
-    assert out.num_unknown.tolist() == [2]
-    assert out.item_ids.tolist() == model.recommend(row[None]).item_ids.tolist()
-
-
-def test_an_empty_history_gets_the_popular_items():
-    model = recommender()
-    model.item_counts[torch.tensor([40, 7, 30, 5])] = torch.tensor([9, 5, 5, 1])
-    ids, _ = padded([histories(4)[0], torch.tensor([], dtype=torch.long)], "left")
-    assert model.recommend(ids, top_k=5).item_ids[1].tolist() == [40, 7, 30, 5, 2]
-    assert model.recommend(torch.zeros(2, 0, dtype=torch.long), top_k=1).item_ids.tolist() == [[40], [40]]
-
-
-def test_recommend_is_in_evaluation_mode_and_restores_the_mode():
-    model = recommender(hidden_dropout_prob=0.9).train()
-    x = torch.randint(2, 60, (1, 20))
-    assert torch.equal(model.recommend(x).scores, model.recommend(x).scores)
-    assert model.training
-
-
 # Bad input
 
 
@@ -375,8 +313,6 @@ def test_ids_outside_the_vocabulary_are_named(bad):
     x = torch.tensor([[5, bad, 7]])
     with pytest.raises(ValueError, match=f"input_ids.*{bad}.*59"):
         model(x)
-    with pytest.raises(ValueError, match="input_ids"):
-        model.recommend(x)
 
 
 def test_labels_outside_the_vocabulary_are_named():
@@ -404,7 +340,3 @@ def test_other_bad_input_is_named():
         model(x, attention_mask=torch.ones(1, 5))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="top_k"):
-        model.recommend(x, top_k=59)
-    with pytest.raises(ValueError, match="candidate_ids"):
-        model.recommend(x, candidate_ids=[60])

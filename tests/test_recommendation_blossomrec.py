@@ -1,0 +1,225 @@
+"""`recommend` beside a twin that scores everything and sorts it with Python."""
+
+import random
+
+import pytest
+import torch
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf import recommendation_blossomrec as recommendation
+from blossomrec_hf.recommendation_blossomrec import rank_items, top_of_rows
+
+
+VOCAB_SIZE = 60
+
+
+def recommender(**kwargs) -> BlossomRecForSequentialRecommendation:
+    settings = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
+    return BlossomRecForSequentialRecommendation(BlossomRecConfig(**(settings | kwargs))).double().eval()
+
+
+def histories(*lengths: int) -> list[list[int]]:
+    return [torch.randint(2, VOCAB_SIZE, (n,)).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]], side: str = "left", padding: int = 0) -> torch.Tensor:
+    length = max(map(len, rows))
+    fill = [[padding] * (length - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for f, r in zip(fill, rows)], dtype=torch.long)
+
+
+def sorted_with_python(scores: list[float], top_k: int, excluded=(), candidates=None, min_score=None):
+    """(ids, scores) of the best items of one row of scores."""
+    items = range(2, len(scores)) if candidates is None else {item for item in candidates if item >= 2}
+    order = sorted((-scores[item], item) for item in items if item not in set(excluded))
+    order = [(item, -score) for score, item in order if min_score is None or -score >= min_score][:top_k]
+    order += [(-1, -torch.inf)] * (top_k - len(order))
+    return [item for item, _ in order], [score for _, score in order]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 50])
+def test_the_top_of_rows_is_that_of_a_stable_sort(size):
+    for k in (1, 2, 5, size, size + 3):
+        scores = torch.randint(-3, 3, (40, size)).float()
+        scores[torch.rand(40, size) < 0.3] = -torch.inf
+        scores[:3] = 1.0
+        expected = scores.sort(dim=1, descending=True, stable=True)
+        values, places = top_of_rows(scores, k)
+        assert torch.equal(values, expected.values[:, :k])
+        left = values > -torch.inf
+        assert torch.equal(places[left], expected.indices[:, :k][left])
+
+
+def draw_ids(rows: int, most: int, vocab_size: int) -> list[list[int]]:
+    """Ids with repeats and with special ones among them."""
+    return [torch.randint(0, vocab_size, (random.randint(0, most),)).tolist() for _ in range(rows)]
+
+
+@pytest.mark.parametrize("choice", ["all", "shared", "own few", "own many"])
+@pytest.mark.parametrize("popular", [False, True])
+def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popular):
+    monkeypatch.setitem(recommendation.MAX_SCORES, "cpu", 2**11)  # several chunks of items, and of rows
+    rows, vocab_size, top_k = 7, 4000, random.choice([1, 10, 30])
+    # Small whole numbers: sums are exact and most scores occur many times.
+    states, weight = torch.randint(-1, 2, (rows, 3)), torch.randint(-1, 2, (vocab_size, 3))
+    counts = torch.randint(0, 9, (vocab_size,))
+    empty = torch.rand(rows) < 0.5
+    scores = (states @ weight.T).tolist()
+    if popular:
+        scores = [counts.tolist() if empty[i] else scores[i] for i in range(rows)]
+    excluded = draw_ids(rows, 3000, vocab_size)
+    candidates = {
+        "all": None,
+        "shared": draw_ids(1, 3000, vocab_size)[0],
+        "own few": [*draw_ids(rows - 1, 100, vocab_size), []],
+        "own many": draw_ids(rows, 3000, vocab_size),
+    }[choice]
+    tensor = None
+    if candidates is not None:
+        tensor = torch.tensor(candidates) if choice == "shared" else padded(candidates, padding=-1)
+    ids, found = rank_items(
+        states.float(),
+        weight.float(),
+        top_k,
+        excluded=padded(excluded, padding=-1),
+        candidates=tensor,
+        popular=empty if popular else None,
+        item_counts=counts,
+    )
+    for i in range(rows):
+        own = candidates[i] if choice.startswith("own") else candidates
+        assert (ids[i].tolist(), found[i].tolist()) == sorted_with_python(scores[i], top_k, excluded[i], own)
+
+
+@pytest.mark.parametrize("form", ["left", "right", "lists"])
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_recommend_agrees_with_the_twin(form, exclude_seen):
+    model = recommender(attention_types=["blossom", "full"])
+    model.item_counts.random_(5)
+    rows = [*histories(20, 1, 300, random.randint(2, 50)), []]
+    inputs = rows if form == "lists" else padded(rows, form)
+    exclude = draw_ids(5, 20, VOCAB_SIZE)
+    candidates = draw_ids(5, 80, VOCAB_SIZE)
+    forms = [None, random.choice(exclude), exclude, padded(exclude, padding=-1)]
+    scores = [model(torch.tensor([row])).logits[0, -1].tolist() if row else model.item_counts.tolist() for row in rows]
+    for exclude_ids in forms:
+        for candidate_ids in (None, random.choice(candidates), candidates, padded(candidates, padding=-1)):
+            min_score = random.choice([None, 0.0])
+            top_k = random.choice([1, 7, 58])
+            out = model.recommend(
+                inputs,
+                top_k=top_k,
+                exclude_seen=exclude_seen,
+                exclude_ids=exclude_ids,
+                candidate_ids=candidate_ids,
+                min_score=min_score,
+            )
+            assert out.scores.dtype == torch.float64 and out.num_unknown.tolist() == [0] * 5
+
+            def of_row(ids, i):
+                ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+                return ids[i] if ids and isinstance(ids[0], list) else ids
+
+            for i, row in enumerate(rows):
+                excluded = (row if exclude_seen else []) + (of_row(exclude_ids, i) or [])
+                expected, best = sorted_with_python(
+                    scores[i], top_k, excluded, of_row(candidate_ids, i), min_score if row else None
+                )
+                assert out.item_ids[i].tolist() == expected
+                assert out.scores[i].tolist() == pytest.approx(best, abs=1e-9)
+
+
+def test_a_longer_history_than_the_model_reads_counts_as_seen():
+    model = recommender()
+    rows = histories(30, 4, 12)
+    out = model.recommend(rows, top_k=9, max_length=5)
+    expected = model.recommend([row[-5:] for row in rows], top_k=9, exclude_ids=rows)
+    assert torch.equal(out.item_ids, expected.item_ids)
+
+
+def test_states_from_elsewhere_are_ranked_alike():
+    model = recommender()
+    rows = histories(9, 3)
+    states = torch.stack([model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows])
+    out, expected = model.recommend_from_states(states, rows, top_k=5), model.recommend(rows, top_k=5)
+    assert torch.equal(out.item_ids, expected.item_ids)
+    torch.testing.assert_close(out.scores, expected.scores)
+    assert model.recommend_from_states(states, top_k=5, min_score=1e9).item_ids.unique().tolist() == [-1]
+
+
+def test_scores_are_float32_under_autocast_and_in_bfloat16():
+    model = recommender().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.recommend(histories(20, 3), top_k=30).scores
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+    scores = model.bfloat16().recommend(histories(20, 3), top_k=30).scores
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_unknown_items_are_dropped_and_counted():
+    model = recommender()
+    row = histories(12)[0]
+    out = model.recommend([[*row[:5], 1, *row[5:], 1], [1]])
+    assert out.num_unknown.tolist() == [2, 1]
+    assert torch.equal(out.item_ids, model.recommend([row, []]).item_ids)
+
+
+def test_an_empty_history_gets_the_popular_items():
+    model = recommender()
+    model.item_counts[torch.tensor([40, 7, 30, 5])] = torch.tensor([9, 5, 5, 1])
+    assert model.recommend([*histories(4), []], top_k=5).item_ids[1].tolist() == [40, 7, 30, 5, 2]
+    assert model.recommend([[]], top_k=2, min_score=100.0).item_ids.tolist() == [[40, 7]]
+    assert model.recommend(torch.zeros(2, 0, dtype=torch.long), top_k=1).item_ids.tolist() == [[40], [40]]
+    assert model.recommend(torch.zeros(0, 3, dtype=torch.long), top_k=4).item_ids.shape == (0, 4)
+
+
+def test_evaluation_mode_and_back():
+    model = recommender(hidden_dropout_prob=0.9).train()
+    x = histories(20)
+    assert torch.equal(model.recommend(x).scores, model.recommend(x).scores)
+    assert model.training and model.model.layers[0].training
+
+
+def test_nothing_left_is_said_in_the_ids():
+    model = recommender()
+    out = model.recommend(histories(5, 8), top_k=4, candidate_ids=[[7, 9], []], exclude_ids=[7, 9])
+    assert out.item_ids.tolist() == [[-1] * 4] * 2 and (out.scores == -torch.inf).all()
+    out = model.recommend(histories(5), top_k=4, exclude_ids=range(2, VOCAB_SIZE))
+    assert out.item_ids.tolist() == [[-1] * 4]
+
+
+@pytest.mark.parametrize("broken", ["weights", "embedding"])
+def test_scores_that_are_not_numbers_are_an_error(broken):
+    model = recommender()
+    weight = model.model.layers[0].up_proj.weight if broken == "weights" else model.lm_head.weight
+    weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.recommend([[7, 8, 9]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 59}, "top_k.*1 … 58"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.0}, "top_k"),
+        ({"max_length": 0}, "max_length"),
+        ({"candidate_ids": [60]}, "candidate_ids.*60.*59"),
+        ({"candidate_ids": [-2]}, "candidate_ids.*-2"),
+        ({"candidate_ids": [[3], [4]]}, "candidate_ids.*one list a history"),
+        ({"exclude_ids": torch.tensor([[[3]]])}, "exclude_ids"),
+        ({"exclude_ids": [2.5]}, "exclude_ids.*whole numbers"),
+        ({"exclude_ids": [[3], ["a"]]}, "exclude_ids"),
+        ({"input_ids": [5, 6]}, "input_ids.*one row"),
+        ({"input_ids": [[5.5]]}, "input_ids.*whole"),
+        ({"input_ids": [["a"]]}, "input_ids.*whole"),
+        ({"input_ids": [[5, 60]]}, "input_ids.*60.*59"),
+        ({"input_ids": [[-1, 5]]}, "input_ids.*-1"),
+        ({"attention_mask": torch.ones(1, 5)}, "attention_mask"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recommender().recommend(**({"input_ids": [[5, 6]]} | arguments))
