@@ -1,7 +1,11 @@
 """Configuration of BlossomRec models."""
 
+import re
+
 from transformers import PreTrainedConfig
 
+
+VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
 
 ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
@@ -50,6 +54,8 @@ class BlossomRecConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights.
         layer_norm_eps (`float`): epsilon of the layer norms.
         tie_word_embeddings (`bool`): whether the logits use the item embedding.
+        blossomrec_version (`str`, *optional*): the version of this package that saved the configuration; one that a
+            newer version saved is refused, because it may mean something else.
 
     Raises:
         ValueError: for every value that does not fit, naming the argument and what it may be.
@@ -89,12 +95,19 @@ class BlossomRecConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     tie_word_embeddings: bool = True
+    blossomrec_version: str | None = None
     pad_token_id: int | None = 0
     unk_token_id: int | None = 1
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs) -> None:
+        if _is_newer(self.blossomrec_version, VERSION):
+            raise ValueError(
+                f"This checkpoint was saved by blossomrec-hf {self.blossomrec_version}, here is {VERSION}: "
+                "`pip install -U blossomrec-hf`, or load it with `trust_remote_code=True`, which takes its own code."
+            )
+        self.blossomrec_version = VERSION
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if isinstance(self.attention_types, str):
@@ -181,6 +194,12 @@ class BlossomRecConfig(PreTrainedConfig):
         if not 0 <= self.gbce_calibration <= 1:
             raise ValueError(f"`gbce_calibration` is {self.gbce_calibration!r}; it must lie in [0, 1].")
         _check_choice("rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
+
+
+def _is_newer(saved: str | None, here: str) -> bool:
+    """Whether `saved` is of a later version than `here`, but for the last of their three numbers, which fixes errors."""
+    numbers = [re.findall(r"\d+", version)[:2] for version in (saved or "0", here)]
+    return [int(number) for number in numbers[0]] > [int(number) for number in numbers[1]]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

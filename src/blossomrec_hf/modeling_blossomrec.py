@@ -15,6 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
+from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
 from .recommendation_blossomrec import RecommendationMixin
@@ -266,7 +267,7 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         return self.feed_forward_norm(hidden_states + self.dropout(fed)), *details
 
 
-class BlossomRecPreTrainedModel(PreTrainedModel):
+class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
     """Initialisation, and what `transformers` must know of BlossomRec models."""
 
     config: BlossomRecConfig

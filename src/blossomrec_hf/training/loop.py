@@ -542,7 +542,9 @@ class TrainingLoop:
 
     def _describe_run(self) -> dict[str, Any]:
         """What has to be the same for a run to be continued."""
-        not_the_model = ("_name_or_path", "transformers_version", "architectures", "auto_map")
+        not_the_model = (
+            "_name_or_path transformers_version blossomrec_version architectures auto_map custom_pipelines".split()
+        )
         config = {key: value for key, value in self.bare_model.config.to_dict().items() if key not in not_the_model}
         return {
             "arguments": self.args.that_shape_the_weights(),
