@@ -1,6 +1,8 @@
 """The chunked full softmax, and the objectives against drawn items."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +50,61 @@ def test_chunks_under_autocast_are_near(monkeypatch):
     gradients = torch.autograd.grad(chunked, (hidden, weight)) if hidden.requires_grad else ()
     assert chunked.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in gradients)
     torch.testing.assert_close(chunked, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_fused_kernel_gives_the_same(monkeypatch, needed):
+    pytest.importorskip("liger_kernel")
+    hidden, weight, targets, _ = problem()
+    expected = cross_entropy(hidden, weight, targets, 31)
+    inputs = [x for x, need in zip((hidden, weight), needed) if need]
+    gradients = torch.autograd.grad(expected * 3, inputs) if inputs else ()
+    hidden, weight = (x.detach().float().requires_grad_(need) for x, need in zip((hidden, weight), needed))
+    if torch.cuda.is_available():
+        hidden, weight, targets = (
+            x.detach().cuda().requires_grad_(x.requires_grad) for x in (hidden, weight, targets)
+        )
+    monkeypatch.setitem(loss_blossomrec.MAX_LOGITS, hidden.device.type, 5 * 22)  # several chunks
+    fused = cross_entropy(hidden, weight, targets, 31, implementation="liger")
+    torch.testing.assert_close(fused.cpu(), expected.float(), atol=1e-5, rtol=1e-5)
+    for _ in range(2):  # a second pass backward gives the same
+        inputs = [x for x in (hidden, weight) if x.requires_grad]
+        for ours, theirs in zip(
+            torch.autograd.grad(fused * 3, inputs, retain_graph=True) if inputs else (), gradients
+        ):
+            torch.testing.assert_close(ours.cpu(), theirs.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_fused_kernel_in_bfloat16_is_as_near_as_the_chunks(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight, targets, _ = (x.detach().to(device) for x in problem(positions=60, items=40, width=16))
+    monkeypatch.setitem(loss_blossomrec.MAX_LOGITS, device, 42 * 7)
+    errors = []
+    for implementation, dtype in (("torch", torch.float64), ("torch", torch.float32), ("liger", torch.float32)):
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.float32):
+            loss = cross_entropy(*inputs, targets, implementation=implementation)
+        result = torch.cat([loss[None], *(x.flatten() for x in torch.autograd.grad(loss, inputs))]).double()
+        errors.append((result - errors[0][1]).abs().max() if errors else (0.0, result))
+    assert errors[2] < 2 * errors[1] + 1e-5 and errors[1] < 0.05
+
+
+def test_the_fused_kernel_is_taken_where_it_is_there(monkeypatch):
+    hidden, weight, targets, _ = (x.detach().float() if x.is_floating_point() else x for x in problem())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
+    with pytest.raises(ValueError, match="liger-kernel is not installed"):
+        cross_entropy(hidden, weight, targets, implementation="liger")
+    on_gpu = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    kernel = loss_blossomrec._fused_kernel
+    assert kernel(on_gpu, "auto") is None
+    function = object()
+    there = SimpleNamespace(liger_fused_linear_cross_entropy=function)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", there)
+    assert kernel(on_gpu, "auto") is kernel(hidden, "liger") is function
+    assert kernel(on_gpu, "torch") is kernel(hidden, "auto") is None
+    with pytest.raises(ValueError, match="no float64"):
+        cross_entropy(hidden.double(), weight.double(), targets, implementation="liger")
 
 
 def test_a_large_catalogue_never_has_all_its_logits():
@@ -182,6 +239,7 @@ def test_the_model_trains_on_its_objective(seed, objective):
     [
         ({"objective": "bce", "num_negatives": 29}, "`num_negatives` is 29; it must lie in 1 … 28"),
         ({"negative_sampling": "hard"}, "`negative_sampling` is 'hard'"),
+        ({"cross_entropy_implementation": "apex"}, "`cross_entropy_implementation` is 'apex'"),
         ({"gbce_calibration": 1.5}, "`gbce_calibration` is 1.5"),
     ],
 )

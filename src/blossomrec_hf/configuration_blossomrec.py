@@ -11,6 +11,7 @@ ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
 OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
+CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "liger")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
@@ -47,6 +48,9 @@ class BlossomRecConfig(PreTrainedConfig):
         max_position_embeddings (`int`): read by scaled `rope_type`s only; the length of a history is not limited.
         objective (`str`): the training loss, at every position: `"cross_entropy"` (full softmax over the catalogue) or,
             against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`.
+        cross_entropy_implementation (`str`): what computes the full softmax over a catalogue whose logits do not fit at
+            once: `"torch"`, `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, which is `"liger"`
+            on a GPU where it is installed. Value and gradients are the same.
         num_negatives (`int`): how many items are drawn for those; at most the number of items.
         negative_sampling (`str`): `"uniform"`, `"popularity"` or `"in_batch"` (targets of other positions).
         shared_negatives (`bool`): the same drawn items for all positions of a batch, or drawn for each.
@@ -88,6 +92,7 @@ class BlossomRecConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     max_position_embeddings: int = 2048
     objective: str = "cross_entropy"
+    cross_entropy_implementation: str = "auto"
     num_negatives: int = 256
     negative_sampling: str = "uniform"
     shared_negatives: bool = True
@@ -186,6 +191,7 @@ class BlossomRecConfig(PreTrainedConfig):
             _check_choice("attention_types", attention_type, ATTENTION_TYPES)
         _check_choice("selection_gradient", self.selection_gradient, SELECTION_GRADIENTS)
         _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("cross_entropy_implementation", self.cross_entropy_implementation, CROSS_ENTROPY_IMPLEMENTATIONS)
         _check_choice("negative_sampling", self.negative_sampling, NEGATIVE_SAMPLINGS)
         if self.objective != "cross_entropy" and not 1 <= self.num_negatives <= self.vocab_size - 2:
             raise ValueError(

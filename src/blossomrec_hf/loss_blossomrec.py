@@ -1,13 +1,16 @@
 """Training objectives over the catalogue."""
 
 import math
+import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 
 NUM_SPECIAL_IDS = 2  # [PAD] and [UNK] stand before the items
-MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}  # logits alive at a time, 256 MiB and 1 GiB in float32
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits alive at a time, 128 MiB and 1 GiB in float32
 
 
 def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
@@ -32,6 +35,8 @@ def cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """
     Full-softmax cross-entropy over the items, at every position that has a target. Beyond `MAX_LOGITS` they are made,
@@ -43,17 +48,23 @@ def cross_entropy(
         targets: vocabulary ids `[T]`, −100 for none.
         num_items_in_batch: what the sum is divided by: the number of targets in all batches and processes of the
             step. Their number in this batch where it is `None`.
+        implementation: what makes the chunks: `"torch"`, `"liger"` (the fused kernel of `liger-kernel`) or `"auto"`,
+            which is `"liger"` on a GPU where it is installed and a chunk is needed. Value and gradients are the same.
 
     Returns:
         a scalar, float32 or better.
+
+    Raises:
+        ValueError: for `"liger"` where it is not installed, off a GPU, and in float64, which it does not have.
     """
     targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
-    rows = max(1, MAX_LOGITS.get(weight.device.type, 2**26) // weight.shape[0])
-    if hidden_states.shape[0] > rows:
+    rows = max(1, MAX_LOGITS.get(weight.device.type, MAX_LOGITS["cuda"]) // weight.shape[0])
+    if hidden_states.shape[0] > rows or (implementation == "liger" and hidden_states.shape[0]):
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
             weight = weight.to(hidden_states.dtype)
-        total = _ChunkedCrossEntropy.apply(hidden_states, weight, targets, rows)
+        fused = _fused_kernel(hidden_states, implementation)
+        total = _ChunkedCrossEntropy.apply(hidden_states, weight, targets, rows, fused)
     else:
         logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -61,6 +72,27 @@ def cross_entropy(
     if num_items_in_batch is None:
         num_items_in_batch = (targets >= 0).sum().clamp(min=1)
     return total / num_items_in_batch
+
+
+def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[..., torch.Tensor] | None:
+    """Liger's function of hidden states, weight and targets, where `implementation` (see `cross_entropy`) means it."""
+    double, on_gpu = hidden_states.dtype == torch.float64, hidden_states.device.type == "cuda"
+    if implementation == "torch" or (implementation == "auto" and (double or not on_gpu)):
+        return None
+    reason = None
+    if double:
+        reason = "it has no float64"
+    elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"it needs a GPU, the input is on {hidden_states.device.type}"
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        reason = 'liger-kernel is not installed (`pip install "liger-kernel>=0.8.5"`)'
+    if reason is not None:
+        if implementation == "auto":
+            return None
+        raise ValueError(f'`implementation` is "liger", but {reason}; it may also be "auto" or "torch".')
+    return liger_fused_linear_cross_entropy
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -71,34 +103,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, rows):
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        items = weight[NUM_SPECIAL_IDS:]
-        total = hidden_states.new_zeros((), dtype=dtype)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        for start in range(0, hidden_states.shape[0], rows):
-            hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
-            is_target = target >= 0
-            place = target.clamp(min=0)[:, None]
-            logits = (hidden @ items.T).to(dtype)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            losses = (normalizer - logits.gather(1, place))[:, 0]
-            total += torch.where(is_target, losses, 0.0).sum()
-            if not (need_hidden or need_weight):
-                continue
-            gradient = logits.sub_(normalizer).exp_()
-            gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
-            gradient.mul_(is_target[:, None])
-            gradient = gradient.to(hidden.dtype)
-            if need_hidden:
-                grad_hidden[start : start + rows] = gradient @ items
-            if need_weight:
-                if gradient.dtype == dtype:
-                    grad_weight[NUM_SPECIAL_IDS:].addmm_(gradient.T, hidden)
-                else:
-                    grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ hidden
+    def forward(ctx, hidden_states, weight, targets, rows, fused):
+        make = _chunks if fused is None else partial(_fused_chunks, fused)
+        total, grad_hidden, grad_weight = make(hidden_states, weight, targets, rows, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -111,7 +118,76 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _chunks(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The summed loss, and its gradients where they are needed: that of the weight in float32 or better."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    items = weight[NUM_SPECIAL_IDS:]
+    total = hidden_states.new_zeros((), dtype=dtype)
+    grad_hidden = torch.empty_like(hidden_states) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+    for start in range(0, hidden_states.shape[0], rows):
+        hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
+        is_target = (target >= 0)[:, None]
+        place = target.clamp(min=0)[:, None]
+        log_probs = (hidden @ items.T).log_softmax(1, dtype=dtype)
+        total += torch.where(is_target, log_probs.gather(1, place), 0.0).sum().neg()
+        if not (need_hidden or need_weight):
+            continue
+        gradient = log_probs.exp_()
+        gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
+        gradient = gradient.to(hidden.dtype)
+        # Positions without a target are left out on the small side of the products.
+        if need_hidden:
+            grad_hidden[start : start + rows] = (gradient @ items) * is_target
+        if need_weight:
+            if gradient.dtype == dtype:
+                grad_weight[NUM_SPECIAL_IDS:].addmm_(gradient.T, hidden * is_target)
+            else:
+                grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ (hidden * is_target)
+    return total, grad_hidden, grad_weight
+
+
+@torch.compiler.disable
+def _fused_chunks(
+    fused: Callable[..., torch.Tensor],
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The same as `_chunks`, by Liger's kernel."""
+    # It makes no gradient at all where the hidden states need none.
+    hidden = hidden_states.detach().requires_grad_(need_hidden or need_weight)
+    items = weight[NUM_SPECIAL_IDS:].detach().requires_grad_(need_weight)
+    with torch.enable_grad():
+        total = fused(
+            hidden,
+            items,
+            targets,
+            reduction="sum",
+            accum_dtype=torch.float32,
+            # Left alone, it makes as many logits at a time as there are numbers in `hidden`: a few rows, which read
+            # and write the whole gradient of a large catalogue.
+            chunk_mem_const=max(1, rows * weight.shape[0] // hidden.numel()),
+        )
+    grad_hidden = grad_weight = None
+    if hidden.requires_grad:
+        # Taken at once, with a factor of 1: Liger's own backward multiplies what it has kept in place, once a call.
+        grad_hidden, *rest = torch.autograd.grad(total, [hidden, items] if need_weight else [hidden])
+        grad_weight = nn.functional.pad(rest[0], (0, 0, NUM_SPECIAL_IDS, 0)) if need_weight else None
+    return total.detach(), grad_hidden if need_hidden else None, grad_weight
 
 
 def sampled_loss(

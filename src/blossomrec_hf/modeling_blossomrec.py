@@ -509,7 +509,13 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             labels = packed.pack(labels)
             targets = next_item_targets(labels, packed.cu_seqlens)
             if self.config.objective == "cross_entropy":
-                loss = cross_entropy(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
+                loss = cross_entropy(
+                    hidden_states,
+                    self.lm_head.weight,
+                    targets,
+                    num_items_in_batch,
+                    implementation=self.config.cross_entropy_implementation,
+                )
             else:
                 loss = sampled_loss(
                     self.config.objective,
