@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
 from .modeling_blossomrec import (
     BlossomRecForSequentialRecommendation,
@@ -31,6 +32,7 @@ BlossomRecForSequentialRecommendation.register_for_auto_class("AutoModelForCausa
 BlossomRecTokenizer.register_for_auto_class("AutoTokenizer")
 
 __all__ = [
+    "BlossomRecCache",
     "BlossomRecConfig",
     "BlossomRecForSequentialRecommendation",
     "BlossomRecModel",

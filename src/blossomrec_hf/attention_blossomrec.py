@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .cache_blossomrec import Append
 from .configuration_blossomrec import BlossomRecConfig
 from .ops_reference import REFERENCE_OPS, Ops, Selection, power_law_distances, straight_through
 from .ops_torch import TORCH_OPS
@@ -237,6 +238,7 @@ class BlossomAttention(nn.Module):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         output_attentions: bool = False,
+        append: Append | None = None,
     ) -> tuple[torch.Tensor, Selection | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
@@ -244,6 +246,7 @@ class BlossomAttention(nn.Module):
             position_embeddings: cosines and sines of the rotary embedding, `[1, T, d]` each.
             cu_seqlens: `[S + 1]` offsets of the histories.
             max_seqlen: length of the longest one.
+            append: with a cache: what the packed histories are the new events of.
 
         Returns:
             the output `[1, T, hidden_size]`, the `Selection` (long-term stream), the gates `[1, T, H, 2]` (`blossom`
@@ -264,7 +267,11 @@ class BlossomAttention(nn.Module):
             "scaling": self.scaling,
         }
         probs = None
-        if output_attentions:
+        if append is not None:
+            append.store(self.layer_idx, rotate(k, *position_embeddings), v, getattr(self, "compressor", None))
+        if append is not None and not append.from_start:
+            out, selection, _ = _attention(append.ops(self.layer_idx), self, q, k, v, **kwargs)
+        elif output_attentions:
             out, selection, probs = _attention(REFERENCE_OPS, self, q, k, v, **kwargs, return_probs=True)
         else:
             implementation = self.config._attn_implementation

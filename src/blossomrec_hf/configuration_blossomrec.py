@@ -67,7 +67,7 @@ class BlossomRecConfig(PreTrainedConfig):
 
     model_type = "blossomrec"
     default_theta = 10000.0
-    keys_to_ignore_at_inference = ["hidden_states", "attentions", "selections"]
+    keys_to_ignore_at_inference = ["hidden_states", "attentions", "selections", "cache"]
 
     vocab_size: int = 3418
     hidden_size: int = 128

@@ -15,6 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
+from .cache_blossomrec import Append, BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
@@ -66,12 +67,17 @@ class BlossomRecModelOutput(ModelOutput):
         hidden_states (`tuple`, *optional*): the embedding and every layer's output, each `[B, L, hidden_size]`.
         attentions (`tuple`, *optional*): every layer's gated attention probabilities, each `[B, H, L, L]`.
         selections (`tuple[LayerSelection]`, *optional*): what every layer selected, and its gates.
+        cache (`BlossomRecCache`, *optional*): the cache, with these histories or events in it. `past_key_values`, the
+            name that older versions of `transformers` give it, is the same.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     selections: tuple[LayerSelection, ...] | None = None
+    cache: BlossomRecCache | None = None
+
+    past_key_values = property(lambda self: self.cache)
 
 
 @dataclass
@@ -82,7 +88,7 @@ class BlossomRecOutput(ModelOutput):
         logits (`torch.Tensor`): `[B, L, vocab_size]`, or `[S, n, vocab_size]` with `logits_to_keep=n`: plain dot
             products, those of [PAD] and [UNK] included; zero at padding. `None` in training mode with `labels` (and no
             `logits_to_keep`): the loss does not need them.
-        hidden_states, attentions, selections: as in `BlossomRecModelOutput`.
+        hidden_states, attentions, selections, cache: as in `BlossomRecModelOutput`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -90,6 +96,9 @@ class BlossomRecOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     selections: tuple[LayerSelection, ...] | None = None
+    cache: BlossomRecCache | None = None
+
+    past_key_values = property(lambda self: self.cache)
 
 
 class PackedHistories(NamedTuple):
@@ -366,7 +375,11 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
+        past_key_values: BlossomRecCache | None = None,
+        cache: BlossomRecCache | None = None,
+        use_cache: bool | None = None,
         packed: PackedHistories | None = None,
+        append: Append | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecModelOutput:
         """
@@ -379,11 +392,18 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 `max_length_k`, which collators send along, say the same.
             output_attentions: the reference path (`attn_implementation="eager"`) alone has probabilities to give.
             output_selection: what every layer selected, and its gates; on every path.
+            past_key_values: what is known of the histories; the input then holds their new events alone, and so does
+                the output. In evaluation mode, without gradients. Events are not counted by `position_ids`, and marked
+                by `attention_mask` as any input is. `cache` is another name for it.
+            use_cache: whether the histories are kept: `True` makes a cache where none is given, `False` leaves the
+                given one as it was. `None` means `True` where a cache is given.
             packed: what `pack_histories` made of these inputs, where that is known already.
+            append: what `begin_append` made of the cache and these inputs, for a caller that commits it.
 
         Raises:
-            ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input, and
-                attentions asked of a path that has none.
+            ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
+                attentions asked of a path that has none, and a cache that does not fit the model or the input (it is
+                left as it was).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
@@ -401,29 +421,62 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             packed = pack_histories(
                 inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
             )
-        inputs = packed.pack(inputs)
-        hidden_states = self.item_embedding(inputs) if inputs_embeds is None else inputs
-        hidden_states = self.dropout(self.embedding_norm(hidden_states))[None]
+        cache = past_key_values if cache is None else cache
+        own_append = append is None and (cache is not None or use_cache)
+        if own_append:
+            append = self.begin_append(cache, packed, input_ids)
+        if append is not None and output_attentions:
+            raise ValueError("`output_attentions=True` cannot be combined with a cache; `output_selection=True` can.")
+        position = packed.position if append is None else append.position
+        with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
+            inputs = packed.pack(inputs)
+            hidden_states = self.item_embedding(inputs) if inputs_embeds is None else inputs
+            hidden_states = self.dropout(self.embedding_norm(hidden_states))[None]
 
-        position_embeddings = self.rotary_embedding(packed.position, hidden_states.dtype)
-        states, attentions, selections = [hidden_states], [], []
-        for layer in self.layers:
-            hidden_states, selection, gates, probs = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                cu_seqlens=packed.cu_seqlens,
-                max_seqlen=packed.max_seqlen,
-                output_attentions=bool(output_attentions),
-            )
-            states.append(hidden_states)
-            attentions.append(probs)
-            selections.append((selection, gates))
+            position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
+            states, attentions, selections = [hidden_states], [], []
+            for layer in self.layers:
+                hidden_states, selection, gates, probs = layer(
+                    hidden_states,
+                    position_embeddings=position_embeddings,
+                    cu_seqlens=packed.cu_seqlens,
+                    max_seqlen=packed.max_seqlen,
+                    output_attentions=bool(output_attentions),
+                    append=append,
+                )
+                states.append(hidden_states)
+                attentions.append(probs)
+                selections.append((selection, gates))
+        if own_append and use_cache is not False:
+            append.commit(hidden_states[0])
         return BlossomRecModelOutput(
             last_hidden_state=packed.unpack(hidden_states[0]),
             hidden_states=tuple(packed.unpack(x[0]) for x in states) if output_hidden_states else None,
             attentions=tuple(packed.unpack_pairs(x) for x in attentions) if output_attentions else None,
             selections=tuple(_layer_selection(packed, *x) for x in selections) if output_selection else None,
+            cache=None if append is None else append.cache,
         )
+
+    def begin_append(
+        self, cache: BlossomRecCache | None, packed: PackedHistories, input_ids: torch.Tensor | None
+    ) -> Append:
+        """
+        The new events `packed` on their way into `cache` (or a new one).
+
+        Raises:
+            ValueError: in training mode, and for a cache that does not fit the model or the events.
+        """
+        if self.training:
+            raise ValueError("A cache works in evaluation mode; call `model.eval()`, or leave out `past_key_values`.")
+        cache = BlossomRecCache(self.config) if cache is None else cache
+        if not isinstance(cache, BlossomRecCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__}; BlossomRec's histories need a `BlossomRecCache` (or "
+                "`use_cache=True` alone, which makes one)."
+            )
+        cache.check_config(self.config)
+        items = None if input_ids is None else packed.pack(input_ids)
+        return Append(cache, packed.cu_seqlens, items, packed.position.shape[0])
 
 
 def _layer_selection(packed: PackedHistories, selection, gates) -> LayerSelection:
@@ -472,6 +525,9 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
+        past_key_values: BlossomRecCache | None = None,
+        cache: BlossomRecCache | None = None,
+        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecOutput:
         """
@@ -480,20 +536,27 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
                 its history. −100, [PAD] and [UNK] are no targets.
             logits_to_keep: n > 0 returns logits of the last n real positions of each history alone, `[S, n,
                 vocab_size]` (S rows, or packed histories), zero where a history is shorter. The loss is not affected.
+                With a cache, of the last n new ones.
             num_items_in_batch: number of targets of the whole step, over accumulated batches and processes, that the
                 summed loss is divided by; this batch's own number where it is missing.
 
             The other arguments are those of `BlossomRecModel.forward`.
 
         Raises:
-            ValueError: as `BlossomRecModel.forward`, and for labels outside the vocabulary.
+            ValueError: as `BlossomRecModel.forward`, for labels outside the vocabulary, and for labels with a cache.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None:
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        cache = past_key_values if cache is None else cache
+        if labels is not None and (cache is not None or use_cache):
+            raise ValueError("`labels` cannot be combined with a cache; a loss needs the histories themselves.")
         packed = pack_histories(
             inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size, labels
         )
+        append = None
+        if cache is not None or use_cache:
+            append = self.model.begin_append(cache, packed, input_ids)
         outputs: BlossomRecModelOutput = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -501,6 +564,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             output_attentions=output_attentions,
             output_selection=output_selection,
             packed=packed,
+            append=append,
         )
         hidden_states = packed.pack(outputs.last_hidden_state)
 
@@ -533,12 +597,15 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
         elif labels is None or not self.training:
             logits = packed.unpack(self.lm_head(hidden_states))
+        if append is not None and use_cache is not False:  # the last thing that can fail is done
+            append.commit(hidden_states)
         return BlossomRecOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             selections=outputs.selections,
+            cache=outputs.cache,
         )
 
 
