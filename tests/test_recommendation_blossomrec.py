@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf import recommendation_blossomrec as recommendation
 from blossomrec_hf.recommendation_blossomrec import rank_items, top_of_rows
 
@@ -145,6 +145,21 @@ def test_states_from_elsewhere_are_ranked_alike():
     assert torch.equal(out.item_ids, expected.item_ids)
     torch.testing.assert_close(out.scores, expected.scores)
     assert model.recommend_from_states(states, top_k=5, min_score=1e9).item_ids.unique().tolist() == [-1]
+
+
+def test_a_cache_gives_what_whole_histories_give():
+    model = recommender()
+    rows, cuts = [*histories(40, 3, 25), []], (17, 3, 0, 0)
+    cache = BlossomRecCache(model.config)
+    for inputs in ([row[:cut] for row, cut in zip(rows, cuts)], [[*row[cut:], 1] for row, cut in zip(rows, cuts)]):
+        out = model.recommend(inputs, top_k=30, exclude_ids=[5, 6], past_key_values=cache)
+    expected = model.recommend(rows, top_k=30, exclude_ids=[5, 6])
+    assert torch.equal(out.item_ids, expected.item_ids) and out.num_unknown.tolist() == [1] * 4
+    torch.testing.assert_close(out.scores, expected.scores)
+    again = model.recommend([[]] * 4, top_k=30, exclude_ids=[5, 6], past_key_values=cache)
+    assert torch.equal(again.item_ids, expected.item_ids)
+    with pytest.raises(ValueError, match="max_length"):
+        model.recommend(rows, max_length=3, past_key_values=cache)
 
 
 def test_scores_are_float32_under_autocast_and_in_bfloat16():
