@@ -87,7 +87,7 @@ def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seco
     from blossomrec_hf.data import HistoryWindows, PackedDataLoader, build_sequences
 
     windows = HistoryWindows(build_sequences(log)[0], max_length)
-    loader = PackedDataLoader(windows, max_tokens, num_workers=workers, persistent_workers=workers > 0)
+    loader = PackedDataLoader(windows, max_tokens, num_workers=workers)
     padded = len(windows) * int(windows.lengths.max())
     for epoch in range(4):
         loader.set_epoch(epoch)

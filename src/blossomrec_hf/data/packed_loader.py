@@ -20,7 +20,9 @@ class PackedDataLoader(DataLoader):
         max_tokens (`int`): T of every batch.
         shuffle (`bool`), seed (`int`): as for [`TokenBudgetSampler`].
         num_replicas, rank (`int`): as for [`TokenBudgetSampler`].
-        kwargs: `num_workers`, `pin_memory`, … of `DataLoader`.
+        num_workers (`int`): processes that make batches; they live on from epoch to epoch, since starting them costs
+            more than an epoch of a small log.
+        kwargs: `pin_memory`, … of `DataLoader`.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class PackedDataLoader(DataLoader):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
         sampler = TokenBudgetSampler(
@@ -39,7 +42,12 @@ class PackedDataLoader(DataLoader):
         )
         longest = int(windows.lengths.max())
         super().__init__(
-            windows, batch_sampler=sampler, collate_fn=PackingCollator(longest, max_tokens=max_tokens), **kwargs
+            windows,
+            batch_sampler=sampler,
+            collate_fn=PackingCollator(longest, max_tokens=max_tokens),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            **kwargs,
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -78,5 +86,4 @@ class PackedTrainerMixin:
             rank=self.args.process_index,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
         )

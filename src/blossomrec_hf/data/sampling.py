@@ -97,11 +97,11 @@ class TokenBudgetSampler(Sampler[list[int]]):
             heapq.heapreplace(emptiest, (load + length, number))
         return batches
 
-    def _plan(self) -> list[list[int]]:
-        if self._planned is not None and self._planned[0] == self.epoch:
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if self._planned is not None and self._planned[0] == epoch:
             return self._planned[1]
         if self.shuffle:
-            rng = np.random.default_rng((self.seed, self.epoch))
+            rng = np.random.default_rng((self.seed, epoch))
             batches = None
             # Roughly, not strictly, longest first: strictly would put the same long histories together every epoch.
             for spread in (0.7, 0.3, 0.1, 0.0):
@@ -113,12 +113,14 @@ class TokenBudgetSampler(Sampler[list[int]]):
         else:
             batches = self._in_order()
             batches += [[] for _ in range(self._num_batches - len(batches))]
-        self._planned = (self.epoch, batches)
+        self._planned = (epoch, batches)
         return batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._plan()
-        return iter(batches if self.rank is None else batches[self.rank :: self.num_replicas])
+        batches = self._plan(self.epoch)
+        yield from batches if self.rank is None else batches[self.rank :: self.num_replicas]
+        if self.shuffle:  # while the epoch's last batches are still at work
+            self._plan(self.epoch + 1)
 
     def __len__(self) -> int:
         return self._num_batches if self.rank is None else self._num_batches // self.num_replicas
