@@ -18,6 +18,8 @@ MAX_SCORES = {"cpu": 2**22, "cuda": 2**28}  # scores alive at a time, 16 MiB and
 MAX_CHUNK = {"cpu": 2**18, "cuda": 2**22}  # items scored at a time, at most
 # One candidate of one history costs its row of the embedding gathered, about so many items of a shared product.
 GATHER_COST = 16
+# So many candidates an item wanted are taken from an index, and so many at least; its own scores are rough.
+INDEX_FETCH, MIN_FETCH = 4, 100
 
 
 @dataclass
@@ -275,6 +277,7 @@ class RecommendationMixin:
         min_score: float | None = None,
         max_length: int | None = None,
         past_key_values: BlossomRecCache | None = None,
+        index: Any | None = None,
     ) -> RecommendationOutput:
         """
         The `top_k` best next items of each history, ties to the lower id. Always in evaluation mode, scored in float32
@@ -293,6 +296,8 @@ class RecommendationMixin:
             max_length: the model reads the latest so many items of a history; all of them count as seen.
             past_key_values: what is known of the histories; `input_ids` then holds their new events alone (a row may
                 have none), which are appended to it, and the items of the whole histories count as seen.
+            index: a `blossomrec_hf.index.ItemIndex` of this model, which finds the candidates where no `candidate_ids`
+                are given: more than enough for what is left out, scored exactly. It may miss some of the best.
 
         Returns:
             `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`. An empty history gets the most frequent
@@ -345,6 +350,7 @@ class RecommendationMixin:
             exclude_ids=exclude_ids,
             candidate_ids=candidate_ids,
             min_score=min_score,
+            index=index,
         )
         out.num_unknown = num_unknown
         return out
@@ -360,6 +366,7 @@ class RecommendationMixin:
         exclude_ids: torch.LongTensor | Sequence | None = None,
         candidate_ids: torch.LongTensor | Sequence | None = None,
         min_score: float | None = None,
+        index: Any | None = None,
     ) -> RecommendationOutput:
         """
         What `recommend` does once histories have been read, for states that come from elsewhere, such as a cache.
@@ -383,13 +390,25 @@ class RecommendationMixin:
                     f"({batch} of them)."
                 )
             sets[name] = ids
+        states, candidates = states.to(device), sets["candidate_ids"]
         excluded = [ids.expand(batch, -1) for ids in (sets["seen_ids"], sets["exclude_ids"]) if ids is not None]
+        excluded = torch.cat(excluded, 1) if excluded else None
+        if index is not None and candidates is None:
+            index.check(weight)
+            count = max(INDEX_FETCH * top_k, MIN_FETCH)
+            if excluded is not None:
+                count += int((excluded >= NUM_SPECIAL_IDS).sum(1).amax())
+            count = min(count, vocab_size - NUM_SPECIAL_IDS)
+            candidates = index.search(states, count)
+            if empty is not None and bool(empty.any()):
+                popular = top_of_rows(self.item_counts[None, NUM_SPECIAL_IDS:].float(), count)[1] + NUM_SPECIAL_IDS
+                candidates = torch.where(empty[:, None], popular, candidates)
         item_ids, scores = rank_items(
-            states.to(device),
+            states,
             weight,
             top_k,
-            excluded=torch.cat(excluded, 1) if excluded else None,
-            candidates=sets["candidate_ids"],
+            excluded=excluded,
+            candidates=candidates,
             popular=empty,
             item_counts=self.item_counts,
         )

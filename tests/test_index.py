@@ -1,0 +1,73 @@
+"""The index finds what an exact search finds, and is refused when it is another model's."""
+
+import pytest
+import torch
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.index import ABOUT_FILE, INDEX_FILE, ItemIndex
+
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture(scope="module")
+def model() -> BlossomRecForSequentialRecommendation:
+    torch.manual_seed(0)
+    config = BlossomRecConfig(vocab_size=5002, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    model = BlossomRecForSequentialRecommendation(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.item_counts[2:] = torch.randperm(5000)
+    return model
+
+
+def histories() -> list[list[int]]:
+    return [*(torch.randint(2, 5002, (n,)).tolist() for n in (1, 60, 9)), []]
+
+
+def test_reading_all_lists_is_exact_and_saving_keeps_it(model, tmp_path):
+    index = ItemIndex.build(model, lists=20, probes=20)
+    index.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {INDEX_FILE, ABOUT_FILE}
+    loaded = ItemIndex.load(tmp_path, model)
+    assert loaded.probes == 20
+    rows, top = histories(), model.recommend(histories(), top_k=30).item_ids[0]
+    for settings in ({}, {"exclude_ids": top}, {"exclude_seen": False}, {"min_score": 0.5}, {"candidate_ids": [5, 9]}):
+        expected = model.recommend(rows, **settings)
+        for found in (model.recommend(rows, index=index, **settings), model.recommend(rows, index=loaded, **settings)):
+            assert torch.equal(found.item_ids, expected.item_ids)
+            torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_few_lists_find_most(model):
+    rows = [torch.randint(2, 5002, (9,)).tolist() for _ in range(50)]
+    exact = model.recommend(rows).item_ids
+    recalls = []
+    for probes in (1, 30):
+        index = ItemIndex.build(model, lists=60, probes=probes)
+        found = model.recommend(rows, index=index).item_ids
+        recalls.append((found[:, :, None] == exact[:, None]).any(1).float().mean().item())
+    assert recalls[0] < recalls[1] and recalls[1] > 0.9
+
+
+def test_a_stale_index_is_refused(model, tmp_path):
+    index = ItemIndex.build(model)
+    index.save(tmp_path)
+    model.recommend(histories(), index=index)
+    before = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] += 1e-3
+    try:
+        for refused in (lambda: ItemIndex.load(tmp_path, model), lambda: model.recommend(histories(), index=index)):
+            with pytest.raises(ValueError, match="stale"):
+                refused()
+    finally:
+        model.lm_head.weight.data.copy_(before)
+    model.recommend(histories(), index=ItemIndex.load(tmp_path, model))
+
+
+def test_bad_input_is_named(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="ItemIndex.build"):
+        ItemIndex.load(tmp_path, model)
+    for arguments, message in (({"lists": 5001}, "lists"), ({"lists": 0}, "lists"), ({"probes": 0}, "probes")):
+        with pytest.raises(ValueError, match=message):
+            ItemIndex.build(model, **arguments)
