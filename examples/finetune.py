@@ -3,20 +3,32 @@ Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint,
 
     python examples/finetune.py                                                   # the built-in data set
     python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --learning_rate 3e-4
-    python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --train_only embeddings
+    python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --train_only lora
+    python examples/finetune.py --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
 
 A log with items that the checkpoint does not know makes its catalogue grow; the rows of the old items stay in place,
-new items begin at their mean. All options of `TrainingArguments` are there: `python examples/finetune.py --help`.
+new items begin at their mean or at given vectors. All options of `TrainingArguments` are there: `python
+examples/finetune.py --help`.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.data import item_counts, split
-from blossomrec_hf.training import LogArguments, RankingCollator, SequentialRecommendationTrainer, parse_arguments
+from blossomrec_hf.data import build_sequences, item_counts, split
+from blossomrec_hf.training import (
+    LogArguments,
+    RankingCollator,
+    SequentialRecommendationTrainer,
+    add_items,
+    freeze_all_but_items,
+    parse_arguments,
+    read_item_vectors,
+)
 
 
 DEFAULTS = {
@@ -34,6 +46,8 @@ DEFAULTS = {
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+TRAIN_ONLY = ("all", "embeddings", "new_items", "lora")
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -42,11 +56,28 @@ class FineTuneArguments:
 
     model: str | None = field(default=None, metadata={"help": "A checkpoint; left out, a new small model."})
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
-    train_only: str = field(default="all", metadata={"help": "all, or embeddings: the layers stay as they are."})
+    train_only: str = field(
+        default="all",
+        metadata={
+            "help": "all; embeddings: the layers stay as they are; new_items: the old items too; lora: low-rank "
+            "adapters in the layers, saved in adapter/ and merged into the model, and the new items (needs peft)."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "The rank of the adapters."})
+    item_vectors: str | None = field(
+        default=None,
+        metadata={"help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item."},
+    )
+    replay: str | None = field(
+        default=None,
+        metadata={"help": "A log of old users to train on beside the new ones, so that none is forgotten."},
+    )
 
     def __post_init__(self):
-        if self.train_only not in ("all", "embeddings"):
-            raise ValueError(f"`train_only` must be all or embeddings, got {self.train_only!r}.")
+        if self.train_only not in TRAIN_ONLY:
+            raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
+        if self.model is None and (self.train_only != "all" or self.item_vectors or self.replay):
+            raise ValueError("`train_only`, `item_vectors` and `replay` are for a `model` that is there already.")
 
 
 def main() -> None:
@@ -70,25 +101,37 @@ def main() -> None:
         log_items = tokenizer.decode_items(range(2, len(tokenizer)))
         tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
         model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
-        if num_added := tokenizer.add_items(log_items):
-            model.resize_token_embeddings(len(tokenizer))
+        first_new = len(tokenizer)
+        vectors = None if args.item_vectors is None else read_item_vectors(args.item_vectors)
+        if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
             print(f"{num_added} new items; the catalogue now holds {len(tokenizer) - 2}.")
         dataset, _ = log_args.build(tokenizer)
         model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
-    if args.train_only == "embeddings":
-        model.requires_grad_(False)
+    train_view = split(dataset, "train")
+    if args.replay is not None:
+        train_view = ConcatDataset([train_view, split(build_sequences(args.replay, tokenizer=tokenizer)[0], "train")])
+    if args.train_only in ("embeddings", "new_items"):
+        freeze_all_but_items(model, 2 if args.train_only == "embeddings" else first_new)
+    elif args.train_only == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        freeze_all_but_items(model, first_new)
+        # The adapters are put into `model` itself, which stays what `Trainer` trains.
+        adapted = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_MODULES))  # fmt: skip
         model.get_input_embeddings().requires_grad_(True)
-        model.get_output_embeddings().requires_grad_(True)
 
     trainer = SequentialRecommendationTrainer(
         model,
         training_args,
         data_collator=RankingCollator(max_length=args.max_length),
-        train_dataset=split(dataset, "train"),
+        train_dataset=train_view,
         eval_dataset=split(dataset, "validation"),
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if args.train_only == "lora":
+        adapted.save_pretrained(Path(training_args.output_dir) / "adapter")
+        trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
     trainer.save_model()
     figures = trainer.evaluate(split(dataset, "test"), metric_key_prefix="test")
     trainer.save_metrics("test", figures)

@@ -9,8 +9,23 @@ from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.training import evaluate
 
 
-@pytest.mark.parametrize("train_only", ["all", "embeddings"])
+def check_the_adapter(before, after, folder):
+    """The grown base model with the saved adapter merged is the saved model."""
+    before.resize_token_embeddings(77)
+    before.model.item_embedding.weight.data.copy_(after.model.item_embedding.weight)
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(before, folder).merge_and_unload()
+    assert set(merged.state_dict()) == set(after.state_dict())
+    for name, weight in after.state_dict().items():
+        if name != "model.item_counts":
+            torch.testing.assert_close(merged.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("train_only", ["all", "embeddings", "lora"])
 def test_new_items_are_learned_and_old_ones_kept(run_example, trained, tmp_path, train_only):
+    if train_only == "lora":
+        pytest.importorskip("peft")
     new_log = write_log(tmp_path / "new.csv", num_users=60, num_items=75)
     printed = run_example(
         "finetune.py", "--model", trained[0], "--data", new_log, "--max_length", 20, "--output_dir", tmp_path / "run",
@@ -24,9 +39,14 @@ def test_new_items_are_learned_and_old_ones_kept(run_example, trained, tmp_path,
     assert after.config.vocab_size == len(tokenizer) == 77
     frozen = torch.equal(before.model.layers[0].up_proj.weight, after.model.layers[0].up_proj.weight)
     assert frozen == (train_only == "embeddings")
-    assert not torch.equal(before.model.item_embedding.weight[2:62], after.model.item_embedding.weight[2:62])
+    old_rows_stay = torch.equal(before.model.item_embedding.weight, after.model.item_embedding.weight[:62])
+    assert old_rows_stay == (train_only == "lora")
+    mean = before.model.item_embedding.weight[2:].mean(0)
+    assert (after.model.item_embedding.weight[62:] - mean).abs().max() > 1e-3
 
     dataset, _ = build_sequences(new_log, tokenizer=tokenizer)
     expected = evaluate(after, split(dataset, "test"), max_length=20, progress=False)
     figures = json.loads((tmp_path / "run" / "test_results.json").read_text())
     assert {name: figures[f"test_{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
+    if train_only == "lora":
+        check_the_adapter(before, after, tmp_path / "run" / "adapter")

@@ -7,6 +7,7 @@ from .evaluation import HeldOutItems, ModelScores, Ranks, evaluate, rank_by_scor
 from .histories import HistoryStore
 from .loop import TrainingLoop, TrainingResult, describe_environment, train
 from .metrics import per_user_metrics, ranking_metrics
+from .new_items import add_items, freeze_all_but_items, read_item_vectors
 from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
@@ -27,12 +28,14 @@ __all__ = [
     "SequentialRecommendationTrainer",
     "TrainingLoop",
     "TrainingResult",
+    "add_items",
     "append_result",
     "bootstrap_means",
     "describe_environment",
     "describe_evaluation",
     "draw_selection",
     "evaluate",
+    "freeze_all_but_items",
     "markdown_table",
     "paired_difference",
     "parse_arguments",
@@ -41,6 +44,7 @@ __all__ = [
     "rank_held_out_items",
     "ranking_compute_metrics",
     "ranking_metrics",
+    "read_item_vectors",
     "read_results",
     "save_arguments",
     "selection_statistics",

@@ -1,0 +1,67 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.numpy import save_file
+from training_cases import make_model
+
+from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.training import add_items, freeze_all_but_items, read_item_vectors
+
+
+def vectors_file(path, vectors):
+    if path.suffix == ".parquet":
+        pl.DataFrame({"item": [int(item) for item in vectors], "vector": list(vectors.values())}).write_parquet(path)
+    else:
+        save_file(vectors, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["vectors.parquet", "vectors.safetensors"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_items_begin_where_they_are_told(tmp_path, name, tied):
+    tokenizer = BlossomRecTokenizer.from_items([10, 20, 30])
+    model = make_model(5, tie_word_embeddings=tied)
+    old = model.lm_head.weight.detach().clone()
+    given = {"20": np.ones(16, np.float32), "50": np.random.default_rng().normal(size=16).astype(np.float32)}
+    vectors = read_item_vectors(vectors_file(tmp_path / name, given))
+    assert add_items(model, tokenizer, [20, 40, 50], vectors=vectors) == 2
+    assert tokenizer.encode_items([10, 20, 30, 40, 50]) == [2, 3, 4, 5, 6]
+    for table in (model.lm_head.weight, model.model.item_embedding.weight):
+        np.testing.assert_allclose(table[6].detach().numpy(), given["50"], rtol=1e-6)
+    torch.testing.assert_close(model.lm_head.weight[:5], old)  # a vector for an old item changes nothing
+    torch.testing.assert_close(model.lm_head.weight[5], old[2:].mean(0))
+    assert add_items(model, tokenizer, [40, 50], vectors=vectors) == 0
+
+
+@pytest.mark.parametrize(
+    ("vector", "named"), [(np.ones(8), r"\(8,\) for the item '7', but the model's `hidden_size` is 16"), (np.full(16, np.nan), "finite")]
+)  # fmt: skip
+def test_bad_vectors_change_nothing(vector, named):
+    tokenizer, model = BlossomRecTokenizer.from_items([10, 20, 30]), make_model(5)
+    with pytest.raises(ValueError, match=named):
+        add_items(model, tokenizer, [7], vectors={"7": vector})
+    assert len(tokenizer) == model.config.vocab_size == 5
+
+
+def test_files_that_hold_no_vectors_are_named(tmp_path):
+    with pytest.raises(ValueError, match="parquet or .safetensors"):
+        read_item_vectors(tmp_path / "vectors.csv")
+    pl.DataFrame({"id": [1]}).write_parquet(tmp_path / "v.parquet")
+    with pytest.raises(ValueError, match="lacks the columns item, vector; it has id"):
+        read_item_vectors(tmp_path / "v.parquet")
+
+
+@pytest.mark.parametrize("first", [2, 9])
+def test_only_the_items_asked_for_are_trained(first):
+    model = make_model(12)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    freeze_all_but_items(model, first)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    input_ids = torch.arange(2, 12)[None]
+    model(input_ids, labels=input_ids).loss.backward()
+    optimizer.step()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"lm_head.weight", "model.item_embedding.weight"}
+    moved = (model.lm_head.weight != before["lm_head.weight"]).any(1)
+    assert moved[first:].all() and not moved[:first].any()
