@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from blossomrec_hf.data import PackingCollator, split
+from blossomrec_hf.data import HistoryWindows, PackingCollator, split
 from blossomrec_hf.training.histories import HistoryStore, budget_batches, concatenate
 
 
@@ -15,6 +15,21 @@ def test_packs_what_the_collator_packs(log, max_length):
     for name in batch:
         assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])), name
     assert store.num_targets[rows].sum() == (expected["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("max_length", [None, 5, 7])
+def test_what_overlapping_windows_know_is_no_target(log, max_length):
+    windows = HistoryWindows(log[0], 8, window="overlapping", stride=3)
+    store = HistoryStore.from_rows(windows, max_length=max_length)
+    rows = np.random.default_rng().permutation(len(windows))[:30]
+    batch, expected = store.pack(rows, labels=True), PackingCollator(max_length)([windows[int(row)] for row in rows])
+    for name in batch:
+        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(expected[name])), name
+    np.testing.assert_array_equal(
+        store.num_targets[rows], [(store.pack([row], labels=True)["labels"] != -100).sum() for row in rows]
+    )
+    if max_length is None:  # every event but each user's first is a target once
+        assert store.num_targets.sum() == HistoryStore.from_rows(split(log[0], "train")).num_targets.sum()
 
 
 def test_specials_and_first_items_are_no_targets():

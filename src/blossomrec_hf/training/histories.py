@@ -24,14 +24,23 @@ class HistoryStore:
         items: int32 [total], the vocabulary ids of all histories, one history after the other.
         offsets: int64 [number of histories + 1], where each history starts; the last entry is the total.
         max_length: how many of its latest items each history gives to a batch; all when left out.
+        num_known: int64 [number of histories], how many of its first items are context and no targets, as
+            [`~blossomrec_hf.data.HistoryWindows`] that overlap have them; 1 when left out.
 
     Attributes:
         lengths: int64 [number of histories], the items in use.
         num_targets: int64 [number of histories], the positions the model is trained on: every item in use but the
-            first, unless it is `[PAD]` or `[UNK]`.
+            known ones, unless it is `[PAD]` or `[UNK]`.
     """
 
-    def __init__(self, items: np.ndarray, offsets: np.ndarray, *, max_length: int | None = None):
+    def __init__(
+        self,
+        items: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        max_length: int | None = None,
+        num_known: np.ndarray | None = None,
+    ):
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
         self.items = torch.from_numpy(np.require(items, dtype=np.int32, requirements=["C", "W"]))
@@ -41,7 +50,10 @@ class HistoryStore:
 
         targets_before = np.zeros(len(items) + 1, dtype=np.int64)
         np.cumsum(np.asarray(items) >= NUM_SPECIAL_TOKENS, out=targets_before[1:])
-        first_targets = np.minimum(self.starts + 1, offsets[1:])
+        known = np.ones_like(full_lengths) if num_known is None else np.asarray(num_known, dtype=np.int64)
+        # Of the items in use; an item without one before it can never be predicted.
+        self.num_known = np.maximum(known - (full_lengths - self.lengths), 1)
+        first_targets = np.minimum(self.starts + self.num_known, offsets[1:])
         self.num_targets = targets_before[offsets[1:]] - targets_before[first_targets]
 
     @classmethod
@@ -49,8 +61,12 @@ class HistoryStore:
         cls, rows: Dataset | Sequence[Mapping], *, column: str = "input_ids", max_length: int | None = None
     ) -> "HistoryStore":
         """
-        Reads one column of a data set, a view of [`~blossomrec_hf.data.split`] or a list of dictionaries.
+        Reads one column of a data set, a view of [`~blossomrec_hf.data.split`],
+        [`~blossomrec_hf.data.HistoryWindows`] or a list of dictionaries; and `num_known`, where rows have it.
         """
+        if len(rows) and "num_known" in rows[0]:
+            histories, num_known = zip(*iterate_columns(rows, column, "num_known"))
+            return cls(*concatenate(histories), max_length=max_length, num_known=np.array(num_known))
         items, offsets = concatenate(values for (values,) in iterate_columns(rows, column))
         return cls(items, offsets, max_length=max_length)
 
@@ -73,19 +89,18 @@ class HistoryStore:
         Returns:
             The model's arguments, on the device of the items: `input_ids` int64 [1, T], `cu_seq_lens_q/k` int32 [S +
             1], `max_length_q/k` (plain integers) and, if asked for, `labels` int64 [1, T]: the items, with −100 for
-            the first of each history and for `[PAD]` and `[UNK]`.
+            the known items of each history (its first, if nothing else is told) and for `[PAD]` and `[UNK]`.
         """
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         begins = ends - lengths
         # One small copy to the device instead of several of the size of the batch; `repeat_interleave` is told the
         # total, which it would wait for the device to learn.
-        plan = np.stack([self.starts[rows] - begins, lengths, begins])
-        shifts, counts, firsts = to_device(torch.from_numpy(plan), self.items.device)
+        plan = np.stack([self.starts[rows] - begins, lengths, begins, begins + self.num_known[rows]])
+        shifts, counts, firsts, first_targets = to_device(torch.from_numpy(plan), self.items.device)
         total = int(ends[-1])
         places = torch.arange(total, device=self.items.device)
-        places += torch.repeat_interleave(shifts, counts, output_size=total)
-        input_ids = self.items[places].long()
+        input_ids = self.items[places + torch.repeat_interleave(shifts, counts, output_size=total)].long()
         cu_seq_lens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         max_length = int(lengths.max())
         batch = {
@@ -97,7 +112,12 @@ class HistoryStore:
         }
         if labels:
             targets = input_ids.masked_fill(input_ids < NUM_SPECIAL_TOKENS, IGNORE_INDEX)
-            batch["labels"] = targets.index_fill(0, firsts, IGNORE_INDEX)[None]
+            if (self.num_known[rows] == 1).all():
+                targets = targets.index_fill(0, firsts, IGNORE_INDEX)
+            else:
+                known = places < torch.repeat_interleave(first_targets, counts, output_size=total)
+                targets = targets.masked_fill(known, IGNORE_INDEX)
+            batch["labels"] = targets[None]
         return batch
 
 
