@@ -106,8 +106,9 @@ def load(model_id: str, data: str | None = None, max_length: int = 2000) -> Serv
         ) from error
     titles_file, titles = _beside(model_id, METADATA_FILE), {}
     if titles_file is not None:
-        frame = pl.read_parquet(titles_file, columns=["item", "title"])
+        frame = pl.read_parquet(titles_file, columns=["item", "title"]).drop_nulls()
         titles = dict(zip(tokenizer.encode_items(frame["item"].to_list()), frame["title"].to_list()))
+        titles.pop(tokenizer.unk_token_id, None)
     served = Served(model_id, model, tokenizer, titles, [], max_length)
     served.samples.extend(_samples(served, data))
     return served
@@ -148,12 +149,14 @@ def read_history(served: Served, text: str) -> tuple[list[int], list[str]]:
     """What someone typed as vocabulary ids, and what to tell them about it."""
     numbers = served.tokenizer.item_type == "int"
     words = [word for word in re.split(r"[\s,;\[\]]+" if numbers else r"\s+", text) if word]
-    malformed = [word for word in words if numbers and not re.fullmatch(r"-?[0-9]{1,18}", word)]
-    known, unknown = [], []
+    known, unknown, malformed = [], [], []
     for word in words:
-        if word not in malformed:
-            item = served.tokenizer.convert_tokens_to_ids(str(int(word)) if numbers else word)
-            known.append(item) if item > 1 else unknown.append(word)
+        if numbers and not re.fullmatch(r"-?[0-9]{1,18}", word):
+            malformed.append(word)
+        elif (item := served.tokenizer.convert_tokens_to_ids(str(int(word)) if numbers else word)) > 1:
+            known.append(item)
+        else:
+            unknown.append(word)
     notices = []
     if malformed:
         example = served.text([2, 3])

@@ -124,21 +124,22 @@ def app():
     return importlib.import_module("app")
 
 
-def save_checkpoint(folder, items, titles=None):
+def save_checkpoint(folder, items):
     model = make_model(num_items=len(items)).float()
     model.item_counts.copy_(torch.tensor([0, 0, *range(len(items), 0, -1)]))
     model.save_pretrained(folder)
     BlossomRecTokenizer.from_items(items).save_pretrained(folder)
-    if titles:
-        pl.DataFrame({"item": items[: len(titles)], "title": titles}).write_parquet(folder / "item_metadata.parquet")
     return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model of the items 100 … 139; all but the last five have titles."""
+    """A model of the items 100 … 139; all but the last five have titles, and so has an item that it does not know."""
     titles = [f"Film number {number} <{'odd' if number % 2 else 'even'}>" for number in range(35)]
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), list(range(100, 140)), titles)
+    folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), list(range(100, 140)))
+    titles = pl.DataFrame({"item": [*range(100, 135), 999, 139], "title": [*titles, "Film number 999", None]})
+    titles.write_parquet(folder / "item_metadata.parquet")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +223,21 @@ def test_built_in_histories_where_the_model_was_trained_on_them(app, tmp_path):
     assert len(app.load(str(tmp_path)).samples) == 1
 
 
+def test_a_checkpoint_on_the_hub(app, checkpoint, served, local_hub):
+    served.model.push_to_hub("ada/films", tokenizer=served.tokenizer, beside=checkpoint, token="hf_writer")
+    pulled = app.load("ada/films")
+    assert pulled.titles == served.titles
+    assert app.answer(pulled, "101 102") == app.answer(served, "101 102")
+    with pytest.raises(ValueError, match="^Cannot load 'ada/nothing'"):
+        app.load("ada/nothing")
+
+
 def test_search_takes_words_in_any_order(served):
     assert [served.label(item) for item in served.search("odd FILM 3")] == [
         f"Film number {number} <odd>" for number in (3, 13, 23, 31, 33)
     ]
     assert served.label(served.search("number 2")[0]) == "Film number 2 <even>"
-    assert served.search(" ") == served.search("no such title") == []
+    assert served.search(" ") == served.search("no such title") == served.search("999") == []
 
 
 def test_what_cannot_be_loaded_is_told_in_one_sentence(app, checkpoint, tmp_path):
