@@ -1,0 +1,154 @@
+"""
+Recommends to all users of a data set: raw ids in, Parquet out.
+
+    python examples/recommend.py --model runs/ml-1m --data ml-1m/interactions.txt --output_dir recommendations
+    accelerate launch examples/recommend.py --model runs/shop --data data/clicks --output_dir out --top_k 100
+
+`--data` is a folder that `prepare_data.py` wrote (read row by row, so it may be larger than memory) or any log that it
+reads. Users are cut into shards of `--shard_users`, in the order of the data set; each process writes shards of its own,
+`recommendations-00000.parquet` and on, with the columns `user_id`, `item_id` (list, the best first) and `score` (list).
+A shard appears complete or not at all: after a kill, the same command goes on with the first one that is missing.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, disable_progress_bars, load_from_disk
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.training import LogArguments, parse_arguments
+from blossomrec_hf.training.histories import budget_batches
+from blossomrec_hf.training.progress import progress_bar
+
+
+@dataclass
+class RecommendArguments:
+    """What to recommend, and where to."""
+
+    model: str = field(default="runs/blossomrec", metadata={"help": "Folder of a checkpoint with its tokenizer."})
+    output_dir: str = field(default="recommendations", metadata={"help": "Where the shards go."})
+    top_k: int = field(default=10, metadata={"help": "Items a user."})
+    include_seen: bool = field(default=False, metadata={"help": "Recommend items of the history, too."})
+    max_length: int = field(default=1000, metadata={"help": "The latest items of a history that the model reads."})
+    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
+    max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
+    shard_users: int = field(default=50_000, metadata={"help": "Users a shard."})
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16."})
+
+    def __post_init__(self):
+        for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+
+
+def read_data(log_args: LogArguments, tokenizer: BlossomRecTokenizer) -> Dataset:
+    """Built sequences with the vocabulary of `tokenizer`, from a saved Dataset or from a log."""
+    folder = Path(log_args.data) if log_args.data else None
+    if folder is None or not (folder / "state.json").exists():
+        return log_args.build(tokenizer)[0]
+    if BlossomRecTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"`data` {folder} was built with another vocabulary than the model's; build it again.")
+    return load_from_disk(str(folder))
+
+
+def recommend_shard(
+    model: BlossomRecForSequentialRecommendation,
+    tokenizer: BlossomRecTokenizer,
+    rows: Dataset,
+    args: RecommendArguments,
+    accelerator: Accelerator,
+) -> pa.Table:
+    """The recommendations for the users of `rows`, in their order; users of like length are read together."""
+    table = rows.with_format("arrow")[:]
+    histories = table["input_ids"].combine_chunks()
+    items, offsets = histories.flatten().to_numpy(), histories.value_lengths().to_numpy().cumsum()
+    offsets = np.append(0, offsets)
+    lengths = np.minimum(np.diff(offsets), args.max_length)
+    order = np.argsort(-lengths, kind="stable")
+    item_ids = np.full((len(rows), args.top_k), -1, np.int64)
+    scores = np.full((len(rows), args.top_k), -np.inf, np.float32)
+    for part in budget_batches(lengths[order], args.max_tokens, max_count=args.max_users):
+        users = order[part]
+        batch = [torch.from_numpy(items[offsets[user] : offsets[user + 1]].astype(np.int64)) for user in users]
+        with accelerator.autocast():
+            out = model.recommend(
+                batch, top_k=args.top_k, exclude_seen=not args.include_seen, max_length=args.max_length
+            )
+        item_ids[users], scores[users] = out.item_ids.cpu().numpy(), out.scores.float().cpu().numpy()
+    found = item_ids >= 0
+    ends = pa.array(np.append(0, found.sum(1).cumsum()), pa.int32())
+    raw = tokenizer.decode_items(item_ids[found])
+    raw = pa.array(raw, pa.int64() if tokenizer.item_type == "int" else pa.string())
+    columns = {
+        "user_id": table["user_id"],
+        "item_id": pa.ListArray.from_arrays(ends, raw),
+        "score": pa.ListArray.from_arrays(ends, pa.array(scores[found])),
+    }
+    return pa.table(columns)
+
+
+def fingerprint(model: BlossomRecForSequentialRecommendation, dataset: Dataset, args: RecommendArguments) -> bytes:
+    """What the shards of a folder depend on, written in each: another run's are not to be mixed with them."""
+    settings = {k: v for k, v in asdict(args).items() if k not in ("model", "output_dir", "max_tokens", "max_users")}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    lengths = dataset.with_format("arrow").select_columns(["test_end"])[:]["test_end"].to_numpy()
+    data = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
+    return json.dumps({**settings, "model": digest.hexdigest()[:16], "users": len(dataset), "data": data}).encode()
+
+
+def main() -> None:
+    log_args, args = parse_arguments(LogArguments, RecommendArguments, description=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    disable_progress_bars()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
+    model = BlossomRecForSequentialRecommendation.from_pretrained(args.model).to(accelerator.device).eval()
+    with accelerator.main_process_first():  # the others find what the first has built
+        dataset = read_data(log_args, tokenizer)
+
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = fingerprint(model, dataset, args)
+    names = [f"recommendations-{number:05d}.parquet" for number in range(-(-len(dataset) // args.shard_users))]
+    own = list(enumerate(names))[accelerator.process_index :: accelerator.num_processes]
+    done = 0
+    for path in sorted(folder.glob("recommendations-*.parquet")):
+        if (pq.read_schema(path).metadata or {}).get(b"made_by") != made_by:
+            raise ValueError(
+                f"`output_dir` {folder} holds a shard, {path.name}, of another model, data set or setting; choose "
+                "another folder, or remove it."
+            )
+        done += path.name in names[accelerator.process_index :: accelerator.num_processes]
+    bar = progress_bar(
+        total=len(own), initial=done, description="Shards", enabled=accelerator.is_main_process, leave=False
+    )
+    with bar:
+        for number, name in own:
+            if (folder / name).exists():
+                continue
+            first = number * args.shard_users
+            rows = dataset.select(range(first, min(first + args.shard_users, len(dataset))))
+            aside = folder / f".{name}.partial"
+            table = recommend_shard(model, tokenizer, rows, args, accelerator)
+            pq.write_table(table.replace_schema_metadata({"made_by": made_by}), aside)
+            aside.rename(folder / name)
+            bar.update()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{len(dataset)} users in {len(names)} shards in {folder}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

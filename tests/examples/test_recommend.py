@@ -1,0 +1,51 @@
+import polars as pl
+import pytest
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.data import build_sequences
+
+
+LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+
+
+def arguments(trained, data, folder):
+    model = ("--model", trained[0], "--data", data, "--output_dir", folder)
+    return (*model, "--top_k", 5, "--shard_users", 17, "--max_length", 20, "--max_tokens", 100)
+
+
+def test_all_users_get_their_items_and_a_cut_run_goes_on(run_example, trained, log_file, tmp_path):
+    folder = tmp_path / "out"
+    printed = run_example("recommend.py", *arguments(trained, log_file, folder))
+    assert printed.strip() == f"60 users in 4 shards in {folder}"
+
+    tokenizer = BlossomRecTokenizer.from_pretrained(trained[0])
+    dataset, _ = build_sequences(log_file, tokenizer=tokenizer)
+    model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
+    expected = model.recommend(dataset["input_ids"][:], top_k=5, max_length=20)
+    written = pl.read_parquet(folder)
+    assert written["user_id"].to_list() == dataset["user_id"][:]
+    assert written["item_id"].to_list() == tokenizer.decode_items(expected.item_ids)
+    for ours, theirs in zip(written["score"].to_list(), expected.scores.tolist()):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+    # As after a kill: a shard is missing, another was half written. The built data set gives the same; so do two ranks.
+    shards = sorted(folder.glob("*.parquet"))
+    before = [path.stat().st_mtime_ns for path in shards]
+    shards[2].unlink()
+    (folder / f".{shards[2].name}.partial").write_bytes(b"half")
+    run_example("recommend.py", *arguments(trained, log_file, folder), launcher=LAUNCHER)
+    assert pl.read_parquet(folder).equals(written)
+    after = [path.stat().st_mtime_ns for path in shards]
+    assert [new == old for new, old in zip(after, before)] == [True, True, False, True]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_saved_data_set_is_read_and_shards_of_other_settings_are_refused(run_example, trained, log_file, tmp_path):
+    tokenizer = BlossomRecTokenizer.from_pretrained(trained[0])
+    build_sequences(log_file, tokenizer=tokenizer, output_dir=tmp_path / "data")
+    folder = tmp_path / "out"
+    run_example("recommend.py", *arguments(trained, tmp_path / "data", folder))
+    assert pl.read_parquet(folder).height == 60
+    other = (*arguments(trained, tmp_path / "data", folder), "--include_seen", "True")
+    error = run_example("recommend.py", *other, status=1, field="stderr")
+    assert "output_dir" in error
