@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import write_item_metadata
+from blossomrec_hf.hub import write_card, write_summary
 from blossomrec_hf.training import (
     LogArguments,
     LoopArguments,
@@ -133,16 +134,15 @@ def main() -> None:
     model = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
     print_recommendations(model, tokenizer, test_view[0])
 
+    configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
+    run = {"seed": configuration.pop("seed"), "configuration": configuration, "test": figures}
+    run |= {"training": asdict(result), **describe_environment()}
     if output_args.results_json is not None:
-        configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
-        append_result(
-            output_args.results_json,
-            seed=configuration.pop("seed"),
-            configuration=configuration,
-            test=figures,
-            training=asdict(result),
-            **describe_environment(),
-        )
+        append_result(output_args.results_json, **run)
+    write_summary(args.output_dir, run)
+    write_card(args.output_dir)
+    if args.push_to_hub:
+        print(f"\nPushed: {loop.push_to_hub().commit_url}")
 
 
 def print_figures(figures: dict[str, float], ks: list[int]) -> None:

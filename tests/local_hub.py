@@ -123,12 +123,16 @@ class LocalHub:
         self.tokens = {"hf_writer": ("ada", True), "hf_reader": ("ada", False), "hf_other": ("eve", True)}
         self.multipart_bytes = 2**62
         self.reset()
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self), bind_and_activate=False)
-        self.server.daemon_threads = True
-        self.server.server_bind()  # a port of its own; connections are refused until `start`
+        self._bind(port)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.cdn_url = f"http://localhost:{self.server.server_address[1]}"  # to the client, another host
-        self._started = False
+        self.is_up = False
+
+    def _bind(self, port: int) -> None:
+        """Takes a port, on which connections are refused until `start`."""
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self), bind_and_activate=False)
+        self.server.daemon_threads = True
+        self.server.server_bind()
 
     def reset(self) -> None:
         """An empty Hub."""
@@ -141,10 +145,18 @@ class LocalHub:
         self.lock = threading.RLock()
 
     def start(self) -> None:
-        if not self._started:
-            self._started = True
+        if not self.is_up:
+            self.is_up = True
             self.server.server_activate()
             threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def stop(self) -> None:
+        """No network any more: open connections break, new ones are refused. What was stored stays."""
+        if self.is_up:
+            self.is_up = False
+            self.server.shutdown()
+            self.server.server_close()
+            self._bind(self.server.server_address[1])
 
     def fail(self, kind: str | int, *, method: str = ".*", path: str = ".*", times: int = 1) -> None:
         """
@@ -236,7 +248,7 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
             self.connection.setsockopt(6, 1, 1)  # TCP_NODELAY: small answers are not held back
 
         def handle_any(self) -> None:
-            self.fault = hub.take_fault(self.command, self.path)
+            self.fault = hub.take_fault(self.command, self.path) if hub.is_up else "drop"
             length = int(self.headers.get("Content-Length") or 0)
             self.status = 0
             try:

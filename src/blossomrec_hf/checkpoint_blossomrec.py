@@ -14,10 +14,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 
 MANIFEST_NAME = "checkpoint_manifest.json"
+REPO_PLACEHOLDER = "OWNER/NAME"  # what a README.md says before it is known where it goes
 # What says how to find a file, of the arguments of `from_pretrained`.
 _FINDING = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 _WEIGHTS = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
@@ -201,16 +202,23 @@ def _require_safetensors(path: str | os.PathLike, **kwargs: Any) -> None:
     variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         base, suffix = name.split(".", 1)
-        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if cached_file(path, f"{base}{variant}.{suffix}", **finding, **lenient) is not None:
+        name = f"{base}{variant}.{suffix}"
+        if cached_file(path, name, **finding, _raise_exceptions_for_missing_entries=False) is not None:
             return
+    subfolder = finding.pop("subfolder", "")
+    finding.pop("force_download", None)
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if cached_file(path, name, **finding, **{**lenient, "_raise_exceptions_for_gated_repo": False}) is not None:
+        if has_file(path, os.path.join(subfolder, name), **finding):
             raise ValueError(
                 f"{os.fspath(path)} has its weights in a pickle ({name}); opening one runs code, so BlossomRec reads "
                 "safetensors only. Whoever trusts the file converts it: "
                 "`safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`."
             )
+    if not has_file(path, os.path.join(subfolder, "adapter_config.json"), **finding):  # whose model is elsewhere
+        raise OSError(
+            f"No {SAFE_WEIGHTS_NAME} of {os.fspath(path)}: the checkpoint has none or, where the Hub is not asked or cannot "
+            "be reached, there is none in the cached files."
+        )
 
 
 def _require_agreement(path: str | os.PathLike, info: dict[str, Any]) -> None:
@@ -240,6 +248,32 @@ def files_to_push(folder: str | os.PathLike) -> list[str]:
     return sorted(name for name in names if not _LEFT_AT_HOME.fullmatch(name))
 
 
+def ensure_repo(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    exist_ok: bool = True,
+    repo_type: str = "model",
+) -> str:
+    """
+    Makes a repository where it is not there, and returns its full name; arguments and errors as in
+    `CheckpointMixin.push_to_hub`. Long work that ends in a push does this first.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` is {repo_id!r}; it must be `owner/name` or a name. {error}") from error
+    try:
+        api = HfApi(token=token, library_name="blossomrec_hf")
+        return api.create_repo(repo_id, private=private, exist_ok=exist_ok, repo_type=repo_type).repo_id
+    except Exception as error:
+        told = _in_words(error, repo_id, token)
+        if told is None:
+            raise
+        raise told from error
+
+
 def push_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -258,22 +292,22 @@ def push_folder(
     Puts a folder into a repository in one commit, which is there as a whole or not at all; weights there that the
     folder does not have are removed in it. Arguments and errors as in `CheckpointMixin.push_to_hub`.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"`repo_id` is {repo_id!r}; it must be `owner/name` or a name. {error}") from error
+    repo_id = ensure_repo(repo_id, private=private, token=token, exist_ok=exist_ok, repo_type=repo_type)
     api = HfApi(token=token, library_name="blossomrec_hf")
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=exist_ok, repo_type=repo_type).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         there = set(api.list_repo_files(repo_id, revision=revision, repo_type=repo_type))
         names = files_to_push(folder)
+        content: dict[str, Path | bytes] = {name: Path(folder) / name for name in names}
+        if "README.md" in names:
+            text = (Path(folder) / "README.md").read_text("utf-8")
+            content["README.md"] = text.replace(REPO_PLACEHOLDER, repo_id).encode()
+        elif default_card is not None and "README.md" not in there:
+            content["README.md"] = default_card.encode()
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=Path(folder) / name) for name in names
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in content.items()
         ]
-        if default_card is not None and not {"README.md"} & {*there, *names}:
-            operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=default_card.encode()))
         if any(_WEIGHTS.fullmatch(name) for name in names):
             operations += [CommitOperationDelete(name) for name in _stale_weights(there, names)]
         return api.create_commit(
@@ -328,9 +362,15 @@ def _in_words(error: BaseException, repo_id: str, token: bool | str | None) -> O
             )
         if isinstance(cause, OfflineModeIsEnabled):
             return ConnectionError("HF_HUB_OFFLINE is set; unset it to push.")
-        if (status is not None and status >= 500) or type(cause).__module__.split(".")[0].startswith("httpx"):
+        if (status is not None and status >= 500) or _is_of_the_network(cause):
             return ConnectionError(f"The Hub could not be reached or broke off ({cause}). {again}")
     return None
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether `httpx` (by whichever name the Hub's client knows it) got no answer."""
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("httpx")}
+    return "TransportError" in names
 
 
 def _short_card(repo_id: str, tags: list[str] | None) -> str:

@@ -1,12 +1,22 @@
 """Cards, and what goes to the Hub with them."""
 
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub import CommitInfo, DatasetCard, EvalResult, HfApi, ModelCard, ModelCardData
 
+from .checkpoint_blossomrec import REPO_PLACEHOLDER, check_manifest, push_folder
+from .configuration_blossomrec import BlossomRecConfig
 from .data.filters import FilterReport
 from .data.overview import describe, summary
+from .tokenization_blossomrec import BlossomRecTokenizer
 
 
 _COLUMNS = {
@@ -88,3 +98,427 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         commit_message="Tokenizer, titles and filter report",
     )
     return str(address)
+
+
+SUMMARY_FILE = "training_summary.json"
+PICTURES = {
+    "selection.png": "Over the training: the mean gate of each head, how far back the selected blocks lie (the share at "
+    "1, 2–3, 4–7 … blocks), the entropy of the importance, and the norm of the gradient.",
+}
+
+_PROTOCOLS = {
+    "_unseen": "leave-one-out, all items ranked, items already seen masked",
+    "": "leave-one-out, all items ranked, nothing masked",
+    "_uni100": "leave-one-out, 100 items drawn uniformly ranked beside the right one",
+}
+_MODEL_ARGUMENTS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size hidden_dropout_prob".split()
+# The order of a command; what comes later in a configuration follows as it is.
+_FIRST_ARGUMENTS = "data attention_types num_key_value_heads max_length num_train_epochs".split()
+_WITH_A_COLUMN = {"attention_types", "max_length", "num_attention_heads", "num_key_value_heads"}
+
+
+def non_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `examples/train.py` that differ from its defaults; without the seed."""
+    from .training.arguments import LogArguments, LoopArguments  # which import this file, to push
+
+    defaults = {field.name: field.default for kind in (LogArguments, LoopArguments) for field in fields(kind)}
+    defaults |= {field.name: field.default for field in fields(BlossomRecConfig)}
+    defaults |= {"attention_types": ["blossom"], "config_overrides": "{}", "num_key_value_heads": 2, "seed": MISSING}
+    ordered = dict.fromkeys([*_FIRST_ARGUMENTS, *configuration])
+    values = {name: configuration.get(name) for name in ordered if name != "seed"}
+    built_in = configuration.get("data") is None  # for which some of the defaults are others
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and (built_in or value != defaults.get(name, MISSING))
+    }
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """
+    Runs that differ in the seed alone.
+
+    Attributes:
+        varying: what sets this group apart from the others of a card, of what has no column of its own.
+    """
+
+    runs: list[dict[str, Any]]
+    varying: dict[str, Any]
+
+    @property
+    def attention_types(self) -> list[str]:
+        return self.runs[0]["configuration"]["attention_types"]
+
+    @property
+    def label(self) -> str:
+        types = set(self.attention_types)
+        if types == {"blossom"}:
+            return "BlossomRec"
+        if types == {"full"}:
+            return "full attention (SASRec with rotary embeddings)"
+        return ", ".join(self.attention_types)
+
+    @property
+    def long_label(self) -> str:
+        others = [f"{name} {value}" for name, value in self.varying.items() if value is not None]
+        return ", ".join([self.label, f"latest {self.get('max_length')} items", *others])
+
+    @property
+    def is_baseline(self) -> bool:
+        return set(self.attention_types) == {"full"}
+
+    @property
+    def part(self) -> str:
+        return "test" if "test" in self.runs[0] else "validation"
+
+    def get(self, name: str) -> Any:
+        """A setting of the runs."""
+        return self.runs[0]["configuration"].get(name)
+
+    def values(self, name: str) -> list[float]:
+        """A figure of each run; nothing where a run does not have it."""
+        found = [run.get(self.part, {}).get(name) for run in self.runs]
+        return [] if None in found else found
+
+    def shown(self, name: str) -> str:
+        """The mean of a figure and, of two runs or more, its standard deviation over seeds."""
+        values = self.values(name)
+        if len(values) < 2:
+            return f"{values[0]:.4f}" if values else "–"
+        return f"{fmean(values):.4f} ± {stdev(values):.4f}"
+
+    def told(self, what: str) -> str:
+        """What the runs say of `what`, each answer once."""
+        return ", ".join(dict.fromkeys(str(run[what]) for run in self.runs if run.get(what) is not None))
+
+
+def group_runs(results: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
+    """The runs of a results file by what was run, baselines last, each group by seed."""
+    groups: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    for run in results:
+        how = {name: run.get(name) for name in ("implementation", "commit")}
+        how["commit"] = how["commit"] and how["commit"][:10]
+        settings = {**non_defaults(run["configuration"]), **how}
+        groups.setdefault(json.dumps(settings, sort_keys=True), (settings, []))[1].append(dict(run))
+    names = dict.fromkeys(name for settings, _ in groups.values() for name in settings)
+    varying = [
+        name
+        for name in names
+        if name not in _WITH_A_COLUMN and len({json.dumps(settings.get(name)) for settings, _ in groups.values()}) > 1
+    ]
+    grouped = [
+        RunGroup(sorted(runs, key=lambda run: run["seed"]), {name: settings.get(name) for name in varying})
+        for settings, runs in groups.values()
+    ]
+    return sorted(
+        grouped, key=lambda group: (group.is_baseline, group.get("max_length") or 0, not group.told("commit"))
+    )
+
+
+def model_card(
+    results: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    name: str,
+    dataset_name: str | None = None,
+    repo_id: str = REPO_PLACEHOLDER,
+    published: Sequence[Mapping[str, Any]] = (),
+    pictures: Sequence[str] = (),
+    license: str | None = None,
+    k: int = 10,
+) -> ModelCard:
+    """
+    The card of a model, made of what its runs wrote and of nothing else.
+
+    Args:
+        results: the runs of a file that `examples/train.py --results_json` writes, or the one of a run's
+            `training_summary.json`. Those with one configuration and several seeds are shown as their mean; those with
+            full attention in all layers, beside others, as baselines.
+        name: of the model.
+        dataset_name: what people call the data; left out, the name of the file.
+        repo_id: where the model will be; `push_folder` fills it in.
+        published: others' figures to stand beside, `{"model", "recall@10", "ndcg@10", "source"}` each; not ours.
+        pictures: names of pictures that lie beside the card.
+        license: an identifier of the Hub, of the weights.
+        k: the cut-off shown.
+
+    Raises:
+        ValueError: for results without a run, and for figures that the runs do not have.
+    """
+    groups = group_runs([results] if isinstance(results, Mapping) else results)
+    if not groups:
+        raise ValueError("`results` holds no run; give a file that `examples/train.py --results_json` wrote.")
+    suffixes = [suffix for suffix in _PROTOCOLS if all(group.values(f"recall@{k}{suffix}") for group in groups)]
+    if not suffixes:
+        raise ValueError(f"`results` holds no recall@{k} for all of its runs; `k` must be one of their cut-offs.")
+    if dataset_name is None:
+        data = groups[0].get("data")
+        dataset_name = "the built-in generated log" if data is None else Path(data).name
+        if "data" not in groups[0].runs[0]["configuration"]:  # not of `examples/train.py`
+            dataset_name = "the log of its training"
+    models = [group for group in groups if not group.is_baseline] or groups
+    metadata = ModelCardData(
+        library_name="transformers",
+        license=license,
+        tags=["sequential-recommendation", "recommender-systems", "blossomrec"],
+        model_name=name,
+        eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)],
+    )
+    text = [f"# {name}", "", _what_it_is(models), ""]
+    text += ["## Use", "", "```python", "from transformers import pipeline", ""]
+    text += [f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)']
+    text += ["recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last", "```", ""]
+    text += ["With `blossomrec-hf` installed, the same without `trust_remote_code`; `revision=` pins a commit.", ""]
+    text += ["## Results", "", *_results_table(groups, suffixes, k), ""]
+    text += [_how_measured(groups, dataset_name, suffixes), ""]
+    if published:
+        text += ["Published by others, each with its own training and not measured here:", ""]
+        text += [f"| model | Recall@{k} | NDCG@{k} | protocol | source |", "|---|---|---|---|---|"]
+        text += [
+            f"| {row['model']} | {_figure(row.get(f'recall@{k}'))} | {_figure(row.get(f'ndcg@{k}'))} | {row['protocol']} "
+            f"| {row['source']} |"
+            for row in published
+        ]
+        text += [""]
+    text += ["## Training", "", *_training(groups), ""]
+    for picture in pictures:
+        text += [f"![{picture}]({picture})", "", PICTURES.get(picture, ""), ""]
+    text += [*_USE_AND_LIMITS]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(text))
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _what_it_is(groups: Sequence[RunGroup]) -> str:
+    sizes = ", ".join(
+        f"{groups[0].get(key)} {words}"
+        for key, words in (
+            ("num_hidden_layers", "layers"),
+            ("hidden_size", "wide"),
+            ("num_attention_heads", "heads"),
+            ("num_key_value_heads", "key/value heads"),
+        )
+        if groups[0].get(key) is not None
+    )
+    return (
+        "Predicts the next item of a user's history. BlossomRec ([arXiv 2512.13368](https://arxiv.org/abs/2512.13368)) "
+        "joins two sparse attention streams, one to a few selected past blocks (long-term interests) and one to blocks "
+        f"at growing distances (short-term interests), by a learned gate. Attention: {groups[0].label}; {sizes}."
+    )
+
+
+def _eval_results(group: RunGroup, dataset_name: str, suffixes: Sequence[str], k: int) -> list[EvalResult]:
+    results = []
+    for suffix in suffixes:
+        for metric in ("recall", "ndcg"):
+            values = group.values(f"{metric}@{k}{suffix}")
+            shown = {"recall": "Recall", "ndcg": "NDCG"}[metric]
+            results.append(
+                EvalResult(
+                    task_type="sequential-recommendation",
+                    task_name="Sequential recommendation",
+                    dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset_name.lower()).strip("-"),
+                    dataset_name=dataset_name,
+                    # Results of one data set that differ in what is ranked, or in the history read, stand apart.
+                    dataset_config=f"{_PROTOCOLS[suffix]}; {group.long_label}",
+                    dataset_split=group.part,
+                    dataset_args={
+                        "protocol": _PROTOCOLS[suffix],
+                        "max_length": group.get("max_length"),
+                        "attention": group.label,
+                        "seeds": [run["seed"] for run in group.runs],
+                        "hardware": group.told("device"),
+                    },
+                    metric_type=f"{metric}@{k}",
+                    metric_name=f"{shown}@{k}, mean of {len(values)} seeds" if len(values) > 1 else f"{shown}@{k}",
+                    metric_value=round(fmean(values), 6),
+                )
+            )
+    return results
+
+
+def _results_table(groups: Sequence[RunGroup], suffixes: Sequence[str], k: int) -> list[str]:
+    heads = {"_unseen": "seen items masked", "": "nothing masked", "_uni100": "100 drawn items"}
+    columns = [(f"{metric}@{k}{suffix}", f"{shown}@{k}, {heads[suffix]}") for suffix in suffixes
+               for metric, shown in (("recall", "Recall"), ("ndcg", "NDCG"))]  # fmt: skip
+    varying = groups[0].varying
+    header = [
+        "attention",
+        "latest items",
+        "heads / key-value heads",
+        *varying,
+        "seeds",
+        *(head for _, head in columns),
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for group in groups:
+        heads_of = f"{group.get('num_attention_heads')} / {group.get('num_key_value_heads')}"
+        others = ("–" if value is None else value for value in group.varying.values())
+        cells = [group.label, group.get("max_length"), heads_of, *others, len(group.runs)]
+        cells += [group.shown(name) for name, _ in columns]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return lines
+
+
+def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Sequence[str]) -> str:
+    part = {"test": "the last item of each history", "validation": "the last but one item of each history"}
+    text = (
+        f"{dataset_name[0].upper()}{dataset_name[1:]}, {groups[0].part} figures: {part[groups[0].part]} is to be found"
+    )
+    if "_uni100" not in suffixes:
+        text += " among all items"
+    text += ". "
+    if "_unseen" in suffixes:
+        text += "Masked means that items of the user's history are not ranked. "
+    if any(len(group.runs) > 1 for group in groups):
+        text += "Means over seeds, ± their standard deviation. "
+    return text + "The weights are those of the best validation figure of each run."
+
+
+def train_command(run: Mapping[str, Any]) -> str:
+    """The command of `examples/train.py` that makes a run again."""
+    lines = ["python examples/train.py"]
+    for name, value in [*non_defaults(run["configuration"]).items(), ("seed", run["seed"])]:
+        values = value if isinstance(value, list) else [value]
+        words = f"--{name} {' '.join(shlex.quote(str(value)) for value in values)}"
+        if len(lines[-1]) + len(words) > 105:
+            lines.append("   ")
+        lines[-1] += f" {words}"
+    return " \\\n".join(lines)
+
+
+def _training(groups: Sequence[RunGroup]) -> list[str]:
+    lines, commands = [], set()
+    for group in groups:
+        first = group.runs[0]
+        told = group.long_label
+        if len(group.runs) > 1:
+            told += f" (seeds {', '.join(str(run['seed']) for run in group.runs)})"
+        training = [run.get("training", {}) for run in group.runs]
+        if all("seconds" in part and "epochs" in part for part in training):
+            epochs = ", ".join(dict.fromkeys(str(part["epochs"]) for part in training))
+            told += f": {fmean(part['seconds'] for part in training):.0f} s a run, {epochs} epochs"
+        if group.told("device"):
+            told += f", on {group.told('device')}"
+        command = first.get("command")
+        if command is None and "data" in first["configuration"]:
+            command = train_command(first)
+        if command is None:
+            settings = ", ".join(f"`{name}` {value}" for name, value in first["configuration"].items())
+            lines += [f"{told}, with `transformers.Trainer`: {settings}.", ""]
+        elif command in commands:
+            lines += [f"{told}; the command above.", ""]
+        else:
+            lines += [f"{told}:", "", "```bash", command, "```", ""]
+        commands.add(command)
+    made_with = dict.fromkeys(
+        f"{name} {version}"
+        for group in groups
+        for run in group.runs
+        for name, version in (run.get("versions") or {}).items()
+        if version
+    )
+    commits = dict.fromkeys(group.told("commit") for group in groups if group.told("commit"))
+    if made_with:
+        lines += [f"Made with {', '.join(made_with)}{'; commit ' if commits else ''}{', '.join(commits)}."]
+    return lines
+
+
+_USE_AND_LIMITS = """\
+## Intended use
+
+Ranking the items of one catalogue for people of whom a history in that catalogue is known: a shop, a video or music
+site, research on sequential recommendation. Raw item ids are those of the training log.
+
+## Limits
+
+- **Popularity.** Trained on what people did with what they were shown, it recommends popular items more often than
+  they deserve. `examples/evaluate.py` measures coverage and popularity lift; look at both before you deploy it.
+- **New items and new people.** An item that was not in the training log has no embedding: it is never recommended, and
+  dropped from histories (with a warning). `tokenizer.add_items` and fine-tuning take items in. A person without a
+  history gets the most frequent items.
+- **Privacy.** Histories are personal data. None is stored in the model, but it holds how often each item occurred,
+  and what was consumed together shows in its embeddings; with few users, that can tell of one. Do not publish a
+  model of a log that you could not publish in aggregate.
+- **Offline figures.** Leave-one-out figures rank models on the past of a log; they do not say what people would have
+  done with the recommendations.
+""".split("\n")
+
+
+def write_summary(folder: str | Path, run: Mapping[str, Any]) -> Path:
+    """
+    Writes `training_summary.json`, what a card is made of: how a run was configured, on what, and what came of it. Of
+    the log, only the name of its file is kept.
+
+    Args:
+        run: `configuration`, `seed`, `test` or `validation` (the figures) and, if known, `training`, `versions`, `device`,
+            `commit` and `command`, as in a results file of `examples/train.py`.
+    """
+    configuration = dict(run["configuration"])
+    for name in ("data", "titles"):
+        if configuration.get(name) is not None:
+            configuration[name] = Path(configuration[name]).name
+    path = Path(folder) / SUMMARY_FILE
+    summary = {**run, "configuration": configuration}
+    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    return path
+
+
+def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -> Path:
+    """
+    Writes the README.md of a run's folder from its `training_summary.json`; pictures that lie there are shown.
+
+    Args:
+        name: of the model; left out, that of the folder.
+        options: of `model_card`.
+
+    Raises:
+        ValueError: where the folder has no summary.
+    """
+    folder = Path(folder)
+    summary = folder / SUMMARY_FILE
+    if not summary.exists():
+        raise ValueError(f"`folder` {folder} has no {SUMMARY_FILE}, which `examples/train.py` writes at its end.")
+    pictures = [picture for picture in PICTURES if (folder / picture).exists()]
+    card = model_card(
+        json.loads(summary.read_text("utf-8")), name=name or folder.resolve().name, pictures=pictures, **options
+    )
+    path = folder / "README.md"
+    path.write_text(str(card), "utf-8")
+    return path
+
+
+def push_run(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
+    """
+    Pushes a folder that holds a model and its tokenizer, as `examples/train.py` and `Trainer` leave it: with its card,
+    the summary of its training, pictures, titles and item index, in one commit.
+
+    Args:
+        folder: holds the model; where it has no README.md, one is made of its `training_summary.json`, if it has that.
+        options: `private`, `token`, `revision`, `create_pr`, `exist_ok`, `commit_message`, `commit_description`, as in
+            `model.push_to_hub`.
+
+    Raises:
+        ValueError: for a folder without a model or tokenizer, a tokenizer of another size than the vocabulary, and
+            files that are not those that were saved; and the errors of `model.push_to_hub`.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists() or not list(folder.glob("model*.safetensors")):
+        raise ValueError(f"`folder` {folder} holds no model: no config.json, or no model.safetensors.")
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(
+            f"`folder` {folder} holds no tokenizer; `tokenizer.save_pretrained({str(folder)!r})` adds it."
+        )
+    vocab_size = BlossomRecConfig.from_pretrained(folder).vocab_size
+    num_ids = len(BlossomRecTokenizer.from_pretrained(folder))
+    if num_ids != vocab_size:
+        raise ValueError(
+            f"The tokenizer in {folder} has {num_ids} ids, the model's vocabulary {vocab_size}. Save both of one model; "
+            "after `tokenizer.add_items(...)`, call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+    check_manifest(folder)
+    if not (folder / "README.md").exists() and (folder / SUMMARY_FILE).exists():
+        write_card(folder, name=repo_id.split("/")[-1])
+    return push_folder(folder, repo_id, **options)

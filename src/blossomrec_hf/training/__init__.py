@@ -3,9 +3,10 @@
 from .arguments import LogArguments, LoopArguments, parse_arguments, save_arguments
 from .baselines import LastItemNeighbours, PopularityScores
 from .callbacks import LoopCallback, SelectionWatch, draw_selection, selection_statistics
+from .environment import describe_environment
 from .evaluation import HeldOutItems, ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
 from .histories import HistoryStore
-from .loop import TrainingLoop, TrainingResult, describe_environment, train
+from .loop import TrainingLoop, TrainingResult, train
 from .metrics import per_user_metrics, ranking_metrics
 from .new_items import add_items, freeze_all_but_items, read_item_vectors
 from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference

@@ -19,7 +19,8 @@ from ..tokenization_blossomrec import BlossomRecTokenizer
 
 # What may differ between an interrupted run and its continuation, because the weights do not depend on it.
 _FREE_ON_RESUME = (
-    "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id".split()
+    "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id "
+    "hub_private_repo hub_revision".split()
 )
 
 
@@ -92,6 +93,8 @@ class LoopArguments:
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Where to; left out, the name of the output directory."}
     )
+    hub_private_repo: bool = field(default=False, metadata={"help": "A new repository is private."})
+    hub_revision: str | None = field(default=None, metadata={"help": "The branch to upload to; made if not there."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
 
     def __post_init__(self):

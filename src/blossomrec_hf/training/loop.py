@@ -4,13 +4,11 @@ import json
 import logging
 import math
 import signal
-import subprocess
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from huggingface_hub import CommitInfo
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -33,11 +32,14 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoint_blossomrec import ensure_repo
 from ..data import TokenBudgetSampler
+from ..hub import push_run
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, keep_only, numbered_folders, write_json, written_aside
+from .environment import describe_environment
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
 from .histories import IGNORE_INDEX, HistoryStore
 from .metrics import per_user_metrics
@@ -122,7 +124,7 @@ def train(
         FloatingPointError: if a gradient or the loss is not finite; names the step and the parameters. The checkpoints
             written before stay.
     """
-    return TrainingLoop(
+    loop = TrainingLoop(
         model,
         train_view,
         validation_view,
@@ -130,7 +132,11 @@ def train(
         tokenizer=tokenizer,
         callbacks=callbacks,
         accelerator=accelerator,
-    ).run()
+    )
+    result = loop.run()
+    if args.push_to_hub:
+        loop.push_to_hub()
+    return result
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
@@ -203,6 +209,12 @@ class TrainingLoop:
         self.accelerator = accelerator or make_accelerator(args)
         self.output_dir = Path(args.output_dir)
 
+        self._repository = args.hub_model_id or self.output_dir.resolve().name
+        if args.push_to_hub:
+            if tokenizer is None:
+                raise ValueError("`push_to_hub` needs a `tokenizer`; without one, nobody could use the model.")
+            if self.accelerator.is_main_process:  # a missing token is told now, not after the training
+                self._repository = ensure_repo(self._repository, private=args.hub_private_repo)
         self.histories = (
             train_view
             if isinstance(train_view, HistoryStore)
@@ -595,11 +607,6 @@ class TrainingLoop:
             (self.output_dir / "final").rmdir()
         for callback in self.callbacks:
             callback.on_end(self)
-        if self.args.push_to_hub and self.accelerator.is_main_process:
-            repository = self.args.hub_model_id or self.output_dir.name
-            self.bare_model.push_to_hub(repository)
-            if self.tokenizer is not None:
-                self.tokenizer.push_to_hub(repository)
         self.accelerator.wait_for_everyone()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -610,6 +617,21 @@ class TrainingLoop:
     def _noting_sigterm(self) -> Iterator[None]:
         def note(number: int, frame: Any) -> None:
             self._stop_requested = True
+
+    def push_to_hub(self) -> CommitInfo | None:
+        """
+        Uploads the run's folder once it is finished: best model, tokenizer, card, summary; on the main process. See
+        [`~blossomrec_hf.hub.push_run`].
+        """
+        if not self.accelerator.is_main_process:
+            return None
+        return push_run(
+            self.output_dir,
+            self._repository,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            commit_message="End of training",
+        )
 
         try:
             previous = signal.signal(signal.SIGTERM, note)
@@ -646,34 +668,3 @@ def quiet_libraries() -> Iterator[None]:
         accelerate_logger.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions, machine and revision, for the run's folder and the results."""
-    packages = ("blossomrec-hf", "torch", "transformers", "accelerate", "datasets")
-    installed = {}
-    for package in packages:
-        try:
-            installed[package] = version(package)
-        except ModuleNotFoundError:
-            installed[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"versions": installed, "device": device, "commit": git_revision()}
-
-
-def git_revision() -> str | None:
-    """The commit of the package's source, with `-dirty` if tracked files were changed; `None` outside a repository."""
-    here = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")

@@ -1,17 +1,28 @@
 """Training and evaluation with `transformers.Trainer`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..data import PaddingCollator
+from ..hub import push_run, write_card, write_summary
+from .environment import describe_environment
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, ModelScores, double_ranks, evaluating
 from .histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
 from .metrics import DEFAULT_KS, ranking_metrics
+
+
+_MODEL_SETTINGS = (
+    "attention_types hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+    "hidden_dropout_prob objective".split()
+)
 
 
 class RankingCollator(PaddingCollator):
@@ -51,6 +62,80 @@ class SequentialRecommendationTrainer(Trainer):
             )
         # A view makes its columns from stored ones, which must not be taken from it.
         self.args.remove_unused_columns = False
+
+    def training_summary(self) -> dict[str, Any]:
+        """What a card is made of, see [`~blossomrec_hf.hub.write_summary`]: what this trainer did and last measured."""
+        figures: dict[str, dict[str, float]] = {}
+        for part, prefix in (("test", "test_"), ("validation", "eval_")):
+            logged = [line for line in self.state.log_history if any(name.startswith(prefix) for name in line)]
+            if logged:
+                named = {name.removeprefix(prefix): value for name, value in logged[-1].items()}
+                figures[part] = {name: value for name, value in named.items() if "@" in name}
+        settings = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "optim")
+        return {
+            "configuration": {
+                **{name: getattr(self.model.config, name, None) for name in _MODEL_SETTINGS},
+                **{name: getattr(self.args, name) for name in settings},
+                "lr_scheduler_type": str(self.args.lr_scheduler_type),
+                "max_length": getattr(self.data_collator, "max_length", None),
+            },
+            "seed": self.args.seed,
+            **figures,
+            "training": {"steps": self.state.global_step, "epochs": self.state.epoch},
+            **describe_environment(),
+        }
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Writes `training_summary.json` and the card made of it; where nothing was measured, the card of `Trainer`."""
+        if not self.is_world_process_zero():
+            return
+        summary = self.training_summary()
+        if not {"test", "validation"} & summary.keys():
+            super().create_model_card(**kwargs)
+            return
+        write_summary(self.args.output_dir, summary)
+        options = {"name": kwargs.get("model_name"), "dataset_name": kwargs.get("dataset")}
+        write_card(self.args.output_dir, **options, license=kwargs.get("license"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Saves the model and uploads it with its tokenizer, a card, the summary of its training and what else the output
+        folder holds for others, in one commit; not the arguments of `Trainer`, which are a pickle. `None` on other
+        processes than the first.
+
+        Args:
+            blocking: `False` uploads in the background and returns a future.
+            kwargs: of `create_model_card`: `model_name`, `dataset`, `license`.
+
+        Raises:
+            as `model.push_to_hub`, and `ValueError` where there is no `processing_class`.
+        """
+        if self.processing_class is None:
+            raise ValueError("`processing_class` is None; without its tokenizer, nobody could use the model.")
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+        self.create_model_card(**{"model_name": repo_id.split("/")[-1], **kwargs})
+        options = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message or "End of training",
+        }
+        if not blocking:
+            return HfApi().run_as_future(push_run, self.args.output_dir, repo_id, **options)
+        return push_run(self.args.output_dir, repo_id, **options)
 
     def prediction_step(
         self,

@@ -1,0 +1,62 @@
+"""Small models with their tokenizers for the tests of checkpoints and of the Hub."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+
+
+def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecommendation:
+    """A model of two narrow layers with random weights and counts."""
+    settings = {
+        "vocab_size": num_items + 2,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "compress_block_size": 4,
+        "compress_stride": 2,
+        "selection_block_size": 4,
+        "num_selected_blocks": 2,
+        "short_term_block_size": 2,
+    }
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.item_counts.random_(100)
+    return model
+
+
+def small_tokenizer(num_items: int = 40) -> BlossomRecTokenizer:
+    """Raw ids 100, 101, …"""
+    return BlossomRecTokenizer.from_items(list(range(100, 100 + num_items)))
+
+
+def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Whether all weights and buffers are the same, to the last bit."""
+    mine, theirs = first.state_dict(), second.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_byte(path: Path, place: int = -3) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def told(call: Callable, kind: type[BaseException]) -> str:
+    """What the error of a call says."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")

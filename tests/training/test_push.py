@@ -1,0 +1,50 @@
+"""`Trainer.push_to_hub` through a Hub on loopback."""
+
+import pytest
+from checkpoint_cases import same_weights
+from huggingface_hub import ModelCard
+from training_cases import make_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from blossomrec_hf.data import split
+from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer
+
+
+@pytest.fixture
+def trainer(log, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    dataset, tokenizer = log
+    return SequentialRecommendationTrainer(
+        make_model(),
+        TrainingArguments(tmp_path / "out", max_steps=2, report_to="none", use_cpu=True, save_strategy="no"),
+        data_collator=RankingCollator(max_length=20),
+        train_dataset=split(dataset, "train"),
+        eval_dataset=split(dataset, "validation"),
+        processing_class=tokenizer,
+    )
+
+
+def test_model_tokenizer_card_and_summary_in_one_commit(local_hub, trainer, log):
+    trainer.train()
+    figures = trainer.evaluate(split(log[0], "test"), metric_key_prefix="test")
+    pushed = trainer.push_to_hub(private=True, dataset="a ring")
+    repository = local_hub.repository("ada/out")
+    assert repository.private and len(repository.commits) == 2 and pushed.oid in repository.commits
+    assert {"tokenizer.json", "training_summary.json", "README.md"} <= set(repository.head.files)
+    assert "training_args.bin" not in repository.head.files
+    assert same_weights(AutoModelForCausalLM.from_pretrained("ada/out"), trainer.model.cpu())
+    card = ModelCard.load("ada/out")
+    told = {result.metric_type: result for result in card.data.eval_results if "seen masked" in result.dataset_config}
+    assert told["recall@10"].metric_value == pytest.approx(figures["test_recall@10_unseen"], abs=1e-6)
+    assert told["recall@10"].dataset_name == "a ring" and told["recall@10"].dataset_split == "test"
+    assert "`transformers.Trainer`" in card.text and "examples/train.py" not in card.text
+
+    proposed = trainer.push_to_hub(create_pr=True, blocking=False).result()
+    assert proposed.oid == pushed.oid or proposed.pr_url
+
+
+def test_without_a_tokenizer_nothing_is_pushed(local_hub, trainer):
+    trainer.processing_class = None
+    with pytest.raises(ValueError, match="processing_class"):
+        trainer.push_to_hub()
+    assert not local_hub.repositories
