@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 SCRIPT = """
 import json
+import os
+import signal
 import sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
@@ -22,6 +24,7 @@ from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate
 
 folder, accumulation, sharded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "sharded"
+stop_at = int(sys.argv[4])
 torch.set_num_threads(1)
 torch.manual_seed(1)
 # Without dropout, and in float64: what is selected must not hang on a rounding.
@@ -29,7 +32,7 @@ model = make_model(hidden_dropout_prob=0.0).double()
 # Some steps hold two or three histories, some of them too short for a window of the compressor.
 args = LoopArguments(
     output_dir=folder, max_length=20, num_train_epochs=2, tokens_per_step=45, learning_rate=1e-2, warmup_steps=4,
-    logging_steps=1, gradient_accumulation_steps=accumulation
+    logging_steps=1, gradient_accumulation_steps=accumulation, resume=True
 )
 dataset, tokenizer = build_sequences(small_log())
 accelerator = None
@@ -42,9 +45,27 @@ if sharded:
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
 views = split(dataset, "train"), split(dataset, "validation")
-loop = TrainingLoop(model, *views, args=args, tokenizer=tokenizer, accelerator=accelerator)
+
+# One process gets SIGTERM while it works on a step; each notes which histories it reads.
+class Loop(TrainingLoop):
+    def training_step(self, rows):
+        super().training_step(rows)
+        if self.state.step == stop_at and self.accelerator.process_index == self.accelerator.num_processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def own_parts(self, rows):
+        parts = super().own_parts(rows)
+        with open(f"{folder}-rows-{self.accelerator.process_index}.txt", "a") as file:
+            print(self.state.epoch, *(row for part in parts for row in part), file=file)
+        return parts
+
+loop = Loop(model, *views, args=args, tokenizer=tokenizer, accelerator=accelerator)
 assert sharded == any(isinstance(parameter, DTensor) for parameter in loop.model.parameters())
-loop.run()
+try:
+    loop.run()
+except SystemExit as stopped:
+    assert stopped.code == 143
+    os._exit(42)  # torchrun tells 1 of any failure: this one is told apart in its report
 figures = evaluate(loop.model, split(dataset, "test"), max_length=20, max_tokens=100, accelerator=loop.accelerator)
 if loop.accelerator.is_main_process:
     print(json.dumps(figures))
@@ -52,17 +73,20 @@ loop.accelerator.end_training()
 """
 
 
-def launch(folder, num_processes, accumulation=1, kind="replicated"):
-    """Trains on so many processes; returns the lines of metrics, the weights and the test figures."""
+def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0):
+    """Trains on so many processes, or goes on with what is in `folder`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     script = folder.parent / f"{folder.name}.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [*launcher, str(script), str(folder), str(accumulation), kind]
-    done = subprocess.run(
-        command, env={**environment, "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=300
-    )
+    command = [*launcher, str(script), str(folder), str(accumulation), kind, str(stop_at)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(folder, num_processes, accumulation=1, kind="replicated"):
+    """Trains to the end; returns the lines of metrics, the weights and the test figures."""
+    done = start(folder, num_processes, accumulation, kind)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, load_file(folder / "model.safetensors"), json.loads(done.stdout.strip().splitlines()[-1])
@@ -75,8 +99,33 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "accumulation"), [("replicated", 1), ("replicated", 2), ("sharded", 1)])
 def test_two_processes_train_as_one(alone, tmp_path, kind, accumulation):
-    one, one_weights, one_figures = alone
-    two, two_weights, two_figures = launch(tmp_path / "two", 2, accumulation, kind)
+    two = launch(tmp_path / "two", 2, accumulation, kind)
+    check_same(alone, two)
+    assert np.mean([line["loss"] for line in two[0][-10:] if "loss" in line]) < two[0][0]["loss"]
+
+    read = [line.split() for index in (0, 1) for line in (tmp_path / f"two-rows-{index}.txt").read_text().splitlines()]
+    for epoch in ("0", "1"):
+        rows = [int(row) for first, *rows in read if first == epoch for row in rows]
+        assert sorted(rows) == list(range(60))  # each history once an epoch, on one of the processes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [(2, 1, "replicated"), (1, 2, "replicated"), (2, 2, "sharded")],
+)
+def test_what_sigterm_stopped_goes_on_with_any_number_of_processes(alone, tmp_path, before, after, kind):
+    stop_at = int(np.random.default_rng().integers(3, 25))
+    stopped = start(tmp_path / "run", before, kind=kind, stop_at=stop_at)
+    # Every process saved and would have exited with 143; the script makes that a 42.
+    assert stopped.returncode != 0 and stopped.stderr.count("exitcode  : 42") >= 1, stopped.stderr
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{stop_at}"]
+    resumed = launch(tmp_path / "run", after, kind=kind)
+    check_same(alone, resumed)
+
+
+def check_same(first_run, second_run):
+    one, one_weights, one_figures = first_run
+    two, two_weights, two_figures = second_run
     assert len(one) == len(two) > 40
     for first, second in zip(one, two):
         for name in ("loss", "grad_norm", "learning_rate", "validation_ndcg@10", "validation_mrr@20_unseen"):
@@ -84,4 +133,3 @@ def test_two_processes_train_as_one(alone, tmp_path, kind, accumulation):
     assert one_figures == pytest.approx(two_figures, abs=1e-6)
     for name, weight in one_weights.items():
         assert torch.allclose(weight, two_weights[name], atol=1e-5), name
-    assert np.mean([line["loss"] for line in two[-10:] if "loss" in line]) < two[0]["loss"]

@@ -106,7 +106,8 @@ def train(
     The run writes into `args.output_dir`: `metrics.jsonl`, `best-N` (model and tokenizer at the best step N),
     `checkpoint-N` (all that is needed to go on) and, at the end, the best model and the tokenizer. A run that was
     ended by anything, `kill -9` included, goes on with `args.resume` and reaches the weights that it would have
-    reached (to the last bit on a CPU). SIGTERM writes a checkpoint first and exits with status 143.
+    reached (to the last bit on a CPU); on another number of processes as well, but for the dropout. SIGTERM writes a
+    checkpoint first and exits with status 143.
 
     Args:
         model: a `BlossomRecForSequentialRecommendation`.
@@ -574,10 +575,16 @@ class TrainingLoop:
             f"{part} {key}: {saved.get(part, {}).get(key)!r} there, {value!r} now"
             for part, values in self._run_description.items()
             for key, value in values.items()
-            if saved.get(part, {}).get(key) != value
+            if part != "processes" and saved.get(part, {}).get(key) != value
         ]
         if differences:
             raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
+        before, now = saved["processes"]["number"], self.accelerator.num_processes
+        if before != now:
+            # The steps are planned for the whole, so they go on where they were; only the dropout is drawn anew.
+            logger.warning(
+                "Resuming on %d processes what ran on %d: the same steps, with another dropout.", now, before
+            )
 
     def _save_model(self, folder: Path) -> None:
         state_dict = self.accelerator.get_state_dict(self.model)
