@@ -93,6 +93,8 @@ def load(model_id: str, data: str | None = None, max_length: int = 2000) -> Serv
     """
     try:
         model_type = PreTrainedConfig.get_config_dict(model_id)[0].get("model_type")
+        if model_type is None:
+            raise ValueError("there is no model in it. Has its training finished?")
         if model_type != "blossomrec":
             raise ValueError(f"its config.json is that of {model_type!r}, not of a BlossomRec model.")
         model = BlossomRecForSequentialRecommendation.from_pretrained(model_id).eval()

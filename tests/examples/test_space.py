@@ -242,6 +242,8 @@ def test_search_takes_words_in_any_order(served):
 
 def test_what_cannot_be_loaded_is_told_in_one_sentence(app, checkpoint, tmp_path):
     other, broken, grown = (shutil.copytree(checkpoint, tmp_path / name) for name in ("other", "broken", "grown"))
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
     (broken / "model.safetensors").write_bytes(b"no weights")
     BlossomRecTokenizer.from_items(range(50)).save_pretrained(grown)
@@ -249,6 +251,7 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(app, checkpoint, tmp_path
         (other, "'bert', not of a BlossomRec model"),
         (broken, "model.safetensors"),
         (grown, "tokenizer has 52 entries, its model 42"),
+        (unfinished, "Has its training finished?"),
         (tmp_path / "nowhere", ""),
     ):
         with pytest.raises(ValueError) as caught:
