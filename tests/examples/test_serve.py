@@ -1,5 +1,6 @@
 """The HTTP service: answers, bad input, order and safety of events, what is kept in memory and on the disk."""
 
+import json
 import sqlite3
 import sys
 import threading
@@ -229,3 +230,15 @@ def test_too_many_waiting_and_a_dead_worker(service, model):
 def test_the_requests_are_described(service):
     paths = service().get("/openapi.json").json()["paths"]
     assert {"/recommend", "/health", "/metrics"} <= set(paths)
+
+
+@pytest.mark.slow
+def test_what_was_acknowledged_survives_a_kill(run_example, tmp_path):
+    pytest.importorskip("uvicorn")
+    config = BlossomRecConfig(vocab_size=302, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    BlossomRecForSequentialRecommendation(config).save_pretrained(tmp_path / "model")
+    BlossomRecTokenizer.from_items([f"item {i}" for i in range(300)]).save_pretrained(tmp_path / "model")
+    arguments = ("--model", tmp_path / "model", "--clients", 6, "--seconds", 2, "--json", tmp_path / "figures.json")
+    run_example("load_test.py", *arguments)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["events_acknowledged"] > 6 and figures["errors"] == figures["lost"] == []
