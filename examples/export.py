@@ -1,0 +1,39 @@
+"""
+Writes a checkpoint for use outside of Python: ONNX (extra `onnx`), or a program of `torch.export`.
+
+    python examples/export.py --model runs/ml-1m --output ml-1m.onnx
+    python examples/export.py --model runs/ml-1m --output ml-1m.pt2
+
+Both take `input_ids` and `attention_mask` `[batch, length]` int64 of any batch and length and give `scores` `[batch,
+vocab_size]` of the next item (−inf for [PAD] and [UNK]); with ONNX Runtime:
+
+    onnxruntime.InferenceSession("ml-1m.onnx").run(["scores"], {"input_ids": ids, "attention_mask": mask})
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation
+from blossomrec_hf.export import export_onnx, export_program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or repository of a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="a file that ends in .onnx or .pt2")
+    args = parser.parse_args()
+    if args.output.suffix not in (".onnx", ".pt2"):
+        parser.error(f"--output is {args.output}; it must end in .onnx or .pt2")
+    model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.suffix == ".onnx":
+        export_onnx(model, args.output)
+    else:
+        torch.export.save(export_program(model), args.output)
+    print(f"Wrote {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
