@@ -418,6 +418,25 @@ def test_what_fails_leaves_the_cache_as_it_was(held):
     assert_continues(model, cache, rows)
 
 
+def test_a_recommendation_that_fails_appends_nothing(held):
+    model, cache, rows = held
+    before = snapshot(cache)
+    events = [[5], [], [6, 7], [8]]
+    with pytest.raises(ValueError, match="candidate_ids"):
+        model.recommend(events, candidate_ids=[60], past_key_values=cache)
+    torch.testing.assert_close(snapshot(cache), before, rtol=0, atol=0)
+    out = model.train().recommend(events, top_k=5, past_key_values=cache)
+    assert model.training
+    model.eval()
+    rows = [torch.cat([row, torch.tensor(new, dtype=torch.long)]) for row, new in zip(rows, events)]
+    assert torch.equal(out.item_ids, model.recommend([row.tolist() for row in rows], top_k=5).item_ids)
+    assert_continues(model, cache, rows)
+    new = BlossomRecCache(model.config)
+    with pytest.raises(ValueError, match="candidate_ids"):
+        model.recommend(events, candidate_ids=[60], past_key_values=new)
+    assert new.batch_size == -1
+
+
 def test_a_first_append_that_fails_leaves_an_empty_cache():
     model = recommender()
     cache = BlossomRecCache(model.config, max_length=5)

@@ -16,7 +16,9 @@ not meant to stay (`use_cache=False`), leaves the cache as it was.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,16 @@ class BlossomRecCache(Cache):
                 blocks = room // first.config.selection_block_size
                 layer.block_keys = _stack([cache.layers[i].block_keys for cache in caches], 2, blocks)
         return out
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is appended inside stays only if nothing fails there."""
+        before = copy(self)
+        try:
+            yield
+        except BaseException:
+            self._take(before)
+            raise
 
     def _take(self, other: "BlossomRecCache") -> None:
         self.layers, self.lengths = other.layers, other.lengths

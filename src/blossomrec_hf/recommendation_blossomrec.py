@@ -1,6 +1,7 @@
 """The best next items of histories: what is excluded, what may be chosen, and the top of a catalogue of any size."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -334,24 +335,31 @@ class RecommendationMixin:
             logger.warning(
                 f"Dropped {int(num_unknown.sum())} unknown items from {int((num_unknown > 0).sum())} histories."
             )
-        if past_key_values is None:
-            states, seen, empty = self._last_states(input_ids, real, max_length), input_ids, ~real.any(1)
-        else:
-            if max_length is not None:
-                raise ValueError("`max_length` cannot be combined with `past_key_values`; `crop` a cache instead.")
-            self.base_model(input_ids, attention_mask=real, past_key_values=past_key_values, use_cache=True)
-            states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
-            empty = (past_key_values.lengths == 0).to(device)
-        out = self.recommend_from_states(
-            states,
-            seen if exclude_seen else None,
-            empty=empty,
-            top_k=top_k,
-            exclude_ids=exclude_ids,
-            candidate_ids=candidate_ids,
-            min_score=min_score,
-            index=index,
-        )
+        # A cache keeps the events only where nothing fails to the end.
+        with nullcontext() if past_key_values is None else past_key_values.all_or_nothing():
+            if past_key_values is None:
+                states, seen, empty = self._last_states(input_ids, real, max_length), input_ids, ~real.any(1)
+            else:
+                if max_length is not None:
+                    raise ValueError("`max_length` cannot be combined with `past_key_values`; `crop` a cache instead.")
+                training = self.training
+                self.eval()
+                try:
+                    self.base_model(input_ids, attention_mask=real, past_key_values=past_key_values, use_cache=True)
+                finally:
+                    self.train(training)
+                states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
+                empty = (past_key_values.lengths == 0).to(device)
+            out = self.recommend_from_states(
+                states,
+                seen if exclude_seen else None,
+                empty=empty,
+                top_k=top_k,
+                exclude_ids=exclude_ids,
+                candidate_ids=candidate_ids,
+                min_score=min_score,
+                index=index,
+            )
         out.num_unknown = num_unknown
         return out
 
