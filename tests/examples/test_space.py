@@ -306,7 +306,7 @@ def address(checkpoint, tmp_path_factory):
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         address = f"http://127.0.0.1:{port}"
-        for _ in range(240):
+        for _ in range(720):
             assert process.poll() is None, (folder / "log").read_text()
             try:
                 urllib.request.urlopen(address, timeout=5).close()
@@ -364,7 +364,7 @@ class Person:
             self.press(self.keys.TAB)
         raise AssertionError(f"no way by Tab to {label!r}")
 
-    def sees(self, *texts, seconds=20):
+    def sees(self, *texts, seconds=60):
         """Waits until all of `texts` are on the page."""
         deadline = time.monotonic() + seconds
         while not all(text in self.page() for text in texts):
