@@ -86,8 +86,8 @@ def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[
         reason = f"it needs a GPU, the input is on {hidden_states.device.type}"
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        reason = 'liger-kernel is not installed (`pip install "liger-kernel>=0.8.5"`)'
+    except ImportError as error:
+        reason = f'it cannot be imported ({error}; `pip install "liger-kernel>=0.8.5"`)'
     if reason is not None:
         if implementation == "auto":
             return None
