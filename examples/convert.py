@@ -1,0 +1,65 @@
+"""
+Converts a checkpoint of the authors' code (BlossomRec in RecBole) into one of this package, or the other way.
+
+    python examples/convert.py --checkpoint saved/BlossomRec-Dec-01.pth --output_dir runs/converted --items items.txt
+    python examples/convert.py --model runs/ml-1m --output_file BlossomRec.pth
+
+The scores are the same, or the conversion is refused with a sentence. Nothing in a `.pth` file is run.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
+
+
+@dataclass
+class ConversionArguments:
+    """From what into what."""
+
+    checkpoint: str | None = field(default=None, metadata={"help": "A .pth file of RecBole, or of a state_dict."})
+    output_dir: str = field(default="runs/converted", metadata={"help": "Where model and tokenizer go."})
+    items: str | None = field(
+        default=None, metadata={"help": "Raw item ids, one a line, from RecBole's id 1 on; left out, those numbers."}
+    )
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Where the file does not tell; 8 there."})
+    hidden_act: str | None = field(default=None, metadata={"help": "Where the file does not tell; gelu there."})
+    model: str | None = field(default=None, metadata={"help": "A model of this package, for the other way."})
+    output_file: str = field(default="BlossomRec.pth", metadata={"help": "Where the authors' weights go."})
+
+    def __post_init__(self):
+        if (self.checkpoint is None) == (self.model is None):
+            raise ValueError("Give either `checkpoint` (theirs, to ours) or `model` (ours, to theirs).")
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        ConversionArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    (args,) = parser.parse_args_into_dataclasses()
+    if args.model is not None:
+        model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
+        torch.save({"state_dict": to_authors(model)}, args.output_file)
+        print(args.output_file)
+        return
+    state, settings = read_checkpoint(args.checkpoint)
+    asked = {"num_attention_heads": args.num_attention_heads, "hidden_act": args.hidden_act}
+    model = from_authors(state, **settings | {name: value for name, value in asked.items() if value is not None})
+    num_items = model.config.vocab_size - 2
+    items: list[int] | list[str] = list(range(1, num_items + 1))
+    if args.items is not None:
+        items = Path(args.items).read_text("utf-8").splitlines()
+        if len(items) != num_items:
+            raise ValueError(f"`items` {args.items} has {len(items)} lines, the checkpoint {num_items} items.")
+    model.save_pretrained(args.output_dir)
+    BlossomRecTokenizer.from_items(items).save_pretrained(args.output_dir)
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

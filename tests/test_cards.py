@@ -1,0 +1,109 @@
+"""Cards say what the runs wrote, in a form that the Hub reads."""
+
+import json
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from card_rules import metadata_errors
+from checkpoint_cases import told
+from huggingface_hub import DatasetCard, ModelCard
+
+from blossomrec_hf.data import build_sequences
+from blossomrec_hf.hub import dataset_card, group_runs, model_card, train_command, write_card
+
+
+REPOSITORY = Path(__file__).parents[1]
+CARDS = REPOSITORY / "model_cards"
+MAKE = """python examples/model_card.py --results model_cards/blossomrec-ml-1m.json --dataset_name MovieLens-1M
+    --published model_cards/published-ml-1m.json --output"""
+
+
+def run(seed=1, *, types=("blossom",), ndcg=0.2, **configuration):
+    figures = {f"{name}@10{suffix}": ndcg for name in ("recall", "ndcg") for suffix in ("", "_unseen")}
+    configuration = {"data": "logs/ring.csv", "attention_types": list(types), "max_length": 50, **configuration}
+    training = {"seconds": 12.0, "epochs": 3}
+    return {"configuration": configuration, "seed": seed, "test": figures, "training": training, "device": "a machine"}
+
+
+def test_the_committed_card_is_the_one_that_its_command_makes(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(MAKE)[1:], str(tmp_path / "card.md")])
+    runpy.run_path("examples/model_card.py", run_name="__main__")
+    assert (tmp_path / "card.md").read_text() == (CARDS / "blossomrec-ml-1m.md").read_text()
+
+
+def test_every_figure_of_the_committed_card_is_in_its_results():
+    runs = json.loads((CARDS / "blossomrec-ml-1m.json").read_text())
+    card = ModelCard.load(CARDS / "blossomrec-ml-1m.md")
+    assert metadata_errors(str(card), "model") == []
+    assert card.data.model_name == "blossomrec-ml-1m"
+    seen = set()
+    for result in card.data.eval_results:
+        suffix = "_unseen" if "seen masked" in result.dataset_args["protocol"] else ""
+        implementation = "blossom_triton" if "blossom_triton" in result.dataset_config else "blossom_torch"
+        values = [
+            found["test"][result.metric_type + suffix]
+            for found in runs
+            if found["configuration"]["attention_types"] == ["blossom"]
+            and found["configuration"]["max_length"] == result.dataset_args["max_length"]
+            and found["implementation"] == implementation
+        ]
+        assert len(values) == len(result.dataset_args["seeds"]) == 3
+        assert result.metric_value == pytest.approx(fmean(values), abs=1e-6)
+        assert result.dataset_args["hardware"] == "NVIDIA H100 80GB HBM3"
+        assert f"{fmean(values):.4f}" in card.text
+        seen.add((result.dataset_config, result.metric_type))
+    assert len(seen) == len(card.data.eval_results) == 16
+    for row in json.loads((CARDS / "published-ml-1m.json").read_text()):
+        assert f"| {row['model']} |" in card.text and row["source"].startswith("[arXiv ")
+
+
+def test_seeds_are_joined_and_baselines_stand_apart():
+    runs = [run(2, ndcg=0.3), run(1, ndcg=0.2), run(1, types=["full"], ndcg=0.9), run(1, hidden_size=32)]
+    groups = group_runs(runs)
+    assert [(group.label[:4], len(group.runs)) for group in groups] == [("Blos", 2), ("Blos", 1), ("full", 1)]
+    card = model_card(runs, name="ring")
+    assert metadata_errors(str(card), "model") == []
+    found = {result.metric_value for result in card.data.eval_results}
+    assert found == {0.25, 0.2}
+    assert "| BlossomRec | 50 | None / None | – | 2 | 0.2500 ± 0.0707 |" in card.text
+    assert "| full attention" in card.text and "0.9000" in card.text
+    alone = model_card([run(types=["full"])], name="ring")
+    assert len(alone.data.eval_results) == 4
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_the_command_names_what_differs_from_the_defaults():
+    command = train_command(run(3, types=["full", "blossom"], num_key_value_heads=8, patience=20, learning_rate=0.002))
+    assert " ".join(command.replace("\\\n", " ").split()) == (
+        "python examples/train.py --data logs/ring.csv --attention_types full blossom --num_key_value_heads 8 "
+        "--max_length 50 --learning_rate 0.002 --seed 3"
+    )
+
+
+def test_what_is_not_known_is_not_said(tmp_path):
+    bare = {"configuration": {"data": None, "attention_types": ["blossom"]}, "seed": 1, "test": run()["test"]}
+    text = model_card(bare, name="x").text
+    assert "Made with" not in text and "on a machine" not in text and "built-in generated log" in text
+    assert "recall@20" in told(lambda: model_card(bare, name="x", k=20), ValueError)
+    assert "no run" in told(lambda: model_card([], name="x"), ValueError)
+    assert "training_summary.json" in told(lambda: write_card(tmp_path), ValueError)
+
+
+def test_a_license_that_the_hub_does_not_know_is_found():
+    card = model_card(run(), name="x", license="apache-2.0")
+    assert metadata_errors(str(card), "model") == []
+    assert metadata_errors(str(model_card(run(), name="x", license="mine")), "model") != []
+
+
+def test_the_card_of_a_data_set_is_valid(tmp_path):
+    log = tmp_path / "ring.csv"
+    log.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{i}\n" for u in range(5) for i in range(6)))
+    build_sequences(log, output_dir=tmp_path / "built")
+    card = DatasetCard(dataset_card(tmp_path / "built"))
+    assert metadata_errors(str(card), "dataset") == []
+    assert card.data.license == "other" and "ring.csv" in card.text
