@@ -209,13 +209,13 @@ class TrainingLoop:
         self.callbacks = list(callbacks)
         self.accelerator = accelerator or make_accelerator(args)
         self.output_dir = Path(args.output_dir)
-
         self._repository = args.hub_model_id or self.output_dir.resolve().name
         if args.push_to_hub:
             if tokenizer is None:
                 raise ValueError("`push_to_hub` needs a `tokenizer`; without one, nobody could use the model.")
             if self.accelerator.is_main_process:  # a missing token is told now, not after the training
                 self._repository = ensure_repo(self._repository, private=args.hub_private_repo)
+
         self.histories = (
             train_view
             if isinstance(train_view, HistoryStore)
@@ -618,13 +618,6 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    # -- signals and processes ---------------------------------------------------------------------
-
-    @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
-            self._stop_requested = True
-
     def push_to_hub(self) -> CommitInfo | None:
         """
         Uploads the run's folder once it is finished: best model, tokenizer, card, summary; on the main process. See
@@ -639,6 +632,13 @@ class TrainingLoop:
             revision=self.args.hub_revision,
             commit_message="End of training",
         )
+
+    # -- signals and processes ---------------------------------------------------------------------
+
+    @contextmanager
+    def _noting_sigterm(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            self._stop_requested = True
 
         try:
             previous = signal.signal(signal.SIGTERM, note)
