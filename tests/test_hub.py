@@ -1,5 +1,6 @@
 """Pushed and pulled through a Hub on loopback, with the real client: the same to the last bit, or an error in words."""
 
+import copy
 import json
 import shutil
 import time
@@ -50,6 +51,8 @@ def assert_same(model, tokenizer, repo_id, **finding):
         pulled_tokenizer = tokenizers.from_pretrained(repo_id, **finding)
         assert same_weights(model, pulled)
         assert pulled_tokenizer.get_vocab() == tokenizer.get_vocab()
+        # Weights mapped from a file lie on other addresses than copies, for which BLAS may add in another order.
+        pulled = copy.deepcopy(pulled)
         found = pulled.recommend(**pulled_tokenizer(HISTORY, return_tensors="pt"), top_k=5)
         assert torch.equal(found.item_ids, expected.item_ids) and torch.equal(found.scores, expected.scores)
         assert pulled_tokenizer.decode_items(found.item_ids) == tokenizer.decode_items(expected.item_ids)
