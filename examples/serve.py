@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -380,11 +381,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    parser.add_argument("--threads", type=int, default=threads, help="of PyTorch; HTTP needs cores of its own")
     parser.add_argument("--max_history", type=int, default=2048, help="events that the model reads at most")
     parser.add_argument("--max_batch", type=int, default=64)
     parser.add_argument("--cache_mib", type=int, default=1024)
     parser.add_argument("--max_body", type=int, default=2**20, help="bytes of a request")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model = BlossomRecForSequentialRecommendation.from_pretrained(args.model).to(args.device)
     recommender = Recommender(
         model,
