@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, disable_progress_bars
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.training import LogArguments, parse_arguments
@@ -48,16 +48,6 @@ class RecommendArguments:
         for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
-
-
-def read_data(log_args: LogArguments, tokenizer: BlossomRecTokenizer) -> Dataset:
-    """Built sequences with the vocabulary of `tokenizer`, from a saved Dataset or from a log."""
-    folder = Path(log_args.data) if log_args.data else None
-    if folder is None or not (folder / "state.json").exists():
-        return log_args.build(tokenizer)[0]
-    if BlossomRecTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"`data` {folder} was built with another vocabulary than the model's; build it again.")
-    return load_from_disk(str(folder))
 
 
 def recommend_shard(
@@ -115,7 +105,7 @@ def main() -> None:
     tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
     model = BlossomRecForSequentialRecommendation.from_pretrained(args.model).to(accelerator.device).eval()
     with accelerator.main_process_first():  # the others find what the first has built
-        dataset = read_data(log_args, tokenizer)
+        dataset, _ = log_args.build(tokenizer)
 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """
 Trains a BlossomRec model on a log of interactions, evaluates it by full ranking and saves it.
 
-    accelerate launch examples/train.py                                        # the built-in data set, a few CPU
-    minutes python examples/train.py --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
+    accelerate launch examples/train.py           # the built-in data set, a few minutes of a CPU
+    python examples/train.py --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
     python examples/train.py --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
 
 All options: `python examples/train.py --help`.

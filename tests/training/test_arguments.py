@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from blossomrec_hf.data import build_sequences
 from blossomrec_hf.training import (
     LogArguments,
     LoopArguments,
@@ -45,6 +46,22 @@ def test_titles_come_from_wherever_they_are_known(tmp_path):
     assert log.item_titles(tokenizer) is None
     log.titles = str(tmp_path / "titles.csv")
     assert log.item_titles(tokenizer)["title"].to_list() == ["B!"]
+
+
+def test_a_built_folder_is_read_as_it_is(tmp_path):
+    (tmp_path / "log.csv").write_text("user,item\nu,a\nu,b\nv,a\n")
+    (tmp_path / "titles.csv").write_text("item,title\nb,B!\n")
+    folder = tmp_path / "built"
+    built, _ = build_sequences(tmp_path / "log.csv", titles=tmp_path / "titles.csv", output_dir=folder)
+    log = LogArguments(data=str(folder))
+    dataset, tokenizer = log.build()
+    assert dataset.to_dict() == built.to_dict()
+    assert log.item_titles(tokenizer)["title"].to_list() == ["B!"]
+    with pytest.raises(ValueError, match="k_core"):
+        LogArguments(data=str(folder), k_core=5).build()
+    tokenizer.add_items(["new"])
+    with pytest.raises(ValueError, match="another vocabulary"):
+        log.build(tokenizer)
 
 
 def test_unknown_names_in_a_file_are_told(monkeypatch, tmp_path):

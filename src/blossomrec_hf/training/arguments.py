@@ -8,11 +8,11 @@ from typing import Any
 
 import polars as pl
 import yaml
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import HfArgumentParser
 
 from ..data import build_sequences, generate_log, generate_titles
-from ..data.metadata import item_metadata
+from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
 from ..tokenization_blossomrec import BlossomRecTokenizer
 
@@ -129,7 +129,7 @@ class LogArguments:
     """The log of interactions that an example reads."""
 
     data: str | None = field(
-        default=None, metadata={"help": "A file or folder; left out, the built-in generated data set."}
+        default=None, metadata={"help": "A log, or a folder that prepare_data.py wrote; left out, the built-in data set."}
     )
     format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
     user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
@@ -140,8 +140,27 @@ class LogArguments:
         default=None, metadata={"help": "A file of item titles (movies.dat, .item, CSV, ...), kept beside the model."}
     )
 
+    @property
+    def _is_built(self) -> bool:
+        return self.data is not None and all((Path(self.data) / x).is_file() for x in ("state.json", "tokenizer.json"))
+
     def build(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[Dataset, BlossomRecTokenizer]:
-        """The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]."""
+        """
+        The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]; a folder that it wrote is read
+        as it is.
+
+        Raises:
+            ValueError: for a built folder with a vocabulary other than `tokenizer`'s, or with filters still to apply.
+        """
+        if self._is_built:
+            built = BlossomRecTokenizer.from_pretrained(self.data)
+            if self.k_core > 1:
+                raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is built already; give the log instead.")
+            if tokenizer is not None and built.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(
+                    f"`data` {self.data} was built with another vocabulary than the model's; give the log instead."
+                )
+            return load_from_disk(self.data), built
         return build_sequences(
             generate_log() if self.data is None else self.data,
             format=self.format,
@@ -157,6 +176,9 @@ class LogArguments:
         source: Any = self.titles
         if source is None and self.data is None:
             source = generate_titles()
+        elif source is None and self._is_built:
+            beside = Path(self.data) / METADATA_FILE
+            source = beside if beside.exists() else None
         elif source is None:
             names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
             source = open_log(self.data, format=self.format, **names).titles
