@@ -120,5 +120,7 @@ def test_outputs_are_those_of_the_package(environment, expected, local_hub, tmp_
         assert told["raw"][where] == tokenizer.decode_items(outputs["item_ids"])
         found = load_file(f"{tmp_path / 'outputs'}.{where}")
         assert found.keys() == outputs.keys()
-        for name, value in outputs.items():
-            assert torch.equal(found[name], value), (where, name)
+        for name in ("logits", "hidden", "item_ids"):
+            assert torch.equal(found[name], outputs[name]), (where, name)
+        # One product of few rows, which BLAS adds up in another order where memory lies otherwise: the last bit.
+        torch.testing.assert_close(found["scores"], outputs["scores"], rtol=1e-6, atol=1e-6)

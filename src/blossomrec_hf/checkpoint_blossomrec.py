@@ -125,6 +125,7 @@ class CheckpointMixin:
         repo_id: str,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        index: Any = None,
         beside: str | os.PathLike | None = None,
         card: Any = None,
         private: bool | None = None,
@@ -144,6 +145,7 @@ class CheckpointMixin:
         Args:
             repo_id: `owner/name`, or a name of one's own; made if it is not there.
             tokenizer: goes along; it must be of the size of the model's vocabulary.
+            index: an item index of this model (`blossomrec_hf.index.ItemIndex`), which goes along.
             beside: a folder, such as that of a run: what lies in it and is not the model's goes along too (card,
                 summary of the training, plots, titles, an item index; no checkpoints to resume from, no pickles).
             card: the text of README.md, in place of one in `beside`; where there is neither, and none in the
@@ -158,7 +160,7 @@ class CheckpointMixin:
             `CommitInfo`, with the address of the commit and, with `create_pr`, of the pull request.
 
         Raises:
-            ValueError: for a name that cannot be one, and a tokenizer of another size.
+            ValueError: for a name that cannot be one, a tokenizer of another size, and an index of another model.
             PermissionError: for a missing token and one that may not do this.
             FileExistsError: with `exist_ok=False`.
             ConnectionError: where the Hub cannot be reached or breaks off.
@@ -177,6 +179,9 @@ class CheckpointMixin:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if index is not None:
+                index.check(self.get_output_embeddings().weight)
+                index.save(folder)
             readme = Path(folder) / "README.md"
             if card is not None:
                 readme.write_text(str(card), "utf-8")
