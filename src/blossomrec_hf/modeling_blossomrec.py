@@ -269,8 +269,10 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, keep: torch.Tensor | None = None, **kwargs):
         attended, *details = self.self_attn(hidden_states, **kwargs)
+        if keep is not None:  # from here on every position is for itself
+            hidden_states, attended = hidden_states[:, keep], attended[:, keep]
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
         fed = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.feed_forward_norm(hidden_states + self.dropout(fed)), *details
@@ -380,6 +382,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         use_cache: bool | None = None,
         packed: PackedHistories | None = None,
         append: Append | None = None,
+        last_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecModelOutput:
         """
@@ -399,6 +402,9 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 given one as it was. `None` means `True` where a cache is given.
             packed: what `pack_histories` made of these inputs, where that is known already.
             append: what `begin_append` made of the cache and these inputs, for a caller that commits it.
+            last_only: `last_hidden_state` is that of each history's last position alone, `[S, 1, hidden_size]` (of an
+                empty history, anything), and the last feed-forward is spared the others. Without a cache and
+                `output_hidden_states`.
 
         Raises:
             ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
@@ -427,6 +433,9 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             append = self.begin_append(cache, packed, input_ids)
         if append is not None and output_attentions:
             raise ValueError("`output_attentions=True` cannot be combined with a cache; `output_selection=True` can.")
+        if last_only and (append is not None or output_hidden_states):
+            raise ValueError("`last_only=True` cannot be combined with a cache or `output_hidden_states=True`.")
+        keep = (packed.cu_seqlens[1:] - 1).clamp(min=0) if last_only else None
         position = packed.position if append is None else append.position
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
             inputs = packed.pack(inputs)
@@ -438,6 +447,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             for layer in self.layers:
                 hidden_states, selection, gates, probs = layer(
                     hidden_states,
+                    keep=keep if layer is self.layers[-1] else None,
                     position_embeddings=position_embeddings,
                     cu_seqlens=packed.cu_seqlens,
                     max_seqlen=packed.max_seqlen,
@@ -450,7 +460,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if own_append and use_cache is not False:
             append.commit(hidden_states[0])
         return BlossomRecModelOutput(
-            last_hidden_state=packed.unpack(hidden_states[0]),
+            last_hidden_state=hidden_states[0][:, None] if last_only else packed.unpack(hidden_states[0]),
             hidden_states=tuple(packed.unpack(x[0]) for x in states) if output_hidden_states else None,
             attentions=tuple(packed.unpack_pairs(x) for x in attentions) if output_attentions else None,
             selections=tuple(_layer_selection(packed, *x) for x in selections) if output_selection else None,

@@ -442,8 +442,9 @@ class RecommendationMixin:
                 input_ids=items[None],
                 cu_seq_lens_q=nn.functional.pad(ends, (1, 0)),
                 max_length_q=int(lengths.max()),
+                last_only=True,
             )
         finally:
             if training:
                 self.train()
-        return out.last_hidden_state[0][(ends - 1).clamp(min=0)]
+        return out.last_hidden_state[:, 0]
