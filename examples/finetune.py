@@ -2,24 +2,27 @@
 Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint, trains a small one from scratch.
 
     python examples/finetune.py                                                   # the built-in data set
-    python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --learning_rate 3e-4
+    python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --replay none
     python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --train_only lora
     python examples/finetune.py --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
 
 A log with items that the checkpoint does not know makes its catalogue grow; the rows of the old items stay in place,
-new items begin at their mean or at given vectors. All options of `TrainingArguments` are there: `python
+new items begin at their mean or at given vectors. So that old users are not forgotten, the log that the checkpoint was
+trained on is learned from as well, where its run.yaml names one that is still there (`--replay none` does without;
+`benchmark_finetune.py` measures what that costs). All options of `TrainingArguments` are there: `python
 examples/finetune.py --help`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import yaml
 from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.data import build_sequences, item_counts, split
+from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (
     LogArguments,
     RankingCollator,
@@ -68,16 +71,33 @@ class FineTuneArguments:
         default=None,
         metadata={"help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item."},
     )
-    replay: str | None = field(
-        default=None,
-        metadata={"help": "A log of old users to train on beside the new ones, so that none is forgotten."},
+    replay: str = field(
+        default="auto",
+        metadata={
+            "help": "A log of old users to train on beside the new ones; auto: the one that `model` was trained on, if "
+            "it is there; none."
+        },
     )
 
     def __post_init__(self):
         if self.train_only not in TRAIN_ONLY:
             raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
-        if self.model is None and (self.train_only != "all" or self.item_vectors or self.replay):
+        replay = self.replay not in ("auto", "none")
+        if self.model is None and (self.train_only != "all" or self.item_vectors or replay):
             raise ValueError("`train_only`, `item_vectors` and `replay` are for a `model` that is there already.")
+
+    def old_log(self) -> LogArguments | None:
+        """The log to replay, or none."""
+        if self.model is None or self.replay == "none":
+            return None
+        if self.replay != "auto":
+            return LogArguments(data=self.replay)
+        run = Path(self.model) / "run.yaml"
+        if not run.exists():
+            return None
+        trained = yaml.safe_load(run.read_text(encoding="utf-8"))
+        old = LogArguments(**{f.name: trained[f.name] for f in fields(LogArguments) if f.name in trained})
+        return old if old.data is None or Path(old.data).exists() else None
 
 
 def main() -> None:
@@ -108,8 +128,11 @@ def main() -> None:
         dataset, _ = log_args.build(tokenizer)
         model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
     train_view = split(dataset, "train")
-    if args.replay is not None:
-        train_view = ConcatDataset([train_view, split(build_sequences(args.replay, tokenizer=tokenizer)[0], "train")])
+    if (old_log := args.old_log()) is not None:
+        print(f"Old users are learned from as well: {old_log.data or 'the built-in data set'}.")
+        train_view = ConcatDataset([train_view, split(old_log.build(tokenizer)[0], "train")])
+    elif args.model is not None:
+        print("Nothing of the old users is learned from (`--replay`); their figures may fall.")
     if args.train_only in ("embeddings", "new_items"):
         freeze_all_but_items(model, 2 if args.train_only == "embeddings" else first_new)
     elif args.train_only == "lora":
