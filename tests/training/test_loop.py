@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import split
 from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate, train
+from blossomrec_hf.training import loop as loop_module
 
 
 def arguments(tmp_path, **changes):
@@ -197,12 +198,15 @@ def test_without_validation_the_last_weights_are_kept(log, tmp_path):
 
 
 def test_uploads_at_the_end_if_asked(log, tmp_path, monkeypatch):
-    uploaded = []
-    for uploader in (type(make_model()), type(log[1])):
-        monkeypatch.setattr(uploader, "push_to_hub", lambda self, name: uploaded.append((type(self).__name__, name)))
+    asked, uploaded = [], []
+    monkeypatch.setattr(loop_module, "ensure_repo", lambda name, **options: asked.append(name) or name)
+    monkeypatch.setattr(loop_module, "push_run", lambda folder, name, **options: uploaded.append((folder, name)))
     args = arguments(tmp_path, num_train_epochs=1, push_to_hub=True, hub_model_id="me/mine")
     train(make_model(), split(log[0], "train"), args=args, tokenizer=log[1])
-    assert uploaded == [("BlossomRecForSequentialRecommendation", "me/mine"), ("BlossomRecTokenizer", "me/mine")]
+    assert asked == ["me/mine"]
+    ((folder, name),) = uploaded
+    assert (Path(folder), name) == (Path(args.output_dir), "me/mine")
+    assert (Path(folder) / "model.safetensors").exists()
 
 
 KILLED_SCRIPT = """
