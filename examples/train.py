@@ -68,6 +68,16 @@ class ModelArguments:
         default=None, metadata={"help": "blossom_torch, blossom_triton or eager; left out, the fastest that fits."}
     )
 
+    def __post_init__(self) -> None:
+        try:
+            unknown = json.loads(self.config_overrides).keys() - BlossomRecConfig().to_dict().keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"`config_overrides` is {self.config_overrides!r}; it must be a JSON object.") from error
+        if unknown:
+            raise ValueError(
+                f"`config_overrides` names {', '.join(sorted(unknown))}; BlossomRecConfig has no such setting."
+            )
+
 
 @dataclass
 class OutputArguments:

@@ -55,7 +55,12 @@ def test_titles_stay_beside_the_model(run_example, log_file, tmp_path):
 
 
 def test_bad_arguments_are_named(run_example, log_file, tmp_path):
-    for arguments, named in ((("--item", "movie"), "movie"), (("--tokens_per_step", 10), "max_tokens is 10")):
+    misspelt = '{"objectiv": "gbce"}'
+    for arguments, named in (
+        (("--item", "movie"), "movie"),
+        (("--tokens_per_step", 10), "max_tokens is 10"),
+        (("--config_overrides", misspelt), "objectiv"),
+    ):
         run = ("train.py", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
         error = run_example(*run, status=1, field="stderr")
         assert named in error.strip().splitlines()[-1]
