@@ -129,7 +129,8 @@ class LogArguments:
     """The log of interactions that an example reads."""
 
     data: str | None = field(
-        default=None, metadata={"help": "A log, or a folder that prepare_data.py wrote; left out, the built-in data set."}
+        default=None,
+        metadata={"help": "A log, or a folder that prepare_data.py wrote; left out, the built-in data set."},
     )
     format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
     user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
