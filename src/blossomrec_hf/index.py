@@ -45,7 +45,7 @@ class ItemIndex:
         probes: lists read in a search; more find more and take longer.
     """
 
-    def __init__(self, index: "faiss.IndexIVF", fingerprint: str, *, probes: int = 32) -> None:
+    def __init__(self, index: "faiss.IndexIVF", fingerprint: str, *, probes: int = 64) -> None:
         if probes < 1:
             raise ValueError(f"`probes` is {probes}; it must be at least 1.")
         self.index, self.fingerprint = index, fingerprint
@@ -63,7 +63,7 @@ class ItemIndex:
 
     @classmethod
     def build(
-        cls, model: PreTrainedModel, *, lists: int | None = None, probes: int = 32, seed: int = 0
+        cls, model: PreTrainedModel, *, lists: int | None = None, probes: int = 64, seed: int = 0
     ) -> "ItemIndex":
         """
         Builds the index from the output embedding of `model`.

@@ -183,8 +183,9 @@ def _products(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Dot products `[S, C]`."""
     if states.device.type != "cpu" or states.shape[0] > 64:
         return states @ weight.T
-    # On a CPU a tall matrix times a few columns takes a third of the time of any other order, and of one column alone.
-    columns = states.expand(2, -1) if states.shape[0] == 1 else states
+    # On a CPU a tall matrix times a few columns takes a third of the time of any other order, and of one
+    # column alone (or of one that is expanded).
+    columns = states.repeat(2, 1) if states.shape[0] == 1 else states
     return (weight @ columns.T).T[: states.shape[0]].contiguous()
 
 
