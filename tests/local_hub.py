@@ -10,9 +10,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -127,6 +129,7 @@ class LocalHub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.cdn_url = f"http://localhost:{self.server.server_address[1]}"  # to the client, another host
         self.is_up = False
+        self.connections: set[socket.socket] = set()
 
     def _bind(self, port: int) -> None:
         """Takes a port, on which connections are refused until `start`."""
@@ -156,6 +159,9 @@ class LocalHub:
             self.is_up = False
             self.server.shutdown()
             self.server.server_close()
+            for connection in list(self.connections):
+                with suppress(OSError):  # closed from the other end
+                    connection.shutdown(socket.SHUT_RDWR)
             self._bind(self.server.server_address[1])
 
     def fail(self, kind: str | int, *, method: str = ".*", path: str = ".*", times: int = 1) -> None:
@@ -245,7 +251,13 @@ def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
 
         def setup(self) -> None:
             super().setup()
-            self.connection.setsockopt(6, 1, 1)  # TCP_NODELAY: small answers are not held back
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small answers are not held back
+            hub.connections.add(self.connection)
+
+        def finish(self) -> None:
+            hub.connections.discard(self.connection)
+            with suppress(OSError):  # the Hub was stopped
+                super().finish()
 
         def handle_any(self) -> None:
             self.fault = hub.take_fault(self.command, self.path) if hub.is_up else "drop"
