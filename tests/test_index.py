@@ -65,6 +65,22 @@ def test_a_stale_index_is_refused(model, tmp_path):
     model.recommend(histories(), index=ItemIndex.load(tmp_path, model))
 
 
+def test_another_embedding_in_the_same_place_is_stale(model):
+    index = ItemIndex.build(model)
+    weight = model.lm_head.weight
+    index.check(weight)
+    before = weight.data
+    weight.data = before + 1e-3  # neither another object nor another version
+    try:
+        with pytest.raises(ValueError, match="stale"):
+            index.check(weight)
+    finally:
+        weight.data = before
+    index.check(weight)
+    with pytest.raises(ValueError, match="stale"):
+        index.check(torch.nn.Parameter(before + 1e-3))
+
+
 def test_bad_input_is_named(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="ItemIndex.build"):
         ItemIndex.load(tmp_path, model)

@@ -12,6 +12,7 @@ The index finds candidates, more than are wanted; `recommend` scores them exactl
 import hashlib
 import json
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ class ItemIndex:
             raise ValueError(f"`probes` is {probes}; it must be at least 1.")
         self.index, self.fingerprint = index, fingerprint
         self.probes = probes
-        self._checked: tuple[int, int] | None = None
+        self._checked: tuple[weakref.ref, int, int] | None = None
 
     @property
     def probes(self) -> int:
@@ -139,14 +140,16 @@ class ItemIndex:
         Raises:
             ValueError: it is not.
         """
-        state = (id(weight), weight._version)
-        if state != self._checked:
-            if embedding_fingerprint(weight) != self.fingerprint:
-                raise ValueError(
-                    "The index is stale: it was built from other item embeddings than the model has. Build it again "
-                    "with `ItemIndex.build(model)`."
-                )
-            self._checked = state
+        # A reference and not an id, which another model's embedding may get when this one is gone.
+        state = (weight._version, weight.data_ptr())
+        if self._checked is not None and self._checked[0]() is weight and self._checked[1:] == state:
+            return
+        if embedding_fingerprint(weight) != self.fingerprint:
+            raise ValueError(
+                "The index is stale: it was built from other item embeddings than the model has. Build it again "
+                "with `ItemIndex.build(model)`."
+            )
+        self._checked = (weakref.ref(weight), *state)
 
     def search(self, states: torch.Tensor, count: int) -> torch.Tensor:
         """

@@ -119,7 +119,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches = self._plan(self.epoch)
         yield from batches if self.rank is None else batches[self.rank :: self.num_replicas]
-        if self.shuffle:  # while the epoch's last batches are still at work
+        if self.shuffle:  # with workers, while the epoch's last batches are still at work
             self._plan(self.epoch + 1)
 
     def __len__(self) -> int:
