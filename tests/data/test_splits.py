@@ -108,8 +108,10 @@ def test_refusals(dataset):
         split(dataset, "test", 0)
     with pytest.raises(ValueError, match="lacks input_ids"):
         split(Dataset.from_dict({"user_id": [1]}), "train")
-    with pytest.raises(ValueError, match='part "train"'):
+    with pytest.raises(ValueError, match='part "train": it has 2 users, the longest history has 2 items, .*4 in all'):
         split(dataset.select([1, 2]), "train")
+    with pytest.raises(ValueError, match='part "test": it has 1 users, the longest history has 1 items, .*`user`'):
+        split(dataset.select([2]), "test")
     with pytest.raises(ValueError, match="no event is before"):
         split_by_time(dataset, 5, 6)
     with pytest.raises(ValueError, match="before validation_from"):

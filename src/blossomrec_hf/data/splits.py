@@ -11,6 +11,11 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
 UNK = 1
+_NEEDED = {
+    "train": "training needs two items of a user (4 in all with leave-one-out, which holds out the last two)",
+    "validation": "validation needs an item before the one to predict (3 in all with leave-one-out)",
+    "test": "the test needs an item before the one to predict (2 in all with leave-one-out)",
+}
 
 
 def split(
@@ -59,10 +64,20 @@ def split(
             "%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset)
         )
     if not len(rows):
-        raise ValueError(f'dataset has no user with enough items for the part "{part}".')
+        raise too_short(dataset, part)
     view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
     unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
     return view.with_transform(_View(part, max_length, unseen))
+
+
+def too_short(dataset: Dataset, part: str) -> ValueError:
+    """What to raise where no user has enough items for `part`."""
+    longest = _numbers(dataset, "test_end").max(initial=0)
+    return ValueError(
+        f'dataset has no user with enough items for the part "{part}": it has {len(dataset)} users, the longest history '
+        f"has {longest} items, and {_NEEDED[part]}. Give a log with longer histories; where they should be longer, look "
+        "whether `user` names the right column and what `k_core` and `max_history` left."
+    )
 
 
 def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:

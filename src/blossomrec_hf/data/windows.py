@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from .splits import part_lengths
+from .splits import part_lengths, too_short
 
 
 class HistoryWindows(TorchDataset):
@@ -53,7 +53,7 @@ class HistoryWindows(TorchDataset):
         history, _ = part_lengths(dataset, "train")
         rows = np.flatnonzero(history >= 2)
         if not rows.size:
-            raise ValueError("dataset has no user with two training events, so there is nothing to learn from.")
+            raise too_short(dataset, "train")
         stops = history[rows]
         longest = max_length or int(stops.max())
         starts = np.maximum(stops - longest, 0)

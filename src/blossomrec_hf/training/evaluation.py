@@ -83,7 +83,10 @@ class HeldOutItems:
             row for row in iterate_columns(rows, "user_id", "input_ids", "target_ids", seen_column) if len(row[2]) > 0
         ]
         if not kept:
-            raise ValueError("`rows` hold no user with an item to predict: there is nothing to evaluate.")
+            raise ValueError(
+                f"`rows` hold {len(rows)} users and none of them an item to predict, so there is nothing to evaluate; give "
+                '`split(dataset, "validation")` or that of "test".'
+            )
         user_ids, inputs, targets, seen = zip(*kept)
         return cls(HistoryStore(*concatenate(inputs), max_length=max_length), targets, seen, user_ids)
 
