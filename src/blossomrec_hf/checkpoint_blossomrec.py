@@ -342,20 +342,18 @@ def _in_words(error: BaseException, repo_id: str, token: bool | str | None) -> O
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     again = "Nothing of this push can be seen there; the same call again goes on with what has arrived."
+    no_token = (
+        f"Cannot push to {repo_id}: no valid token was found{{}}; log in with `hf auth login`, or set HF_TOKEN to one of "
+        "https://huggingface.co/settings/tokens."
+    )
     for cause in reversed(causes):
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if isinstance(cause, LocalTokenNotFoundError) or (
             status == 401 and (token is False or (token in (None, True) and get_token() is None))
         ):
-            return PermissionError(
-                f"No token to push to {repo_id} with. Log in with `hf auth login`, set HF_TOKEN, or pass `token=`; "
-                "tokens are made at https://huggingface.co/settings/tokens."
-            )
+            return PermissionError(no_token.format(""))
         if status == 401:
-            return PermissionError(
-                f"The Hub does not know this `token` (pushing to {repo_id}). Log in anew with `hf auth login`, or look "
-                "at https://huggingface.co/settings/tokens whether it has expired."
-            )
+            return PermissionError(no_token.format(" (the Hub does not know this `token`)"))
         if status == 403:
             return PermissionError(
                 f"This token may not write to {repo_id}: {cause.server_message or cause}. It needs the right to write, "

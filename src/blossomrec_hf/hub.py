@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from huggingface_hub import CommitInfo, DatasetCard, EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_blossomrec import REPO_PLACEHOLDER, check_manifest, push_folder
+from .checkpoint_blossomrec import REPO_PLACEHOLDER, check_manifest, ensure_repo, push_folder
 from .configuration_blossomrec import BlossomRecConfig
 from .data.filters import FilterReport
 from .data.overview import describe, summary
@@ -80,9 +80,13 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
 
     Returns:
         `str`: the address of the repository.
+
+    Raises:
+        as `model.push_to_hub`.
     """
     folder = Path(folder)
     dataset = Dataset.load_from_disk(str(folder))
+    repo_id = ensure_repo(repo_id, private=private, token=token, repo_type="dataset")
     dataset.push_to_hub(repo_id, private=private, token=token)
     # `push_to_hub` writes a card that says where the rows are; its text becomes ours, its data stays.
     card = DatasetCard.load(repo_id, token=token)

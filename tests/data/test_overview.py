@@ -71,8 +71,8 @@ def test_the_card_says_what_is_in_the_folder(log, tmp_path):
     assert str(tmp_path) not in card.text
 
 
-def test_a_push_is_private_and_complete(log, tmp_path, monkeypatch):
-    """The Hub itself is replaced by a record of what would reach it."""
+def test_a_push_is_private_and_complete(local_hub, log, tmp_path, monkeypatch):
+    """The repository is made; what would reach it then is recorded."""
     calls = {}
     build_sequences(log, output_dir=tmp_path / "out")
     generated = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
@@ -80,11 +80,16 @@ def test_a_push_is_private_and_complete(log, tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetCard, "load", classmethod(lambda cls, repo, **kw: DatasetCard(generated)))
     monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo, **kw: calls.update(card=str(self)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kw: calls.update(upload=kw) or "address")
-    assert push_dataset(tmp_path / "out", "me/log") == "address"
-    assert (calls["rows"], calls["repo"], calls["private"]) == (100, "me/log", True)
+    with pytest.raises(PermissionError, match="Cannot push to ada/log: no valid token was found; .*hf auth login"):
+        push_dataset(tmp_path / "out", "ada/log")
+    assert not calls
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    assert push_dataset(tmp_path / "out", "ada/log") == "address"
+    assert (calls["rows"], calls["repo"], calls["private"]) == (100, "ada/log", True)
+    assert local_hub.repository("ada/log", "dataset").private
     assert "path: data/train-*" in calls["card"] and "## Filters" in calls["card"]
     assert calls["upload"]["repo_type"] == "dataset" and "item_metadata.parquet" in calls["upload"]["allow_patterns"]
-    push_dataset(tmp_path / "out", "me/log", private=False)
+    push_dataset(tmp_path / "out", "ada/log", private=False)
     assert calls["private"] is False
 
 

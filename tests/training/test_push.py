@@ -43,6 +43,19 @@ def test_model_tokenizer_card_and_summary_in_one_commit(local_hub, trainer, log)
     assert proposed.oid == pushed.oid or proposed.pr_url
 
 
+def test_a_missing_token_is_told_before_the_training(local_hub, tmp_path, monkeypatch):
+    arguments = {"report_to": "none", "use_cpu": True, "push_to_hub": True, "hub_model_id": "ada/later"}
+
+    def start() -> SequentialRecommendationTrainer:
+        return SequentialRecommendationTrainer(make_model(), TrainingArguments(tmp_path / "out", **arguments))
+
+    with pytest.raises(PermissionError, match="Cannot push to ada/later: no valid token was found; .*hf auth login"):
+        start()
+    assert not local_hub.repositories
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    assert start().hub_model_id == "ada/later" and local_hub.repository("ada/later")
+
+
 def test_without_a_tokenizer_nothing_is_pushed(local_hub, trainer):
     trainer.processing_class = None
     with pytest.raises(ValueError, match="processing_class"):

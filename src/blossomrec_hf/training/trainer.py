@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import EvalPrediction, Trainer
 
+from ..checkpoint_blossomrec import ensure_repo
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
 from .environment import describe_environment
@@ -62,6 +63,17 @@ class SequentialRecommendationTrainer(Trainer):
             )
         # A view makes its columns from stored ones, which must not be taken from it.
         self.args.remove_unused_columns = False
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository of `push_to_hub` before the training; errors as in `model.push_to_hub`."""
+        if self.is_world_process_zero():
+            repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            ensure_repo(
+                repo_id,
+                private=self.args.hub_private_repo if private is None else private,
+                token=token or self.args.hub_token,
+            )
+            super().init_hf_repo(token, private)
 
     def training_summary(self) -> dict[str, Any]:
         """What a card is made of, see [`~blossomrec_hf.hub.write_summary`]: what this trainer did and last measured."""
