@@ -1,0 +1,66 @@
+"""What the commands in `examples/` share: their help, and errors that end them with a sentence instead of a traceback."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and tells the default of each argument that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.const is False:  # the --no_name that `HfArgumentParser` makes, with the help and default of --name
+            return f"Turns --{action.dest} off."
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+@contextmanager
+def ends_with_a_sentence(*errors: type[Exception]) -> Iterator[None]:
+    """Where one of `errors` is raised inside, the command ends with what it says, and status 1."""
+    try:
+        yield
+    except errors as error:
+        raise SystemExit(str(error)) from error
+
+
+def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
+    """
+    `kind.from_pretrained(path)`; where that is no checkpoint, the command ends with a sentence.
+
+    Args:
+        kind: the class of the model or of the tokenizer.
+        path: a folder, or the name of a repository of the Hub.
+        argument: of the command line, which gave `path`.
+    """
+    problem = _what_is_wrong(path, ["tokenizer.json"] if issubclass(kind, PreTrainedTokenizerBase) else [])
+    if problem is not None:
+        raise SystemExit(
+            f"--{argument} is {path}, but {problem}; give the folder of a trained model, as examples/train.py writes "
+            "it, or its name on the Hub (owner/name)."
+        )
+    with ends_with_a_sentence(OSError):
+        return kind.from_pretrained(path)
+
+
+def _what_is_wrong(path: str, files: list[str]) -> str | None:
+    """Why there is no checkpoint at `path`, as far as can be told without loading it; `files` are needed beside it."""
+    if Path(path).is_dir():
+        missing = [name for name in ["config.json", *files] if not (Path(path) / name).is_file()]
+        return f"that folder has no {missing[0]}" if missing else None
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return "there is no such folder"
+    try:
+        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            HfApi().model_info(path, timeout=20)  # one request, where `from_pretrained` tries again for a minute
+    except (RepositoryNotFoundError, HFValidationError):
+        return "there is no such folder, and no such repository on the Hub that you may read (`hf auth login`)"
+    except Exception as error:  # whatever the client makes of a network that is not there
+        return f"there is no such folder, and the Hub could not be asked ({str(error).splitlines()[0]})"
+    return None
