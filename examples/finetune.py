@@ -22,7 +22,9 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import ends_with_a_sentence, load_checkpoint
 from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.training import (
     LogArguments,
     RankingCollator,
@@ -57,7 +59,9 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 class FineTuneArguments:
     """What to fine-tune, and how much of it."""
 
-    model: str | None = field(default=None, metadata={"help": "A checkpoint; left out, a new small model."})
+    model: str | None = field(
+        default=None, metadata={"help": "The folder of a trained model, or a Hub id; left out, a new small model."}
+    )
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
     train_only: str = field(
         default="all",
@@ -69,7 +73,10 @@ class FineTuneArguments:
     lora_rank: int = field(default=8, metadata={"help": "The rank of the adapters."})
     item_vectors: str | None = field(
         default=None,
-        metadata={"help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item."},
+        metadata={
+            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; left out, at "
+            "the mean of the old ones."
+        },
     )
     replay: str = field(
         default="auto",
@@ -106,8 +113,9 @@ def main() -> None:
     )
     set_seed(training_args.seed)
 
-    dataset, tokenizer = log_args.build()
+    old_titles = None
     if args.model is None:
+        dataset, tokenizer = log_args.build()
         config = BlossomRecConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -118,15 +126,18 @@ def main() -> None:
         model = BlossomRecForSequentialRecommendation(config)
         model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
     else:
-        log_items = tokenizer.decode_items(range(2, len(tokenizer)))
-        tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
-        model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
+        tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
+        model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
+        old_titles = read_item_metadata(args.model)
+        log_tokenizer = log_args.build()[1]
+        log_items = log_tokenizer.decode_items(range(2, len(log_tokenizer)))
         first_new = len(tokenizer)
         vectors = None if args.item_vectors is None else read_item_vectors(args.item_vectors)
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
             print(f"{num_added} new items; the catalogue now holds {len(tokenizer) - 2}.")
         dataset, _ = log_args.build(tokenizer)
         model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+    titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
     train_view = split(dataset, "train")
     if (old_log := args.old_log()) is not None:
         print(f"Old users are learned from as well: {old_log.data or 'the built-in data set'}.")
@@ -143,14 +154,17 @@ def main() -> None:
         adapted = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_MODULES))  # fmt: skip
         model.get_input_embeddings().requires_grad_(True)
 
-    trainer = SequentialRecommendationTrainer(
-        model,
-        training_args,
-        data_collator=RankingCollator(max_length=args.max_length),
-        train_dataset=train_view,
-        eval_dataset=split(dataset, "validation"),
-        processing_class=tokenizer,
-    )
+    with ends_with_a_sentence(OSError):  # a Hub that does not let one push
+        trainer = SequentialRecommendationTrainer(
+            model,
+            training_args,
+            data_collator=RankingCollator(max_length=args.max_length),
+            train_dataset=train_view,
+            eval_dataset=split(dataset, "validation"),
+            processing_class=tokenizer,
+        )
+    if trainer.is_world_process_zero():
+        write_item_metadata(training_args.output_dir, titles)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if args.train_only == "lora":
         adapted.save_pretrained(Path(training_args.output_dir) / "adapter")

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from blossomrec_hf.data import build_sequences
-from blossomrec_hf.data.metadata import item_metadata, read_item_metadata
+from blossomrec_hf.data.metadata import item_metadata, join_item_metadata, read_item_metadata
 from blossomrec_hf.data.readers import open_log
 from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
 
@@ -287,7 +287,15 @@ def test_titles_stand_beside_the_dataset(tmp_path):
     titles = pl.DataFrame({"item_id": ["b", "a", "c"], "title": ["B!", "A!", "C!"], "year": [1, 2, 3]})
     build_sequences(log, titles=titles, output_dir=tmp_path / "log")
     rows = [("a", "A!", 2, 2), ("b", "B!", 3, 1)]
-    assert read_item_metadata(tmp_path / "log").rows() == rows
+    saved = read_item_metadata(tmp_path / "log")
+    assert saved.rows() == rows
+    other = pl.DataFrame(
+        {"item": ["c", "b"], "title": ["C?", "B?"], "input_id": [4, 3]}, schema_overrides=saved.schema
+    )
+    assert join_item_metadata([other, None, saved]).rows() == [
+        ("a", "A!", 2, 2), ("b", "B?", 3, None), ("c", "C?", 4, None)
+    ]  # fmt: skip
+    assert join_item_metadata([None, None]) is None
     assert read_item_metadata(tmp_path) is None
     with pytest.raises(ValueError, match="one has to be called"):
         item_metadata(pl.DataFrame({"key": [1]}), BlossomRecTokenizer.from_items([1]))

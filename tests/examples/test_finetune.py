@@ -1,11 +1,14 @@
 import json
 
+import polars as pl
 import pytest
 import torch
+from checkpoint_cases import small_model, small_tokenizer
 from example_cases import write_log
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.data.metadata import item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.training import evaluate
 
 
@@ -52,3 +55,25 @@ def test_new_items_are_learned_and_old_ones_kept(run_example, trained, tmp_path,
     assert {name: figures[f"test_{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
     if train_only == "lora":
         check_the_adapter(before, after, tmp_path / "run" / "adapter")
+
+
+def test_titles_of_old_and_new_items_stand_beside_the_model(run_example, tmp_path):
+    """Of 40 old items, 100 to 139, and two new ones; what `--titles` tells of an old one takes the place of the old title."""
+    tokenizer = small_tokenizer()
+    small_model().save_pretrained(tmp_path / "old")
+    tokenizer.save_pretrained(tmp_path / "old")
+    titles = pl.DataFrame({"item": [101, 139], "title": ["an old one", "a wrong one"]})
+    write_item_metadata(tmp_path / "old", item_metadata(titles, tokenizer))
+    (tmp_path / "new.csv").write_text(
+        "user,item\n" + "".join(f"u,{item}\nv,{item}\n" for item in (100, 101, 7, 139, 8))
+    )
+    (tmp_path / "titles.csv").write_text("item,title\n7,a new one\n139,the right one\n9,not in the log\n")
+    run_example(
+        "finetune.py", "--model", tmp_path / "old", "--data", tmp_path / "new.csv", "--titles", tmp_path / "titles.csv",
+        "--output_dir", tmp_path / "run", "--max_steps", 1, "--use_cpu", "true",
+    )  # fmt: skip
+    assert read_item_metadata(tmp_path / "run").rows() == [
+        (101, "an old one", 3),
+        (139, "the right one", 41),
+        (7, "a new one", AutoTokenizer.from_pretrained(tmp_path / "run").encode_items([7])[0]),
+    ]

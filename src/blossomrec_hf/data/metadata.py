@@ -1,10 +1,12 @@
 """Item titles, for people to read: `item_metadata.parquet` beside a built Dataset and beside a checkpoint."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from transformers.utils import cached_file
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
 
@@ -84,12 +86,20 @@ def _read(source: Any) -> pl.DataFrame:
 
 
 def write_item_metadata(folder: str | Path, metadata: pl.DataFrame | None) -> None:
-    """Writes `item_metadata.parquet` to a folder, if there is anything to write."""
+    """Writes `item_metadata.parquet` to a folder, made if need be, where there is anything to write."""
     if metadata is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         metadata.write_parquet(Path(folder) / METADATA_FILE)
 
 
 def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
-    """The `item_metadata.parquet` of a folder, or `None` where it has none."""
-    path = Path(folder) / METADATA_FILE
-    return pl.read_parquet(path) if path.is_file() else None
+    """The `item_metadata.parquet` of a folder, or of a repository of the Hub; `None` where it has none."""
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    path = cached_file(folder, METADATA_FILE, **lenient)
+    return None if path is None else pl.read_parquet(path)
+
+
+def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:
+    """Frames of [`item_metadata`] for one vocabulary as one; of an item in several of them, the first row stays."""
+    known = [part for part in parts if part is not None]
+    return pl.concat(known, how="diagonal_relaxed").unique("item", keep="first").sort("input_id") if known else None
