@@ -7,7 +7,6 @@ Converts a checkpoint of the authors' code (BlossomRec in RecBole) into one of t
 The scores are the same, or the conversion is refused with a sentence. Nothing in a `.pth` file is run.
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
 from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
 
 
@@ -22,15 +22,19 @@ from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
 class ConversionArguments:
     """From what into what."""
 
-    checkpoint: str | None = field(default=None, metadata={"help": "A .pth file of RecBole, or of a state_dict."})
-    output_dir: str = field(default="runs/converted", metadata={"help": "Where model and tokenizer go."})
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "A .pth file of RecBole, or of a state_dict, to convert into ours."}
+    )
+    output_dir: str = field(default="runs/converted", metadata={"help": "Where our model and tokenizer go."})
     items: str | None = field(
         default=None, metadata={"help": "Raw item ids, one a line, from RecBole's id 1 on; left out, those numbers."}
     )
     num_attention_heads: int | None = field(default=None, metadata={"help": "Where the file does not tell; 8 there."})
     hidden_act: str | None = field(default=None, metadata={"help": "Where the file does not tell; gelu there."})
-    model: str | None = field(default=None, metadata={"help": "A model of this package, for the other way."})
-    output_file: str = field(default="BlossomRec.pth", metadata={"help": "Where the authors' weights go."})
+    model: str | None = field(
+        default=None, metadata={"help": "Our model, a folder or a Hub id, to convert into theirs."}
+    )
+    output_file: str = field(default="BlossomRec.pth", metadata={"help": "Where their weights go."})
 
     def __post_init__(self):
         if (self.checkpoint is None) == (self.model is None):
@@ -38,12 +42,10 @@ class ConversionArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        ConversionArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
     if args.model is not None:
-        model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
+        model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
         torch.save({"state_dict": to_authors(model)}, args.output_file)
         print(args.output_file)
         return

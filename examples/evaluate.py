@@ -18,6 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import load_checkpoint
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (
     HeldOutItems,
@@ -39,11 +40,15 @@ from blossomrec_hf.training.checkpoints import write_json
 class EvaluationArguments:
     """What to evaluate, and how."""
 
-    models: list[str] = field(default_factory=list, metadata={"help": "Folders of checkpoints with their tokenizers."})
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of models with their tokenizers, or Hub ids; at least one."}
+    )
     part: str = field(default="test", metadata={"help": "test or validation."})
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that a model reads."})
     max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+    )
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
     num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
     samples: int = field(default=1000, metadata={"help": "Bootstrap samples."})
@@ -65,8 +70,8 @@ def main() -> None:
 
     ranks, reports, tokenizers = {}, {}, []
     for folder in args.models:
-        tokenizer = BlossomRecTokenizer.from_pretrained(folder)
-        model = BlossomRecForSequentialRecommendation.from_pretrained(folder).to(accelerator.device)
+        tokenizer = load_checkpoint(BlossomRecTokenizer, folder, "models")
+        model = load_checkpoint(BlossomRecForSequentialRecommendation, folder, "models").to(accelerator.device)
         # The baselines and the held-out items serve every model with the same catalogue.
         if not tokenizers or tokenizer.get_vocab() != tokenizers[-1].get_vocab():
             if tokenizers:

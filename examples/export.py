@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
+from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
 from blossomrec_hf.export import export_onnx, export_program
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or repository of a checkpoint")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a trained model, or a Hub id")
     parser.add_argument("--output", type=Path, required=True, help="a file that ends in .onnx or .pt2")
     args = parser.parse_args()
     if args.output.suffix not in (".onnx", ".pt2"):
         parser.error(f"--output is {args.output}; it must end in .onnx or .pt2")
-    model = BlossomRecForSequentialRecommendation.from_pretrained(args.model)
+    model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".onnx":
         export_onnx(model, args.output)

@@ -28,6 +28,7 @@ import numpy as np
 from serve import Store
 
 from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
 
 
 async def started(base: str, process: subprocess.Popen) -> None:
@@ -115,7 +116,7 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
     path = Path(folder.name) / "events.db"
     command = [sys.executable, str(Path(__file__).parent / "serve.py"), "--model", args.model, "--store", str(path)]
     command += ["--port", str(port), "--max_history", str(args.max_history)]
-    tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
+    tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
     items = tokenizer.decode_items(range(2, min(2 + args.items, len(tokenizer) - 10)))
     process = subprocess.Popen(command)
     try:
@@ -144,13 +145,13 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--clients", type=int, default=64, help="clients that send requests at the same time")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds from the first request to the kill")
     parser.add_argument("--items", type=int, default=200, help="how many items the events are drawn from")
-    parser.add_argument("--max_history", type=int, default=4096)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--max_history", type=int, default=4096, help="that of serve.py")
+    parser.add_argument("--json", type=Path, help="file for the figures; left out, they are printed only")
     args = parser.parse_args()
     figures = asyncio.run(load_test(args))
     print(json.dumps(figures, indent=1))

@@ -6,13 +6,13 @@ Makes the card of a model from what its training wrote; no figure in it comes fr
         --published model_cards/published-ml-1m.json --output model_cards/blossomrec-ml-1m.md
 """
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.hub import model_card, write_card
 from blossomrec_hf.training import read_results
 
@@ -21,15 +21,23 @@ from blossomrec_hf.training import read_results
 class CardArguments:
     """Which runs, and where the card goes."""
 
-    folder: str | None = field(default=None, metadata={"help": "A run's folder; its README.md is written."})
+    folder: str | None = field(
+        default=None, metadata={"help": "A run's folder; its README.md is written. This, or `results`."}
+    )
     results: str | None = field(default=None, metadata={"help": "A file that train.py --results_json wrote."})
-    output: str | None = field(default=None, metadata={"help": "Where a card of `results` goes."})
+    output: str | None = field(default=None, metadata={"help": "Where the card of `results` goes."})
     name: str | None = field(
         default=None, metadata={"help": "The model's name; left out, that of the folder or file."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "What people call the data."})
-    published: str | None = field(default=None, metadata={"help": "A JSON file of others' figures to stand beside."})
-    license: str | None = field(default=None, metadata={"help": "An identifier of the Hub, such as apache-2.0."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "What people call the data; left out, the name of its file."}
+    )
+    published: str | None = field(
+        default=None, metadata={"help": "A JSON file of others' figures to stand beside; left out, none."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "An identifier of the Hub, such as apache-2.0; left out, none."}
+    )
 
     def __post_init__(self):
         if (self.folder is None) == (self.results is None):
@@ -39,7 +47,7 @@ class CardArguments:
 
 
 def main() -> None:
-    parser = HfArgumentParser(CardArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(CardArguments, description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
     options = {"dataset_name": args.dataset_name, "license": args.license}
     if args.published is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars, load_from_disk
 
+from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
 from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
@@ -27,32 +28,53 @@ from blossomrec_hf.hub import dataset_card, push_dataset
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("source", help=f"file, folder, pattern, Hub data set, or one of {', '.join(KNOWN)}")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is there")
     parser.add_argument("--format", choices=sorted(FORMATS), help="found out by looking, if not given")
     for name in ("user", "item", "timestamp", "rating"):
         parser.add_argument(f"--{name}", help=f"name of the column of {name}s; the usual names are found without")
-    parser.add_argument("--titles", help="file of item titles: movies.dat, u.item, .item, CSV, JSON lines, Parquet")
-    parser.add_argument("--min_rating", type=float, help="rows rated lower are no interactions")
-    parser.add_argument("--deduplicate", choices=("none", "first", "last"), default="none")
+    parser.add_argument(
+        "--titles",
+        help="file of item titles: movies.dat, u.item, .item, CSV, JSON lines, Parquet; those that come with the log, if not given",
+    )
+    parser.add_argument(
+        "--min_rating", type=float, help="rows rated lower are no interactions; every row is one, if not given"
+    )
+    parser.add_argument(
+        "--deduplicate",
+        choices=("none", "first", "last"),
+        default="none",
+        help="which of a user's events with one item stays",
+    )
     parser.add_argument(
         "--k_core", type=int, nargs="+", default=[1], help="least interactions a user and an item have"
     )
-    parser.add_argument("--min_history", type=int, default=1)
-    parser.add_argument("--max_history", type=int)
-    parser.add_argument("--on_bad_rows", choices=("fail", "skip"), default="fail")
-    parser.add_argument("--split", choices=("leave_one_out", "time", "user"), default="leave_one_out")
+    parser.add_argument("--min_history", type=int, default=1, help="users with fewer events go")
+    parser.add_argument("--max_history", type=int, help="the latest events of a user to keep; all, if not given")
+    parser.add_argument(
+        "--on_bad_rows", choices=("fail", "skip"), default="fail", help="what to do about rows that cannot be read"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("leave_one_out", "time", "user"),
+        default="leave_one_out",
+        help="what is held out: each user's last items, a time, or users",
+    )
     parser.add_argument(
         "--validation_from", type=float, help="--split time: first time of validation, in the log's unit"
     )
-    parser.add_argument("--test_from", type=float, help="--split time: first time of the test")
+    parser.add_argument("--test_from", type=float, help="--split time: first time of the test, in the log's unit")
     parser.add_argument("--validation_users", type=float, default=0.1, help="--split user: share of users")
     parser.add_argument("--test_users", type=float, default=0.1, help="--split user: share of users")
     parser.add_argument("--seed", type=int, default=0, help="--split user: which users")
-    parser.add_argument("--report", type=Path, help="write a page (.html) or a picture (.png) about the result")
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="push the result to this data set repository")
+    parser.add_argument(
+        "--report", type=Path, help="page (.html) or picture (.png) about the result; none, if not given"
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="data set repository to push the result to; none, if not given"
+    )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
     parsed = parser.parse_args(arguments)
     if parsed.split == "time" and None in (parsed.validation_from, parsed.test_from):
@@ -120,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name}: {value}")
     print(f"Saved to {args.output_dir}" + (f", report in {args.report}" if args.report else ""))
     if args.push_to_hub:
-        print("Pushed to", push_dataset(args.output_dir, args.push_to_hub, private=not args.public))
+        with ends_with_a_sentence(ValueError, OSError):
+            print("Pushed to", push_dataset(args.output_dir, args.push_to_hub, private=not args.public))
 
 
 if __name__ == "__main__":

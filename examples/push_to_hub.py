@@ -7,11 +7,11 @@ Uploads a trained model to the Hub: model, code, tokenizer, card, summary of the
 All of it is one commit: it is there as a whole or not at all. What arrived of a push that broke off is not sent again.
 """
 
-import argparse
 from dataclasses import asdict, dataclass, field
 
 from transformers import HfArgumentParser
 
+from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
 from blossomrec_hf.hub import push_run
 
 
@@ -22,19 +22,19 @@ class PushArguments:
     folder: str = field(metadata={"help": "What examples/train.py, or Trainer, left."})
     repo_id: str = field(metadata={"help": "owner/name, or a name of your own; made if it is not there."})
     private: bool = field(default=False, metadata={"help": "A new repository is private."})
-    revision: str | None = field(default=None, metadata={"help": "The branch; made if it is not there."})
+    revision: str | None = field(
+        default=None, metadata={"help": "The branch, made if it is not there; left out, main."}
+    )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
     exist_ok: bool = field(default=True, metadata={"help": "Add a commit to a repository that is there already."})
     commit_message: str = field(default="Upload a BlossomRec model", metadata={"help": "The title of the commit."})
 
 
 def main() -> None:
-    parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
-    try:
+    with ends_with_a_sentence(ValueError, OSError):
         pushed = push_run(**asdict(args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
     print(pushed.pr_url or pushed.commit_url)
 
 

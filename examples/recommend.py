@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from datasets import Dataset, disable_progress_bars
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import load_checkpoint
 from blossomrec_hf.training import LogArguments, parse_arguments
 from blossomrec_hf.training.histories import budget_batches
 from blossomrec_hf.training.progress import progress_bar
@@ -34,7 +35,9 @@ from blossomrec_hf.training.progress import progress_bar
 class RecommendArguments:
     """What to recommend, and where to."""
 
-    model: str = field(default="runs/blossomrec", metadata={"help": "Folder of a checkpoint with its tokenizer."})
+    model: str = field(
+        default="runs/blossomrec", metadata={"help": "A folder of a model with its tokenizer, or a Hub id."}
+    )
     output_dir: str = field(default="recommendations", metadata={"help": "Where the shards go."})
     top_k: int = field(default=10, metadata={"help": "Items a user."})
     include_seen: bool = field(default=False, metadata={"help": "Recommend items of the history, too."})
@@ -42,7 +45,9 @@ class RecommendArguments:
     max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
     max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
     shard_users: int = field(default=50_000, metadata={"help": "Users a shard."})
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+    )
 
     def __post_init__(self):
         for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
@@ -102,8 +107,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     disable_progress_bars()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    tokenizer = BlossomRecTokenizer.from_pretrained(args.model)
-    model = BlossomRecForSequentialRecommendation.from_pretrained(args.model).to(accelerator.device).eval()
+    tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
+    model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(accelerator.device).eval()
     with accelerator.main_process_first():  # the others find what the first has built
         dataset, _ = log_args.build(tokenizer)
 

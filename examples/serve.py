@@ -45,6 +45,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from blossomrec_hf import BlossomRecCache, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -375,24 +376,27 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")
-    parser.add_argument("--store", type=Path, default=Path("events.db"))
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--store", type=Path, default=Path("events.db"), help="the SQLite file of the users' events")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all of the machine's"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="the port to listen at")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="where the model runs")
     threads = max(1, (os.cpu_count() or 1) // 2)
-    parser.add_argument("--threads", type=int, default=threads, help="of PyTorch; HTTP needs cores of its own")
+    parser.add_argument("--threads", type=int, default=threads, help="threads of PyTorch; HTTP needs cores of its own")
     parser.add_argument("--max_history", type=int, default=2048, help="events that the model reads at most")
-    parser.add_argument("--max_batch", type=int, default=64)
-    parser.add_argument("--cache_mib", type=int, default=1024)
-    parser.add_argument("--max_body", type=int, default=2**20, help="bytes of a request")
+    parser.add_argument("--max_batch", type=int, default=64, help="requests that are answered together at most")
+    parser.add_argument("--cache_mib", type=int, default=1024, help="MiB of memory for what the model knows of users")
+    parser.add_argument("--max_body", type=int, default=2**20, help="bytes of a request at most")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = BlossomRecForSequentialRecommendation.from_pretrained(args.model).to(args.device)
+    model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(args.device)
     recommender = Recommender(
         model,
-        BlossomRecTokenizer.from_pretrained(args.model),
+        load_checkpoint(BlossomRecTokenizer, args.model),
         Store(args.store),
         max_history=args.max_history,
         max_batch=args.max_batch,

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.command_line import ends_with_a_sentence
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import write_item_metadata
 from blossomrec_hf.hub import write_card, write_summary
@@ -88,7 +89,8 @@ class OutputArguments:
         default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
     )
     results_json: str | None = field(
-        default=None, metadata={"help": "Add the results to this file, keyed by configuration, seed and commit."}
+        default=None,
+        metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; left out, none."},
     )
 
 
@@ -115,14 +117,15 @@ def main() -> None:
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
 
     validation_view = split(dataset, "validation", max_length=args.max_length)
-    loop = TrainingLoop(
-        model,
-        split(dataset, "train", max_length=args.max_length),
-        validation_view,
-        args=args,
-        tokenizer=tokenizer,
-        callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
-    )
+    with ends_with_a_sentence(OSError):  # a Hub that does not let one push
+        loop = TrainingLoop(
+            model,
+            split(dataset, "train", max_length=args.max_length),
+            validation_view,
+            args=args,
+            tokenizer=tokenizer,
+            callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
+        )
     accelerator = loop.accelerator
     accelerator.print(
         f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights on {accelerator.device}"
@@ -152,7 +155,8 @@ def main() -> None:
     write_summary(args.output_dir, run)
     write_card(args.output_dir)
     if args.push_to_hub:
-        print(f"\nPushed: {loop.push_to_hub().commit_url}")
+        with ends_with_a_sentence(OSError):
+            print(f"\nPushed: {loop.push_to_hub().commit_url}")
 
 
 def print_figures(figures: dict[str, float], ks: list[int]) -> None:

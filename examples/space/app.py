@@ -25,6 +25,7 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.data import build_sequences, generate_log
 from blossomrec_hf.data.metadata import METADATA_FILE
 
@@ -264,7 +265,7 @@ def build_page(served: Served) -> gr.Blocks:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     model = os.environ.get("BLOSSOMREC_MODEL", "runs/blossomrec")
     parser.add_argument("--model", default=model, help="a checkpoint's folder or Hub id (or BLOSSOMREC_MODEL)")
     data = os.environ.get("BLOSSOMREC_DATA")

@@ -1,6 +1,6 @@
 """The arguments of the training loop and of the examples, from the command line or a file."""
 
-import argparse
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset, load_from_disk
 from transformers import HfArgumentParser
 
+from ..command_line import HelpFormatter
 from ..data import build_sequences, generate_log, generate_titles
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
@@ -94,7 +95,9 @@ class LoopArguments:
         default=None, metadata={"help": "Where to; left out, the name of the output directory."}
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "A new repository is private."})
-    hub_revision: str | None = field(default=None, metadata={"help": "The branch to upload to; made if not there."})
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "The branch to upload to, made if not there; left out, main."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
 
     def __post_init__(self):
@@ -132,13 +135,24 @@ class LogArguments:
         default=None,
         metadata={"help": "A log, or a folder that prepare_data.py wrote; left out, the built-in data set."},
     )
-    format: str | None = field(default=None, metadata={"help": "The format of the file, where looking does not tell."})
-    user: str | None = field(default=None, metadata={"help": "The name of the column of users."})
-    item: str | None = field(default=None, metadata={"help": "The name of the column of items."})
-    timestamp: str | None = field(default=None, metadata={"help": "The name of the column of times."})
+    format: str | None = field(
+        default=None, metadata={"help": "The format of the file; left out, found out by looking."}
+    )
+    user: str | None = field(
+        default=None, metadata={"help": "The name of the column of users; the usual names are found without."}
+    )
+    item: str | None = field(
+        default=None, metadata={"help": "The name of the column of items; the usual names are found without."}
+    )
+    timestamp: str | None = field(
+        default=None, metadata={"help": "The name of the column of times; the usual names are found without."}
+    )
     k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
     titles: str | None = field(
-        default=None, metadata={"help": "A file of item titles (movies.dat, .item, CSV, ...), kept beside the model."}
+        default=None,
+        metadata={
+            "help": "A file of item titles (movies.dat, .item, CSV, ...) to keep beside the model; left out, the log's."
+        },
     )
 
     @property
@@ -203,10 +217,14 @@ def parse_arguments(
     Raises:
         ValueError: for a name in the file that is no argument.
     """
-    parser = HfArgumentParser(
-        argument_classes, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    epilog = None
+    if built_in:
+        told = ", ".join(f"--{name} {value}" for name, value in built_in.items())
+        epilog = textwrap.fill(f"With the built-in data set, other defaults hold: {told}.", 100)
+    parser = HfArgumentParser(argument_classes, description=description, epilog=epilog, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--config", help="A YAML file of arguments, like the run.yaml in a run's folder; left out, none."
     )
-    parser.add_argument("--config", help="A YAML file of arguments, like the run.yaml in a run's folder.")
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args()
     from_file = {}
