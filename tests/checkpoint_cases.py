@@ -5,25 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from small_cases import make_model
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 
 
 def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecommendation:
-    """A model of two narrow layers with random weights and counts."""
-    settings = {
-        "vocab_size": num_items + 2,
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "compress_block_size": 4,
-        "compress_stride": 2,
-        "selection_block_size": 4,
-        "num_selected_blocks": 2,
-        "short_term_block_size": 2,
-    }
-    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(**{**settings, **changes})).eval()
+    """A model of two narrow layers with weights and counts drawn wide."""
+    model = make_model(num_items + 2, **changes).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
 import polars as pl
+from small_cases import small_log
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -13,11 +13,7 @@ SMALL_MODEL = (
 ).split()
 
 
-def write_log(path, *, num_users, num_items):
-    rng = np.random.default_rng(0)
-    rows = []
-    for user in range(num_users):
-        steps = rng.choice([1, 1, 1, 1, 7], size=rng.integers(5, 40))
-        rows += [(user, int(item), time) for time, item in enumerate((user + np.cumsum(steps)) % num_items)]
-    pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row").write_csv(path)
+def write_log(path, **sizes):
+    """`small_log` as a CSV with times."""
+    small_log(**sizes).with_columns(timestamp=pl.int_range(pl.len()).over("user")).write_csv(path)
     return path

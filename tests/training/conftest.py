@@ -2,7 +2,7 @@
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
-from training_cases import small_log
+from small_cases import small_log
 
 from blossomrec_hf.data import build_sequences
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from training_cases import make_model
+from small_cases import make_model
 from transformers import TrainingArguments
 
 from blossomrec_hf.data import split

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from training_cases import make_model
+from small_cases import make_model
 
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import HeldOutItems, evaluate, rank_held_out_items

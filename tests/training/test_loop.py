@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from training_cases import make_model
+from small_cases import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import split
@@ -212,7 +212,7 @@ def test_uploads_at_the_end_if_asked(log, tmp_path, monkeypatch):
 KILLED_SCRIPT = """
 import os, random, signal, sys, threading, time
 import torch
-from training_cases import make_model, small_log
+from small_cases import make_model, small_log
 from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.training import LoopArguments, train
 
@@ -252,7 +252,7 @@ print(kills)
 
 
 def test_killed_at_any_moment_it_reaches_the_same_weights(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True
     )

@@ -3,7 +3,7 @@ import polars as pl
 import pytest
 import torch
 from safetensors.numpy import save_file
-from training_cases import make_model
+from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.training import add_items, freeze_all_but_items, read_item_vectors

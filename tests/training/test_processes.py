@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from training_cases import make_model, small_log
+from small_cases import make_model, small_log
 from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate
 
@@ -75,7 +74,7 @@ loop.accelerator.end_training()
 
 def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0):
     """Trains on so many processes, or goes on with what is in `folder`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     script = folder.parent / f"{folder.name}.py"
     script.write_text(SCRIPT)

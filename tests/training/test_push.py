@@ -3,7 +3,7 @@
 import pytest
 from checkpoint_cases import same_weights
 from huggingface_hub import ModelCard
-from training_cases import make_model
+from small_cases import make_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from blossomrec_hf.data import split

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from training_cases import make_model
+from small_cases import make_model
 
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (

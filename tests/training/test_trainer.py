@@ -1,6 +1,6 @@
 import pytest
 import torch
-from training_cases import make_model
+from small_cases import make_model
 from transformers import Trainer, TrainingArguments
 
 from blossomrec_hf.data import PaddingCollator, split

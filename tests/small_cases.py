@@ -1,4 +1,4 @@
-"""Small logs and models for the tests of training and of the examples."""
+"""A small log and a small model, for tests of all kinds."""
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,7 @@ def small_log(num_users=60, num_items=60):
 
 
 def make_model(vocab_size=62, **changes):
-    """A model of two narrow layers, one a kind of attention unless told otherwise."""
+    """A model of two narrow layers."""
     settings = {
         "vocab_size": vocab_size,
         "hidden_size": 16,
