@@ -510,7 +510,10 @@ def push_run(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
     """
     folder = Path(folder)
     if not (folder / "config.json").exists() or not list(folder.glob("model*.safetensors")):
-        raise ValueError(f"`folder` {folder} holds no model: no config.json, or no model.safetensors.")
+        raise ValueError(
+            f"`folder` {folder} holds no model (config.json, model.safetensors); give one that `examples/train.py` or "
+            "`Trainer` wrote."
+        )
     if not (folder / "tokenizer.json").exists():
         raise ValueError(
             f"`folder` {folder} holds no tokenizer; `tokenizer.save_pretrained({str(folder)!r})` adds it."
