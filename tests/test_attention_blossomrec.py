@@ -11,6 +11,7 @@ from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.attention_blossomrec import BlossomAttention
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.modeling_blossomrec import BlossomRecModel
+from blossomrec_hf.ops_triton import why_unsupported
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
@@ -137,6 +138,26 @@ def test_gates_begin_at_their_biases():
     selection = one(torch.randint(2, 50, (2, 9)), output_selection=True).selections[0]
     expected = torch.tensor([-1.0, 3.0]).sigmoid().double().expand(2, 9, 4, 2)
     torch.testing.assert_close(selection.gates, expected)
+
+
+@pytest.mark.parametrize("attention_type", ["blossom", "long_term", "short_term"])
+def test_the_last_position_by_the_kernels(attention_type):
+    if why_unsupported("cpu", torch.float32, 16) is not None:
+        pytest.skip("needs Triton and TRITON_INTERPRET=1")
+    settings = {"vocab_size": 50, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings |= {"num_hidden_layers": 1, "num_selected_blocks": 1, "attention_types": attention_type}
+    one = BlossomRecModel(BlossomRecConfig(**settings, attn_implementation="blossom_triton")).eval()
+    for weight in one.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    offsets = torch.tensor([0, 0, 50, 51, random.randint(52, 120), 150, 150])
+    inputs = {"input_ids": torch.randint(2, 50, (1, 150)), "cu_seq_lens_q": offsets}
+    with torch.no_grad():
+        actual = one(**inputs, last_only=True).last_hidden_state[:, 0]
+        one.set_attn_implementation("eager")
+        expected = one.double()(**inputs).last_hidden_state[0][offsets[1:] - 1].float()
+    some = offsets.diff() > 0
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual[some], expected[some], rtol=0, atol=1e-4)
 
 
 # The short-term stream in other decoders.

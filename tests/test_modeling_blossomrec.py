@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 import blossomrec_hf
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel, ops_torch
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
 
 
@@ -133,6 +133,91 @@ def test_attentions_are_the_references_to_give():
         torch.testing.assert_close(rows, torch.full_like(rows, bound), rtol=0, atol=1e-6)
 
 
+# The last position alone
+
+
+def random_model(**kwargs) -> BlossomRecModel:
+    """A model of random sizes, with weights so large that the importance is far from uniform."""
+    stride = random.choice([1, 2, 4, 8])
+    settings = {
+        "num_key_value_heads": random.choice([1, 2, 4]),
+        "compress_stride": stride,
+        "compress_block_size": stride * random.choice([1, 2]) + random.choice([0, 3]),
+        "selection_block_size": stride * random.choice([1, 2, 4]),
+        "num_selected_blocks": random.choice([1, 2, 5]),
+        "short_term_block_size": random.choice([1, 3, 8]),
+        "short_term_window": random.choice([1, 2, 3]),
+        "power_law_base": random.choice([2, 3]),
+    }
+    model = BlossomRecModel(config(**(settings | kwargs))).double().eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def random_lengths() -> list[int]:
+    """Of histories of which some are empty, at the start, at the end and in between, and not all."""
+    lengths = [random.choice([0, 1, 2, 15, 16, 17, random.randint(1, 60), random.randint(1, 300)]) for _ in range(6)]
+    return [random.choice([0, 1]), *lengths, random.randint(1, 300), random.choice([0, 9])]
+
+
+def last_of_whole(model: BlossomRecModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which histories have a last position, and the hidden states there."""
+    offsets = inputs["cu_seq_lens_q"].long()
+    some = offsets.diff() > 0
+    return some, model(**inputs).last_hidden_state[0][offsets[1:][some] - 1]
+
+
+@pytest.mark.parametrize("slice_elements", [2**21, 300], ids=["whole", "sliced"])
+@pytest.mark.parametrize("attention_type", [*ATTENTION_TYPES, "mixed"])
+def test_last_only_is_the_last_position_of_the_whole(monkeypatch, attention_type, slice_elements):
+    for _ in range(4):
+        layers = random.choice([1, 2, 3])
+        types = random.choices(ATTENTION_TYPES, k=layers) if attention_type == "mixed" else attention_type
+        model = random_model(attention_types=types, num_hidden_layers=layers)
+        inputs = packed(histories(*random_lengths()))
+        some, expected = last_of_whole(model, inputs)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setitem(ops_torch.SLICE_ELEMENTS, "cpu", slice_elements)
+            actual = model(**inputs, last_only=True).last_hidden_state
+        assert actual.shape == (len(some), 1, 16) and actual.isfinite().all()
+        torch.testing.assert_close(actual[some, 0], expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("implementation", ["eager", "blossom_torch"])
+def test_last_only_with_the_reference_and_with_gradients(implementation, gradients):
+    model = random_model()
+    model.set_attn_implementation(implementation)
+    inputs = packed(histories(40, 1, 0, 75))
+    some, expected = last_of_whole(model, inputs)
+    with torch.set_grad_enabled(gradients):
+        actual = model(**inputs, last_only=True).last_hidden_state[some, 0]
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=1e-10)
+    if gradients:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        ours, theirs = (torch.autograd.grad(x.pow(3).sum(), parameters) for x in (actual, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_last_only_of_padded_rows_and_of_no_items_at_all():
+    model = random_model()
+    rows = histories(9, 50)
+    with torch.no_grad():
+        actual = model(padded(rows, "left")[0], last_only=True).last_hidden_state[:, 0]
+        expected = torch.stack([model(row[None]).last_hidden_state[0, -1] for row in rows])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+        nothing = model(torch.zeros(3, 5, dtype=torch.long), last_only=True).last_hidden_state
+    assert nothing.shape == (3, 1, 16) and not nothing.any()
+
+
+@pytest.mark.parametrize("asked", ["use_cache", "output_hidden_states", "output_selection"])
+def test_last_only_has_no_more_to_tell(asked):
+    model = random_model()
+    with pytest.raises(ValueError, match="last_only"):
+        model(torch.tensor([[5, 6]]), last_only=True, **{asked: True})
+
+
 # The loss
 
 
@@ -241,7 +326,7 @@ def test_the_code_travels_with_the_checkpoint(tmp_path):
     auto_map = BlossomRecConfig.from_pretrained(tmp_path).auto_map
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"}
     flat = {path.name for path in Path(blossomrec_hf.__file__).parent.glob("[a-z]*_*.py")}
-    assert flat - {"cache_blossomrec.py"} <= {path.name for path in tmp_path.glob("*.py")}
+    assert flat - {"cache_blossomrec.py", "command_line.py"} <= {path.name for path in tmp_path.glob("*.py")}
 
 
 WITHOUT_THE_PACKAGE = """

@@ -12,17 +12,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .cache_blossomrec import Append
+from .cache_blossomrec import Append, rotate
 from .configuration_blossomrec import BlossomRecConfig
-from .ops_reference import REFERENCE_OPS, Ops, Selection, power_law_distances, straight_through
-from .ops_torch import TORCH_OPS
+from .ops_reference import REFERENCE_OPS, Ops, Selection, straight_through
+from .ops_torch import LAST_OPS, TORCH_OPS, short_places
 from .ops_triton import Sizes, blossom_attention, why_unsupported
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `x` `[1, heads, T, d]` by `cos` and `sin` `[1, T, d]`, in float32 or better."""
-    first, second = x.chunk(2, -1)
-    return (x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype)
 
 
 def _attention(
@@ -37,6 +31,7 @@ def _attention(
     gates: torch.Tensor | None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     scaling: float,
+    query_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **probs_kwargs,
 ) -> tuple[torch.Tensor, Selection | None, torch.Tensor | None]:
     """
@@ -46,14 +41,15 @@ def _attention(
         query: `[1, H, T, d]`; `key` and `value`: `[1, G, T, d]`; rotary embeddings not yet applied.
         cu_seqlens: offsets of the packed histories, `[S + 1]`.
         gates: gate values of the long-term and the short-term stream, `[1, T, H, 2]`; `None` without gates.
+        query_embeddings: those of the queries, where they do not stand at the positions of the keys.
         probs_kwargs: `return_probs=True`, which `ops_reference` alone understands.
 
     Returns:
         the head outputs `[1, T, H, d]`, the selection of the long-term stream, and the probabilities `[H, T, T]`.
     """
     config = module.config
-    q, k = (rotate(x, *position_embeddings)[0].transpose(0, 1) for x in (query, key))
-    v = value[0].transpose(0, 1)
+    q = rotate(query, *(query_embeddings or position_embeddings))[0].transpose(0, 1)
+    k, v = rotate(key, *position_embeddings)[0].transpose(0, 1), value[0].transpose(0, 1)
     where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "scaling": scaling}
     selection, streams = None, []
     if module.attention_type == "full":
@@ -184,6 +180,19 @@ def blossom_attention_forward(module, query, key, value, attention_mask=None, **
     return blossom_torch_attention_forward(module, query, key, value, **kwargs)
 
 
+def _last_alone(module: "BlossomAttention", key: torch.Tensor) -> bool:
+    """
+    Whether the queries of last positions are answered alone, by `LAST_OPS`. Neither in the reference nor where there may
+    be gradients; and the kernels answer all queries in less time than so many small operations take to be launched.
+    """
+    implementation = module.config._attn_implementation
+    if torch.is_grad_enabled() or implementation not in ("blossom", "blossom_torch", "blossom_triton"):
+        return False
+    if module.attention_type == "full" or implementation == "blossom_torch":
+        return True
+    return implementation == "blossom" and not (key.is_cuda and _why_no_triton(module, key) is None)
+
+
 class BlossomCompressor(nn.Module):
     """Compresses a window of l keys into one: a learned position per key/value head, then a shared MLP."""
 
@@ -239,6 +248,7 @@ class BlossomAttention(nn.Module):
         max_seqlen: int,
         output_attentions: bool = False,
         append: Append | None = None,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Selection | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
@@ -247,18 +257,24 @@ class BlossomAttention(nn.Module):
             cu_seqlens: `[S + 1]` offsets of the histories.
             max_seqlen: length of the longest one.
             append: with a cache: what the packed histories are the new events of.
+            keep: the last position of each history, `[S]`, where the output is wanted there alone.
 
         Returns:
-            the output `[1, T, hidden_size]`, the `Selection` (long-term stream), the gates `[1, T, H, 2]` (`blossom`
-            layers), and with `output_attentions` the gated probabilities `[H, T, T]`.
+            the output `[1, T, hidden_size]` (or `[1, S, hidden_size]` at `keep`), the `Selection` (long-term stream),
+            the gates `[1, T, H, 2]` (`blossom` layers), and with `output_attentions` the gated probabilities
+            `[H, T, T]`. With `keep`, selection and gates may be those of its positions, too.
         """
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        k, v = heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
+        last_alone = keep is not None and _last_alone(self, k)
+        asking = hidden_states[:, keep] if last_alone else hidden_states
+        q = heads(self.q_proj(asking))
         gates = None
         if self.attention_type == "blossom":
-            gates = self.gate(hidden_states).unflatten(-1, (2, -1)).transpose(-1, -2).sigmoid()
+            gates = self.gate(asking).unflatten(-1, (2, -1)).transpose(-1, -2).sigmoid()
         kwargs = {
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
@@ -268,15 +284,20 @@ class BlossomAttention(nn.Module):
         }
         probs = None
         if append is not None:
-            append.store(self.layer_idx, rotate(k, *position_embeddings), v, getattr(self, "compressor", None))
+            append.store(self, k, v, position_embeddings)
         if append is not None and not append.from_start:
-            out, selection, _ = _attention(append.ops(self.layer_idx), self, q, k, v, **kwargs)
+            out, selection = append.attend(self, q, gates, position_embeddings)
         elif output_attentions:
             out, selection, probs = _attention(REFERENCE_OPS, self, q, k, v, **kwargs, return_probs=True)
+        elif last_alone:
+            at_keep = tuple(x[:, keep] for x in position_embeddings)
+            out, selection, _ = _attention(LAST_OPS, self, q, k, v, **kwargs, query_embeddings=at_keep)
         else:
             implementation = self.config._attn_implementation
             attend = AttentionInterface().get_interface(implementation, eager_attention_forward)
             out, selection = attend(self, q, k, v, None, **kwargs)
+        if keep is not None and not last_alone:
+            out = out[:, keep]
         return self.o_proj(out.flatten(2)), selection, gates, probs
 
 
@@ -383,9 +404,7 @@ def power_law_attention_forward(
     # Behind a cache, each of the few queries gathers its own keys: slots of the real keys in order, then places.
     slot = real.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
     position = (real.cumsum(1) - 1).clamp(min=0)[:, -query.shape[2] :]  # [batch, q_length]
-    distances = torch.tensor(power_law_distances(-(-key.shape[2] // block_size), window, base), device=query.device)
-    block = torch.div(position, block_size, rounding_mode="floor")[..., None] - distances
-    place = (block[..., None] * block_size + torch.arange(block_size, device=query.device)).flatten(2)
+    place = short_places(position, key.shape[2], block_size=block_size, window=window, base=base)
     mask = (place >= 0) & (place <= position[..., None])  # [batch, q_length, J·B]
     slot = slot[:, None].expand(-1, place.shape[1], -1).gather(2, place.clamp(0, key.shape[2] - 1))
     row = torch.arange(query.shape[0], device=query.device)[:, None, None]

@@ -270,9 +270,9 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, keep: torch.Tensor | None = None, **kwargs):
-        attended, *details = self.self_attn(hidden_states, **kwargs)
-        if keep is not None:  # from here on every position is for itself
-            hidden_states, attended = hidden_states[:, keep], attended[:, keep]
+        attended, *details = self.self_attn(hidden_states, keep=keep, **kwargs)
+        if keep is not None:
+            hidden_states = hidden_states[:, keep]
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
         fed = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.feed_forward_norm(hidden_states + self.dropout(fed)), *details
@@ -403,8 +403,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             packed: what `pack_histories` made of these inputs, where that is known already.
             append: what `begin_append` made of the cache and these inputs, for a caller that commits it.
             last_only: `last_hidden_state` is that of each history's last position alone, `[S, 1, hidden_size]` (of an
-                empty history, anything), and the last feed-forward is spared the others. Without a cache and
-                `output_hidden_states`.
+                empty history, anything), and the last layer is spared the others but for their keys and values.
+                Without a cache, `output_hidden_states` and `output_selection`.
 
         Raises:
             ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
@@ -433,9 +433,14 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             append = self.begin_append(cache, packed, input_ids)
         if append is not None and output_attentions:
             raise ValueError("`output_attentions=True` cannot be combined with a cache; `output_selection=True` can.")
-        if last_only and (append is not None or output_hidden_states):
-            raise ValueError("`last_only=True` cannot be combined with a cache or `output_hidden_states=True`.")
-        keep = (packed.cu_seqlens[1:] - 1).clamp(min=0) if last_only else None
+        if last_only and (append is not None or output_hidden_states or output_selection):
+            raise ValueError(
+                "`last_only=True` cannot be combined with a cache, `output_hidden_states=True` or "
+                "`output_selection=True`, which tell of all positions."
+            )
+        keep = None
+        if last_only and packed.position.shape[0]:
+            keep = (packed.cu_seqlens[1:] - 1).clamp(min=0)
         position = packed.position if append is None else append.position
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
             inputs = packed.pack(inputs)
@@ -459,8 +464,12 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 selections.append((selection, gates))
         if own_append and use_cache is not False:
             append.commit(hidden_states[0])
+        if keep is not None:
+            last_hidden_state = hidden_states[0][:, None]
+        else:  # all of them, or no token anywhere
+            last_hidden_state = packed.last(hidden_states[0], 1) if last_only else packed.unpack(hidden_states[0])
         return BlossomRecModelOutput(
-            last_hidden_state=hidden_states[0][:, None] if last_only else packed.unpack(hidden_states[0]),
+            last_hidden_state=last_hidden_state,
             hidden_states=tuple(packed.unpack(x[0]) for x in states) if output_hidden_states else None,
             attentions=tuple(packed.unpack_pairs(x) for x in attentions) if output_attentions else None,
             selections=tuple(_layer_selection(packed, *x) for x in selections) if output_selection else None,

@@ -50,6 +50,45 @@ def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
     return _Rows(token.clamp(max=num_tokens - 1), block, first)
 
 
+class _Blocks(NamedTuple):
+    """The complete selection blocks of all histories end to end; those after the last one mean nothing."""
+
+    first: torch.Tensor  # [S + 1]: the first block of each history
+    history: torch.Tensor  # [M]: the history of each block
+    window: torch.Tensor  # [M, b / s]: its rows of the compressed keys
+
+
+def _blocks(cu_seqlens: torch.Tensor, num_windows: int, block_size: int, stride: int) -> _Blocks:
+    """The blocks that `num_windows` ≥ b / s compressed keys belong to."""
+    per_block = block_size // stride
+    lengths = cu_seqlens.diff()
+    first = nn.functional.pad(torch.div(lengths, block_size, rounding_mode="floor").cumsum(0), (1, 0))
+    first_window = nn.functional.pad(torch.div(lengths, stride, rounding_mode="floor").cumsum(0), (1, 0))
+    block = torch.arange(num_windows // per_block, device=cu_seqlens.device)
+    history = torch.searchsorted(first[1:].contiguous(), block, right=True).clamp(max=lengths.shape[0] - 1)
+    window = first_window[history] + (block - first[history]) * per_block
+    window = window[:, None] + torch.arange(per_block, device=block.device)
+    return _Blocks(first, history, window.clamp(max=num_windows - 1))
+
+
+def _distances(num_blocks: int, window: int, base: int, device: torch.device) -> torch.Tensor:
+    """`power_law_distances`, made on the device: for a list that is copied to a GPU, the CPU waits."""
+    distances = power_law_distances(num_blocks, window, base)
+    near = torch.arange(min(window, num_blocks), device=device)
+    far = distances[near.shape[0] :]
+    return torch.cat([near, far[0] * base ** torch.arange(len(far), device=device)]) if far else near
+
+
+def short_places(position: torch.Tensor, max_seqlen: int, *, block_size: int, window: int, base: int) -> torch.Tensor:
+    """
+    The places `[…, J·B]` that the short-term stream attends to from each `position` `[…]`: those of them that are at
+    least 0 and at most the position.
+    """
+    distances = _distances(-(-max_seqlen // block_size), window, base, position.device)
+    block = torch.div(position, block_size, rounding_mode="floor")[..., None] - distances
+    return (block[..., None] * block_size + torch.arange(block_size, device=position.device)).flatten(-2)
+
+
 def _in_slices(
     function: Callable[..., torch.Tensor], row_elements: int, *tensors: torch.Tensor | None
 ) -> torch.Tensor:
@@ -110,20 +149,12 @@ def select(
     num_tokens, num_groups = q.shape[0], c.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     shape = (num_tokens, num_groups, num_selected_blocks)
-    num_blocks = num_tokens // block_size
+    num_blocks = c.shape[0] // (block_size // stride)
     if num_blocks == 0:  # no candidate anywhere; the compressor still takes part, so that its gradients exist
         nothing = torch.full(shape, -1, device=q.device)
         return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + c.sum().to(dtype) * 0)
 
-    lengths = cu_seqlens.diff()
-    first_block = nn.functional.pad(torch.div(lengths, block_size, rounding_mode="floor").cumsum(0), (1, 0))
-    first_window = nn.functional.pad(torch.div(lengths, stride, rounding_mode="floor").cumsum(0), (1, 0))
-    block = torch.arange(num_blocks, device=q.device)
-    block_history = torch.searchsorted(first_block[1:].contiguous(), block, right=True).clamp(max=lengths.shape[0] - 1)
-    per_block = block_size // stride
-    window = first_window[block_history] + (block - first_block[block_history]) * per_block
-    window = (window[:, None] + torch.arange(per_block, device=q.device)).clamp(max=c.shape[0] - 1)
-
+    blocks = _blocks(cu_seqlens, c.shape[0], block_size, stride)
     # A tile of consecutive queries meets the blocks from the first one of its first history on: that history's own,
     # and those that begin inside the tile.
     tile = 64 if max_seqlen <= 1024 else 512
@@ -131,13 +162,13 @@ def select(
     num_tiles = -(-num_tokens // tile)
     history, position = locate(cu_seqlens, num_tokens)
     padding = num_tiles * tile - num_tokens
-    begin = nn.functional.pad(first_block[history], (0, padding)).view(num_tiles, tile)
+    begin = nn.functional.pad(blocks.first[history], (0, padding)).view(num_tiles, tile)
     end = begin + nn.functional.pad(torch.div(position, block_size, rounding_mode="floor"), (0, padding)).view_as(
         begin
     )
 
     with torch.autocast(q.device.type, enabled=False):
-        keys = _gather(c.to(dtype), window).mean(1)  # [M, G, d]
+        keys = _gather(c.to(dtype), blocks.window).mean(1)  # [M, G, d]
         queries = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
         queries = nn.functional.pad(queries, (0, 0, 0, 0, 0, padding)).unflatten(0, (num_tiles, tile))
 
@@ -149,14 +180,14 @@ def select(
             scores = queries.transpose(1, 2) @ _gather(keys, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
             candidate = (met[:, None] >= begin[..., None]) & (met[:, None] < end[..., None])
             pi, chosen = best_blocks(scores, candidate[:, None], num_selected_blocks)
-            blocks = chosen - (begin - begin[:, :1])[:, None, :, None]
+            chosen = chosen - (begin - begin[:, :1])[:, None, :, None]
             # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
-            return torch.stack([pi, blocks.to(dtype)]).permute(1, 3, 2, 4, 0)
+            return torch.stack([pi, chosen.to(dtype)]).permute(1, 3, 2, 4, 0)
 
         ranked = _in_slices(rank, tile * width * num_groups, queries, begin, end).flatten(0, 1)[:num_tokens]
-    pi, blocks = ranked[..., 0], ranked[..., 1].detach().long()
+    pi, chosen = ranked[..., 0], ranked[..., 1].detach().long()
     kept = pi.detach() > threshold
-    return Selection(torch.where(kept, blocks, -1), torch.where(kept, pi, 0.0))
+    return Selection(torch.where(kept, chosen, -1), torch.where(kept, pi, 0.0))
 
 
 def best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +202,7 @@ def best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> t
         left.scatter_(-1, best, -torch.inf)
         chosen.append(best)
     chosen = torch.cat(chosen, -1)
-    norm = torch.logaddexp(scores.logsumexp(-1), scores.new_tensor(-1000.0))
+    norm = torch.logaddexp(scores.logsumexp(-1), scores.new_full((), -1000.0))
     return (scores.gather(-1, chosen) - norm[..., None]).exp(), chosen
 
 
@@ -267,8 +298,7 @@ def attend_short(
     num_tokens, num_groups, width = k.shape
     if num_tokens == 0:
         return torch.zeros_like(q)
-    distances = power_law_distances(-(-max_seqlen // block_size), window, base)
-    distance = torch.tensor(distances, device=q.device)
+    distance = _distances(-(-max_seqlen // block_size), window, base, q.device)
     if max_seqlen <= DENSE_MAX_LENGTH:
         place = torch.arange(max_seqlen, device=q.device)
         block = torch.div(place, block_size, rounding_mode="floor")
@@ -316,11 +346,16 @@ def attend_full(
     num_heads = q.shape[1]
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0:
+    if _has_varlen(q):
         k, v = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (k, v))
         offsets = cu_seqlens.to(torch.int32)
         return varlen_attn(q, k, v, offsets, offsets, max_seqlen, max_seqlen, scale=scaling, **_VARLEN_CAUSAL)
     return _attend_padded(q, k, v, cu_seqlens, None, max_seqlen=max_seqlen, scaling=scaling)
+
+
+def _has_varlen(q: torch.Tensor) -> bool:
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return varlen_attn is not None and q.is_cuda and half and q.shape[2] % 8 == 0
 
 
 def _attend_padded(q, k, v, cu_seqlens, mask, *, max_seqlen, scaling):
@@ -353,3 +388,101 @@ if varlen_attn is not None:
 
 
 TORCH_OPS = Ops(compress, select, attend_selected, attend_short, attend_full)
+
+
+# The same for the query of each history's last position alone: `q` is `[S, H, d]`, and what follows from it has S rows;
+# compressed keys are those of `compress`. They need not be differentiated, so there is no factor. Of an empty history
+# the result is finite and means nothing. There is at least one token.
+
+
+def _last_position(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    return (cu_seqlens.diff() - 1).clamp(min=0)
+
+
+def last_select(
+    q: torch.Tensor,
+    c: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int,
+    num_selected_blocks: int,
+    block_size: int,
+    stride: int,
+    threshold: float,
+    scaling: float,
+) -> Selection:
+    """Selection of the last positions, `[S, G, k]`; every block meets one query alone, that of its own history."""
+    num_groups, dtype = c.shape[1], torch.promote_types(q.dtype, torch.float32)
+    if c.shape[0] < block_size // stride:  # no candidate anywhere
+        nothing = torch.full((q.shape[0], num_groups, num_selected_blocks), -1, device=q.device)
+        return Selection(nothing, torch.zeros_like(nothing, dtype=dtype))
+    blocks = _blocks(cu_seqlens, c.shape[0], block_size, stride)
+    own = torch.div(_last_position(cu_seqlens), block_size, rounding_mode="floor")
+    width = max((max_seqlen - 1) // block_size, num_selected_blocks)
+    with torch.autocast(q.device.type, enabled=False):
+        queries = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
+        keys = _gather(c.to(dtype), blocks.window).mean(1)
+        scores = (keys * _gather(queries, blocks.history)).sum(-1)  # [M, G]
+
+        def rank(first, own):
+            reach = width
+            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading a tensor costs nothing
+                reach = max(int(own.max()), num_selected_blocks)
+            block = torch.arange(reach, device=q.device)
+            met = _gather(scores, (first[:, None] + block).clamp(max=scores.shape[0] - 1)).transpose(1, 2)
+            pi, chosen = best_blocks(met, (block < own[:, None])[:, None], num_selected_blocks)
+            return torch.stack([pi, chosen.to(dtype)], -1)
+
+        pi, chosen = _in_slices(rank, num_groups * width, blocks.first[:-1], own).unbind(-1)
+    kept = pi > threshold
+    return Selection(torch.where(kept, chosen.long(), -1), torch.where(kept, pi, 0.0))
+
+
+def last_attend_selected(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
+    """Attention of the last positions over their selected blocks and their own one."""
+    own = torch.div(_last_position(cu_seqlens), block_size, rounding_mode="floor")[:, None, None]
+    blocks = torch.cat([block_indices, own.expand(-1, k.shape[1], 1)], -1)[..., None]
+    # Block −1 lies before the start.
+    place = (blocks * block_size + torch.arange(block_size, device=q.device)).flatten(2)
+    return _last_attend(q, k, v, cu_seqlens, place, scaling)
+
+
+def last_attend_short(q, k, v, cu_seqlens, *, max_seqlen, block_size, window, base, scaling):
+    """Attention of the last positions over their short-term blocks."""
+    sizes = {"block_size": block_size, "window": window, "base": base}
+    place = short_places(_last_position(cu_seqlens)[:, None], max_seqlen, **sizes)
+    return _last_attend(q, k, v, cu_seqlens, place, scaling)
+
+
+def last_attend_full(q, k, v, cu_seqlens, *, max_seqlen, scaling):
+    """Attention of the last positions over their whole histories."""
+    if _has_varlen(q):
+        # The heads of a group are so many queries to the same keys, all of which they see.
+        heads = q.shape[1] // k.shape[1]
+        queries = q.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1)
+        offsets = heads * torch.arange(cu_seqlens.shape[0], device=q.device, dtype=torch.int32)
+        out = varlen_attn(queries, k, v, offsets, cu_seqlens.to(torch.int32), heads, max_seqlen, scale=scaling)
+        return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)
+    place = torch.arange(max_seqlen, device=q.device).expand(q.shape[0], 1, -1)
+    return _last_attend(q, k, v, cu_seqlens, place, scaling)
+
+
+def _last_attend(q, k, v, cu_seqlens, place, scaling):
+    """Attention of the last positions to those of the places `[S, G or 1, K]` that their histories have."""
+    num_tokens, num_groups, width = k.shape
+    group = torch.arange(num_groups, device=q.device)[:, None]
+    k_rows, v_rows = k.flatten(0, 1), v.flatten(0, 1)  # [T·G, d]
+
+    def attend(q, start, position, place):
+        mask = (place >= 0) & (place <= position)
+        # An empty history at the end begins behind the last token.
+        token = (start + torch.minimum(place.clamp(min=0), position)).clamp(max=num_tokens - 1)
+        keys, values = (nn.functional.embedding(token * num_groups + group, x) for x in (k_rows, v_rows))
+        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, :, None], scale=scaling)
+
+    where = cu_seqlens[:-1, None, None], _last_position(cu_seqlens)[:, None, None]
+    queries = q.unflatten(1, (num_groups, -1))
+    return _in_slices(attend, num_groups * place.shape[2] * width, queries, *where, place).flatten(1, 2)
+
+
+LAST_OPS = Ops(compress, last_select, last_attend_selected, last_attend_short, last_attend_full)
