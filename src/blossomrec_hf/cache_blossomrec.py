@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from torch import nn
 from transformers import Cache
 
 from .configuration_blossomrec import BlossomRecConfig
-from .ops_reference import Ops, Selection, locate, power_law_distances
-from .ops_torch import TORCH_OPS, _gather, _in_slices, best_blocks
+from .ops_reference import Selection, locate, power_law_distances
+from .ops_torch import _gather, _in_slices, best_blocks
+from .ops_triton import Sizes, why_unsupported
+from .ops_triton_append import attend_events, block_windows, store_events
 
 
 # What a cached history depends on; a cache serves models that agree in these.
@@ -419,10 +421,19 @@ def _stack(tensors: list[torch.Tensor], dim: int, size: int) -> torch.Tensor:
     return out
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `x` `[1, heads, T, d]` by `cos` and `sin` `[1, T, d]`, in float32 or better."""
+    first, second = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype)
+
+
 class Append:
     """
     New events of every history on their way into a cache: where they go, computed once for all layers, and the attention
     of their queries to everything that is cached. Nothing of the cache changes before `commit`.
+
+    Where the kernels of `ops_triton_append.py` can do it they do; what the same in PyTorch needs to know of the events is
+    made when it is asked for. The device is waited for once, for the offsets of the events.
 
     Attributes:
         position (`torch.LongTensor` `[T]`): place of each event in its whole history.
@@ -433,8 +444,9 @@ class Append:
     def __init__(
         self, cache: BlossomRecCache, cu_seqlens: torch.Tensor, item_ids: torch.Tensor | None, num_tokens: int
     ) -> None:
-        device = cu_seqlens.device
-        counts = cu_seqlens.diff().cpu()
+        self.device = cu_seqlens.device
+        self.offsets = cu_seqlens.cpu()
+        counts = self.offsets.diff()
         if cache.lengths is None:
             lengths = torch.zeros_like(counts)
         elif cache.batch_size != len(counts):
@@ -442,8 +454,10 @@ class Append:
                 f"The input has {len(counts)} rows, the cache {cache.batch_size} histories; give every history a row "
                 "(padding alone where it has no new event), or `select` the histories that have some."
             )
-        elif cache.device != device:
-            raise ValueError(f"The cache lies on {cache.device}, the input on {device}; move it: `cache.to(...)`.")
+        elif cache.device != self.device:
+            raise ValueError(
+                f"The cache lies on {cache.device}, the input on {self.device}; move it: `cache.to(...)`."
+            )
         else:
             lengths = cache.lengths
         self.cache, self.config = cache, cache.config
@@ -462,161 +476,237 @@ class Append:
         self.counts, self.cu_seqlens = counts, cu_seqlens
         self.capacity = _roomy(self.max_seqlen, cache.capacity, limit)
         self.layers = [BlossomRecCacheLayer(x.states, x.block_keys) for x in cache.layers]
+        self.fused = False
 
-        self.row, self.offset = locate(cu_seqlens, num_tokens)
-        self.position = self.offset if self.from_start else self.offset + lengths.to(device)[self.row]
-        group = torch.arange(self.config.num_key_value_heads, device=device)
-        self.first_slot = (self.row[:, None] * len(group) + group) * self.capacity  # [T, G]: of its row in flat states
-        self.slot = (self.first_slot + self.position[:, None]).flatten()
+        if self.from_start:
+            self.row, self.position = locate(cu_seqlens, num_tokens)
+        else:  # few: a copy to the device costs less than what would compute them there
+            row = torch.repeat_interleave(counts)
+            place = torch.arange(num_tokens) + (lengths - self.offsets[:-1])[row]
+            self.row, self.position = self._to_device(row, place)
         self._plan_blocks(lengths)
-        if not self.from_start:
-            self._plan_tiles()
-            self._plan_short()
+
+    def _to_device(self, *numbers: torch.Tensor) -> torch.Tensor:
+        """The tensors in one copy, behind which nothing waits."""
+        return torch.stack(numbers).to(self.device, non_blocking=self.device.type == "cuda")
 
     def _plan_blocks(self, lengths: torch.Tensor) -> None:
-        """
-        The blocks that these events complete. For `compress` each history's new blocks are a history of their own: it
-        begins with as many whole strides before them as their windows reach back.
-        """
-        block, stride = self.config.selection_block_size, self.config.compress_stride
-        first, last = lengths // block, self.lengths // block
-        self.num_blocks = int((last - first).sum())
-        if self.num_blocks == 0 or all(x in ("full", "short_term") for x in self.config.attention_types):
-            self.num_blocks = 0
-            return
-        device = self.cu_seqlens.device
-        rows = (last > first).nonzero().flatten()
-        before = -(-(self.config.compress_block_size - stride) // stride) * stride
-        number = (last - first)[rows]
-        self.run_offsets = nn.functional.pad((number * block + before).cumsum(0), (1, 0)).to(device)
-        block_offsets = nn.functional.pad(number.cumsum(0), (1, 0)).to(device)
-        rows, first = rows.to(device), first[rows].to(device)
-        group = torch.arange(self.config.num_key_value_heads, device=device)
+        """The blocks that these events complete: of which history each is, and its number there, `[n]` each."""
+        block = self.config.selection_block_size
+        first = lengths // block
+        number = self.lengths // block - first
+        long = not set(self.config.attention_types).isdisjoint(("blossom", "long_term"))
+        self.num_blocks = int(number.sum()) if long else 0
+        if self.num_blocks:
+            row = torch.repeat_interleave(number)
+            before = number.cumsum(0) - number
+            self.block_row, self.block_index = self._to_device(
+                row, torch.arange(self.num_blocks) + (first - before)[row]
+            )
 
-        run, place = locate(self.run_offsets, self.num_blocks * block + len(rows) * before)
-        place = place + first[run] * block - before
-        self.run_outside = (place < 0)[:, None, None]
-        self.run_slot = (rows[run][:, None] * len(group) + group) * self.capacity + place.clamp(min=0)[:, None]
-        run, number = locate(block_offsets, self.num_blocks)
-        window = (self.run_offsets[run] + before + number * block) // stride
-        self.run_window = window[:, None] + torch.arange(block // stride, device=device)
-        room = self.capacity // block
-        self.block_slot = ((rows[run][:, None] * len(group) + group) * room + (first[run] + number)[:, None]).flatten()
+    # What PyTorch's operations need beyond that
 
-    def _plan_tiles(self) -> None:
-        """Up to `TILE` events of one history make a row of a tile."""
-        device = self.cu_seqlens.device
+    @cached_property
+    def first_slot(self) -> torch.Tensor:
+        """`[T, G]`: the row of the flat states where each event's history begins."""
+        group = torch.arange(self.config.num_key_value_heads, device=self.device)
+        return (self.row[:, None] * len(group) + group) * self.capacity
+
+    @cached_property
+    def slot(self) -> torch.Tensor:
+        """`[T·G]`: the rows of the flat states that these events get."""
+        return (self.first_slot + self.position[:, None]).flatten()
+
+    @cached_property
+    def tiles(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """
+        Up to `TILE` events of one history make a row of a tile: the history `[N]` of each tile (`None` where the histories
+        are the tiles), the events `[N, size]` in it, and the place `[T]` of each event in the flattened tiles.
+        """
         most = int(self.counts.max())
         size = min(most, TILE)
-        tiles = (self.counts + size - 1) // size
-        row = torch.arange(len(tiles)).repeat_interleave(tiles)
-        first_tile = nn.functional.pad(tiles.cumsum(0), (1, 0))[:-1]
-        start = (torch.arange(len(row)) - first_tile[row]) * size
+        number = (self.counts + size - 1) // size
+        row = torch.repeat_interleave(number)
+        first = number.cumsum(0) - number
+        start = (torch.arange(len(row)) - first[row]) * size
         # Where every history has its one tile, the cache itself has the rows.
-        self.tile_row = None if len(row) == len(tiles) and most <= size and bool(self.counts.all()) else row.to(device)
-        row, start, first_tile = row.to(device), start.to(device), first_tile.to(device)
-        token = (self.cu_seqlens[row] + start)[:, None] + torch.arange(size, device=device)
-        self.tile_token = torch.minimum(token, self.cu_seqlens[row + 1][:, None] - 1)  # [N, size]
-        self.token_tile = first_tile[self.row] * size + self.offset  # [T]: its place in the flattened tiles
+        alone = len(row) == len(number) and most <= size and bool(self.counts.all())
+        begin, end, row = self._to_device(self.offsets[row] + start, self.offsets[row + 1] - 1, row)
+        token = begin[:, None] + torch.arange(size, device=self.device)
+        token = torch.minimum(token, end[:, None])
+        place = self._to_device(first * size - self.offsets[:-1])[0][self.row]
+        place = place + torch.arange(self.num_tokens, device=self.device)
+        return None if alone else row, token, place
 
-    def _plan_short(self) -> None:
-        """The places that the short-term stream attends to, and which of them there are: `[T, J·B]`."""
+    @cached_property
+    def own_block(self) -> torch.Tensor:
+        """`[T]`: the selection block that each event lies in."""
+        return torch.div(self.position, self.config.selection_block_size, rounding_mode="floor")
+
+    @cached_property
+    def short_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the flat states that the short-term stream attends to, and which of them there are: `[T, G or 1, J·B]`."""
         block = self.config.short_term_block_size
         window, base = self.config.short_term_window, self.config.power_law_base
         distances = power_law_distances(-(-self.max_seqlen // block), window, base)
-        device = self.position.device
         blocks = torch.div(self.position, block, rounding_mode="floor")[:, None] - torch.tensor(
-            distances, device=device
+            distances, device=self.device
         )
-        place = (blocks[..., None] * block + torch.arange(block, device=device)).flatten(1)
-        self.short_mask = (place >= 0) & (place <= self.position[:, None])
-        self.short_place = place
+        place = (blocks[..., None] * block + torch.arange(block, device=self.device)).flatten(1)[:, None]
+        return self._at(place)
 
-    def store(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor, compressor: nn.Module | None) -> None:
+    def _at(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Writes the events' keys (rotary embedding applied) and values, `[1, G, T, d]`, and compresses the blocks that
-        are complete now.
+        The rows of the flat states `[T, G, K]` at the places `[T, G or 1, K]` of each event's history, and which of them
+        are neither before its start nor behind the event.
         """
-        layer = self.layers[layer_idx]
-        block, groups = self.config.selection_block_size, keys.shape[1]
+        position = self.position[:, None, None]
+        mask = (place >= 0) & (place <= position)
+        return self.first_slot[..., None] + torch.minimum(place.clamp(min=0), position), mask
+
+    # What each layer does
+
+    def store(
+        self,
+        module: nn.Module,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """
+        Writes the events' keys (rotary embedding not yet applied) and values, `[1, G, T, d]`, of a `BlossomAttention`, and
+        compresses the blocks that are complete now.
+        """
+        layer = self.layers[module.layer_idx]
+        _, groups, _, width = keys.shape
         if layer.states is not None and layer.states.dtype != keys.dtype:
             raise ValueError(
                 f"The cache holds {layer.states.dtype}, the new events are {keys.dtype}; append under the same autocast "
                 "and in the same dtype as before, or begin a new cache."
             )
+        self.fused = _has_kernels(module, keys)
         rows = len(self.lengths)
-        layer.states = _grown(layer.states, (rows, groups, self.capacity, 2 * keys.shape[-1]), keys.dtype, keys.device)
-        states = layer.states.view(-1, layer.states.shape[-1])
-        new = torch.cat([keys, values], -1)[0].transpose(0, 1).flatten(0, 1).detach()
-        states.index_copy_(0, self.slot, new)
-        if compressor is None:
+        layer.states = _grown(layer.states, (rows, groups, self.capacity, 2 * width), keys.dtype, self.device)
+        if self.fused:
+            store_events(keys, values, *position_embeddings, self.row, self.position, layer.states)
+        else:
+            new = torch.cat([rotate(keys, *position_embeddings), values], -1)[0].transpose(0, 1).flatten(0, 1)
+            layer.states.view(-1, 2 * width).index_copy_(0, self.slot, new.detach())
+        if module.attention_type not in ("blossom", "long_term"):
             return
         wide = torch.promote_types(keys.dtype, torch.float32)
-        shape = (rows, groups, self.capacity // block, keys.shape[-1])
-        layer.block_keys = _grown(layer.block_keys, shape, wide, keys.device)
+        shape = (rows, groups, self.capacity // self.config.selection_block_size, width)
+        layer.block_keys = _grown(layer.block_keys, shape, wide, self.device)
         if self.num_blocks:
-            run = _gather(states, self.run_slot)[..., : keys.shape[-1]].masked_fill(self.run_outside, 0)
-            windows = TORCH_OPS.compress(
-                run, compressor.position, compressor.mlp, self.run_offsets, stride=self.config.compress_stride
+            windows = self._windows(layer, module.compressor.position)
+            mean = module.compressor.mlp(windows.flatten(3)).mean(1, dtype=wide)  # [n, G, d]
+            layer.block_keys[self.block_row, :, self.block_index] = mean.detach()
+
+    def _windows(self, layer: BlossomRecCacheLayer, learned: torch.Tensor) -> torch.Tensor:
+        """The windows `[n, b / s, G, l, d]` of the new blocks, with their learned positions."""
+        block, stride = self.config.selection_block_size, self.config.compress_stride
+        if self.fused:
+            where = self.block_row, self.block_index
+            return block_windows(layer.states, learned, *where, block=block, stride=stride)
+        groups, length, width = learned.shape
+        end = torch.arange(stride, block + stride, stride, device=self.device)[:, None, None]
+        inside = torch.arange(-length, 0, device=self.device)
+        place = (self.block_index * block)[:, None, None, None] + end + inside  # [n, b / s, 1, l]
+        group = torch.arange(groups, device=self.device)
+        first = (self.block_row[:, None] * groups + group) * self.capacity  # [n, G]
+        slot = first[:, None, :, None] + place.clamp(min=0)
+        keys = _gather(layer.states.view(-1, 2 * width), slot)[..., :width]
+        return keys.masked_fill((place < 0)[..., None], 0) + learned
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        gates: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, Selection | None]:
+        """
+        Attention of the events to everything that is cached, after `store`. No gradients, and so no factor.
+
+        Args:
+            module: the `BlossomAttention`.
+            q: `[1, H, T, d]`, rotary embedding not yet applied.
+            gates: `[1, T, H, 2]`; `None` without gates.
+
+        Returns:
+            the head outputs `[1, T, H, d]` and the selection of the long-term stream.
+        """
+        layer, config = self.layers[module.layer_idx], self.config
+        if self.fused and module.attention_type != "full":
+            return attend_events(
+                q,
+                *position_embeddings,
+                gates,
+                self.row,
+                self.position,
+                layer.states,
+                layer.block_keys,
+                sizes=Sizes(
+                    stride=config.compress_stride,
+                    length=config.compress_block_size,
+                    block=config.selection_block_size,
+                    selected=config.num_selected_blocks,
+                    short_block=config.short_term_block_size,
+                    window=config.short_term_window,
+                    base=config.power_law_base,
+                ),
+                scaling=module.scaling,
+                threshold=config.importance_threshold,
+                short=module.attention_type != "long_term",
             )
-            mean = _gather(windows.to(wide), self.run_window).mean(1).flatten(0, 1).detach()
-            layer.block_keys.view(-1, shape[-1]).index_copy_(0, self.block_slot, mean)
+        q = rotate(q, *position_embeddings)[0].transpose(0, 1)
+        if module.attention_type == "full":
+            return self._attend_full(layer, q, module.scaling)[None], None
+        selection, streams = None, []
+        if module.attention_type != "short_term":
+            selection = self._select(layer, q, module.scaling)
+            streams.append(self._attend_selected(layer, q, selection.block_indices, module.scaling))
+        if module.attention_type != "long_term":
+            streams.append(self._attend_at(layer, q, *self.short_places, module.scaling))
+        if gates is None:
+            return streams[0][None], selection
+        long_gate, short_gate = gates[0].to(q.dtype)[..., None].unbind(2)  # [T, H, 1] each
+        return (streams[0] * long_gate + streams[1] * short_gate)[None], selection
 
-    def ops(self, layer_idx: int) -> Ops:
-        """
-        The functions of an ops file, for queries `[T, H, d]` of the new events after `store`: keys, values and
-        compressed keys are those of the cache, whatever is given. No gradients, and so no factor.
-        """
-        layer = self.layers[layer_idx]
-        functions = self._compress, self._select, self._attend_selected, self._attend_short, self._attend_full
-        return Ops(*(partial(function, layer) for function in functions))
-
-    def _compress(self, layer, k, position, mlp, cu_seqlens, *, stride):
-        return layer.block_keys
-
-    def _select(
-        self, layer, q, c, cu_seqlens, *, max_seqlen, num_selected_blocks, block_size, stride, threshold, scaling
-    ):
-        groups, dtype = c.shape[1], c.dtype
-        num_blocks = (self.max_seqlen - 1) // block_size
-        missing = max(num_selected_blocks - num_blocks, 0)
-        block = torch.arange(num_blocks + missing, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):
+    def _select(self, layer: BlossomRecCacheLayer, q: torch.Tensor, scaling: float) -> Selection:
+        c = layer.block_keys
+        groups, dtype, number = c.shape[1], c.dtype, self.config.num_selected_blocks
+        num_blocks = (self.max_seqlen - 1) // self.config.selection_block_size
+        missing = max(number - num_blocks, 0)
+        block = torch.arange(num_blocks + missing, device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
             queries = q.to(dtype).unflatten(1, (groups, -1)).mean(2) * scaling
-            own = torch.div(self.position, block_size, rounding_mode="floor")
 
             def rank(token, keys):
                 scores = _gather(queries, token).transpose(1, 2) @ keys.transpose(2, 3)  # [N, G, size, M]
-                candidate = (block < own[token][..., None])[:, None]
-                pi, chosen = best_blocks(nn.functional.pad(scores, (0, missing)), candidate, num_selected_blocks)
+                candidate = (block < self.own_block[token][..., None])[:, None]
+                pi, chosen = best_blocks(nn.functional.pad(scores, (0, missing)), candidate, number)
                 return torch.stack([pi, chosen.to(dtype)], -1).transpose(1, 2)
 
             ranked = self._in_tiles(rank, c[:, :, :num_blocks], groups * (num_blocks + missing))
         pi, blocks = ranked.unbind(-1)  # [T, G, k]
-        kept = pi > threshold
+        kept = pi > self.config.importance_threshold
         return Selection(torch.where(kept, blocks.long(), -1), torch.where(kept, pi, 0.0))
 
     def _attend_selected(
-        self, layer, q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling
+        self, layer: BlossomRecCacheLayer, q: torch.Tensor, block_indices: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        own = torch.div(self.position, block_size, rounding_mode="floor")[:, None, None]
-        blocks = torch.cat([block_indices, own.expand(-1, block_indices.shape[1], 1)], -1)[..., None]
-        place = (blocks * block_size + torch.arange(block_size, device=q.device)).flatten(2)
-        mask = (place >= 0) & (place <= self.position[:, None, None])  # block −1 lies before the start
-        return self._attend_at(layer, q, place, mask, scaling)
-
-    def _attend_short(
-        self, layer, q, k, v, cu_seqlens, *, max_seqlen, block_size, window, base, scaling
-    ) -> torch.Tensor:
-        return self._attend_at(layer, q, self.short_place[:, None], self.short_mask[:, None], scaling)
+        block_size = self.config.selection_block_size
+        own = self.own_block[:, None, None].expand(-1, block_indices.shape[1], 1)
+        blocks = torch.cat([block_indices, own], -1)[..., None]  # block −1 lies before the start
+        place = (blocks * block_size + torch.arange(block_size, device=self.device)).flatten(2)
+        return self._attend_at(layer, q, *self._at(place), scaling)
 
     def _attend_at(
-        self, layer: BlossomRecCacheLayer, q: torch.Tensor, place: torch.Tensor, mask: torch.Tensor, scaling: float
+        self, layer: BlossomRecCacheLayer, q: torch.Tensor, index: torch.Tensor, mask: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of each event to the places `[T, G or 1, K]` of its history where `mask` is set."""
+        """Attention of each event to the rows `index` `[T, G, K]` of the flat states where `mask` `[T, G or 1, K]` is set."""
         states = layer.states.view(-1, layer.states.shape[-1])
-        place = torch.minimum(place.clamp(min=0), self.position[:, None, None])
-        index = self.first_slot[..., None] + place  # [T, G, K]
 
         def attend(q, index, mask):
             keys, values = _gather(states, index).chunk(2, -1)
@@ -626,10 +716,10 @@ class Append:
         row_elements = groups * index.shape[2] * states.shape[1]
         return _in_slices(attend, row_elements, q.unflatten(1, (groups, -1)), index, mask[:, :, None]).flatten(1, 2)
 
-    def _attend_full(self, layer, q, k, v, cu_seqlens, *, max_seqlen, scaling) -> torch.Tensor:
+    def _attend_full(self, layer: BlossomRecCacheLayer, q: torch.Tensor, scaling: float) -> torch.Tensor:
         states = layer.states[:, :, : self.max_seqlen]
         groups = states.shape[1]
-        place = torch.arange(self.max_seqlen, device=q.device)
+        place = torch.arange(self.max_seqlen, device=self.device)
 
         def attend(token, states):
             # All heads of a group and all events of the tile are queries to the same keys.
@@ -651,35 +741,56 @@ class Append:
         `function` of the events of tiles `[N, size]` and the states `[N, …]` of each tile's history, in slices that lay
         out `event_elements` an event; its results `[N, size, …]` as `[T, …]`.
         """
-        elements = self.tile_token.shape[1] * event_elements + states[:1].numel()
-        if self.tile_row is None:
-            out = _in_slices(function, elements, self.tile_token, states)
+        row, token, place = self.tiles
+        elements = token.shape[1] * event_elements + states[:1].numel()
+        if row is None:
+            out = _in_slices(function, elements, token, states)
         else:
 
             def of_rows(token, row):
                 return function(token, states[row])
 
-            out = _in_slices(of_rows, elements, self.tile_token, self.tile_row)
-        return _gather(out.flatten(0, 1), self.token_tile)
+            out = _in_slices(of_rows, elements, token, row)
+        return _gather(out.flatten(0, 1), place)
 
     def commit(self, hidden_states: torch.Tensor) -> None:
         """Makes the events part of the cache; `hidden_states` `[T, hidden_size]` are the last layer's."""
-        cache, rows, device = self.cache, len(self.lengths), self.position.device
-        items = _grown(cache._items, (rows, self.capacity), torch.int32, device, dim=1)
-        ids = items.new_zeros(self.num_tokens) if self.item_ids is None else self.item_ids.to(torch.int32)
-        items.view(-1).index_copy_(0, self.row * self.capacity + self.position, ids)
+        cache, rows = self.cache, len(self.lengths)
+        items = _grown(cache._items, (rows, self.capacity), torch.int32, self.device, dim=1)
+        if self.item_ids is not None:
+            items[self.row, self.position] = self.item_ids.to(torch.int32)
+        else:
+            items[self.row, self.position] = 0
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        last = (
-            hidden_states.new_zeros(rows, hidden_states.shape[1], dtype=wide) if cache._last is None else cache._last
-        )
-        last_length = torch.zeros_like(self.lengths) if cache.lengths is None else cache._last_length
+        last, last_length = cache._last, cache._last_length
+        if last is None:
+            last = hidden_states.new_zeros(rows, hidden_states.shape[1], dtype=wide)
+            last_length = torch.zeros_like(self.lengths)
         if self.num_tokens:
-            place = (self.cu_seqlens[1:] - 1).clamp(min=0)
-            has_new = (self.cu_seqlens.diff() > 0)[:, None]
-            last = torch.where(has_new, hidden_states.detach()[place].to(last.dtype), last)
-            last_length = torch.where(self.counts > 0, self.lengths, last_length)
+            new = hidden_states.detach()[(self.cu_seqlens[1:] - 1).clamp(min=0)].to(last.dtype)
+            if self.counts.all():
+                last, last_length = new, self.lengths
+            else:
+                last = torch.where((self.cu_seqlens.diff() > 0)[:, None], new, last)
+                last_length = torch.where(self.counts > 0, self.lengths, last_length)
         cache.layers, cache.lengths = self.layers, self.lengths
         cache._items, cache._last, cache._last_length = items, last, last_length
+
+
+def _has_kernels(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `ops_triton_append.py` serves the layer: where `x` is on a GPU and its sizes fit, if they may be chosen."""
+    config = module.config
+    implementation = config._attn_implementation
+    if implementation != "blossom_triton" and not (implementation == "blossom" and x.is_cuda):
+        return False
+    reason = why_unsupported(
+        x.device.type,
+        x.dtype,
+        module.head_dim,
+        num_selected_blocks=config.num_selected_blocks,
+        heads_per_group=config.num_attention_heads // config.num_key_value_heads,
+    )
+    return reason is None
 
 
 def _grown(
