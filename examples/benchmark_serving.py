@@ -1,21 +1,36 @@
 """
-Times what a service does at every click, in one run on one machine.
+Times what a service does, in one run on one machine.
 
-    python examples/benchmark_serving.py                                   # two cores: one history of 4,096 events
-    python examples/benchmark_serving.py --device cuda --batch 256         # a GPU: a batch of 256 such histories
+    python examples/benchmark_serving.py --sections cache                       # two cores: a history of 4,096 events
+    python examples/benchmark_serving.py --sections cache --device cuda --batch 256    # a GPU: 256 such histories
+    python examples/benchmark_serving.py --sections catalogue                   # a million items
+    python examples/benchmark_serving.py --sections users --data ml-1m/interactions.txt
+
+**cache**: what a click costs. Times are of one batch; p50 and p99 over `--seconds` of runs, 20 at least; `times` is how
+many times faster than `recompute`. Weights are random: they decide nothing about the time.
 
 - `append`: one new event of each history, known from a `BlossomRecCache`, to the logits of the next item over the
-  catalogue; the cache is cropped back between two measurements, so that the history stays `--history` events long.
+  catalogue; the cache is cropped back in between. One event in `selection_block_size` completes a block.
 - `recompute`: the same logits from the whole histories, packed, as without a cache.
 - `prefill`: the whole histories into a new cache, once a user comes in.
 
-Weights are random: they decide nothing about the time. Times are of one batch; p50 and p99 over `--seconds` of runs, 20
-at least. Of the appends one in `selection_block_size` completes a block.
+**catalogue** trains a model on a generated log, keeps it under `--folder` for the next time, and asks it for the ten best
+of all items, one user at a time: exactly, and through an `ItemIndex` with its recall@10 of the exact ten. The log has
+taste for the embeddings to learn: items lie in clusters of 500 with Zipf popularity in each, a user has three clusters
+and takes four items of five from them, the fifth from the whole catalogue by its popularity. It is trained with the
+sampled softmax against the batch's own targets; the loss of the first and the last steps is printed.
+
+**users** runs `recommend`, with the scores of the whole catalogue, over the latest items of each user of a log,
+`--lengths` of them at most (where nobody has so many, over all histories end to end, cut), sorted by length, in batches
+of `--max_tokens`, under bfloat16 autocast on a GPU: the model, the same with full attention over as many key/value heads
+as heads, and that on rows padded to the length, as recommenders of fixed length have it. They take turns, after one run
+each to warm up; users a second are of the median run.
 """
 
 import argparse
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +38,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.command_line import HelpFormatter
+from blossomrec_hf.data import build_sequences, generate_log
+from blossomrec_hf.index import ItemIndex
+from blossomrec_hf.loss_blossomrec import NUM_SPECIAL_IDS, next_item_targets, sampled_loss
+from blossomrec_hf.training.histories import budget_batches
 
 
 Figure = dict[str, object]
+
+CACHE_ITEMS, CATALOGUE_ITEMS = 3416, 1_000_000
 
 
 def timed(run: Callable[[int], object], device: str, seconds: float, at_least: int = 20) -> dict[str, float]:
@@ -46,15 +69,16 @@ def timed(run: Callable[[int], object], device: str, seconds: float, at_least: i
     return {"p50_ms": float(np.median(times)), "p99_ms": float(np.percentile(times, 99)), "runs": len(times)}
 
 
+@torch.inference_mode()
 def cached_append(args: argparse.Namespace) -> list[Figure]:
     """Appending to the cache, beside computing the whole histories again."""
-    figures = []
+    figures, num_items = [], args.items or CACHE_ITEMS
     for attention_type in args.attention_types.split(","):
         torch.manual_seed(0)
-        config = BlossomRecConfig(vocab_size=args.items + 2, attention_types=attention_type)
+        config = BlossomRecConfig(vocab_size=num_items + 2, attention_types=attention_type)
         model = BlossomRecForSequentialRecommendation(config).to(args.device, args.dtype).eval()
         shape = (args.batch, args.history + 1)
-        ids = torch.randint(2, args.items + 2, shape, device=args.device)
+        ids = torch.randint(2, num_items + 2, shape, device=args.device)
         cache = BlossomRecCache(config)
         # In parts, so that the states of the first layers need not all be there at once.
         for part in ids[:, :-1].split(max(1, 2**20 // args.batch), 1):
@@ -82,12 +106,7 @@ def cached_append(args: argparse.Namespace) -> list[Figure]:
         }
         base = measured["recompute"]["p50_ms"]
         for what, times in measured.items():
-            figure = {
-                "section": "cache",
-                "what": f"{what}, {attention_type}",
-                **times,
-                "times": base / times["p50_ms"],
-            }
+            figure = {"what": f"{what}, {attention_type}", **times, "times": base / times["p50_ms"]}
             figures.append(figure | {"batch": args.batch, "history": args.history, "mib": cache.nbytes / 2**20})
         print(
             f"{attention_type}: largest difference of a logit between append and recompute {difference:.1e}",
@@ -96,45 +115,214 @@ def cached_append(args: argparse.Namespace) -> list[Figure]:
     return figures
 
 
-# Name on the command line → function of the arguments; a figure has "section", "what", "p50_ms", "p99_ms", "runs", and
-# "times", how many times faster than what it is compared to.
-SECTIONS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {"cache": cached_append}
+CLUSTER = 500
+
+
+class TasteLog:
+    """Batches of histories over `num_items` items; see the top of this file."""
+
+    def __init__(self, num_items: int, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.num_items, self.num_clusters = num_items, -(-num_items // CLUSTER)
+        self.cluster_share = np.cumsum(1 / np.arange(1, CLUSTER + 1))
+        # Item i has rank i // clusters in cluster i % clusters: the first ids are the most popular ones everywhere.
+        self.share = np.cumsum(1 / (1 + np.arange(num_items) // self.num_clusters))
+
+    def draw(self, histories: int, length: int) -> np.ndarray:
+        """int64 `[histories, length]` of vocabulary ids."""
+        taste = self.rng.integers(self.num_clusters, size=(histories, 3))
+        cluster = np.take_along_axis(taste, self.rng.integers(3, size=(histories, length)), 1)
+        rank = np.searchsorted(self.cluster_share, self.rng.random((histories, length)) * self.cluster_share[-1])
+        items = np.minimum(rank * self.num_clusters + cluster, self.num_items - 1)
+        other = np.searchsorted(self.share, self.rng.random((histories, length)) * self.share[-1])
+        return np.where(self.rng.random((histories, length)) < 0.8, items, np.minimum(other, self.num_items - 1)) + 2
+
+
+def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendation:
+    """
+    The model of a catalogue, trained now or taken from `--folder`. A step reads and moves the rows of the embedding
+    that its histories hold and no others (Adam with moments that stand still meanwhile), so that its cost does not grow
+    with the catalogue.
+    """
+    num_items = args.items or CATALOGUE_ITEMS
+    folder = args.folder / f"catalogue-{num_items}-{args.steps}"
+    if (folder / "config.json").exists():
+        return BlossomRecForSequentialRecommendation.from_pretrained(folder).to(args.device).eval()
+    torch.manual_seed(0)
+    config = BlossomRecConfig(vocab_size=num_items + 2, num_hidden_layers=1, hidden_dropout_prob=0.1)
+    model = BlossomRecForSequentialRecommendation(config).to(args.device).train()
+    log, length = TasteLog(num_items), 64
+    counts = torch.from_numpy(np.diff(log.share, prepend=0.0) / log.share[-1]).mul(1e9).long()
+    model.item_counts[NUM_SPECIAL_IDS:] = counts
+    table = model.lm_head.weight.data
+    first, second = torch.zeros_like(table), torch.zeros_like(table)
+    others = [p for p in model.parameters() if p is not model.lm_head.weight]
+    optimizer = torch.optim.AdamW(others, lr=1e-3, weight_decay=0.0)
+    offsets = torch.arange(0, args.step_tokens + 1, length, device=args.device)
+    losses, started = [], time.perf_counter()
+    for _ in tqdm(range(args.steps), desc="Training", disable=None):
+        ids = torch.from_numpy(log.draw(args.step_tokens // length, length)).to(args.device)
+        items, place = ids.unique(return_inverse=True)
+        rows = table[items].requires_grad_()
+        hidden = model.model(inputs_embeds=rows[place]).last_hidden_state.flatten(0, 1)
+        loss = sampled_loss(
+            "sampled_softmax",
+            hidden,
+            torch.cat([rows.new_zeros(NUM_SPECIAL_IDS, rows.shape[1]), rows]),
+            next_item_targets(place.flatten() + NUM_SPECIAL_IDS, offsets),
+            item_counts=model.item_counts[torch.cat([items.new_zeros(NUM_SPECIAL_IDS), items])],
+            num_negatives=1024,
+            negative_sampling="in_batch",
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first[items] = first[items].mul(0.9).add(rows.grad, alpha=0.1)
+        second[items] = second[items].mul(0.98).add(rows.grad**2, alpha=0.02)
+        table[items] -= args.learning_rate * first[items] / (second[items].sqrt() + 1e-8)
+        losses.append(loss.item())
+    edge = max(1, args.steps // 20)
+    moved = int((second.sum(1) > 0).sum())
+    print(
+        f"trained {args.steps} steps of {args.step_tokens} events in {time.perf_counter() - started:.0f} s, {moved} items "
+        f"moved; loss {statistics.mean(losses[:edge]):.3f} to {statistics.mean(losses[-edge:]):.3f}",
+        flush=True,
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def catalogue(args: argparse.Namespace) -> list[Figure]:
+    """One user at a time: exact, and by the index with its recall for several numbers of probes."""
+    model = train_large(args)
+    log, figures = TasteLog(model.config.vocab_size - 2, seed=1), []
+    users = [torch.from_numpy(row)[None].to(args.device) for row in log.draw(args.users, 64)]
+
+    def ask(name: str, **settings) -> list[set[int]]:
+        found, times = [], []
+        for user in users[:3]:
+            model.recommend(user, **settings)
+        for user in tqdm(users, desc=name, disable=None):
+            started = time.perf_counter()
+            found.append(set(model.recommend(user, **settings).item_ids[0].tolist()))
+            times.append((time.perf_counter() - started) * 1e3)
+        p50, p99 = np.percentile(times, [50, 99]).tolist()
+        figures.append({"what": name, "p50_ms": p50, "p99_ms": p99})
+        return found
+
+    exact = ask("exact")
+    started = time.perf_counter()
+    index = ItemIndex.build(model)
+    print(f"index built in {time.perf_counter() - started:.0f} s, {index.index.nlist} lists", flush=True)
+    for index.probes in args.probes:
+        found = ask(f"index, {index.probes} probes", index=index)
+        recall = np.mean([len(mine & best) / len(best) for mine, best in zip(found, exact)])
+        figures[-1]["recall@10"] = float(recall)
+    return figures
+
+
+def users(args: argparse.Namespace) -> list[Figure]:
+    """Users a second of `recommend` over histories of a log."""
+    dataset, tokenizer = build_sequences(args.data) if args.data else build_sequences(generate_log())
+    own = [np.asarray(row, np.int64) for row in dataset["input_ids"][:]]
+    items = np.concatenate(own)
+    models = {}
+    for attention_type, groups in (("blossom", 2), ("full", 8)):
+        torch.manual_seed(0)
+        kind = {"attention_types": attention_type, "num_key_value_heads": groups}
+        config = BlossomRecConfig(vocab_size=len(tokenizer), **kind)
+        models[attention_type] = BlossomRecForSequentialRecommendation(config).to(args.device).eval()
+
+    figures = []
+    for length in args.lengths:
+        histories = [row[-length:] for row in own]
+        if max(map(len, histories)) < length:  # no such users: their histories end to end, cut
+            histories = [items[i : i + length] for i in range(0, len(items) - length + 1, length)]
+        if not histories:
+            raise SystemExit(f"--lengths has {length}; the log has {len(items)} events in all.")
+        histories = [torch.from_numpy(row) for row in sorted(histories, key=len, reverse=True)]
+        # Padding costs what items cost, wherever it is computed: rows repeat their items up to the length.
+        filled = [row.repeat(-(-length // len(row)))[:length] for row in histories]
+        contestants = {
+            "blossom": (models["blossom"], histories),
+            "full attention, packed": (models["full"], histories),
+            "full attention, padded": (models["full"], filled),
+        }
+        seconds = {name: [] for name in contestants}
+        turns = [name for _ in range(args.repeats + 1) for name in contestants]
+        for name in tqdm(turns, desc=f"{length} items", disable=None):
+            model, rows = contestants[name]
+            batches = budget_batches(np.array([len(row) for row in rows]), args.max_tokens)
+            started = time.perf_counter()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+                for part in batches:
+                    model.recommend(rows[part]).item_ids.cpu()
+            seconds[name].append(time.perf_counter() - started)
+        speed = {name: len(histories) / statistics.median(times[1:]) for name, times in seconds.items()}
+        for name in contestants:
+            figures.append({"what": name, "length": length, "users": len(histories), "users_per_s": speed[name]})
+        blossom, packed, padded = speed.values()
+        figures[-3] |= {"blossom/packed": blossom / packed, "blossom/padded": blossom / padded}
+    return figures
+
+
+# Name on the command line → function of the arguments.
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
+    "cache": cached_append,
+    "catalogue": catalogue,
+    "users": users,
+}
+
+
+def print_table(name: str, figures: list[Figure]) -> None:
+    """One line a figure; a column of what none but some have is empty for the others."""
+    columns = list(dict.fromkeys(key for figure in figures for key in figure if key != "what"))
+    print(f"\n{name:26}" + "".join(f"{column:>16}" for column in columns))
+    for figure in figures:
+        cells = [figure.get(column, "") for column in columns]
+        cells = [f"{cell:,.3f}" if isinstance(cell, float) else f"{cell}" for cell in cells]
+        print(f"{figure['what']:26}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1, help="histories that get an event together")
-    parser.add_argument("--history", type=int, default=4096, help="events of each before that")
-    parser.add_argument("--items", type=int, default=3416)
-    parser.add_argument("--attention_types", default="blossom", help="blossom, long_term, short_term, full")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time spent on each figure")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--sections", default=",".join(SECTIONS), help="which of them")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--json", type=Path, help="file for the figures")
+    add("--items", type=int, help=f"cache, catalogue: how many ({CACHE_ITEMS:,} and {CATALOGUE_ITEMS:,} if left out)")
+    add("--dtype", default="float32", help="cache: of the weights")
+    add("--batch", type=int, default=1, help="cache: histories that get an event together")
+    add("--history", type=int, default=4096, help="cache: events of each before that")
+    add("--attention_types", default="blossom", help="cache: of blossom, long_term, short_term, full")
+    add("--seconds", type=float, default=5.0, help="cache: time spent on each figure")
+    add("--folder", type=Path, default=Path("benchmark_data"), help="catalogue: keeps the trained model")
+    add("--steps", type=int, default=300, help="catalogue: of training")
+    add("--step_tokens", type=int, default=16384, help="catalogue: events a step, a multiple of 64")
+    add("--learning_rate", type=float, default=1e-2, help="catalogue: of the embedding")
+    add("--users", type=int, default=200, help="catalogue: users asked for")
+    add("--probes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="catalogue: lists read")
+    add("--data", help="users: a log, such as ml-1m/interactions.txt; the built-in one if left out")
+    add("--lengths", type=int, nargs="+", default=[1000, 8192], help="users: of histories")
+    add("--max_tokens", type=int, default=65536, help="users: items a batch")
+    add("--repeats", type=int, default=3, help="users: runs over all, after one to warm up")
     args = parser.parse_args()
-    unknown = set(args.sections.split(",")) - set(SECTIONS)
-    if unknown:
+    names = args.sections.split(",")
+    if unknown := set(names) - set(SECTIONS):
         parser.error(f"--sections has {', '.join(unknown)}; it may name {', '.join(SECTIONS)}")
     args.dtype = getattr(torch, args.dtype)
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    print(f"{machine}; {versions}; {args.dtype}, {args.items} items, {args.batch} histories of {args.history} events")
-    with torch.inference_mode():
-        figures = [figure for name in args.sections.split(",") for figure in SECTIONS[name](args)]
-    print(f"\n{'':36} {'p50 ms':>10} {'p99 ms':>10} {'runs':>6} {'faster':>9}")
-    for f in figures:
-        print(f"{f['what']:36} {f['p50_ms']:10.2f} {f['p99_ms']:10.2f} {f['runs']:6d} {f['times']:8.1f}×")
+    versions = {x.__name__: x.__version__ for x in (torch, transformers)} | {"python": platform.python_version()}
+    print(f"{machine}; {versions}", flush=True)
+    figures = {name: SECTIONS[name](args) for name in names}
+    for name in names:
+        print_table(name, figures[name])
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"machine": machine, **versions, "settings": settings, "figures": figures}, indent=1)
-        )
+        results = {"machine": machine, **versions, "settings": settings}
+        results["figures"] = [{"section": name, **figure} for name in names for figure in figures[name]]
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
