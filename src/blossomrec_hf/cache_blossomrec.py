@@ -479,19 +479,19 @@ class Append:
         self.fused = False
 
         if self.from_start:
-            self.row, self.position = locate(cu_seqlens, num_tokens)
+            self.events = torch.stack(locate(cu_seqlens, num_tokens), 1)
         else:  # few: a copy to the device costs less than what would compute them there
             row = torch.repeat_interleave(counts)
-            place = torch.arange(num_tokens) + (lengths - self.offsets[:-1])[row]
-            self.row, self.position = self._to_device(row, place)
+            self.events = self._to_device(row, torch.arange(num_tokens) + (lengths - self.offsets[:-1])[row])
+        self.row, self.position = self.events.unbind(1)
         self._plan_blocks(lengths)
 
     def _to_device(self, *numbers: torch.Tensor) -> torch.Tensor:
-        """The tensors in one copy, behind which nothing waits."""
-        return torch.stack(numbers).to(self.device, non_blocking=self.device.type == "cuda")
+        """The tensors `[n]` side by side `[n, …]`, in one copy that nothing waits for."""
+        return torch.stack(numbers, 1).to(self.device, non_blocking=self.device.type == "cuda")
 
     def _plan_blocks(self, lengths: torch.Tensor) -> None:
-        """The blocks that these events complete: of which history each is, and its number there, `[n]` each."""
+        """The blocks that these events complete: of which history each is, and its number there, `[n, 2]`."""
         block = self.config.selection_block_size
         first = lengths // block
         number = self.lengths // block - first
@@ -500,9 +500,20 @@ class Append:
         if self.num_blocks:
             row = torch.repeat_interleave(number)
             before = number.cumsum(0) - number
-            self.block_row, self.block_index = self._to_device(
-                row, torch.arange(self.num_blocks) + (first - before)[row]
-            )
+            self.blocks = self._to_device(row, torch.arange(self.num_blocks) + (first - before)[row])
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        config = self.config
+        return Sizes(
+            stride=config.compress_stride,
+            length=config.compress_block_size,
+            block=config.selection_block_size,
+            selected=config.num_selected_blocks,
+            short_block=config.short_term_block_size,
+            window=config.short_term_window,
+            base=config.power_law_base,
+        )
 
     # What PyTorch's operations need beyond that
 
@@ -531,10 +542,10 @@ class Append:
         start = (torch.arange(len(row)) - first[row]) * size
         # Where every history has its one tile, the cache itself has the rows.
         alone = len(row) == len(number) and most <= size and bool(self.counts.all())
-        begin, end, row = self._to_device(self.offsets[row] + start, self.offsets[row + 1] - 1, row)
+        begin, end, row = self._to_device(self.offsets[row] + start, self.offsets[row + 1] - 1, row).unbind(1)
         token = begin[:, None] + torch.arange(size, device=self.device)
         token = torch.minimum(token, end[:, None])
-        place = self._to_device(first * size - self.offsets[:-1])[0][self.row]
+        place = self._to_device(first * size - self.offsets[:-1])[self.row, 0]
         place = place + torch.arange(self.num_tokens, device=self.device)
         return None if alone else row, token, place
 
@@ -588,7 +599,7 @@ class Append:
         rows = len(self.lengths)
         layer.states = _grown(layer.states, (rows, groups, self.capacity, 2 * width), keys.dtype, self.device)
         if self.fused:
-            store_events(keys, values, *position_embeddings, self.row, self.position, layer.states)
+            store_events(keys, values, *position_embeddings, self.events, layer.states)
         else:
             new = torch.cat([rotate(keys, *position_embeddings), values], -1)[0].transpose(0, 1).flatten(0, 1)
             layer.states.view(-1, 2 * width).index_copy_(0, self.slot, new.detach())
@@ -600,20 +611,21 @@ class Append:
         if self.num_blocks:
             windows = self._windows(layer, module.compressor.position)
             mean = module.compressor.mlp(windows.flatten(3)).mean(1, dtype=wide)  # [n, G, d]
-            layer.block_keys[self.block_row, :, self.block_index] = mean.detach()
+            row, index = self.blocks.unbind(1)
+            layer.block_keys[row, :, index] = mean.detach()
 
     def _windows(self, layer: BlossomRecCacheLayer, learned: torch.Tensor) -> torch.Tensor:
         """The windows `[n, b / s, G, l, d]` of the new blocks, with their learned positions."""
         block, stride = self.config.selection_block_size, self.config.compress_stride
         if self.fused:
-            where = self.block_row, self.block_index
-            return block_windows(layer.states, learned, *where, block=block, stride=stride)
+            return block_windows(layer.states, learned, self.blocks, block=block, stride=stride)
         groups, length, width = learned.shape
         end = torch.arange(stride, block + stride, stride, device=self.device)[:, None, None]
         inside = torch.arange(-length, 0, device=self.device)
-        place = (self.block_index * block)[:, None, None, None] + end + inside  # [n, b / s, 1, l]
+        row, index = self.blocks[:, :, None].unbind(1)
+        place = (index * block)[..., None, None] + end + inside  # [n, b / s, 1, l]
         group = torch.arange(groups, device=self.device)
-        first = (self.block_row[:, None] * groups + group) * self.capacity  # [n, G]
+        first = (row * groups + group) * self.capacity  # [n, G]
         slot = first[:, None, :, None] + place.clamp(min=0)
         keys = _gather(layer.states.view(-1, 2 * width), slot)[..., :width]
         return keys.masked_fill((place < 0)[..., None], 0) + learned
@@ -636,27 +648,18 @@ class Append:
         Returns:
             the head outputs `[1, T, H, d]` and the selection of the long-term stream.
         """
-        layer, config = self.layers[module.layer_idx], self.config
+        layer = self.layers[module.layer_idx]
         if self.fused and module.attention_type != "full":
             return attend_events(
                 q,
                 *position_embeddings,
                 gates,
-                self.row,
-                self.position,
+                self.events,
                 layer.states,
                 layer.block_keys,
-                sizes=Sizes(
-                    stride=config.compress_stride,
-                    length=config.compress_block_size,
-                    block=config.selection_block_size,
-                    selected=config.num_selected_blocks,
-                    short_block=config.short_term_block_size,
-                    window=config.short_term_window,
-                    base=config.power_law_base,
-                ),
+                sizes=self.sizes,
                 scaling=module.scaling,
-                threshold=config.importance_threshold,
+                threshold=self.config.importance_threshold,
                 short=module.attention_type != "long_term",
             )
         q = rotate(q, *position_embeddings)[0].transpose(0, 1)
@@ -767,7 +770,7 @@ class Append:
             last = hidden_states.new_zeros(rows, hidden_states.shape[1], dtype=wide)
             last_length = torch.zeros_like(self.lengths)
         if self.num_tokens:
-            new = hidden_states.detach()[(self.cu_seqlens[1:] - 1).clamp(min=0)].to(last.dtype)
+            new = hidden_states.detach()[self.cu_seqlens[1:] - 1].to(last.dtype)  # −1 before the first event: any
             if self.counts.all():
                 last, last_length = new, self.lengths
             else:

@@ -2,8 +2,8 @@
 The attention of new events to cached histories as GPU kernels: what `cache_blossomrec.Append` computes, in a few launches
 a layer. An append has so little to compute that it costs what its operations cost to be launched.
 
-Layouts are those of the cache: `states` `[B, G, C, 2·d]` and `block_keys` `[B, G, C // b, d]`, contiguous. Event t stands
-at `position[t]` in the history of `row[t]`. Everything is computed in float32, whatever the dtype of the states, and the
+Layouts are those of the cache: `states` `[B, G, C, 2·d]` and `block_keys` `[B, G, C // b, d]`, contiguous. `events`
+`[T, 2]` (int64) are the history and the place in it of each new event. Everything is computed in float32, whatever the dtype of the states, and the
 same events give the same bits. Nothing here has gradients, synchronises, or is specialised on a size that changes from
 one append to the next.
 """
@@ -29,16 +29,14 @@ def rotated(x, at, cos, sin, angle, mask, D: tl.constexpr):
 
 
 @jit
-def store_kernel(
-    k, v, cos, sin, row, position, states, T, num_rows, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr
-):
+def store_kernel(k, v, cos, sin, events, states, T, num_rows, G: tl.constexpr, D: tl.constexpr, BT: tl.constexpr):
     """Rotated keys, and values, of BT events to where they belong in the states of `num_rows` = C positions."""
     t, group = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.program_id(1)
     real = t < T
     d = tl.arange(0, D)[None, :]
     source = ((t * G + group) * D)[:, None]
     keys = rotated(k, source, cos, sin, (t * D)[:, None], real[:, None], D)
-    history, place = tl.load(row + t, real, 0), tl.load(position + t, real, 0)
+    history, place = tl.load(events + 2 * t, real, 0), tl.load(events + 2 * t + 1, real, 0)
     target = states + (((history * G + group) * num_rows + place) * (2 * D))[:, None] + d
     tl.store(target, keys, real[:, None])
     tl.store(target + D, tl.load(v + source + d, real[:, None], 0.0), real[:, None])
@@ -48,8 +46,7 @@ def store_kernel(
 def block_windows_kernel(
     states,
     learned,
-    block_row,
-    block_index,
+    blocks,
     out,
     num_rows,
     G: tl.constexpr,
@@ -61,8 +58,8 @@ def block_windows_kernel(
 ):
     """One window of a complete block, with its learned positions."""
     window, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block = window // (B // STRIDE)
-    history, index = tl.load(block_row + block), tl.load(block_index + block)
+    block = blocks + 2 * (window // (B // STRIDE))
+    history, index = tl.load(block), tl.load(block + 1)
     begin = index * B + (window % (B // STRIDE) + 1) * STRIDE - LENGTH
     source = states + (history * G + group) * num_rows * (2 * D)
     target = out + (window * G + group) * LENGTH * D
@@ -97,8 +94,7 @@ def attend_kernel(
     cos,
     sin,
     gates,
-    row,
-    position,
+    events,
     states,
     block_keys,
     out,
@@ -139,9 +135,8 @@ def attend_kernel(
     head = group * REP + r
     at = ((t * H + head) * D)[:, None]
     queries = rotated(q, at, cos, sin, t * D, real, D)
-    place = tl.load(position + t).to(tl.int32)
-    first = (tl.load(row + t) * G + group) * num_rows  # of the history in the states
-    source = states + first * (2 * D)
+    history, place = tl.load(events + 2 * t) * G + group, tl.load(events + 2 * t + 1).to(tl.int32)
+    source = states + history * num_rows * (2 * D)
     scale2 = scaling * LOG2E
     column = tl.arange(0, N)
     total = tl.zeros((R, D), tl.float32)
@@ -149,7 +144,7 @@ def attend_kernel(
     if LONG:
         own = place // B
         mean = tl.sum(queries, 0)[None, :] * (scaling / REP)
-        keys = block_keys + (tl.load(row + t) * G + group) * (num_rows // B) * D
+        keys = block_keys + history * (num_rows // B) * D
         slot = tl.arange(0, KP)
         top = tl.where(slot < K, float("-inf"), float("inf"))
         chosen = NONE + slot
@@ -226,40 +221,35 @@ def attend_kernel(
     tl.store(out + at + d, total, real)
 
 
-def store_events(
-    k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, row: Tensor, position: Tensor, states: Tensor
-) -> None:
+def store_events(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, events: Tensor, states: Tensor) -> None:
     """
     Writes keys, rotary embedding applied here, and values into `states`.
 
     Args:
         k, v: `[1, G, T, d]`.
         cos, sin: `[1, T, d]`, in float32.
-        row, position: `[T]` int64.
+        events: `[T, 2]`.
         states: `[B, G, C, 2·d]` in the dtype of `k`.
     """
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
     _, tokens, groups, width = k.shape
     grid = (_ceil(tokens, 32), groups)
-    store_kernel[grid](k, v, cos, sin, row, position, states, tokens, states.shape[2], G=groups, D=width, BT=32)
+    store_kernel[grid](k, v, cos, sin, events, states, tokens, states.shape[2], G=groups, D=width, BT=32)
 
 
-def block_windows(
-    states: Tensor, learned: Tensor, block_row: Tensor, block_index: Tensor, *, block: int, stride: int
-) -> Tensor:
+def block_windows(states: Tensor, learned: Tensor, blocks: Tensor, *, block: int, stride: int) -> Tensor:
     """
-    The windows `[n, b / s, G, l, d]` of complete blocks, with their `learned` positions `[G, l, d]` added: those of block
-    number `block_index` of the history of `block_row`, `[n]` int64 each.
+    The windows `[n, b / s, G, l, d]` of complete blocks, with their `learned` positions `[G, l, d]` added; `blocks`
+    `[n, 2]` (int64) are the history and the number in it of each block.
     """
     groups, length, width = learned.shape
-    shape = (block_row.shape[0], block // stride, groups, length, width)
+    shape = (blocks.shape[0], block // stride, groups, length, width)
     out = torch.empty(shape, device=states.device, dtype=torch.promote_types(states.dtype, learned.dtype))
     lines = min(_power_of_two(length), max(1, 4096 // width))
     block_windows_kernel[(shape[0] * shape[1], groups)](
         states,
         learned,
-        block_row,
-        block_index,
+        blocks,
         out,
         states.shape[2],
         G=groups,
@@ -305,8 +295,7 @@ def attend_events(
     cos: Tensor,
     sin: Tensor,
     gates: Tensor | None,
-    row: Tensor,
-    position: Tensor,
+    events: Tensor,
     states: Tensor,
     block_keys: Tensor | None,
     *,
@@ -323,7 +312,7 @@ def attend_events(
         q: `[1, H, T, d]`; the rotary embedding is applied here.
         cos, sin: `[1, T, d]`, in float32.
         gates: `[1, T, H, 2]`.
-        row, position: `[T]` int64.
+        events: `[T, 2]`.
         states: `[B, G, C, 2·d]` in the dtype of `q`.
         block_keys: `[B, G, C // b, d]`, in float32.
 
@@ -342,8 +331,7 @@ def attend_events(
         cos,
         sin,
         q if gates is None else gates,
-        row,
-        position,
+        events,
         states,
         block_keys if long else q,
         out,
