@@ -1,12 +1,48 @@
 """Packed training batches for `transformers.Trainer`."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from .collators import PackingCollator
 from .sampling import TokenBudgetSampler
 from .windows import HistoryWindows
+
+
+class _InOneTensor:
+    """
+    What a worker sends of a batch: one int64 tensor. Each tensor that crosses from process to process costs the
+    receiving one a connection, more than its bytes do, and the receiver is who launches the training step.
+    """
+
+    def __init__(self, collate: PackingCollator) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: Sequence[Any]) -> torch.Tensor:
+        batch = self.collate(rows)
+        offsets = batch["cu_seq_lens_q"]
+        even = torch.nn.functional.pad(offsets, (0, len(offsets) % 2)).view(torch.int64)
+        numbers = torch.tensor([batch["max_length_q"], len(offsets)])
+        return torch.cat([numbers, even, *(batch[name][0] for name in ("input_ids", "position_ids", "labels"))])
+
+    @staticmethod
+    def batch(sent: torch.Tensor) -> dict[str, Any]:
+        """The batch again, as views of `sent`."""
+        max_length, num_offsets = sent[:2].tolist()
+        words = -(-num_offsets // 2)
+        offsets = sent[2 : 2 + words].view(torch.int32)[:num_offsets]
+        input_ids, position_ids, labels = sent[2 + words :][None].chunk(3, 1)
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "labels": labels,
+            "cu_seq_lens_q": offsets,
+            "cu_seq_lens_k": offsets,
+            "max_length_q": max_length,
+            "max_length_k": max_length,
+        }
 
 
 class PackedDataLoader(DataLoader):
@@ -40,15 +76,19 @@ class PackedDataLoader(DataLoader):
         sampler = TokenBudgetSampler(
             windows.lengths, max_tokens, shuffle=shuffle, seed=seed, num_replicas=num_replicas, rank=rank
         )
-        longest = int(windows.lengths.max())
+        collate = PackingCollator(int(windows.lengths.max()), max_tokens=max_tokens)
         super().__init__(
             windows,
             batch_sampler=sampler,
-            collate_fn=PackingCollator(longest, max_tokens=max_tokens),
+            collate_fn=_InOneTensor(collate) if num_workers else collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             **kwargs,
         )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = super().__iter__()
+        return map(_InOneTensor.batch, batches) if self.num_workers else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Mixes batches and crops anew; `Trainer` calls it before each epoch."""
