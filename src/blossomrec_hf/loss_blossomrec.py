@@ -26,7 +26,7 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
     """
     targets = nn.functional.pad(labels[1:], (0, 1), value=-100)
     first = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
-    first[cu_seqlens.long()] = True
+    first.index_fill_(0, cu_seqlens.long(), True)  # an assignment would copy the `True` from the CPU, and wait for it
     return targets.masked_fill(first[1:] | (targets < NUM_SPECIAL_IDS), -100)
 
 
