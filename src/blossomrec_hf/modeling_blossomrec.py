@@ -168,7 +168,7 @@ def pack_histories(
 
     Raises:
         ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Not
-            checked inside a compiled graph.
+            checked inside a compiled graph, nor while a CUDA graph is captured.
     """
     batch, length = shape = inputs.shape[:2]
     device = inputs.device
@@ -200,7 +200,7 @@ def pack_histories(
         position = (real.cumsum(1) - 1).flatten()[token]
         max_seqlen = None
         padding = None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
         max_seqlen = length if max_seqlen is None else max_seqlen
     else:
         ids = inputs if inputs.dim() == 2 else None

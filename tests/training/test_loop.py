@@ -336,5 +336,5 @@ def test_bad_arguments_are_named(log, tmp_path, changes, named):
 
 
 def test_nothing_to_learn_from_is_told(tmp_path):
-    with pytest.raises(ValueError, match="nothing to learn from"):
+    with pytest.raises(ValueError, match="none with an item to predict"):
         TrainingLoop(make_model(), [{"input_ids": [5]}, {"input_ids": [1, 0]}], args=arguments(tmp_path))

@@ -54,6 +54,12 @@ class LoopArguments:
         metadata={"help": "no, bf16 or fp16; left out, what `accelerate config` or `accelerate launch` say."},
     )
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model for training."})
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Record a step of a single GPU once and replay it (not with torch_compile, fp16 or accumulation)."
+        },
+    )
 
     optim: str = field(
         default="adamw", metadata={"help": "adamw (fused where the device has it) or any optimizer of `transformers`."}

@@ -41,6 +41,7 @@ from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, keep_only, numbered_folders, write_json, written_aside
 from .environment import describe_environment
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
+from .graphs import GraphedPass
 from .histories import IGNORE_INDEX, HistoryStore
 from .metrics import per_user_metrics
 from .progress import progress_bar
@@ -223,7 +224,17 @@ class TrainingLoop:
         )
         self.trainable = np.flatnonzero(self.histories.num_targets > 0)
         if len(self.trainable) == 0:
-            raise ValueError("`train_view` holds no history with an item to predict: there is nothing to learn from.")
+            raise ValueError(
+                f"`train_view` holds {len(self.histories)} histories, the longest of "
+                f"{self.histories.lengths.max(initial=0)} items, and none with an item to predict; give histories of two "
+                "items or more."
+            )
+        largest, vocab_size = int(self.histories.items.max()), model.config.vocab_size
+        if largest >= vocab_size:
+            raise ValueError(
+                f"`train_view` holds the id {largest}; those of the model lie in 0 … {vocab_size - 1}. For new items, "
+                "grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
+            )
         if len(self.trainable) < len(self.histories):
             logger.info("%d histories have no item to predict.", len(self.histories) - len(self.trainable))
         self.sampler = TokenBudgetSampler(self.histories.lengths[self.trainable], args.tokens_per_step, seed=args.seed)
@@ -265,8 +276,24 @@ class TrainingLoop:
                 )
             self.average = WeightAverage(self._parameters, args.ema_decay)
             self.accelerator.register_for_checkpointing(self.average)
+        self._graphed = None
+        if self._can_be_graphed():
+            longest = int(self.histories.lengths.max())
+            self._graphed = GraphedPass(
+                self._forward_backward, self._parameters, max_tokens=args.tokens_per_step, max_length=longest
+            )
         self._stop_requested = False
         self._best_in_checkpoint = 0
+
+    def _can_be_graphed(self) -> bool:
+        """
+        Whether a step is one pass on one GPU with nothing that talks to other processes or to the CPU: the gradients'
+        exchange of DDP and FSDP does, as does the scaler of fp16.
+        """
+        args, accelerator = self.args, self.accelerator
+        alone = accelerator.num_processes == 1 and args.gradient_accumulation_steps == 1 and not self._sharded
+        on_gpu = accelerator.device.type == "cuda" and accelerator.scaler is None
+        return args.cuda_graphs and alone and on_gpu and not args.torch_compile
 
     # -- the plan ----------------------------------------------------------------------------------
 
@@ -349,13 +376,10 @@ class TrainingLoop:
         for place, part in enumerate(parts):
             with nullcontext() if place == len(parts) - 1 else self.accelerator.no_sync(self.model):
                 batch = self.histories.pack(part, labels=True) if len(part) else self._batch_without_targets()
-                loss = self.model(**batch, num_items_in_batch=num_targets).loss
-                # Each loss is already a share of the whole, so the division by processes (and by what accumulation
-                # steps the accelerator knows of) is undone.
-                self.accelerator.backward(
-                    loss * (self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps)
-                )
-            step_loss += loss.detach()
+                if self._graphed is not None:
+                    step_loss += self._graphed(batch, num_targets)
+                else:
+                    step_loss += self._forward_backward(batch | {"num_items_in_batch": num_targets})
         self._clip_and_watch(step_loss)
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
@@ -367,6 +391,15 @@ class TrainingLoop:
         self._items_since_log += int(self.histories.lengths[rows].sum())
         self.state.step += 1
         self.state.step_in_epoch += 1
+
+    def _forward_backward(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        loss = self.model(**batch).loss
+        # Each loss is already a share of the whole, so the division by processes (and by what accumulation steps the
+        # accelerator knows of) is undone.
+        self.accelerator.backward(
+            loss * (self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps)
+        )
+        return loss.detach()
 
     def _batch_without_targets(self) -> dict[str, torch.Tensor | int]:
         # A process without a history in this step still has to take part in the exchange of gradients.

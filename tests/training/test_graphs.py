@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.training import HistoryStore, LoopArguments, TrainingLoop
+from blossomrec_hf.training.graphs import GraphedPass, StaticBatch
+
+
+VOCABULARY = 50
+
+
+def make_store(lengths) -> HistoryStore:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    items = np.random.default_rng().integers(2, VOCABULARY, size=offsets[-1], dtype=np.int32)
+    return HistoryStore(items, offsets)
+
+
+def make_model(**changes) -> BlossomRecForSequentialRecommendation:
+    settings = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_dropout_prob": 0.0}
+    return BlossomRecForSequentialRecommendation(BlossomRecConfig(vocab_size=VOCABULARY, **{**settings, **changes}))
+
+
+def test_a_filled_up_batch_has_the_loss_and_the_gradients_of_the_batch():
+    model = make_model().double()
+    rng = np.random.default_rng()
+    store = make_store(rng.integers(1, 60, size=30))
+    longest = int(store.lengths.max())
+    static = StaticBatch(1200, 100, longest, torch.device("cpu"))
+    for size in (12, 1, 9):  # what an earlier, larger batch left must not show
+        rows = rng.permutation(30)[:size]
+        batch, num_targets = store.pack(rows, labels=True), max(1, int(store.num_targets[rows].sum()))
+        assert static.holds(batch)
+        static.load(batch, num_targets)
+        results = []
+        for arguments in (batch | {"num_items_in_batch": num_targets}, static.arguments()):
+            loss = model(**arguments).loss
+            loss.backward()
+            results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            model.zero_grad()
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_room_is_for_the_batch_and_what_fills_it_up():
+    rng = np.random.default_rng()
+    for _ in range(50):
+        store = make_store(rng.integers(1, 40, size=rng.integers(1, 50)))
+        batch = store.pack(np.arange(len(store)), labels=True)
+        static = StaticBatch.room_for(batch, 400, int(store.lengths.max()), torch.device("cpu"))
+        assert static.holds(batch) and static.tokens >= batch["input_ids"].shape[1]
+        static.load(batch, 1)
+        offsets = static.cu_seq_lens
+        assert offsets[-1] == static.tokens and (offsets.diff() >= 0).all()
+        assert offsets.diff().max() <= static.max_length
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([101]).pack([0]))
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 11).pack(np.arange(11)))
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 5).pack(np.arange(5)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention_types", ["blossom", "full"])
+def test_graphed_training_is_the_training(attention_types, tmp_path):
+    lengths = np.random.default_rng().integers(2, 200, size=80)
+    items = make_store(lengths).items.numpy()
+    state, losses, weights = make_model(attention_types=attention_types).state_dict(), [], []
+    for graphs in (False, True):
+        model = make_model(attention_types=attention_types)
+        model.load_state_dict(state)
+        args = LoopArguments(
+            output_dir=str(tmp_path / str(graphs)),
+            tokens_per_step=2048,
+            num_train_epochs=4,
+            logging_steps=1,
+            cuda_graphs=graphs,
+        )
+        loop = TrainingLoop(model, HistoryStore(items, np.concatenate([[0], np.cumsum(lengths)])), args=args)
+        loop.run()
+        assert not graphs or loop._graphed.works
+        lines = (tmp_path / str(graphs) / "metrics.jsonl").read_text().splitlines()
+        losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    assert (weights[0] - weights[1]).norm() < 1e-2 * weights[0].norm()
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog):
+    model = make_model().cuda()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run(arguments):
+        loss = model(**arguments).loss
+        loss.item()  # waits for the device
+        loss.backward()
+        return loss.detach()
+
+    store = make_store([5, 30, 17]).to("cuda")
+    graphed = GraphedPass(run, parameters, max_tokens=64, max_length=30)
+    batch = store.pack([0, 1, 2], labels=True)
+    loss = graphed(batch, 49)
+    assert not graphed.works and "cannot be recorded" in caplog.text
+    torch.testing.assert_close(loss, model(**batch, num_items_in_batch=49).loss.detach())
