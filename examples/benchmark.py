@@ -40,6 +40,7 @@ from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.attention_blossomrec import BlossomAttention, rotate
+from blossomrec_hf.command_line import HelpFormatter
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def plot(path: Path, figures: list[dict], contestants: list[Contestant], title: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU where not given")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step")

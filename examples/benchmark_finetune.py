@@ -23,6 +23,7 @@ import polars as pl
 import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.data import build_sequences, generate_log, split
 from blossomrec_hf.training import HeldOutItems, add_items, paired_difference, rank_held_out_items
 
@@ -71,7 +72,7 @@ def user_ndcg(folder: Path, log: Path, max_length: int) -> dict[str, np.ndarray]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--data", help="a log; left out, the built-in data set")
     parser.add_argument("--new_items", type=int, default=1000)
     parser.add_argument("--max_length", type=int, default=100)

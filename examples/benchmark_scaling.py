@@ -25,6 +25,7 @@ import torch
 from accelerate.utils import set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.training import HistoryStore, LoopArguments, TrainingLoop, describe_environment
 from blossomrec_hf.training.loop import make_accelerator
 
@@ -49,7 +50,7 @@ def memory(device: torch.device, *, peak: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--items", type=int, default=100_000)
     parser.add_argument("--max_length", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=65536, help="items a step of each process")

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, loss_blossomrec
+from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.data import PaddingCollator, TokenBudgetSampler, build_sequences, generate_log, split
 from blossomrec_hf.loss_blossomrec import cross_entropy
 from blossomrec_hf.training import HistoryStore
@@ -171,7 +172,7 @@ def compare_padding(args: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--what", choices=("cross_entropy", "padding"), default="cross_entropy")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
