@@ -79,11 +79,11 @@ def appended(model, cache: BlossomRecCache, ids: torch.Tensor, implementation: s
     return model(ids, past_key_values=cache, output_selection=True, output_hidden_states=True), cache
 
 
-def same_choices(actual, expected, tolerance: float = 1e-5) -> torch.Tensor:
-    """Where `[B, L]` the selections are the same; elsewhere they are of blocks whose scores differ by `tolerance`."""
+def same_choices(actual, expected, gap: float = 1e-5) -> torch.Tensor:
+    """Where `[B, L]` the selections are the same; elsewhere they are of blocks whose scores differ by less than `gap`."""
     same = actual.block_indices == expected.block_indices
     difference = (actual.importance / expected.importance).log().abs()
-    assert (same | (difference < tolerance)).all(), difference[~same]
+    assert (same | (difference < gap)).all(), difference[~same]
     return same.flatten(2).all(2)
 
 
@@ -94,8 +94,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float)
         assert difference <= tolerance * max(1.0, expected.double().abs().max().item()), difference
 
 
-def assert_the_same(model, cache: BlossomRecCache, ids: torch.Tensor, tolerance: float) -> None:
-    """One layer: events appended by the kernels and by PyTorch's operations have one output, and leave one cache."""
+def assert_the_same(model, cache: BlossomRecCache, ids: torch.Tensor, tolerance: float, gap: float = 1e-5) -> None:
+    """
+    One layer: events appended by the kernels and by PyTorch's operations have one output, and leave one cache. Blocks
+    whose scores differ by less than `gap` may be selected in place of one another.
+    """
     (actual, kept), (expected, kept_expected) = (
         appended(model, cache, ids, implementation) for implementation in ("blossom_triton", "blossom_torch")
     )
@@ -103,7 +106,7 @@ def assert_the_same(model, cache: BlossomRecCache, ids: torch.Tensor, tolerance:
     same = torch.ones_like(ids, dtype=torch.bool)
     if expected_selection.block_indices is not None:
         assert selection.block_indices.dtype == torch.int64
-        same = same_choices(selection, expected_selection, tolerance if model.dtype != torch.float32 else 1e-5)
+        same = same_choices(selection, expected_selection, gap if model.dtype == torch.float32 else tolerance)
         assert same.float().mean() > (0.99 if model.dtype == torch.float32 else 0.5)
         importance = [x.importance[same] for x in (selection, expected_selection)]
         torch.testing.assert_close(*importance, rtol=10 * tolerance, atol=tolerance)
@@ -260,6 +263,6 @@ def test_real_sizes_on_a_gpu(sizes, dtype):
     model = recommender(dtype=dtype, **({"heads": 8} | sizes))
     for counts in ([1] * 64, [random.randint(0, 40) for _ in range(64)]):
         lengths = [4096] * 63 + [random.randint(0, 4096)]
-        assert_the_same(model, filled(model, lengths), events(counts), TOLERANCE[dtype])
+        assert_the_same(model, filled(model, lengths), events(counts), TOLERANCE[dtype], gap=1e-4)
     first, _ = appended(model, filled(model, [4096] * 64), events([1] * 64), "blossom")
     assert first.selections[0].block_indices.device.type == "cuda"

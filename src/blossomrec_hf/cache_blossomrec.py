@@ -801,7 +801,7 @@ def _grown(
 ) -> torch.Tensor:
     """`tensor`, or a larger one of `shape` that begins with it along `dim` and ends with zeros."""
     if tensor is not None and tensor.shape == shape:
-        return tensor
+        return tensor.contiguous()  # as it is; kernels count on it
     out = torch.zeros(shape, dtype=dtype, device=device)
     if tensor is not None:
         out.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
