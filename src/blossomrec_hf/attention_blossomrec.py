@@ -268,6 +268,10 @@ class BlossomAttention(nn.Module):
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
+            # Once, where each of the projections would make and keep a copy of its own.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         k, v = heads(self.k_proj(hidden_states)), heads(self.v_proj(hidden_states))
         last_alone = keep is not None and _last_alone(self, k)
         asking = hidden_states[:, keep] if last_alone else hidden_states

@@ -143,8 +143,10 @@ class PackedHistories(NamedTuple):
     def last(self, x: torch.Tensor, n: int) -> torch.Tensor:
         """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero where a history is shorter."""
         place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
-        place = torch.where(place >= self.cu_seqlens[:-1, None], place, x.shape[0])
-        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[place]
+        outside = place < self.cu_seqlens[:-1, None]
+        if not x.shape[0]:
+            return x.new_zeros(*place.shape, *x.shape[1:])
+        return x[place.clamp(min=0)].masked_fill(outside.view(*place.shape, *[1] * (x.dim() - 1)), 0)
 
 
 def pack_histories(
@@ -448,8 +450,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             hidden_states = self.dropout(self.embedding_norm(hidden_states))[None]
 
             position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
-            states, attentions, selections = [hidden_states], [], []
+            states, attentions, selections = [], [], []
             for layer in self.layers:
+                if output_hidden_states:
+                    states.append(packed.unpack(hidden_states[0]))
                 hidden_states, selection, gates, probs = layer(
                     hidden_states,
                     keep=keep if layer is self.layers[-1] else None,
@@ -459,9 +463,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                     output_attentions=bool(output_attentions),
                     append=append,
                 )
-                states.append(hidden_states)
-                attentions.append(probs)
-                selections.append((selection, gates))
+                if output_attentions:
+                    attentions.append(packed.unpack_pairs(probs))
+                if output_selection:
+                    selections.append(_layer_selection(packed, selection, gates))
         if own_append and use_cache is not False:
             append.commit(hidden_states[0])
         if keep is not None:
@@ -470,9 +475,9 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             last_hidden_state = packed.last(hidden_states[0], 1) if last_only else packed.unpack(hidden_states[0])
         return BlossomRecModelOutput(
             last_hidden_state=last_hidden_state,
-            hidden_states=tuple(packed.unpack(x[0]) for x in states) if output_hidden_states else None,
-            attentions=tuple(packed.unpack_pairs(x) for x in attentions) if output_attentions else None,
-            selections=tuple(_layer_selection(packed, *x) for x in selections) if output_selection else None,
+            hidden_states=(*states, packed.unpack(hidden_states[0])) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            selections=tuple(selections) if output_selection else None,
             cache=None if append is None else append.cache,
         )
 
