@@ -11,7 +11,7 @@ from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.attention_blossomrec import BlossomAttention
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.modeling_blossomrec import BlossomRecModel
-from blossomrec_hf.ops_triton import why_unsupported
+from blossomrec_hf.ops_triton_launch import why_unsupported
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}

@@ -10,18 +10,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 import blossomrec_hf
-from blossomrec_hf import BlossomRecConfig
+from blossomrec_hf import BlossomRecConfig, ops_triton, ops_triton_launch
 from blossomrec_hf.attention_blossomrec import BlossomAttention, eager_attention_forward
 from blossomrec_hf.ops_reference import REFERENCE_OPS
 
 
-ops_triton = pytest.importorskip("blossomrec_hf.ops_triton")
-if ops_triton.triton is None:
+if ops_triton_launch.triton is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
-    pytest.mark.skipif(DEVICE == "cpu" and not ops_triton.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not ops_triton_launch.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
     # Keys that a row does not see get any exponential before they are masked.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
 ]
@@ -173,7 +174,7 @@ def test_every_element_is_written_and_twice_the_same_is_the_same(monkeypatch):
 
         return make
 
-    monkeypatch.setattr(ops_triton._Layout, "empty", poisoned(ops_triton._Layout.empty))
+    monkeypatch.setattr(ops_triton_launch.Layout, "empty", poisoned(ops_triton_launch.Layout.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     again, selection_again, gradients_again = layer.run(triton_forward)
     assert torch.equal(out, again)
@@ -223,14 +224,14 @@ def test_operations_carry_the_version_of_the_package():
 )
 def test_what_is_not_supported_is_refused_with_a_sentence(arguments, words):
     *arguments, sizes = arguments if len(arguments) == 4 else (*arguments, {})
-    reason = ops_triton.why_unsupported(*arguments, **sizes)
+    reason = ops_triton_launch.why_unsupported(*arguments, **sizes)
     assert words in reason
     assert "blossom_torch" in reason
 
 
 def test_no_gpu_is_refused_with_a_sentence_and_blossom_falls_back(monkeypatch):
-    monkeypatch.setattr(ops_triton, "INTERPRETED", False)
-    assert "CUDA" in ops_triton.why_unsupported("cpu", torch.float32, 16)
+    monkeypatch.setattr(ops_triton_launch, "INTERPRETED", False)
+    assert "CUDA" in ops_triton_launch.why_unsupported("cpu", torch.float32, 16)
     layer = Layer([20], heads=2, groups=1, width=6)
     with pytest.raises(ValueError, match="blossom_torch"):
         layer.outputs(triton_forward)

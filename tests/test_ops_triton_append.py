@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation, cache_blossomrec
-from blossomrec_hf.ops_triton import INTERPRETED, triton
+from blossomrec_hf.ops_triton_launch import INTERPRETED, triton
 
 
 if triton is None:

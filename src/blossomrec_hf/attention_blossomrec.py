@@ -16,7 +16,8 @@ from .cache_blossomrec import Append, rotate
 from .configuration_blossomrec import BlossomRecConfig
 from .ops_reference import REFERENCE_OPS, Ops, Selection, straight_through
 from .ops_torch import LAST_OPS, TORCH_OPS, short_places
-from .ops_triton import Sizes, blossom_attention, why_unsupported
+from .ops_triton import blossom_attention
+from .ops_triton_launch import Sizes, why_unsupported
 
 
 def _attention(

@@ -32,8 +32,8 @@ from transformers import Cache
 from .configuration_blossomrec import BlossomRecConfig
 from .ops_reference import Selection, locate, power_law_distances
 from .ops_torch import _gather, _in_slices, best_blocks
-from .ops_triton import Sizes, why_unsupported
 from .ops_triton_append import attend_events, block_windows, store_events
+from .ops_triton_launch import Sizes, why_unsupported
 
 
 # What a cached history depends on; a cache serves models that agree in these.

@@ -3,9 +3,9 @@ The attention of new events to cached histories as GPU kernels: what `cache_blos
 a layer. An append has so little to compute that it costs what its operations cost to be launched.
 
 Layouts are those of the cache: `states` `[B, G, C, 2·d]` and `block_keys` `[B, G, C // b, d]`, contiguous. `events`
-`[T, 2]` (int64) are the history and the place in it of each new event. Everything is computed in float32, whatever the dtype of the states, and the
-same events give the same bits. Nothing here has gradients, synchronises, or is specialised on a size that changes from
-one append to the next.
+`[T, 2]` (int64) are the history and the place in it of each new event. Everything is computed in float32, whatever the
+dtype of the states, and the same events give the same bits. Nothing here has gradients, synchronises, or is specialised
+on a size that changes from one append to the next.
 """
 
 from functools import lru_cache
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .ops_reference import Selection
-from .ops_triton import Sizes, _ceil, _power_of_two
 from .ops_triton_kernels import jit, tl
+from .ops_triton_launch import Sizes, ceil, power_of_two
 
 
 @jit
@@ -233,7 +233,7 @@ def store_events(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, events: Tensor,
     """
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
     _, tokens, groups, width = k.shape
-    grid = (_ceil(tokens, 32), groups)
+    grid = (ceil(tokens, 32), groups)
     store_kernel[grid](k, v, cos, sin, events, states, tokens, states.shape[2], G=groups, D=width, BT=32)
 
 
@@ -245,7 +245,7 @@ def block_windows(states: Tensor, learned: Tensor, blocks: Tensor, *, block: int
     groups, length, width = learned.shape
     shape = (blocks.shape[0], block // stride, groups, length, width)
     out = torch.empty(shape, device=states.device, dtype=torch.promote_types(states.dtype, learned.dtype))
-    lines = min(_power_of_two(length), max(1, 4096 // width))
+    lines = min(power_of_two(length), max(1, 4096 // width))
     block_windows_kernel[(shape[0] * shape[1], groups)](
         states,
         learned,
@@ -265,7 +265,7 @@ def block_windows(states: Tensor, learned: Tensor, blocks: Tensor, *, block: int
 @lru_cache
 def _constants(heads: int, groups: int, width: int, long: bool, short: bool, sizes: Sizes) -> dict[str, int]:
     """What `attend_kernel` is specialised on."""
-    rows = max(16, _power_of_two(heads // groups))
+    rows = max(16, power_of_two(heads // groups))
     power = next(p for p in (sizes.base**e for e in range(64)) if p >= sizes.window)
     powers = next(e for e in range(32) if power * sizes.base**e * sizes.short_block >= 2**31)
     return {
@@ -277,7 +277,7 @@ def _constants(heads: int, groups: int, width: int, long: bool, short: bool, siz
         "SHORT": short,
         "B": sizes.block,
         "K": sizes.selected,
-        "KP": _power_of_two(sizes.selected),
+        "KP": power_of_two(sizes.selected),
         "SB": sizes.short_block,
         "WINDOW": sizes.window,
         "POWER": power,
