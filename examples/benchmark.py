@@ -39,8 +39,9 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.attention_blossomrec import BlossomAttention, rotate
+from blossomrec_hf.attention_blossomrec import BlossomAttention
 from blossomrec_hf.command_line import HelpFormatter
+from blossomrec_hf.ops_reference import rotate
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.attention_blossomrec import rotate
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
+from blossomrec_hf.ops_reference import rotate
 from blossomrec_hf.ops_torch import TORCH_OPS
 
 

@@ -326,7 +326,7 @@ def test_the_code_travels_with_the_checkpoint(tmp_path):
     auto_map = BlossomRecConfig.from_pretrained(tmp_path).auto_map
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"}
     flat = {path.name for path in Path(blossomrec_hf.__file__).parent.glob("[a-z]*_*.py")}
-    assert flat - {"cache_blossomrec.py", "command_line.py"} <= {path.name for path in tmp_path.glob("*.py")}
+    assert flat - {"command_line.py"} <= {path.name for path in tmp_path.glob("*.py")}
 
 
 WITHOUT_THE_PACKAGE = """

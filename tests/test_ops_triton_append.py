@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation, cache_blossomrec
+from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation, append_blossomrec
 from blossomrec_hf.ops_triton_launch import INTERPRETED, triton
 
 
@@ -122,11 +122,11 @@ def launches(monkeypatch) -> list[str]:
     names = []
     for name in ("store_events", "attend_events", "block_windows"):
 
-        def noted(*args, function=getattr(cache_blossomrec, name), name=name, **kwargs):
+        def noted(*args, function=getattr(append_blossomrec, name), name=name, **kwargs):
             names.append(name)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(cache_blossomrec, name, noted)
+        monkeypatch.setattr(append_blossomrec, name, noted)
     return names
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .cache_blossomrec import Append, rotate
+from .append_blossomrec import Append
 from .configuration_blossomrec import BlossomRecConfig
-from .ops_reference import REFERENCE_OPS, Ops, Selection, straight_through
+from .ops_reference import REFERENCE_OPS, Ops, Selection, rotate, straight_through
 from .ops_torch import LAST_OPS, TORCH_OPS, short_places
 from .ops_triton import blossom_attention
 from .ops_triton_launch import Sizes, why_unsupported

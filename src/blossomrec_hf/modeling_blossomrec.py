@@ -14,8 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .append_blossomrec import Append
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
-from .cache_blossomrec import Append, BlossomRecCache
+from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss

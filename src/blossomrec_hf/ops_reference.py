@@ -45,6 +45,12 @@ def locate(cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, tor
     return history, token - cu_seqlens[history]
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `x` `[1, heads, T, d]` by `cos` and `sin` `[1, T, d]`, in float32 or better."""
+    first, second = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype)
+
+
 def power_law_distances(num_blocks: int, window: int, base: int) -> list[int]:
     """The block distances below `num_blocks` that the short-term stream attends to, ascending."""
     distances = set(range(min(window, num_blocks)))

@@ -1,5 +1,5 @@
 """
-The attention of new events to cached histories as GPU kernels: what `cache_blossomrec.Append` computes, in a few launches
+The attention of new events to cached histories as GPU kernels: what `append_blossomrec.Append` computes, in a few launches
 a layer. An append has so little to compute that it costs what its operations cost to be launched.
 
 Layouts are those of the cache: `states` `[B, G, C, 2·d]` and `block_keys` `[B, G, C // b, d]`, contiguous. `events`
