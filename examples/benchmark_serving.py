@@ -160,7 +160,7 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
     optimizer = torch.optim.AdamW(others, lr=1e-3, weight_decay=0.0)
     offsets = torch.arange(0, args.step_tokens + 1, length, device=args.device)
     losses, started = [], time.perf_counter()
-    for _ in tqdm(range(args.steps), desc="Training", disable=None):
+    for step in tqdm(range(args.steps), desc="Training", disable=None):
         ids = torch.from_numpy(log.draw(args.step_tokens // length, length)).to(args.device)
         items, place = ids.unique(return_inverse=True)
         rows = table[items].requires_grad_()
@@ -171,7 +171,7 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
             torch.cat([rows.new_zeros(NUM_SPECIAL_IDS, rows.shape[1]), rows]),
             next_item_targets(place.flatten() + NUM_SPECIAL_IDS, offsets),
             item_counts=model.item_counts[torch.cat([items.new_zeros(NUM_SPECIAL_IDS), items])],
-            num_negatives=1024,
+            num_negatives=256,
             negative_sampling="in_batch",
         )
         loss.backward()
@@ -179,7 +179,8 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
         optimizer.zero_grad()
         first[items] = first[items].mul(0.9).add(rows.grad, alpha=0.1)
         second[items] = second[items].mul(0.98).add(rows.grad**2, alpha=0.02)
-        table[items] -= args.learning_rate * first[items] / (second[items].sqrt() + 1e-8)
+        rate = args.learning_rate * (1 - step / args.steps)
+        table[items] -= rate * first[items] / (second[items].sqrt() + 1e-8)
         losses.append(loss.item())
     edge = max(1, args.steps // 20)
     moved = int((second.sum(1) > 0).sum())
@@ -297,14 +298,14 @@ def main() -> None:
     add("--attention_types", default="blossom", help="cache: of blossom, long_term, short_term, full")
     add("--seconds", type=float, default=5.0, help="cache: time spent on each figure")
     add("--folder", type=Path, default=Path("benchmark_data"), help="catalogue: keeps the trained model")
-    add("--steps", type=int, default=300, help="catalogue: of training")
+    add("--steps", type=int, default=2000, help="catalogue: of training")
     add("--step_tokens", type=int, default=16384, help="catalogue: events a step, a multiple of 64")
-    add("--learning_rate", type=float, default=1e-2, help="catalogue: of the embedding")
+    add("--learning_rate", type=float, default=5e-3, help="catalogue: of the embedding, falling to 0")
     add("--users", type=int, default=200, help="catalogue: users asked for")
     add("--probes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="catalogue: lists read")
     add("--data", help="users: a log, such as ml-1m/interactions.txt; the built-in one if left out")
     add("--lengths", type=int, nargs="+", default=[1000, 8192], help="users: of histories")
-    add("--max_tokens", type=int, default=65536, help="users: items a batch")
+    add("--max_tokens", type=int, default=262_144, help="users: items a batch")
     add("--repeats", type=int, default=3, help="users: runs over all, after one to warm up")
     args = parser.parse_args()
     names = args.sections.split(",")
