@@ -40,7 +40,7 @@ from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.attention_blossomrec import BlossomAttention
-from blossomrec_hf.command_line import HelpFormatter
+from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
 from blossomrec_hf.ops_reference import rotate
 
 
@@ -96,7 +96,7 @@ CONTESTANTS = [
     Contestant("full (SDPA)", "full", 8, "blossom_torch"),
     Contestant("full (flex)", "full", 8, "flex_full"),
     Contestant("full (eager)", "full", 8, "eager_full"),
-    Contestant("full (eager, fp32)", "full", 8, "eager_full", autocast=False),
+    Contestant("full (eager fp32)", "full", 8, "eager_full", autocast=False),
 ]
 
 
@@ -332,7 +332,8 @@ def main() -> None:
         parser.error(f"--contestants has {', '.join(unknown)}; it may name {', '.join(c.name for c in CONTESTANTS)}")
     contestants = [c for c in CONTESTANTS if c.name in names]
     if args.baseline_module:
-        contestants.append(load_contestant(args.baseline_module))
+        with ends_with_a_sentence(ValueError):
+            contestants.append(load_contestant(args.baseline_module))
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     versions = {
