@@ -305,7 +305,7 @@ def main() -> None:
     add("--probes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="catalogue: lists read")
     add("--data", help="users: a log, such as ml-1m/interactions.txt; the built-in one if left out")
     add("--lengths", type=int, nargs="+", default=[1000, 8192], help="users: of histories")
-    add("--max_tokens", type=int, default=262_144, help="users: items a batch")
+    add("--max_tokens", type=int, default=262_144, help="users: items of a batch, at most")
     add("--repeats", type=int, default=3, help="users: runs over all, after one to warm up")
     args = parser.parse_args()
     names = args.sections.split(",")

@@ -4,6 +4,7 @@ Times what a training run spends its time on, beside the obvious way to do it, i
     python examples/benchmark_training.py                                      # a GPU: 1,000,000 items
     python examples/benchmark_training.py --items 100_000 --device cpu
     python examples/benchmark_training.py --what padding --data ml-1m/interactions.txt --max_length 1000
+    python examples/benchmark_training.py --what epoch --data ml-1m/interactions.txt --tokens 65536 --bf16
 
 `cross_entropy`: forward and backward of the full softmax, `plain` (all logits at once), `torch` (in chunks) and `liger`
 (fused chunks, on a GPU with liger-kernel). Prints median seconds, peak MiB above what lies in memory before (the
@@ -13,6 +14,10 @@ gradients relative to the largest gradient.
 `padding`: a share of an epoch, once with histories packed end to end and once with every history filled up to
 `max_length`, positions that are computed like any other and only left out of the loss, as most recommenders do it. Both
 take the same histories in the same steps, of about `--tokens` items.
+
+`epoch`: whole epochs of forward, backward and AdamW over packed batches of `--tokens` tokens, by BlossomRec and by full
+attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `PackedDataLoader`
+with `--workers` gives them. Epochs of both kinds take turns; the first two are not counted.
 """
 
 import argparse
@@ -29,7 +34,15 @@ import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, loss_blossomrec
 from blossomrec_hf.command_line import HelpFormatter
-from blossomrec_hf.data import PaddingCollator, TokenBudgetSampler, build_sequences, generate_log, split
+from blossomrec_hf.data import (
+    HistoryWindows,
+    PackedDataLoader,
+    PaddingCollator,
+    TokenBudgetSampler,
+    build_sequences,
+    generate_log,
+    split,
+)
 from blossomrec_hf.loss_blossomrec import cross_entropy
 from blossomrec_hf.training import HistoryStore
 
@@ -171,9 +184,52 @@ def compare_padding(args: argparse.Namespace) -> list[dict]:
     return figures
 
 
+def compare_epochs(args: argparse.Namespace) -> list[dict]:
+    dataset, tokenizer = build_sequences(generate_log() if args.data is None else args.data)
+    on_gpu = args.device == "cuda"
+    windows = HistoryWindows(dataset, args.max_length)
+    loader = PackedDataLoader(windows, args.tokens, num_workers=args.workers, pin_memory=on_gpu)
+    ready, figures = list(loader), []
+    for attention_types, num_key_value_heads in (("blossom", 2), ("full", 8)):
+        config = BlossomRecConfig(
+            vocab_size=len(tokenizer), attention_types=attention_types, num_key_value_heads=num_key_value_heads
+        )
+        model = BlossomRecForSequentialRecommendation(config).to(args.device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        seconds: dict[str, list[float]] = {"ready": [], "loader": []}
+        for epoch in range(args.epochs + 2):
+            for kind, batches in (("ready", ready), ("loader", loader)):
+                loader.set_epoch(epoch)
+                started = time.perf_counter()
+                for batch in batches:
+                    batch = {
+                        k: v.to(args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+                    }
+                    with torch.autocast(args.device, torch.bfloat16) if args.bf16 else nullcontext():
+                        loss = model(**batch).loss
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                seconds[kind].append(time.perf_counter() - started)
+        medians = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
+        figure = {
+            "what": "epoch",
+            "attention_types": attention_types,
+            "steps": len(ready),
+            "seconds": medians["ready"],
+        }
+        figures.append(
+            figure | {"with_loader": medians["loader"], "loader_costs": medians["loader"] / medians["ready"] - 1}
+        )
+    figures[0]["to_full"] = figures[0]["seconds"] / figures[1]["seconds"]
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--what", choices=("cross_entropy", "padding"), default="cross_entropy")
+    parser.add_argument("--what", choices=("cross_entropy", "padding", "epoch"), default="cross_entropy")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure, at least")
@@ -181,7 +237,9 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "liger"])
-    parser.add_argument("--data", help="padding: a log; left out, the built-in data set")
+    parser.add_argument("--data", help="padding, epoch: a log; left out, the built-in data set")
+    parser.add_argument("--workers", type=int, default=2, help="epoch: processes that make batches")
+    parser.add_argument("--epochs", type=int, default=8, help="epoch: how many of each kind are timed")
     parser.add_argument("--max_length", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=4096, help="items a step")
     parser.add_argument("--steps", type=int, default=4, help="at most so many steps of an epoch")
@@ -193,7 +251,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     print(f"{machine}; {versions}; {'bf16 autocast' if args.bf16 else 'float32'}")
-    figures = compare_cross_entropy(args) if args.what == "cross_entropy" else compare_padding(args)
+    compare = {"cross_entropy": compare_cross_entropy, "padding": compare_padding, "epoch": compare_epochs}
+    figures = compare[args.what](args)
     for figure in figures:
         print(json.dumps(figure))
     if args.json is not None:

@@ -32,3 +32,12 @@ def test_packed_and_padded_steps_hold_the_same_histories(run_example, log_file, 
     packed, padded = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert packed["share_of_epoch"] == padded["share_of_epoch"] > 0
     assert padded["positions"] % 50 == 0 and padded["positions"] > packed["positions"]
+
+
+def test_an_epoch_is_timed_with_ready_batches_and_with_the_loader(run_example, log_file, tmp_path):
+    settings = ("--data", log_file, "--max_length", 20, "--tokens", 300, "--epochs", 1, "--device", "cpu")
+    run_example("benchmark_training.py", "--what", "epoch", *settings, "--json", tmp_path / "f.json")
+    blossom, full = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert blossom["attention_types"] == "blossom" and full["attention_types"] == "full"
+    assert blossom["steps"] == full["steps"] > 1
+    assert min(figure[kind] for figure in (blossom, full) for kind in ("seconds", "with_loader")) > 0

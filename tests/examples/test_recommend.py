@@ -34,7 +34,11 @@ def test_all_users_get_their_items_and_a_cut_run_goes_on(run_example, trained, l
     shards[2].unlink()
     (folder / f".{shards[2].name}.partial").write_bytes(b"half")
     run_example("recommend.py", *arguments(trained, log_file, folder), launcher=LAUNCHER)
-    assert pl.read_parquet(folder).equals(written)
+    again = pl.read_parquet(folder)
+    assert again.drop("score").equals(written.drop("score"))
+    # Processes that compute with fewer threads add up in another order.
+    for ours, theirs in zip(again["score"].to_list(), written["score"].to_list()):
+        assert ours == pytest.approx(theirs, abs=1e-5)
     after = [path.stat().st_mtime_ns for path in shards]
     assert [new == old for new, old in zip(after, before)] == [True, True, False, True]
     assert not list(folder.glob(".*"))
