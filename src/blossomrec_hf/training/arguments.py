@@ -57,7 +57,8 @@ class LoopArguments:
     cuda_graphs: bool = field(
         default=False,
         metadata={
-            "help": "Record a step of a single GPU once and replay it (not with torch_compile, fp16 or accumulation)."
+            "help": "Experimental: record a step of a single GPU once and replay it (not with torch_compile, fp16 or "
+            "accumulation)."
         },
     )
 
