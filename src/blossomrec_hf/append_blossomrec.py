@@ -92,19 +92,6 @@ class Append:
             before = number.cumsum(0) - number
             self.blocks = self._to_device(row, torch.arange(self.num_blocks) + (first - before)[row])
 
-    @cached_property
-    def sizes(self) -> Sizes:
-        config = self.config
-        return Sizes(
-            stride=config.compress_stride,
-            length=config.compress_block_size,
-            block=config.selection_block_size,
-            selected=config.num_selected_blocks,
-            short_block=config.short_term_block_size,
-            window=config.short_term_window,
-            base=config.power_law_base,
-        )
-
     # What PyTorch's operations need beyond that
 
     @cached_property
@@ -248,7 +235,7 @@ class Append:
                 self.events,
                 layer.states,
                 layer.block_keys,
-                sizes=self.sizes,
+                sizes=Sizes.of(self.config),
                 scaling=module.scaling,
                 threshold=self.config.importance_threshold,
                 short=module.attention_type != "long_term",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configuration_blossomrec import BlossomRecConfig
 from .ops_triton_backward_kernels import (
     invert_kernel,
     inverted_kernel,
@@ -67,6 +68,19 @@ class Sizes(NamedTuple):
     short_block: int
     window: int
     base: int
+
+    @classmethod
+    def of(cls, config: BlossomRecConfig) -> "Sizes":
+        """Those of a configuration."""
+        return cls(
+            stride=config.compress_stride,
+            length=config.compress_block_size,
+            block=config.selection_block_size,
+            selected=config.num_selected_blocks,
+            short_block=config.short_term_block_size,
+            window=config.short_term_window,
+            base=config.power_law_base,
+        )
 
 
 def why_unsupported(
