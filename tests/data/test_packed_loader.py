@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +52,58 @@ def test_trainer_trains_on_exactly_the_packed_batches(tmp_path):
         expected += list(loader)
     assert len(arrived) == len(expected) == 2 * len(loader)
     for there, here in zip(arrived, expected):
-        for name, value in here.items():
-            assert torch.equal(there[name], value) if torch.is_tensor(value) else there[name] == value
+        assert same({name: there[name] for name in here}, here)
     wanted = sorted(row["input_ids"][: row["train_end"]][-30:] for row in dataset if row["train_end"] >= 2)
     for epoch in range(2):
         batches = arrived[epoch * len(loader) : (epoch + 1) * len(loader)]
         assert sorted(history for batch in batches for history in segments(batch)) == wanted
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == len(arrived) and all(np.isfinite(losses)) and losses[-1] < losses[0]
+
+
+def same(there: dict, here: dict) -> bool:
+    return there.keys() == here.keys() and all(
+        torch.equal(there[name], value) if torch.is_tensor(value) else there[name] == value
+        for name, value in here.items()
+    )
+
+
+def test_workers_that_run_ahead_give_the_epoch_that_is_asked_for():
+    windows = HistoryWindows(built(np.random.default_rng().integers(4, 50, 60).tolist()), 20, window="random_crop")
+    plain, ahead = PackedDataLoader(windows, 128), PackedDataLoader(windows, 128, num_workers=2)
+    # In order, as the workers expect; the same again; back; one left early; on from there.
+    for epoch, taken in ((0, None), (1, None), (2, None), (2, None), (0, None), (1, 3), (2, None), (3, 0), (3, None)):
+        for loader in (plain, ahead):
+            loader.set_epoch(epoch)
+        wanted, got = (list(islice(loader, taken)) for loader in (plain, ahead))
+        assert len(wanted) == (len(plain) if taken is None else taken)
+        assert all(map(same, got, wanted)) and len(got) == len(wanted), (epoch, taken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_trainer_resumes_inside_an_epoch(tmp_path, workers):
+    dataset = built(np.random.default_rng(1).integers(4, 50, 60).tolist())
+    windows = HistoryWindows(dataset, 20, window="random_crop")
+    steps = len(PackedDataLoader(windows, 128))
+    assert steps > 3
+
+    def train(stop: int, resume: bool) -> list[torch.Tensor]:
+        model = tiny_model(max(item for row in dataset["input_ids"] for item in row) + 1)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=2 * steps,
+            use_cpu=True,
+            report_to=[],
+            save_steps=stop,
+            dataloader_num_workers=workers,
+            lr_scheduler_type="constant",
+        )
+        trainer = PackedTrainer(model, arguments, train_dataset=windows, max_tokens=128)
+        trainer.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{stop}" if resume else None)
+        return list(model.parameters())
+
+    whole, resumed = (train(steps + 2, resume) for resume in (False, True))
+    assert all(map(torch.equal, whole, resumed))
 
 
 def test_the_mixin_needs_windows(tmp_path):
@@ -69,8 +114,8 @@ def test_the_mixin_needs_windows(tmp_path):
 
 def test_a_batch_of_nothing_but_fill_runs_every_parameter():
     model = tiny_model(50).train()
-    loader = PackedDataLoader(HistoryWindows(built([9]), 30), 64, num_replicas=2, rank=1)
-    batches = list(loader) + list(PackedDataLoader(loader.dataset, 64, num_replicas=2, rank=0))
+    windows = HistoryWindows(built([9]), 30)
+    batches = [batch for rank in range(2) for batch in PackedDataLoader(windows, 64, num_replicas=2, rank=rank)]
     empty = next(batch for batch in batches if not segments(batch))
     loss = model(**empty, num_items_in_batch=7).loss
     loss.backward()

@@ -61,7 +61,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.num_replicas, self.rank = num_replicas, rank
         self._num_batches = len(self._in_order()) if not shuffle else self._fewest_bins()
         self._num_batches += -self._num_batches % num_replicas
-        self._planned: tuple[int, list[list[int]]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch; the same epoch gives the same batches."""
@@ -97,10 +96,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
             heapq.heapreplace(emptiest, (load + length, number))
         return batches
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        if self._planned is not None and self._planned[0] == epoch:
-            return self._planned[1]
-        if self.shuffle:
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch: of the rank, or of all. The same each time it is asked."""
+        if not self.shuffle:
+            batches = self._in_order()
+            batches += [[] for _ in range(self._num_batches - len(batches))]
+        else:
             rng = np.random.default_rng((self.seed, epoch))
             batches = None
             # Roughly, not strictly, longest first: strictly would put the same long histories together every epoch.
@@ -110,17 +111,10 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 order = shuffled[np.argsort(-rank[shuffled], kind="stable")]
                 batches = batches or self._deal(order, self._num_batches)
             batches = [batches[number] for number in rng.permutation(len(batches))]
-        else:
-            batches = self._in_order()
-            batches += [[] for _ in range(self._num_batches - len(batches))]
-        self._planned = (epoch, batches)
-        return batches
+        return batches if self.rank is None else batches[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self._plan(self.epoch)
-        yield from batches if self.rank is None else batches[self.rank :: self.num_replicas]
-        if self.shuffle:  # with workers, while the epoch's last batches are still at work
-            self._plan(self.epoch + 1)
+        return iter(self.plan(self.epoch))
 
     def __len__(self) -> int:
         return self._num_batches if self.rank is None else self._num_batches // self.num_replicas

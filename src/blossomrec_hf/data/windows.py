@@ -85,6 +85,10 @@ class HistoryWindows(TorchDataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return self.examples(indices, int(self._epoch))
+
+    def examples(self, indices: Sequence[int], epoch: int) -> list[dict[str, Any]]:
+        """Some examples, of any epoch."""
         if not len(indices):
             return []
         events = self.dataset[self.rows[indices].tolist()]["input_ids"].combine_chunks()
@@ -93,7 +97,7 @@ class HistoryWindows(TorchDataset):
         for index, offset in zip(indices, offsets):
             start = self.starts[index]
             if self.room is not None:
-                rng = np.random.default_rng((self.seed, int(self._epoch), index))
+                rng = np.random.default_rng((self.seed, epoch, index))
                 start = rng.integers(self.room[index] + 1)
             start += offset
             ids = values[start : start + self.lengths[index]]
