@@ -293,7 +293,11 @@ def plot(path: Path, figures: list[dict], contestants: list[Contestant], title: 
                 points = [(f["length"], f[unit]) for f in figures if (f["what"], f["contestant"]) == (what, c.name)]
                 axis.plot(*zip(*((n, y if y else float("nan")) for n, y in points)), marker="o", label=c.name)
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            shown = [y for line in axis.lines for y in line.get_ydata()]
+            if np.nanmax(shown) > 3 * np.nanmin(shown):
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(0, 1.15 * np.nanmax(shown))
             axis.set_title(what)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(label)
@@ -342,7 +346,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     settings = {"dtype": str(args.dtype), "tokens": args.tokens, "compile": args.compile, "graphs": args.graphs}
-    title = f"{machine}; {versions}; {settings}"
+    title = "; ".join([machine, *(f"{name} {value}" for name, value in (versions | settings).items())])
     print(title)
     figures = []
     tasks = [(what, length, c) for what in args.what.split(",") for length in lengths for c in contestants]

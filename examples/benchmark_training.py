@@ -17,7 +17,8 @@ take the same histories in the same steps, of about `--tokens` items.
 
 `epoch`: whole epochs of forward, backward and AdamW over packed batches of `--tokens` tokens, by BlossomRec and by full
 attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `PackedDataLoader`
-with `--workers` gives them. Epochs of both kinds take turns; the first two are not counted.
+with `--workers` gives them. Epochs of both kinds take turns; the first two are not counted. On a GPU, forward and
+backward are replayed as a CUDA graph, as in the training loop (`--no_graphs`: launched operation by operation).
 """
 
 import argparse
@@ -25,7 +26,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -45,6 +46,8 @@ from blossomrec_hf.data import (
 )
 from blossomrec_hf.loss_blossomrec import cross_entropy
 from blossomrec_hf.training import HistoryStore
+from blossomrec_hf.training.graphs import GraphedPass
+from blossomrec_hf.training.histories import IGNORE_INDEX
 
 
 class PeakMemory:
@@ -196,28 +199,44 @@ def compare_epochs(args: argparse.Namespace) -> list[dict]:
         )
         model = BlossomRecForSequentialRecommendation(config).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def forward_backward(batch: dict) -> torch.Tensor:
+            with torch.autocast(args.device, torch.bfloat16) if args.bf16 else nullcontext():
+                loss = model(**batch).loss
+            loss.backward()
+            return loss.detach()
+
+        sizes = {"max_tokens": args.tokens, "max_length": int(windows.lengths.max())}
+        graphed = GraphedPass(forward_backward, list(model.parameters()), **sizes) if on_gpu and args.graphs else None
+
+        def epoch(batches: Iterable[dict]) -> float:
+            started = time.perf_counter()
+            for batch in batches:
+                num_targets = int((batch["labels"] != IGNORE_INDEX).sum())
+                batch = {
+                    k: v.to(args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
+                }
+                if graphed is None:
+                    forward_backward(batch | {"num_items_in_batch": num_targets})
+                else:
+                    graphed(batch, num_targets)
+                optimizer.step()
+                optimizer.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
         seconds: dict[str, list[float]] = {"ready": [], "loader": []}
-        for epoch in range(args.epochs + 2):
+        for number in range(args.epochs + 2):
+            loader.set_epoch(number)
             for kind, batches in (("ready", ready), ("loader", loader)):
-                loader.set_epoch(epoch)
-                started = time.perf_counter()
-                for batch in batches:
-                    batch = {
-                        k: v.to(args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()
-                    }
-                    with torch.autocast(args.device, torch.bfloat16) if args.bf16 else nullcontext():
-                        loss = model(**batch).loss
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                seconds[kind].append(time.perf_counter() - started)
+                seconds[kind].append(epoch(batches))
         medians = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
         figure = {
             "what": "epoch",
             "attention_types": attention_types,
             "steps": len(ready),
+            "graphs": graphed is not None and graphed.works,
             "seconds": medians["ready"],
         }
         figures.append(
@@ -239,6 +258,7 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "liger"])
     parser.add_argument("--data", help="padding, epoch: a log; left out, the built-in data set")
     parser.add_argument("--workers", type=int, default=2, help="epoch: processes that make batches")
+    parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="epoch: no CUDA graphs")
     parser.add_argument("--epochs", type=int, default=8, help="epoch: how many of each kind are timed")
     parser.add_argument("--max_length", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=4096, help="items a step")
