@@ -85,6 +85,9 @@ class OutputArguments:
     """What to show and to keep of the results."""
 
     eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    eval_negatives: int = field(
+        default=0, metadata={"help": "Also rank test items beside so many drawn ones, as others do (100); 0: no."}
+    )
     watch: bool = field(
         default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
     )
@@ -136,18 +139,27 @@ def main() -> None:
         write_item_metadata(args.output_dir, titles)
 
     test_view = split(dataset, "test", max_length=args.max_length)
-    figures = evaluate(model, test_view, ks=output_args.eval_ks, max_tokens=args.eval_tokens, accelerator=accelerator)
+    figures = evaluate(
+        model,
+        test_view,
+        ks=output_args.eval_ks,
+        max_tokens=args.eval_tokens,
+        num_negatives=output_args.eval_negatives,
+        accelerator=accelerator,
+    )
     if not accelerator.is_main_process:
         return
 
     print(f"\n{result.epochs} epochs in {result.seconds:.0f} s; the best was epoch {result.best_epoch}, ", end="")
     print(f"validation {args.metric_for_best_model} {result.best_metric:.4f}. Saved in {args.output_dir}.")
-    print_figures(figures, output_args.eval_ks)
+    print_figures(figures, output_args.eval_ks, output_args.eval_negatives)
     # The saved model, because a sharded one answers only when all processes ask.
     model = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
     print_recommendations(model, tokenizer, test_view[0])
 
     configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
+    if output_args.eval_negatives:
+        configuration["eval_negatives"] = output_args.eval_negatives
     run = {"seed": configuration.pop("seed"), "configuration": configuration, "test": figures}
     run |= {"training": asdict(result), **describe_environment()}
     if output_args.results_json is not None:
@@ -159,10 +171,13 @@ def main() -> None:
             print(f"\nPushed: {loop.push_to_hub().commit_url}")
 
 
-def print_figures(figures: dict[str, float], ks: list[int]) -> None:
-    """The test figures as a table, over all items and over those that a user has not seen."""
+def print_figures(figures: dict[str, float], ks: list[int], num_negatives: int) -> None:
+    """The test figures as a table, over all items, those that a user has not seen, and drawn ones."""
     print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
-    for suffix, kind in (("", "all items"), ("_unseen", "unseen items")):
+    kinds = {"": "all items", "_unseen": "unseen items"}
+    if num_negatives:
+        kinds[f"_uni{num_negatives}"] = f"{num_negatives} drawn"
+    for suffix, kind in kinds.items():
         for name in ("recall", "ndcg", "mrr"):
             row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
             print(f"{name + ', ' + kind:<24}{row}")

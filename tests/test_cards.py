@@ -18,7 +18,8 @@ from blossomrec_hf.hub import dataset_card, group_runs, model_card, train_comman
 
 REPOSITORY = Path(__file__).parents[1]
 CARDS = REPOSITORY / "model_cards"
-MAKE = """python examples/model_card.py --results model_cards/blossomrec-ml-1m.json --dataset_name MovieLens-1M
+NAMES = ["blossomrec-ml-1m", "blossomrec-ml-1m-large"]
+MAKE = """python examples/model_card.py --results model_cards/{name}.json --dataset_name MovieLens-1M
     --published model_cards/published-ml-1m.json --output"""
 
 
@@ -29,35 +30,37 @@ def run(seed=1, *, types=("blossom",), ndcg=0.2, **configuration):
     return {"configuration": configuration, "seed": seed, "test": figures, "training": training, "device": "a machine"}
 
 
-def test_the_committed_card_is_the_one_that_its_command_makes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_card_is_the_one_that_its_command_makes(name, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "argv", [*shlex.split(MAKE)[1:], str(tmp_path / "card.md")])
+    monkeypatch.setattr(sys, "argv", [*shlex.split(MAKE.format(name=name))[1:], str(tmp_path / "card.md")])
     runpy.run_path("examples/model_card.py", run_name="__main__")
-    assert (tmp_path / "card.md").read_text() == (CARDS / "blossomrec-ml-1m.md").read_text()
+    assert (tmp_path / "card.md").read_text() == (CARDS / f"{name}.md").read_text()
 
 
-def test_every_figure_of_the_committed_card_is_in_its_results():
-    runs = json.loads((CARDS / "blossomrec-ml-1m.json").read_text())
-    card = ModelCard.load(CARDS / "blossomrec-ml-1m.md")
+@pytest.mark.parametrize("name, groups", [(NAMES[0], 16), (NAMES[1], 12)])
+def test_every_figure_of_the_committed_card_is_in_its_results(name, groups):
+    runs = json.loads((CARDS / f"{name}.json").read_text())
+    card = ModelCard.load(CARDS / f"{name}.md")
     assert metadata_errors(str(card), "model") == []
-    assert card.data.model_name == "blossomrec-ml-1m"
+    assert card.data.model_name == name
+    suffixes = {"items already seen masked": "_unseen", "nothing masked": "", "100 items drawn": "_uni100"}
     seen = set()
     for result in card.data.eval_results:
-        suffix = "_unseen" if "seen masked" in result.dataset_args["protocol"] else ""
-        implementation = "blossom_triton" if "blossom_triton" in result.dataset_config else "blossom_torch"
+        suffix = next(suffix for words, suffix in suffixes.items() if words in result.dataset_args["protocol"])
         values = [
             found["test"][result.metric_type + suffix]
             for found in runs
             if found["configuration"]["attention_types"] == ["blossom"]
             and found["configuration"]["max_length"] == result.dataset_args["max_length"]
-            and found["implementation"] == implementation
+            and found.get("implementation", "") in result.dataset_config
         ]
         assert len(values) == len(result.dataset_args["seeds"]) == 3
         assert result.metric_value == pytest.approx(fmean(values), abs=1e-6)
         assert result.dataset_args["hardware"] == "NVIDIA H100 80GB HBM3"
         assert f"{fmean(values):.4f}" in card.text
         seen.add((result.dataset_config, result.metric_type))
-    assert len(seen) == len(card.data.eval_results) == 16
+    assert len(seen) == len(card.data.eval_results) == groups
     for row in json.loads((CARDS / "published-ml-1m.json").read_text()):
         assert f"| {row['model']} |" in card.text and row["source"].startswith("[arXiv ")
 

@@ -5,6 +5,7 @@ from example_cases import SMALL_MODEL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data.metadata import read_item_metadata
+from blossomrec_hf.hub import train_command
 
 
 def test_trains_saves_and_recommends(trained):
@@ -52,6 +53,18 @@ def test_titles_stay_beside_the_model(run_example, log_file, tmp_path):
         "Three": tokenizer.encode_items([3])[0],
         "Seven": tokenizer.encode_items([7])[0],
     }
+
+
+def test_drawn_items_are_ranked_too(run_example, log_file, tmp_path):
+    printed = run_example(
+        "train.py", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--eval_negatives", 5, "--results_json", tmp_path / "results.json",
+    )  # fmt: skip
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    test = result["test"]
+    assert f"{'ndcg, 5 drawn':<24}{test['ndcg@1_uni5']:>9.4f}" in printed
+    assert test["recall@5_uni5"] > test["recall@5"] and test["recall@10_uni5"] == 1  # of six items in all
+    assert train_command(result).endswith("--eval_negatives 5 --seed 42")
 
 
 def test_bad_arguments_are_named(run_example, log_file, tmp_path):

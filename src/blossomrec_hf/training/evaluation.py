@@ -180,6 +180,7 @@ def evaluate(
     ks: Sequence[int] = DEFAULT_KS,
     max_length: int | None = None,
     max_tokens: int = 65536,
+    num_negatives: int = 0,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -193,17 +194,24 @@ def evaluate(
         max_length: how many of its latest items the model reads of each history; all of them when left out.
         max_tokens: the items that the model reads at a time. No more than `max_tokens` inputs and 2^26 scores are
             alive at once, never a matrix of users by items.
+        num_negatives: also rank each held-out item against so many drawn items (`uni100` with 100).
         accelerator: with several processes, each ranks its share of the users and all of them get the figures of all.
 
     Returns:
         `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` over all items, and the same with `_unseen` appended over the items
-        that the user has not met.
+        that the user has not met, and with `_uni100` (or another number) over the drawn ones.
 
     Raises:
         ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
     """
     ranks = rank_held_out_items(
-        model, view, max_length=max_length, max_tokens=max_tokens, accelerator=accelerator, progress=progress
+        model,
+        view,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        num_negatives=num_negatives,
+        accelerator=accelerator,
+        progress=progress,
     )
     return ranks.metrics(ks=ks)
 
