@@ -239,11 +239,14 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
             rows = [row.long() if row.numel() == 0 else row for row in rows]
             if any(row.dim() != 1 for row in rows):
                 raise ValueError(f"`{name}` must be one list of ids, or one list a history.")
-            if any(row.is_floating_point() or row.is_complex() for row in rows):
+            kinds = {row.dtype for row in rows}
+            if any(kind.is_floating_point or kind.is_complex for kind in kinds):
                 raise ValueError(
                     f"`{name}` must hold vocabulary ids, whole numbers; it holds numbers with a fraction."
                 )
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            if torch.bool in kinds:
+                raise ValueError(f"`{name}` has dtype torch.bool; it must hold vocabulary ids, whole numbers.")
+            ids = _filled_up(rows, padding, device)
         else:
             try:
                 ids = torch.as_tensor(ids) if ids else torch.empty(0, dtype=torch.long)
@@ -261,6 +264,14 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
                 + (f" (or are {padding}, padding)." if padding < 0 else ".")
             )
     return ids
+
+
+def _filled_up(rows: Sequence[torch.Tensor], padding: int, device: torch.device) -> torch.Tensor:
+    """Rows `[n]` as one tensor `[rows, longest]` on `device`, made there: the ids travel end to end, without padding."""
+    lengths = [row.shape[0] for row in rows]
+    flat = torch.cat(rows).to(device=device, dtype=torch.long)
+    real = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    return flat.new_full(real.shape, padding).masked_scatter_(real, flat)
 
 
 class RecommendationMixin:
