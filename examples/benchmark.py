@@ -41,7 +41,7 @@ from transformers import AttentionInterface
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.attention_blossomrec import BlossomAttention
 from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
-from blossomrec_hf.ops_reference import rotate
+from blossomrec_hf.ops_reference import power_law_distances, rotate
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,18 @@ def load_contestant(spec: str) -> Contestant:
     return Contestant(name, "full", 8, "blossom_torch", module=getattr(module, name))
 
 
-def build(contestant: Contestant, device: str) -> BlossomRecForSequentialRecommendation:
-    config = BlossomRecConfig(
+def make_config(contestant: Contestant) -> BlossomRecConfig:
+    return BlossomRecConfig(
         vocab_size=3418,
         attention_types=contestant.attention_types,
         num_key_value_heads=contestant.num_key_value_heads,
         attn_implementation=contestant.implementation,
         hidden_dropout_prob=0.0,
     )
+
+
+def build(contestant: Contestant, device: str) -> BlossomRecForSequentialRecommendation:
+    config = make_config(contestant)
     model = BlossomRecForSequentialRecommendation(config)
     if contestant.module is not None:
         for layer in model.model.layers:
@@ -209,6 +213,70 @@ def model_step(contestant: Contestant, args: argparse.Namespace, length: int, tr
     return run
 
 
+def attended(config: BlossomRecConfig, length: int) -> tuple[int, int]:
+    """(query, key) pairs of a history that a head attends to, and (query, block) pairs that a group scores."""
+    t = np.arange(length)
+    if config.attention_types[0] == "full":
+        return int((t + 1).sum()), 0
+    candidates, in_block = np.divmod(t, config.selection_block_size)
+    long = config.selection_block_size * np.minimum(candidates, config.num_selected_blocks) + in_block + 1
+    block, in_block = np.divmod(t, config.short_term_block_size)
+    distances = power_law_distances(int(block[-1]) + 1, config.short_term_window, config.power_law_base)
+    short = sum(np.where(block >= x, config.short_term_block_size if x else in_block + 1, 0) for x in distances)
+    return int((long + short).sum()), int(candidates.sum())
+
+
+def least_work(config: BlossomRecConfig, args: argparse.Namespace, length: int, what: str) -> tuple[float, float]:
+    """Bytes that a core or a step must move and operations that it must do; see the top of this file."""
+    histories, size = args.tokens // length, args.dtype.itemsize
+    tokens, training = histories * length, what != "inference"
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    gates = 2 * config.num_attention_heads if config.attention_types[0] != "full" else 0
+    pairs, scored = attended(config, length)
+
+    moved = tokens * (2 * queries + 2 * keys + gates)
+    done = histories * 4 * queries * pairs
+    if gates:
+        done += histories * 2 * keys * scored
+        window = config.compress_block_size * config.head_dim
+        mlp = 2 * window * (window + config.head_dim)
+        done += (
+            histories * (length // config.compress_stride) * config.num_key_value_heads * mlp * (3 if training else 1)
+        )
+    if training:
+        moved += tokens * (3 * queries + 4 * keys + 2 * gates)
+        done += histories * (10 * queries * pairs + 6 * keys * scored * bool(gates))
+    if what == "core":
+        return moved * size, done
+    width, inner = config.hidden_size, config.intermediate_size
+    products = [(width, queries + 2 * keys + gates), (queries, width), (width, inner), (inner, width)]
+    for taken, given in products:
+        moved += tokens * (taken + given + (2 * taken + given if training else 0))
+        done += tokens * 2 * taken * given * (3 if training else 1)
+    return config.num_hidden_layers * moved * size, config.num_hidden_layers * done
+
+
+def machine_rates(args: argparse.Namespace) -> tuple[float, float]:
+    """Bytes a second of a large copy (read and written), operations a second of a large matrix product."""
+    side = 8192 if args.device == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=args.device, dtype=args.dtype) for _ in range(2))
+    source = torch.zeros(2**28, dtype=torch.uint8, device=args.device)
+    target = torch.zeros_like(source)
+
+    def seconds(run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            run()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[2:])
+
+    return 2 * 2**28 / seconds(lambda: target.copy_(source)), 2 * side**3 / seconds(lambda: left @ right)
+
+
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """`run` as a CUDA graph."""
     stream = torch.cuda.Stream()
@@ -254,7 +322,7 @@ def slope(lengths: list[int], times: list[float]) -> float:
 def print_tables(figures: list[dict], contestants: list[Contestant], lengths: list[int], baseline: str) -> None:
     by_key = {(f["what"], f["length"], f["contestant"]): f for f in figures}
     for what in dict.fromkeys(f["what"] for f in figures):
-        print(f"\n{what}: median ms, peak MiB, ratios of both to {baseline}")
+        print(f"\n{what}: median ms, peak MiB, ratios of both to {baseline}, the least ms and the share reached")
         for length in lengths:
             base = by_key.get((what, length, baseline))
             cells = []
@@ -266,6 +334,8 @@ def print_tables(figures: list[dict], contestants: list[Contestant], lengths: li
                 for unit in ("ms", "mib"):
                     if c.name != baseline and base and base[unit] and figure[unit]:
                         text += f" {figure[unit] / base[unit]:6.3f}"
+                if figure.get("floor_ms") and figure["ms"]:
+                    text += f" (floor {figure['floor_ms']:.3f}, {figure['floor_ms'] / figure['ms']:.0%})"
                 cells.append(f"{c.name} {text}")
             print(f"  L={length:6d}  " + "  |  ".join(cells))
         for c in contestants:
@@ -348,6 +418,8 @@ def main() -> None:
     settings = {"dtype": str(args.dtype), "tokens": args.tokens, "compile": args.compile, "graphs": args.graphs}
     title = "; ".join([machine, *(f"{name} {value}" for name, value in (versions | settings).items())])
     print(title)
+    copied, multiplied = machine_rates(args)
+    print(f"a large copy {copied / 1e9:,.0f} GB/s, a large matrix product {multiplied / 1e12:,.1f} TFLOP/s")
     figures = []
     tasks = [(what, length, c) for what in args.what.split(",") for length in lengths for c in contestants]
     for what, length, contestant in tqdm(tasks, disable=None):
@@ -361,6 +433,9 @@ def main() -> None:
             figure |= measure(run, args)
         except torch.OutOfMemoryError:
             figure |= {"ms": None, "mib": None}
+        if contestant.module is None and contestant.autocast:
+            moved, done = least_work(make_config(contestant), args, length, what)
+            figure["floor_ms"] = 1e3 * max(moved / copied, done / multiplied)
         run = None
         torch._dynamo.reset()
         if args.device == "cuda":
@@ -369,7 +444,9 @@ def main() -> None:
 
     print_tables(figures, contestants, lengths, args.baseline)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, **versions, **settings, "figures": figures}, indent=1))
+        rates = {"copy_bytes_per_s": copied, "matrix_operations_per_s": multiplied}
+        results = {"machine": machine, **versions, **settings, **rates, "figures": figures}
+        args.json.write_text(json.dumps(results, indent=1))
     if args.png:
         plot(args.png, figures, contestants, title)
 

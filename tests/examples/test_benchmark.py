@@ -1,9 +1,12 @@
 import importlib.util
 import json
+import random
 
 import pytest
 import torch
 from example_cases import REPOSITORY
+
+from blossomrec_hf import BlossomRecConfig
 
 
 OUTSIDE = """
@@ -37,6 +40,7 @@ def test_every_contestant_gets_every_figure(run_example, tmp_path):
     whats = ("core", "training", "inference")
     assert named == {(what, length, c) for what in whats for length in (24, 48) for c in contestants}
     assert all(figure["ms"] > 0 for figure in figures)
+    assert all(0 < f["floor_ms"] < f["ms"] for f in figures if f["contestant"] != "LastItem")
     assert (tmp_path / "f.png").stat().st_size > 0
 
 
@@ -53,10 +57,35 @@ def test_bad_arguments_are_named(run_example, arguments, status, words):
     assert words in told and "Traceback" not in told
 
 
-def test_full_attention_laid_out_is_full_attention():
+@pytest.fixture
+def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "examples" / "benchmark.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_floor_counts_the_pairs_that_the_mechanism_attends_to(benchmark):
+    for _ in range(20):
+        config = BlossomRecConfig(
+            num_selected_blocks=random.randint(1, 5),
+            short_term_block_size=random.randint(1, 9),
+            short_term_window=random.randint(1, 4),
+            power_law_base=random.randint(2, 3),
+        )
+        length, b, short = random.randint(1, 300), config.selection_block_size, config.short_term_block_size
+        near = {*range(config.short_term_window), *(config.power_law_base**i for i in range(10))}
+        pairs = scored = 0
+        for t in range(length):
+            scored += t // b
+            pairs += b * min(t // b, config.num_selected_blocks) + t % b + 1  # selected blocks and the own one
+            pairs += sum(t // short - u // short in near for u in range(t + 1))
+        assert benchmark.attended(config, length) == (pairs, scored)
+        full = BlossomRecConfig(attention_types="full")
+        assert benchmark.attended(full, length) == (length * (length + 1) // 2, 0)
+
+
+def test_full_attention_laid_out_is_full_attention(benchmark):
     query, key, value = torch.randn(3, 1, 2, 60, 16).unbind()
     angle = torch.randn(60, 8).repeat(1, 2)[None]
     settings = {

@@ -1,6 +1,7 @@
 """What a run leaves on disk: folders that are whole or absent, and a log of JSON lines."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,8 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
+
+from .environment import describe_environment
 
 
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
 _PARTIAL = ".partial"
 
 
@@ -72,6 +79,111 @@ def write_json(path: Path, content: Any) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """
+    The folder of a run: `run.json`, what the run is; `checkpoint-N`, all that it needs to go on after step N; `best-N`, the
+    model after its best step N.
+
+    Args:
+        path: the folder; made by `start`.
+        accelerator: what it was prepared with is what a checkpoint holds.
+        description: by part and name, what has to be the same for a run to be continued; of `processes`, the `number`
+            may differ.
+
+    Attributes:
+        best_in_checkpoint: the best step that the last checkpoint knows of; its model must stay as long as a run may
+            go on from there.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, description: dict[str, dict[str, Any]]):
+        self.path, self.accelerator, self.description = path, accelerator, description
+        self.best_in_checkpoint = 0
+
+    def start(self, *, resume: bool) -> bool:
+        """
+        Loads the last checkpoint if the run is to be resumed and has one, and tells whether it did; otherwise begins
+        anew.
+
+        Raises:
+            ValueError: the checkpoint is of another run, or of an unfinished one that is not to be resumed.
+        """
+        accelerator = self.accelerator
+        checkpoints = numbered_folders(self.path, "checkpoint")
+        if checkpoints:
+            folder = checkpoints[-1][1]
+            saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            if resume:
+                self._refuse_another_run(folder, saved)
+                accelerator.load_state(folder)
+                logger.info("Resumed from %s.", folder)
+                return True
+            if not saved["finished"]:
+                raise ValueError(
+                    f"`output_dir` {self.path} holds an unfinished run ({folder.name}): pass `resume` to go on with it, "
+                    "or another folder."
+                )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            keep_only(self.path, "checkpoint")
+            keep_only(self.path, "best")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RUN_FILE, {**self.description, "environment": describe_environment()})
+        accelerator.wait_for_everyone()
+        return False
+
+    def save_checkpoint(self, step: int, best_step: int, *, finished: bool) -> None:
+        """Writes a checkpoint, then removes the one before and the models that were best before."""
+        with written_aside(self.path / f"checkpoint-{step}", self.accelerator) as folder:
+            with quiet_libraries():
+                self.accelerator.save_state(folder)
+            if self.accelerator.is_main_process:
+                write_json(folder / RUN_FILE, {**self.description, "finished": finished})
+        self.best_in_checkpoint = best_step
+        if self.accelerator.is_main_process:
+            keep_only(self.path, "checkpoint", step)
+        self.keep_best(best_step)
+
+    def keep_best(self, step: int) -> None:
+        """Removes all best models but that of `step` and the one that the last checkpoint knows of."""
+        if self.accelerator.is_main_process:
+            keep_only(self.path, "best", step, self.best_in_checkpoint)
+
+    def _refuse_another_run(self, folder: Path, saved: dict[str, Any]) -> None:
+        differences = [
+            f"{part} {key}: {saved.get(part, {}).get(key)!r} there, {value!r} now"
+            for part, values in self.description.items()
+            for key, value in values.items()
+            if part != "processes" and saved.get(part, {}).get(key) != value
+        ]
+        if differences:
+            raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
+        before, now = saved["processes"]["number"], self.accelerator.num_processes
+        if before != now:
+            # The steps are planned for the whole, so they go on where they were; only the dropout is drawn anew.
+            logger.warning(
+                "Resuming on %d processes what ran on %d: the same steps, with another dropout.", now, before
+            )
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """
+    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and
+    without Accelerate's warning that tied weights are saved once (as they should be).
+    """
+    shown = transformers_logging.is_progress_bar_enabled()
+    accelerate_logger = logging.getLogger("accelerate.utils")
+    level = accelerate_logger.level
+    transformers_logging.disable_progress_bar()
+    accelerate_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        accelerate_logger.setLevel(level)
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class MetricsFile:

@@ -30,7 +30,6 @@ from transformers import (
     get_scheduler,
 )
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoint_blossomrec import ensure_repo
 from ..data import TokenBudgetSampler
@@ -38,8 +37,7 @@ from ..hub import push_run
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
-from .checkpoints import MetricsFile, keep_only, numbered_folders, write_json, written_aside
-from .environment import describe_environment
+from .checkpoints import MetricsFile, RunFolder, numbered_folders, quiet_libraries, written_aside
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
 from .graphs import GraphedPass
 from .histories import IGNORE_INDEX, HistoryStore
@@ -48,8 +46,6 @@ from .progress import progress_bar
 
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
 
 
 @dataclass
@@ -246,7 +242,7 @@ class TrainingLoop:
 
         self.state = LoopState()
         self.bare_model = model
-        self._run_description = self._describe_run()
+        self._folder = RunFolder(self.output_dir, self.accelerator, self._describe_run())
         # Each process draws its own dropout; the order of the data does not depend on the global generators.
         set_seed(args.seed, device_specific=True)
         model.to(self.accelerator.device)
@@ -283,7 +279,6 @@ class TrainingLoop:
                 self._forward_backward, self._parameters, max_tokens=args.tokens_per_step, max_length=longest
             )
         self._stop_requested = False
-        self._best_in_checkpoint = 0
 
     def _can_be_graphed(self) -> bool:
         """
@@ -325,7 +320,9 @@ class TrainingLoop:
 
     def run(self) -> TrainingResult:
         args, state = self.args, self.state
-        resumed = self._start_folder()
+        resumed = self._folder.start(resume=args.resume)
+        if resumed:
+            self._folder.best_in_checkpoint = state.best_step
         self.metrics_file = MetricsFile(
             self.output_dir / "metrics.jsonl",
             enabled=self.accelerator.is_main_process,
@@ -533,8 +530,7 @@ class TrainingLoop:
             state.evaluations_since_best = 0
             with written_aside(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
                 self._save_model(folder)
-            if self.accelerator.is_main_process:
-                keep_only(self.output_dir, "best", state.best_step, self._best_in_checkpoint)
+            self._folder.keep_best(state.best_step)
         else:
             state.evaluations_since_best += 1
         self.bar.set_postfix(self._best_in_bar(), refresh=False)
@@ -543,48 +539,10 @@ class TrainingLoop:
     # -- the run's folder --------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """
-        Writes all that the run needs to go on, then removes the checkpoint before and the models that were best
-        before.
-        """
+        """Writes all that the run needs to go on, in place of the checkpoint before."""
         self._raise_if_not_finite()
-        step = self.state.step
-        with written_aside(self.output_dir / f"checkpoint-{step}", self.accelerator) as folder:
-            with quiet_libraries():
-                self.accelerator.save_state(folder)
-            if self.accelerator.is_main_process:
-                write_json(folder / RUN_FILE, {**self._run_description, "finished": self._finished()})
-        if self.accelerator.is_main_process:
-            keep_only(self.output_dir, "checkpoint", step)
-            keep_only(self.output_dir, "best", self.state.best_step)
-        self._best_in_checkpoint = self.state.best_step
+        self._folder.save_checkpoint(self.state.step, self.state.best_step, finished=self._finished())
         self._last_save = time.perf_counter()
-
-    def _start_folder(self) -> bool:
-        """Loads the last checkpoint if the run is to be resumed and has one; tells whether it did."""
-        checkpoints = numbered_folders(self.output_dir, "checkpoint")
-        if checkpoints:
-            folder = checkpoints[-1][1]
-            saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-            if self.args.resume:
-                self._refuse_another_run(folder, saved)
-                self.accelerator.load_state(folder)
-                self._best_in_checkpoint = self.state.best_step
-                logger.info("Resumed from %s.", folder)
-                return True
-            if not saved["finished"]:
-                raise ValueError(
-                    f"`output_dir` {self.output_dir} holds an unfinished run ({folder.name}): pass `resume` to go on "
-                    "with it, or another folder."
-                )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            keep_only(self.output_dir, "checkpoint")
-            keep_only(self.output_dir, "best")
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(self.output_dir / RUN_FILE, {**self._run_description, "environment": describe_environment()})
-        self.accelerator.wait_for_everyone()
-        return False
 
     def _describe_run(self) -> dict[str, Any]:
         """What has to be the same for a run to be continued."""
@@ -602,22 +560,6 @@ class TrainingLoop:
             },
             "processes": {"number": self.accelerator.num_processes},
         }
-
-    def _refuse_another_run(self, folder: Path, saved: dict[str, Any]) -> None:
-        differences = [
-            f"{part} {key}: {saved.get(part, {}).get(key)!r} there, {value!r} now"
-            for part, values in self._run_description.items()
-            for key, value in values.items()
-            if part != "processes" and saved.get(part, {}).get(key) != value
-        ]
-        if differences:
-            raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
-        before, now = saved["processes"]["number"], self.accelerator.num_processes
-        if before != now:
-            # The steps are planned for the whole, so they go on where they were; only the dropout is drawn anew.
-            logger.warning(
-                "Resuming on %d processes what ran on %d: the same steps, with another dropout.", now, before
-            )
 
     def _save_model(self, folder: Path) -> None:
         state_dict = self.accelerator.get_state_dict(self.model)
@@ -689,22 +631,3 @@ class TrainingLoop:
             return flag
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return self.accelerator.reduce(flags, reduction="sum").item() > 0
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """
-    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and
-    without Accelerate's warning that tied weights are saved once (as they should be).
-    """
-    shown = transformers_logging.is_progress_bar_enabled()
-    accelerate_logger = logging.getLogger("accelerate.utils")
-    level = accelerate_logger.level
-    transformers_logging.disable_progress_bar()
-    accelerate_logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        accelerate_logger.setLevel(level)
-        if shown:
-            transformers_logging.enable_progress_bar()
