@@ -102,3 +102,25 @@ def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog):
     loss = graphed(batch, 49)
     assert not graphed.works and "cannot be recorded" in caplog.text
     torch.testing.assert_close(loss, model(**batch, num_items_in_batch=49).loss.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("sampling", ["uniform", "popularity", "in_batch"])
+@pytest.mark.parametrize("objective", ["cross_entropy", "sampled_softmax", "bce", "gbce", "bpr"])
+def test_every_replay_draws_anew(objective, sampling, shared):
+    model = make_model(
+        objective=objective, negative_sampling=sampling, num_negatives=8, shared_negatives=shared
+    ).cuda()
+    model.item_counts.copy_(torch.arange(VOCABULARY))
+
+    def run(arguments):
+        loss = model(**arguments).loss
+        loss.backward()
+        return loss.detach()
+
+    graphed = GraphedPass(run, list(model.parameters()), max_tokens=64, max_length=30)
+    batch = make_store([5, 30, 17]).to("cuda").pack([0, 1, 2], labels=True)
+    losses = [float(graphed(batch, 49)) for _ in range(4)]
+    assert graphed.works
+    assert len(set(losses)) == (1 if objective == "cross_entropy" else 4)
