@@ -25,3 +25,24 @@ def test_reports_models_and_baselines(run_example, trained, log_file, tmp_path):
 
     ranks = np.load(tmp_path / "ranks.npz")
     assert np.mean(ranks[f"{trained[0]}_unseen"] <= 10) == pytest.approx(expected["recall@10_unseen"])
+
+    names = ("--first", f"*{trained[0].name}", "--second", "most*")
+    told = run_example("compare.py", "--reports", tmp_path, *names)
+    better = figures["ndcg@10_unseen"] - report["most popular"]["metrics"]["ndcg@10_unseen"]
+    assert f"| {better:+.4f} ± " in next(line for line in told.splitlines() if line.startswith("| ndcg@10_unseen |"))
+
+
+def test_what_cannot_be_compared_is_named(run_example, tmp_path):
+    for folder, users in (("a", [0, 1]), ("b", [0, 1, 2])):
+        (tmp_path / folder).mkdir()
+        ranks = np.arange(1.0, len(users) + 1)
+        np.savez(tmp_path / folder / "ranks.npz", users=users, user_ids=users, model=ranks, model_unseen=ranks)
+    for arguments, status, words in (
+        (("--reports", tmp_path / "c"), 1, "c has no ranks.npz; examples/evaluate.py writes it"),
+        (("--reports", tmp_path / "a", tmp_path / "b"), 1, "b is of other users than"),
+        (("--reports", tmp_path / "a"), 2, "--second is other; the reports are of model"),
+    ):
+        told = run_example(
+            "compare.py", *arguments, "--first", "mod*", "--second", "other", status=status, field="stderr"
+        )
+        assert words in told and "Traceback" not in told
