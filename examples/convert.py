@@ -2,9 +2,11 @@
 Converts a checkpoint of the authors' code (BlossomRec in RecBole) into one of this package, or the other way.
 
     python examples/convert.py --checkpoint saved/BlossomRec-Dec-01.pth --output_dir runs/converted --items items.txt
-    python examples/convert.py --model runs/ml-1m --output_file BlossomRec.pth
+    python examples/convert.py --model runs/converted --output_file BlossomRec.pth
 
-The scores are the same, or the conversion is refused with a sentence. Nothing in a `.pth` file is run.
+The scores are the same, or the conversion is refused with a sentence. A model goes back if it has their sizes: 2 key/value
+heads, 4 selected blocks and `train.py --config_overrides '{"short_term_block_size": 1, "short_term_window": 8}'`. Nothing in
+a `.pth` file is run.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ import torch
 from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
+from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence, load_checkpoint
 from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
 
 
@@ -43,7 +45,11 @@ class ConversionArguments:
 
 def main() -> None:
     parser = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter)
-    (args,) = parser.parse_args_into_dataclasses()
+    with ends_with_a_sentence(ValueError, OSError):
+        convert(*parser.parse_args_into_dataclasses())
+
+
+def convert(args: ConversionArguments) -> None:
     if args.model is not None:
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
         torch.save({"state_dict": to_authors(model)}, args.output_file)

@@ -3,7 +3,7 @@ From an interaction log to item-id sequences, in one command.
 
     python examples/prepare_data.py ml-1m --output_dir data/ml-1m --report data/ml-1m.html
     python examples/prepare_data.py ratings.csv --min_rating 4 --k_core 5 --output_dir data/mine
-    python examples/prepare_data.py clicks/*.parquet --user uid --item sku --timestamp at --output_dir data/clicks
+    python examples/prepare_data.py "clicks/*.parquet" --user uid --item sku --timestamp at --output_dir data/clicks
 
 The folder holds the Dataset (`datasets.load_from_disk`), the tokenizer (`BlossomRecTokenizer.from_pretrained`), item
 titles if known, what each filter removed, and a card. It appears complete or not at all.

@@ -272,7 +272,7 @@ def model_card(
     text += ["## Use", "", "```python", "from transformers import pipeline", ""]
     text += [f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)']
     text += ["recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last", "```", ""]
-    text += ["With `blossomrec-hf` installed, the same without `trust_remote_code`; `revision=` pins a commit.", ""]
+    text += ["After `import blossomrec_hf`, the same without `trust_remote_code`; `revision=` pins a commit.", ""]
     text += ["## Results", "", *_results_table(groups, suffixes, k), ""]
     text += [_how_measured(groups, dataset_name, suffixes), ""]
     if published:
@@ -376,6 +376,8 @@ def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Seque
     text += ". "
     if "_unseen" in suffixes:
         text += "Masked means that items of the user's history are not ranked. "
+    if "_uni100" in suffixes and not any(group.get("eval_negatives") for group in groups):
+        text += "The figures beside drawn items are those of `examples/evaluate.py` for the models that the runs saved. "
     if any(len(group.runs) > 1 for group in groups):
         text += "Means over seeds, ± their standard deviation. "
     return text + "The weights are those of the best validation figure of each run."

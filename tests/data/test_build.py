@@ -19,7 +19,7 @@ from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
 
 
-DATA = Path(os.environ.get("BLOSSOMREC_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("BLOSSOMREC_TEST_DATA", "nowhere"))
 
 
 def twin(rows, min_rating, deduplicate, user_core, item_core, shortest, longest):

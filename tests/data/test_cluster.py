@@ -13,7 +13,7 @@ from blossomrec_hf.data import build_sequences, build_sequences_on_spark, partit
 from blossomrec_hf.data.filters import FilterReport
 
 
-DATA = Path(os.environ.get("BLOSSOMREC_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("BLOSSOMREC_TEST_DATA", "nowhere"))
 
 
 @pytest.fixture(scope="module")
