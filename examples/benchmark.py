@@ -14,6 +14,12 @@ and replayed, for every contestant alike (`--no_graphs`: launched operation by o
 steps). Times are medians; memory is the peak above what is allocated before the step, without a graph. The slope is
 that of a line through (log L, log time): 0 grows with the tokens alone, 1 with tokens times length.
 
+Beside each time stands its floor and what share of it is reached: the bytes that must move at the rate of large copies
+on this machine, or the operations that must be done at the rate of large matrix products, whichever takes longer. Every
+matrix product and every attention reads what it takes and writes what it gives once (its backward pass: reads what it
+took and the gradient, writes gradients); what lies between them is free, and so are weights. Attention's products are
+those of the pairs that the mechanism attends to and scores: two forward, and backward two for each of them.
+
 `--baseline_module file.py:Class` takes an attention module from outside as one more contestant, in the same model:
 `Class(hidden_size, num_attention_heads)`, called with hidden states `[histories, L, hidden_size]` and a mask
 `[histories, L]` of bool, true at items, returns `[histories, L, hidden_size]`. Its core is the whole module.
@@ -246,7 +252,7 @@ def least_work(config: BlossomRecConfig, args: argparse.Namespace, length: int, 
         )
     if training:
         moved += tokens * (3 * queries + 4 * keys + 2 * gates)
-        done += histories * (10 * queries * pairs + 6 * keys * scored * bool(gates))
+        done += histories * (8 * queries * pairs + 4 * keys * scored * bool(gates))
     if what == "core":
         return moved * size, done
     width, inner = config.hidden_size, config.intermediate_size
@@ -266,13 +272,14 @@ def machine_rates(args: argparse.Namespace) -> tuple[float, float]:
 
     def seconds(run: Callable[[], object]) -> float:
         times = []
-        for _ in range(12):
+        for _ in range(6):
             start = time.perf_counter()
-            run()
+            for _ in range(10):
+                run()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[2:])
+            times.append((time.perf_counter() - start) / 10)
+        return statistics.median(times[1:])
 
     return 2 * 2**28 / seconds(lambda: target.copy_(source)), 2 * side**3 / seconds(lambda: left @ right)
 

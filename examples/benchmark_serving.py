@@ -124,8 +124,8 @@ class TasteLog:
 
     def __init__(self, num_items: int, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.num_items, self.num_clusters = num_items, -(-num_items // CLUSTER)
-        self.cluster_share = np.cumsum(np.arange(1, CLUSTER + 1) ** -0.5)
+        self.num_clusters = max(1, num_items // CLUSTER)  # a rest smaller than a cluster is of none
+        self.cluster_share = np.cumsum(np.arange(1, min(CLUSTER, num_items) + 1) ** -0.5)
         # Item i has rank i // clusters in cluster i % clusters: the first ids are the most popular ones everywhere.
         self.share = np.cumsum((1 + np.arange(num_items) // self.num_clusters) ** -0.5)
 
@@ -135,8 +135,7 @@ class TasteLog:
         rank = np.searchsorted(self.cluster_share, self.rng.random((histories, length)) * self.cluster_share[-1])
         own = rank * self.num_clusters + cluster
         other = np.searchsorted(self.share, self.rng.random((histories, length)) * self.share[-1])
-        items = np.where(self.rng.random((histories, length)) < 0.8, own, other)
-        return np.minimum(items, self.num_items - 1) + NUM_SPECIAL_IDS
+        return np.where(self.rng.random((histories, length)) < 0.8, own, other) + NUM_SPECIAL_IDS
 
     def clusters(self, items: torch.Tensor) -> torch.Tensor:
         """The cluster of each of `items`, vocabulary ids."""
@@ -146,7 +145,7 @@ class TasteLog:
 def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendation:
     """The model of a catalogue, trained now (on a GPU where there is one) or taken from `--folder`."""
     num_items = args.items or CATALOGUE_ITEMS
-    folder = args.folder / f"catalogue-{num_items}-{args.steps}-{args.step_tokens}"
+    folder = args.folder / f"catalogue-{num_items}-{CLUSTER}-{args.steps}-{args.step_tokens}-{args.learning_rate:g}"
     if (folder / "config.json").exists():
         return BlossomRecForSequentialRecommendation.from_pretrained(folder).to(args.device).eval()
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ take the same histories in the same steps, of about `--tokens` items.
 
 `epoch`: whole epochs of forward, backward and AdamW over packed batches of `--tokens` tokens, by BlossomRec and by full
 attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `PackedDataLoader`
-with `--workers` gives them. Epochs of both kinds take turns; the first two are not counted. On a GPU, forward and
+with `--workers` gives them. Of the epochs of each kind, the first two are not counted. On a GPU, forward and
 backward are replayed as a CUDA graph, as in the training loop (`--no_graphs`: launched operation by operation).
 """
 
@@ -227,9 +227,10 @@ def compare_epochs(args: argparse.Namespace) -> list[dict]:
             return time.perf_counter() - started
 
         seconds: dict[str, list[float]] = {"ready": [], "loader": []}
-        for number in range(args.epochs + 2):
-            loader.set_epoch(number)
-            for kind, batches in (("ready", ready), ("loader", loader)):
+        # One kind after the other: between two of its epochs a loader would work ahead in the other kind's time.
+        for kind, batches in (("ready", ready), ("loader", loader)):
+            for number in range(args.epochs + 2):
+                loader.set_epoch(number)
                 seconds[kind].append(epoch(batches))
         medians = {kind: statistics.median(times[2:]) for kind, times in seconds.items()}
         figure = {

@@ -31,11 +31,15 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], np
         if not all(np.array_equal(files[0][name], files[-1][name]) for name in ("users", "user_ids")):
             raise ValueError(f"`reports`: {folder} is of other users than {folders[0]}; they cannot be paired.")
     ranks: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in ((name, values) for file in files for name, values in file.items()):
-        model, suffix = re.fullmatch(r"(.*?)(_unseen|_uni\d+|)", name).groups()
-        if name not in ("users", "user_ids"):
-            ranks.setdefault(suffix, {})[model] = values
-    return ranks, files[0]["users"]
+    for folder, file in zip(folders, files):
+        for name in file.keys() - {"users", "user_ids"}:
+            model, suffix = re.fullmatch(r"(.*?)(_unseen|_uni\d+|)", name).groups()
+            model, suffix = (model, suffix) if model in file else (name, "")  # a folder may be called so
+            known = ranks.setdefault(suffix, {})
+            if model in known and not np.array_equal(known[model], file[name]):
+                raise ValueError(f"`reports`: {folder} has other ranks of {model} than a report before it.")
+            known[model] = file[name]
+    return dict(sorted(ranks.items())), files[0]["users"]
 
 
 def main() -> None:
@@ -56,6 +60,8 @@ def main() -> None:
         print(f"{side}: {', '.join(names)}")
     print("\n| | first | second | difference ± its standard error |\n|---|---|---|---|")
     for suffix, by_model in ranks.items():
+        if not by_model.keys() >= {*models["first"], *models["second"]}:
+            continue  # drawn items of some alone
         for name in (f"recall@{args.k}", f"ndcg@{args.k}"):
             sides = [
                 np.stack([per_user_metrics(by_model[model], ks=[args.k], users=users)[name] for model in names])

@@ -22,6 +22,7 @@ from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import write_item_metadata
 from blossomrec_hf.hub import write_card, write_summary
 from blossomrec_hf.training import (
+    HeldOutItems,
     LogArguments,
     LoopArguments,
     SelectionWatch,
@@ -96,6 +97,10 @@ class OutputArguments:
         metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; left out, none."},
     )
 
+    def __post_init__(self) -> None:
+        if self.eval_negatives < 0:
+            raise ValueError(f"`eval_negatives` is {self.eval_negatives}; it must be 0 or more.")
+
 
 def main() -> None:
     log_args, model_args, args, output_args = parse_arguments(
@@ -120,6 +125,9 @@ def main() -> None:
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
 
     validation_view = split(dataset, "validation", max_length=args.max_length)
+    test_view = split(dataset, "test", max_length=args.max_length)
+    if output_args.eval_negatives:  # who has met every item is told now, not after the training
+        HeldOutItems.from_rows(test_view).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
     with ends_with_a_sentence(OSError):  # a Hub that does not let one push
         loop = TrainingLoop(
             model,
@@ -138,7 +146,6 @@ def main() -> None:
         save_arguments(f"{args.output_dir}/run.yaml", log_args, model_args, args, output_args)
         write_item_metadata(args.output_dir, titles)
 
-    test_view = split(dataset, "test", max_length=args.max_length)
     figures = evaluate(
         model,
         test_view,

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,25 @@ def test_recommend_agrees_with_the_twin(form, exclude_seen):
                 )
                 assert out.item_ids[i].tolist() == expected
                 assert out.scores[i].tolist() == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[3, 4], [], [5]],
+        [np.array([3, 4], np.uint16), [], torch.tensor([5], dtype=torch.int32)],
+        [(3, 4), torch.empty(0), np.array([5])],
+        [[], []],
+        [],
+    ],
+)
+def test_histories_of_any_kind_are_filled_up(rows):
+    ids = recommendation.as_ids("input_ids", rows, 0, torch.device("cpu"), VOCAB_SIZE)
+    longest = max((len(row) for row in rows), default=0)
+    wanted = [[*map(int, row), *[0] * (longest - len(row))] for row in rows]
+    assert ids.dtype == torch.long and ids.tolist() == wanted
+    one_list = recommendation.as_ids("candidate_ids", list(np.array([7, 8])), -1, torch.device("cpu"), VOCAB_SIZE)
+    assert one_list.tolist() == [7, 8]
 
 
 def test_a_longer_history_than_the_model_reads_counts_as_seen():

@@ -377,7 +377,9 @@ def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Seque
     if "_unseen" in suffixes:
         text += "Masked means that items of the user's history are not ranked. "
     if "_uni100" in suffixes and not any(group.get("eval_negatives") for group in groups):
-        text += "The figures beside drawn items are those of `examples/evaluate.py` for the models that the runs saved. "
+        text += (
+            "The figures beside drawn items are those of `examples/evaluate.py` for the models that the runs saved. "
+        )
     if any(len(group.runs) > 1 for group in groups):
         text += "Means over seeds, ± their standard deviation. "
     return text + "The weights are those of the best validation figure of each run."

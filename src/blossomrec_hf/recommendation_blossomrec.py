@@ -237,15 +237,19 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"`{name}` must hold vocabulary ids, lists of whole numbers: {error}.") from error
             rows = [row.long() if row.numel() == 0 else row for row in rows]
+            if all(row.dim() == 0 for row in rows):  # numbers of numpy
+                return as_ids(name, [row.item() for row in rows], padding, device, vocab_size)
             if any(row.dim() != 1 for row in rows):
                 raise ValueError(f"`{name}` must be one list of ids, or one list a history.")
-            kinds = {row.dtype for row in rows}
+            kinds, devices = {row.dtype for row in rows}, {row.device for row in rows}
             if any(kind.is_floating_point or kind.is_complex for kind in kinds):
                 raise ValueError(
                     f"`{name}` must hold vocabulary ids, whole numbers; it holds numbers with a fraction."
                 )
             if torch.bool in kinds:
                 raise ValueError(f"`{name}` has dtype torch.bool; it must hold vocabulary ids, whole numbers.")
+            if len(kinds) > 1 or len(devices) > 1:
+                rows = [row.to(device=device, dtype=torch.long) for row in rows]
             ids = _filled_up(rows, padding, device)
         else:
             try:

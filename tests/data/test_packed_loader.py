@@ -80,6 +80,19 @@ def test_workers_that_run_ahead_give_the_epoch_that_is_asked_for():
         assert all(map(same, got, wanted)) and len(got) == len(wanted), (epoch, taken)
 
 
+def test_workers_go_on_where_no_more_than_an_epoch_is_taken():
+    windows = HistoryWindows(built(np.random.default_rng().integers(4, 50, 60).tolist()), 20)
+    loader = PackedDataLoader(windows, 128, num_workers=1)
+    sampler, begun = loader._all_epochs.batch_sampler, []
+    sampler.set_epoch = lambda epoch: begun.append(epoch) or setattr(sampler, "epoch", epoch)
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        for _ in range(len(loader)):  # as `Trainer` does it
+            next(batches)
+    assert begun == [0]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_trainer_resumes_inside_an_epoch(tmp_path, workers):
     dataset = built(np.random.default_rng(1).integers(4, 50, 60).tolist())
@@ -91,7 +104,7 @@ def test_trainer_resumes_inside_an_epoch(tmp_path, workers):
         model = tiny_model(max(item for row in dataset["input_ids"] for item in row) + 1)
         arguments = TrainingArguments(
             tmp_path,
-            max_steps=2 * steps,
+            max_steps=3 * steps,
             use_cpu=True,
             report_to=[],
             save_steps=stop,

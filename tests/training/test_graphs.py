@@ -86,8 +86,9 @@ def test_graphed_training_is_the_training(attention_types, tmp_path):
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog):
-    model = make_model().cuda()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog, dropout):
+    model = make_model(hidden_dropout_prob=dropout).cuda()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run(arguments):
@@ -101,7 +102,10 @@ def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog):
     batch = store.pack([0, 1, 2], labels=True)
     loss = graphed(batch, 49)
     assert not graphed.works and "cannot be recorded" in caplog.text
-    torch.testing.assert_close(loss, model(**batch, num_items_in_batch=49).loss.detach())
+    if dropout:
+        assert loss != graphed(batch, 49)
+    else:
+        torch.testing.assert_close(loss, model(**batch, num_items_in_batch=49).loss.detach())
 
 
 @pytest.mark.gpu
@@ -124,3 +128,22 @@ def test_every_replay_draws_anew(objective, sampling, shared):
     losses = [float(graphed(batch, 49)) for _ in range(4)]
     assert graphed.works
     assert len(set(losses)) == (1 if objective == "cross_entropy" else 4)
+
+
+@pytest.mark.gpu
+def test_two_kinds_of_batches_do_not_take_turns_in_recording():
+    model = make_model().cuda()
+
+    def run(arguments):
+        loss = model(**arguments).loss
+        loss.backward()
+        return loss.detach()
+
+    graphed, recorded = GraphedPass(run, list(model.parameters()), max_tokens=2048, max_length=2000), []
+    record = graphed._record
+    graphed._record = lambda batch, num_targets: recorded.append(1) or record(batch, num_targets)
+    store = make_store([2000] + [5] * 300).to("cuda")
+    for _ in range(3):
+        for rows in ([0], list(range(1, 301))):
+            graphed(store.pack(rows, labels=True), 100)
+    assert graphed.works and len(recorded) == 2

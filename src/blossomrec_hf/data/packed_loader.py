@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from .collators import PackingCollator
@@ -88,7 +88,8 @@ class _Pack:
         self.collate = collate
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return _Batch(self.collate(rows))
+        batch = self.collate(rows)
+        return batch if get_worker_info() is None else _Batch(batch)
 
 
 class PackedDataLoader(DataLoader):
@@ -122,7 +123,9 @@ class PackedDataLoader(DataLoader):
         sampler = TokenBudgetSampler(
             windows.lengths, max_tokens, shuffle=shuffle, seed=seed, num_replicas=num_replicas, rank=rank
         )
-        kwargs |= {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+        kwargs |= {"num_workers": num_workers, "persistent_workers": num_workers > 0, "in_order": True}
+        # Or the start of workers would draw from the generator that dropout draws from, at other steps in a resumed run.
+        kwargs.setdefault("generator", torch.Generator())
         kwargs["collate_fn"] = _Pack(PackingCollator(int(windows.lengths.max()), max_tokens=max_tokens))
         super().__init__(_Batches(windows, sampler), batch_sampler=_Places(len(sampler)), **kwargs)
         self._all_epochs = None
@@ -141,8 +144,10 @@ class PackedDataLoader(DataLoader):
             self._all_epochs.batch_sampler.set_epoch(epoch)
             self._batches = iter(self._all_epochs)
         self._epoch_at_hand = None
-        yield from islice(self._batches, len(self))
-        self._epoch_at_hand = epoch + 1
+        for left, batch in zip(reversed(range(len(self))), self._batches):
+            if left == 0:  # before the last one is given: `Trainer` asks for no more than these
+                self._epoch_at_hand = epoch + 1
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Mixes batches and crops anew; `Trainer` calls it before each epoch."""

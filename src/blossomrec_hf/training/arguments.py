@@ -57,8 +57,8 @@ class LoopArguments:
     cuda_graphs: bool = field(
         default=True,
         metadata={
-            "help": "Record forward and backward of a step once and replay them: on a single GPU, without torch_compile, "
-            "fp16 and accumulation, which go on as if this were off."
+            "help": "Record forward and backward of a step once and replay them, on a single GPU. Not with torch_compile, "
+            "fp16, accumulation and catalogues whose logits do not fit at once, which go on as if this were off."
         },
     )
 

@@ -20,7 +20,7 @@ from .environment import describe_environment
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_PARTIAL = ".partial"
+_PARTIAL, _FORMER = ".partial", ".former"
 
 
 @contextmanager
@@ -50,10 +50,21 @@ def written_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
             f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
         ) from error
     if accelerator.is_main_process:
-        # The target exists when a run that was cut off between two such folders does the same step again.
-        shutil.rmtree(folder, ignore_errors=True)
+        # The target exists where one step is saved twice. It goes last: `restore_former` finds it after a kill.
+        former = folder.with_name(folder.name + _FORMER)
+        shutil.rmtree(former, ignore_errors=True)
+        if folder.exists():
+            folder.rename(former)
         partial.rename(folder)
+        shutil.rmtree(former, ignore_errors=True)
     accelerator.wait_for_everyone()
+
+
+def restore_former(parent: Path) -> None:
+    """Puts back the folders that a kill cut off between the two renames of [`written_aside`]."""
+    for former in parent.glob(f"*{_FORMER}"):
+        if not former.with_suffix("").exists():
+            former.rename(former.with_suffix(""))
 
 
 def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
@@ -66,9 +77,13 @@ def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
 
 def keep_only(parent: Path, prefix: str, *kept: int) -> None:
     """Removes the folders `prefix-N` whose N is not in `kept`, and what an interrupted write left."""
-    for child in parent.glob(f"{prefix}-*"):
-        if child.name not in [f"{prefix}-{number}" for number in kept]:
-            shutil.rmtree(child, ignore_errors=True)
+    for child in sorted(parent.glob(f"{prefix}-*")):
+        if child.exists() and child.name not in [f"{prefix}-{number}" for number in kept]:
+            # Under another name first: half of it, after a kill, must not pass for the whole.
+            partial = child.with_name(child.name + _PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            child.rename(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -110,6 +125,9 @@ class RunFolder:
             ValueError: the checkpoint is of another run, or of an unfinished one that is not to be resumed.
         """
         accelerator = self.accelerator
+        if accelerator.is_main_process:
+            restore_former(self.path)
+        accelerator.wait_for_everyone()
         checkpoints = numbered_folders(self.path, "checkpoint")
         if checkpoints:
             folder = checkpoints[-1][1]

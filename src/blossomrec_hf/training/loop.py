@@ -34,6 +34,7 @@ from transformers.training_args import OptimizerNames
 from ..checkpoint_blossomrec import ensure_repo
 from ..data import TokenBudgetSampler
 from ..hub import push_run
+from ..loss_blossomrec import MAX_LOGITS
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
@@ -181,7 +182,8 @@ def make_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimiz
 
 class TrainingLoop:
     """
-    The parts of [`train`], for those who want to replace one; same arguments. `run()` does everything.
+    The parts of [`train`], for those who want to replace one; same arguments. `run()` does everything. On a GPU, what a
+    forward and backward pass does is recorded once: with `cuda_graphs=False`, hooks and settings may change in between.
     """
 
     def __init__(
@@ -283,12 +285,16 @@ class TrainingLoop:
     def _can_be_graphed(self) -> bool:
         """
         Whether a step is one pass on one GPU with nothing that talks to other processes or to the CPU: the gradients'
-        exchange of DDP and FSDP does, as does the scaler of fp16.
+        exchange of DDP and FSDP does, as do the scaler of fp16 and the fused kernel for logits that do not fit at once
+        (which take longer than their launches anyway).
         """
         args, accelerator = self.args, self.accelerator
         alone = accelerator.num_processes == 1 and args.gradient_accumulation_steps == 1 and not self._sharded
         on_gpu = accelerator.device.type == "cuda" and accelerator.scaler is None
-        return args.cuda_graphs and alone and on_gpu and not args.torch_compile
+        config = self.bare_model.config
+        logits = args.tokens_per_step * config.vocab_size if config.objective == "cross_entropy" else 0
+        short = logits <= MAX_LOGITS["cuda"]
+        return args.cuda_graphs and alone and on_gpu and short and not args.torch_compile
 
     # -- the plan ----------------------------------------------------------------------------------
 
