@@ -22,7 +22,7 @@ def run_example():
             "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, *launcher, str(REPOSITORY / "examples" / script), *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == status, done.stdout + done.stderr
         return getattr(done, field)
 

@@ -80,7 +80,7 @@ def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0):
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     command = [*launcher, str(script), str(folder), str(accumulation), kind, str(stop_at)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def launch(folder, num_processes, accumulation=1, kind="replicated"):
