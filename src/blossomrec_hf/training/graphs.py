@@ -133,7 +133,10 @@ class GraphedPass:
                 self._loss = self.run(arguments)
         except RuntimeError as error:
             self.works = False
-            torch.cuda.set_stream(current)  # a capture that fails at its end leaves its own
+            torch.cuda.set_stream(current)  # a capture that fails at its end leaves its own,
+            # and the random generator in the belief that it goes on.
+            fresh = torch.Generator(device).graphsafe_get_state()
+            torch.cuda.default_generators[device.index].graphsafe_set_state(fresh)
             logger.warning(
                 "Training steps cannot be recorded as a CUDA graph and are launched piece by piece: %s", error
             )
