@@ -183,7 +183,7 @@ def _attention_backward(
             long_part = (long_lse, delta, long_lse, long_lse, start)
         if factor:
             if layout.rows:
-                spread = layout.spread(mean_q, c, score_lse, weight_sum, start, stop)
+                spread = layout.spread(mean_q, c, score_lse, weight_sum, pair, start, stop)
                 dc = layout.score_keys(parts[2], spread, inverted[1]).flatten(0, 1)
             else:
                 dc = layout.empty(0, layout.width)
@@ -411,11 +411,13 @@ def _select_backward(
     if not layout.rows:
         return torch.zeros_like(mean_q), torch.zeros_like(c)
     row = (torch.div(start, block, rounding_mode="floor")[:, None, None] + blocks.clamp(min=0)).long()
+    pair = torch.where(blocks < 0, layout.rows, row) * layout.groups + group
     total = weight.sum(-1)
     dmean = (weight[..., None] * c[row, group].float()).sum(2) - total[..., None] * u.float()
+    weight[..., 0] -= total * pi[..., 0]  # the best block's is whole; what the others lack is spread
     dc = torch.zeros(c.shape, dtype=torch.float32, device=c.device)
     dc.index_put_((row, group.expand_as(row)), weight[..., None] * mean_q[:, :, None].float(), accumulate=True)
-    dc -= layout.spread(mean_q.contiguous(), c.contiguous(), lse, total, start, stop).sum(0)
+    dc -= layout.spread(mean_q.contiguous(), c.contiguous(), lse, total, pair, start, stop).sum(0)
     return (dmean * math.log(2)).to(mean_q.dtype), (dc * math.log(2)).to(c.dtype)
 
 

@@ -49,6 +49,7 @@ def selected_dq_kernel(
     """
     Gradients of `selected_kernel` that belong to a query: its own, its gate's, that of the straight-through factor
     of each block (`FACTOR`) and through it that of the scores (`SCORED`), all of them in the tiles of the forward pass.
+    The weight of a query's best block is whole, those of others lack what `spread_kernel` adds.
     Also the number of the (block, group) of every selected pair, by which `inverted_kernel` reads.
     """
     first, group = tl.program_id(0) * BQ, tl.program_id(1)
@@ -88,6 +89,7 @@ def selected_dq_kernel(
     acc = tl.zeros((BQ * REPP, D), tl.float32)
     dmean = tl.zeros((BQ, D), tl.float32)
     weight_sum = tl.zeros((BQ,), tl.float32)
+    best = tl.zeros((BQ,), tl.float32)
     dcolumn = tl.arange(0, D)[None, :]
     for j in range(K + 1):
         past = column < j * (BQ * 16)  # all or none
@@ -122,10 +124,14 @@ def selected_dq_kernel(
                 source = c + ((own_row + mine).to(tl.int64) * G + group)[:, None] * D + dcolumn
                 dmean += weight[:, None] * tl.load(source, (mine >= 0)[:, None], 0.0).to(tl.float32)
                 weight_sum += weight
+                best = tl.where(j == 1, weight, best)
+                past &= j > 1
             tl.store(weight_out + own_at * K + j - 1, weight, past)
     acc *= scaling
     if SCORED:
         tl.store(weight_sum_out + own_at, weight_sum, kept)
+        # Near π = 1 this difference is all there is; of sums over many queries it would be rounding.
+        tl.store(weight_out + own_at * K, best - weight_sum * tl.load(pi + own_at * K), kept)
         dmean -= weight_sum[:, None] * tl.load(u + own_at[:, None] * D + dcolumn).to(tl.float32)
         dmean *= scaling / REP
         acc = tl.reshape(tl.reshape(acc, (BQ, REPP, D)) + dmean[:, None, :], (BQ * REPP, D))
@@ -357,6 +363,7 @@ def spread_kernel(
     c,
     lse,
     weight_sum,
+    pair,
     start,
     stop,
     dc_part,
@@ -366,11 +373,15 @@ def spread_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     B: tl.constexpr,
+    K: tl.constexpr,
     BM: tl.constexpr,
     BQ: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """What the score keys get through the softmax of all later queries, of which each program takes `span`."""
+    """
+    What the score keys get through the softmax of all later queries, of which each program takes `span`, other than as the
+    best block of a query.
+    """
     r0, group, split = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2)
     row = r0 + tl.arange(0, BM)
     d = tl.arange(0, D)[None, :]
@@ -386,6 +397,8 @@ def spread_kernel(
         queries = tl.load(mean_q + at[:, None] * D + d, real[:, None], 0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision=PREC)
         p = tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :])
+        best = tl.load(pair + at * K, real, 0).to(tl.int32) // G
+        p = tl.where(row[:, None] == best[None, :], 0.0, p)
         lo = tl.load(start + i)
         one_history = lo == tl.load(start + tl.minimum(i + BQ, end) - 1)
         if (one_history == 0) | (i + BQ > end) | (lo // B > r0) | (lo // B + (i - lo) // B < r0 + BM):

@@ -242,7 +242,7 @@ def select_kernel(
     )
     rank = tl.sum(behind.to(tl.int32), 2)
     lse = m + tl.log2(norm)
-    pi = tl.exp2(top - lse[:, None])
+    pi = tl.exp2(top - m[:, None]) / norm[:, None]  # through lse, large scores would cost digits
     kept = pi > threshold
     target = at[:, None] * K + rank
     mask = (t < T)[:, None] & (slot < K)

@@ -333,8 +333,8 @@ class Layout:
             scored: π, score keys and u of the selection, to carry the factor's gradient on to the queries.
 
         Returns:
-            dq (without the rotary embedding's part), delta, the factor's gradient (times π if `scored`), its sum over
-            blocks, and the number of the (block, group) of each pair.
+            dq (without the rotary embedding's part), delta, the factor's gradient, its sum over blocks, and the number of
+            the (block, group) of each pair. If `scored`, the gradient is that of the scores but for what `spread` adds.
         """
         num_keys = self.rows * self.groups
         pairs = blocks.shape if factor else (0,)
@@ -465,8 +465,11 @@ class Layout:
         )
         return dk, dv, dc
 
-    def spread(self, mean_q, c, lse, weight_sum, start, stop) -> Tensor:
-        """Parts (to be subtracted) of the score keys' gradient that come through the softmax."""
+    def spread(self, mean_q, c, lse, weight_sum, pair, start, stop) -> Tensor:
+        """
+        Parts (to be subtracted) of the score keys' gradient that come through the softmax; `pair` `[T, G, k]`: number of
+        the (block, group) of each pair, of which the first takes no part.
+        """
         block = self.sizes.block
         keys, queries = LAUNCH["spread"]["BM"], LAUNCH["spread"]["BQ"]
         span = max(1024, ceil(self.max_seqlen, 16 * queries) * queries)
@@ -477,6 +480,7 @@ class Layout:
             c,
             lse,
             weight_sum,
+            pair,
             start,
             stop,
             parts,
@@ -486,6 +490,7 @@ class Layout:
             G=self.groups,
             D=self.width,
             B=block,
+            K=self.sizes.selected,
             **self.precision,
             **self.launch("spread", keys // 4, queries),
         )
