@@ -39,7 +39,8 @@ class BlossomRecConfig(PreTrainedConfig):
         importance_threshold (`float`): β; a block whose probability is not above it is dropped.
         selection_gradient (`str`): `"straight_through"` lets the importance be learned through the logits of the
             selected blocks; `"none"` leaves the compressor at its random start, as in the authors' code.
-        short_term_block_size (`int`): B, the positions of a short-term block.
+        short_term_block_size (`int`): B, the positions of a short-term block. With 8 and a window of 1, models ranked
+            better on MovieLens-1M and on the built-in data set than with 1 and 8, the constants of the authors' code.
         short_term_window (`int`): w, how many of the latest short-term blocks (the own one included) are attended.
         power_law_base (`int`): p; blocks at a distance of 1, p, p², … are attended too.
         gate_initial_bias (`list[float]`): starting biases of the long-term and the short-term gate (before the sigmoid).

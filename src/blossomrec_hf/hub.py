@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -161,7 +162,8 @@ class RunGroup:
             return "BlossomRec"
         if types == {"full"}:
             return "full attention (SASRec with rotary embeddings)"
-        return ", ".join(self.attention_types)
+        runs = [(kind, len(list(layers))) for kind, layers in groupby(self.attention_types)]
+        return ", then ".join(f"{number} × {kind}" for kind, number in runs)
 
     @property
     def long_label(self) -> str:
