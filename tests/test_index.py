@@ -36,6 +36,8 @@ def test_reading_all_lists_is_exact_and_saving_keeps_it(model, tmp_path):
         for found in (model.recommend(rows, index=index, **settings), model.recommend(rows, index=loaded, **settings)):
             assert torch.equal(found.item_ids, expected.item_ids)
             torch.testing.assert_close(found.scores, expected.scores)
+    for row in rows:
+        assert torch.equal(model.recommend([row], index=index).item_ids, model.recommend([row]).item_ids)
 
 
 def test_few_lists_find_most(model):

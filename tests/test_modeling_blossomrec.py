@@ -184,12 +184,32 @@ def test_last_only_is_the_last_position_of_the_whole(monkeypatch, attention_type
         torch.testing.assert_close(actual[some, 0], expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
 
 
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 64, 301])
+def test_last_only_of_one_history(attention_type, length):
+    for layers in (1, 2):
+        model = random_model(attention_types=attention_type, num_hidden_layers=layers)
+        row = histories(length)[0][None]
+        with_padding = padded([row[0]], "anywhere", extra=3)[0]
+        given_longer = {"cu_seq_lens_q": torch.tensor([0, length]), "max_length_q": length + 40}
+        with torch.no_grad():
+            actual = [
+                model(**inputs, last_only=True).last_hidden_state
+                for inputs in ({"input_ids": row}, {"input_ids": row, **given_longer}, {"input_ids": with_padding})
+            ]
+            model.set_attn_implementation("eager")
+            expected = model(row).last_hidden_state[:, -1:]
+        for state in actual:
+            torch.testing.assert_close(state, expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "blossom_torch"])
-def test_last_only_with_the_reference_and_with_gradients(implementation, gradients):
+@pytest.mark.parametrize("lengths", [(40, 1, 0, 75), (75,)], ids=["several", "one"])
+def test_last_only_with_the_reference_and_with_gradients(implementation, gradients, lengths):
     model = random_model()
     model.set_attn_implementation(implementation)
-    inputs = packed(histories(40, 1, 0, 75))
+    inputs = packed(histories(*lengths))
     some, expected = last_of_whole(model, inputs)
     with torch.set_grad_enabled(gradients):
         actual = model(**inputs, last_only=True).last_hidden_state[some, 0]

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blossomrec_hf import ops_torch
 from blossomrec_hf.ops_reference import REFERENCE_OPS
-from blossomrec_hf.ops_torch import TORCH_OPS
+from blossomrec_hf.ops_torch import ONE_OPS, TORCH_OPS
 
 
 def assert_equal(case, actual: dict, expected: dict, values: float, gradients: float) -> None:
@@ -41,6 +41,28 @@ def test_same_at_the_default_sizes_and_long_histories(trial):
 def test_same_on_histories_of_hardly_any_items(lengths):
     case = random_case(lengths=lengths, stride=16, windows_per_block=1, compress_block_size=32)
     assert_equal(case, run(TORCH_OPS, case), run(REFERENCE_OPS, case), 1e-10, 1e-8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 333])
+def test_the_last_position_of_one_history(length):
+    for _ in range(4):
+        case = random_case(lengths=[length])
+        t, where = case.tensors, {"max_seqlen": length, "scaling": case.width**-0.5}
+        blocks = {"num_selected_blocks": case.num_selected, "block_size": case.block, "stride": case.stride}
+        short = {"block_size": case.short_block, "window": case.window, "base": case.base}
+        results = []
+        for ops, q in ((REFERENCE_OPS, t["q"]), (ONE_OPS, t["q"][-1:])):
+            qkv, offsets = (q, t["k"], t["v"]), case.cu_seqlens
+            c = ops.compress(t["k"], t["position"], case.mlp, offsets, stride=case.stride)
+            selected = ops.select(q, c, offsets, threshold=1e-10, **blocks, **where)
+            long = ops.attend_selected(*qkv, selected.block_indices, None, offsets, block_size=case.block, **where)
+            outs = [long, ops.attend_short(*qkv, offsets, **short, **where), ops.attend_full(*qkv, offsets, **where)]
+            results.append([c, *(x[-1:] for x in (*selected, *outs))])
+        expected, actual = results
+        num_columns = actual[1].shape[-1]
+        assert (expected[1][..., num_columns:] == -1).all(), case
+        expected[1:3] = (x[..., :num_columns] for x in expected[1:3])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{case}")
 
 
 def test_half_precision_stays_close_when_the_selection_is_given():

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from .append_blossomrec import Append
 from .configuration_blossomrec import BlossomRecConfig
 from .ops_reference import REFERENCE_OPS, Ops, Selection, rotate, straight_through
-from .ops_torch import LAST_OPS, TORCH_OPS, short_places
+from .ops_torch import LAST_OPS, ONE_OPS, TORCH_OPS, short_places
 from .ops_triton import blossom_attention
 from .ops_triton_launch import Sizes, why_unsupported
 
@@ -68,8 +68,8 @@ def _attention(
             threshold=config.importance_threshold,
             **where,
         )
-        factor = None
-        if config.selection_gradient == "straight_through":
+        factor = None  # one in value
+        if config.selection_gradient == "straight_through" and torch.is_grad_enabled():
             factor = straight_through(selection.importance)
         streams.append(
             ops.attend_selected(
@@ -175,8 +175,9 @@ def blossom_attention_forward(module, query, key, value, attention_mask=None, **
 
 def _last_alone(module: "BlossomAttention", key: torch.Tensor) -> bool:
     """
-    Whether the queries of last positions are answered alone, by `LAST_OPS`. Neither in the reference nor where there may
-    be gradients; and the kernels answer all queries in less time than so many small operations take to be launched.
+    Whether the queries of last positions are answered alone, by `LAST_OPS` or `ONE_OPS`. Neither in the reference nor
+    where there may be gradients; and the kernels answer all queries in less time than so many small operations take to
+    be launched.
     """
     implementation = module.config._attn_implementation
     if torch.is_grad_enabled() or implementation not in ("blossom", "blossom_torch", "blossom_triton"):
@@ -241,7 +242,7 @@ class BlossomAttention(nn.Module):
         max_seqlen: int,
         output_attentions: bool = False,
         append: Append | None = None,
-        keep: torch.Tensor | None = None,
+        keep: torch.Tensor | slice | None = None,
     ) -> tuple[torch.Tensor, Selection | None, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
@@ -250,7 +251,8 @@ class BlossomAttention(nn.Module):
             cu_seqlens: `[S + 1]` offsets of the histories.
             max_seqlen: length of the longest one.
             append: with a cache: what the packed histories are the new events of.
-            keep: the last position of each history, `[S]`, where the output is wanted there alone.
+            keep: the last position of each history, `[S]`, where the output is wanted there alone; a slice, where
+                there is one history.
 
         Returns:
             the output `[1, T, hidden_size]` (or `[1, S, hidden_size]` at `keep`), the `Selection` (long-term stream),
@@ -288,7 +290,10 @@ class BlossomAttention(nn.Module):
             out, selection, probs = _attention(REFERENCE_OPS, self, q, k, v, **kwargs, return_probs=True)
         elif last_alone:
             at_keep = tuple(x[:, keep] for x in position_embeddings)
-            out, selection, _ = _attention(LAST_OPS, self, q, k, v, **kwargs, query_embeddings=at_keep)
+            ops = LAST_OPS
+            if isinstance(keep, slice) and device == "cpu":  # its lists would keep a GPU waiting
+                ops, kwargs["max_seqlen"] = ONE_OPS, k.shape[2]
+            out, selection, _ = _attention(ops, self, q, k, v, **kwargs, query_embeddings=at_keep)
         else:
             implementation = self.config._attn_implementation
             attend = AttentionInterface().get_interface(implementation, eager_attention_forward)

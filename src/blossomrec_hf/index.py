@@ -157,6 +157,8 @@ class ItemIndex:
         device of `states`, −1 where the lists that were read hold no more.
         """
         count = min(count, self.index.ntotal)
+        # Threads share the lists of a single row, and otherwise the rows.
+        self.index.parallel_mode = int(states.shape[0] == 1)
         _, found = self.index.search(states.detach().float().cpu().numpy(), count)
         found = torch.from_numpy(found).to(states.device)
         return torch.where(found < 0, -1, found + _SPECIAL)

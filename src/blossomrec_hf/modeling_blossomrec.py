@@ -272,7 +272,7 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, keep: torch.Tensor | None = None, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, keep: torch.Tensor | slice | None = None, **kwargs):
         attended, *details = self.self_attn(hidden_states, keep=keep, **kwargs)
         if keep is not None:
             hidden_states = hidden_states[:, keep]
@@ -443,7 +443,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             )
         keep = None
         if last_only and packed.position.shape[0]:
-            keep = (packed.cu_seqlens[1:] - 1).clamp(min=0)
+            one = packed.cu_seqlens.shape[0] == 2 and not torch.compiler.is_compiling()
+            keep = slice(-1, None) if one else (packed.cu_seqlens[1:] - 1).clamp(min=0)
         position = packed.position if append is None else append.position
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
             inputs = packed.pack(inputs)

@@ -486,3 +486,67 @@ def _last_attend(q, k, v, cu_seqlens, place, scaling):
 
 
 LAST_OPS = Ops(compress, last_select, last_attend_selected, last_attend_short, last_attend_full)
+
+
+# The same where there is one history alone: its length, `max_seqlen`, is known without a look at `cu_seqlens`, and so is
+# where everything lies. A single query reads all keys in less time than small operations need to name a few.
+
+
+def one_compress(k, position, mlp, cu_seqlens, *, stride):
+    """As `compress`, with no row after the last complete window."""
+    complete, length = k.shape[0] // stride * stride, position.shape[1]
+    if complete == 0:
+        return k.new_zeros(0, k.shape[1], k.shape[2])
+    windows = nn.functional.pad(k[:complete], (0, 0, 0, 0, length - stride, 0)).unfold(0, length, stride)
+    return mlp((windows.transpose(2, 3) + position).flatten(2))
+
+
+def one_select(q, c, cu_seqlens, *, max_seqlen, num_selected_blocks, block_size, stride, threshold, scaling):
+    """As `last_select`, with no more columns than there are past blocks."""
+    num_groups, dtype = c.shape[1], torch.promote_types(q.dtype, torch.float32)
+    num_blocks, per_block = (max_seqlen - 1) // block_size, block_size // stride
+    queries = q[0].to(dtype).unflatten(0, (num_groups, -1)).mean(1) * scaling
+    keys = c[: num_blocks * per_block].to(dtype).unflatten(0, (num_blocks, per_block)).mean(1)
+    scores = (keys * queries).sum(-1).T  # [G, M]; no product of matrices, which autocast would round
+    order = scores.sort(dim=-1, descending=True, stable=True).indices  # of equals the lower block first
+    order = order[:, :num_selected_blocks]
+    pi = nn.functional.pad(scores, (0, 1), value=-1000.0).softmax(-1).gather(1, order)[None]
+    kept = pi > threshold
+    return Selection(torch.where(kept, order, -1), torch.where(kept, pi, 0.0))
+
+
+def one_attend_selected(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
+    """As `last_attend_selected`."""
+    num_blocks = -(-max_seqlen // block_size)
+    # Column 0 takes the −1s, the last one is the own block.
+    seen = torch.zeros(k.shape[1], num_blocks + 1, dtype=torch.bool, device=q.device)
+    seen.scatter_(1, block_indices[0] + 1, True)
+    seen[:, -1] = True
+    mask = seen[:, 1:, None].expand(-1, -1, block_size).flatten(1)[:, None, :max_seqlen]
+    return _one_attend(q, k, v, mask, scaling)
+
+
+def one_attend_short(q, k, v, cu_seqlens, *, max_seqlen, block_size, window, base, scaling):
+    """As `last_attend_short`."""
+    own = (max_seqlen - 1) // block_size
+    places = []
+    for distance in power_law_distances(own + 1, window, base):
+        first = (own - distance) * block_size
+        places.extend(range(first, min(first + block_size, max_seqlen)))
+    place = torch.tensor(places, device=q.device)
+    return _one_attend(q, k.index_select(0, place), v.index_select(0, place), None, scaling)
+
+
+def one_attend_full(q, k, v, cu_seqlens, *, max_seqlen, scaling):
+    """As `last_attend_full`."""
+    return _one_attend(q, k, v, None, scaling)
+
+
+def _one_attend(q, k, v, mask, scaling):
+    queries, keys, values = q.unflatten(1, (k.shape[1], -1)), k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    mask = None if mask is None else mask[None]
+    out = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+    return out.flatten(1, 2)
+
+
+ONE_OPS = Ops(one_compress, one_select, one_attend_selected, one_attend_short, one_attend_full)

@@ -445,21 +445,11 @@ class RecommendationMixin:
         """The last hidden state of each row's last real position `[B, hidden_size]`; anything where there is none."""
         if max_length is not None:
             real = real & (real.flip(1).cumsum(1).flip(1) <= max_length)
-        lengths = real.sum(1)
-        items = input_ids[real]
-        if items.numel() == 0:
-            return torch.zeros(input_ids.shape[0], self.config.hidden_size, device=input_ids.device)
-        ends = lengths.cumsum(0)
         training = self.training
         if training:
             self.eval()
         try:
-            out = self.base_model(
-                input_ids=items[None],
-                cu_seq_lens_q=nn.functional.pad(ends, (1, 0)),
-                max_length_q=int(lengths.max()),
-                last_only=True,
-            )
+            out = self.base_model(input_ids, attention_mask=real, last_only=True)
         finally:
             if training:
                 self.train()
