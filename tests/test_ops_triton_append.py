@@ -106,7 +106,8 @@ def assert_the_same(model, cache: BlossomRecCache, ids: torch.Tensor, tolerance:
     same = torch.ones_like(ids, dtype=torch.bool)
     if expected_selection.block_indices is not None:
         assert selection.block_indices.dtype == torch.int64
-        same = same_choices(selection, expected_selection, gap if model.dtype == torch.float32 else tolerance)
+        # Block keys, and so scores, are four times as large as states, and err four times as much.
+        same = same_choices(selection, expected_selection, gap if model.dtype == torch.float32 else 4 * tolerance)
         assert same.float().mean() > (0.99 if model.dtype == torch.float32 else 0.5)
         importance = [x.importance[same] for x in (selection, expected_selection)]
         torch.testing.assert_close(*importance, rtol=10 * tolerance, atol=tolerance)
