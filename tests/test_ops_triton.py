@@ -86,10 +86,6 @@ class Layer:
         return exact.run(eager_attention_forward)[2]
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-
-
 def triton_forward(*args, **kwargs):
     return AttentionInterface()["blossom_triton"](*args, **kwargs)
 
@@ -114,18 +110,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
 )
 def test_a_layer_has_the_values_and_gradients_of_the_reference(kwargs):
     layer = Layer(**kwargs)
-    expected, expected_selection, expected_gradients = layer.run(eager_attention_forward)
+    expected, expected_selection = layer.outputs(eager_attention_forward)
     out, selection, gradients = layer.run(triton_forward)
     assert_close(out, expected, 1e-5)
     if expected_selection is not None:
         torch.testing.assert_close(selection.block_indices, expected_selection.block_indices)
         torch.testing.assert_close(selection.importance, expected_selection.importance, rtol=1e-4, atol=1e-6)
-    for i, (actual, reference, exact) in enumerate(
-        zip(gradients, expected_gradients, layer.exact_gradients(), strict=True)
-    ):
-        assert actual.dtype == reference.dtype
-        # Near π = 1 the reference itself may lose more digits in float32.
-        assert_close(actual, exact, max(1e-5, 2 * relative_error(reference, exact)), f"input {i}")
+    # Near π = 1 the reference in float32 loses as many digits as the kernels do.
+    for i, (actual, exact) in enumerate(zip(gradients, layer.exact_gradients(), strict=True)):
+        assert actual.dtype == torch.float32
+        assert_close(actual, exact, 1e-5, f"input {i}")
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 1, 15], [16, 1], [17]], ids=str)

@@ -502,12 +502,14 @@ def one_compress(k, position, mlp, cu_seqlens, *, stride):
 
 
 def one_select(q, c, cu_seqlens, *, max_seqlen, num_selected_blocks, block_size, stride, threshold, scaling):
-    """As `last_select`, with no more columns than there are past blocks."""
+    """As `last_select`."""
     num_groups, dtype = c.shape[1], torch.promote_types(q.dtype, torch.float32)
     num_blocks, per_block = (max_seqlen - 1) // block_size, block_size // stride
     queries = q[0].to(dtype).unflatten(0, (num_groups, -1)).mean(1) * scaling
     keys = c[: num_blocks * per_block].to(dtype).unflatten(0, (num_blocks, per_block)).mean(1)
     scores = (keys * queries).sum(-1).T  # [G, M]; no product of matrices, which autocast would round
+    if num_blocks < num_selected_blocks:
+        scores = nn.functional.pad(scores, (0, num_selected_blocks - num_blocks), value=-torch.inf)
     order = scores.sort(dim=-1, descending=True, stable=True).indices  # of equals the lower block first
     order = order[:, :num_selected_blocks]
     pi = nn.functional.pad(scores, (0, 1), value=-1000.0).softmax(-1).gather(1, order)[None]
