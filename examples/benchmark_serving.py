@@ -194,6 +194,7 @@ def catalogue(args: argparse.Namespace) -> list[Figure]:
     log, figures = TasteLog(model.config.vocab_size - 2, seed=1), []
     users = [torch.from_numpy(row)[None].to(args.device) for row in log.draw(args.users, 64)]
 
+    @torch.inference_mode()
     def ask(name: str, **settings) -> list[set[int]]:
         found, times = [], []
         for user in users[:3]:

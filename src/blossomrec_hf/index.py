@@ -26,6 +26,8 @@ except ImportError:
 
 
 INDEX_FILE, ABOUT_FILE = "item_index.faiss", "item_index.json"
+LISTS = 8  # times the root of the number of items; FAISS advises 4 to 16
+SAMPLE, KMEANS_STEPS = 40, 6  # items a list that centroids are learned from, and how often these move
 _SPECIAL = 2  # [PAD] and [UNK] are not in the index: its entry i is the item i + 2
 
 
@@ -70,7 +72,7 @@ class ItemIndex:
         Builds the index from the output embedding of `model`.
 
         Args:
-            lists: number of lists; about 2·√items where it is `None`.
+            lists: number of lists; about 8·√items where it is `None`. More make a search faster and the build slower.
             probes: lists read in a search.
             seed: of the draw that the centroids are learned from.
 
@@ -83,7 +85,7 @@ class ItemIndex:
         items = weight[_SPECIAL:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
             raise ValueError("`model` has item embeddings that are not finite; an index of them finds nothing.")
-        lists = max(1, int(2 * len(items) ** 0.5)) if lists is None else lists
+        lists = min(len(items), int(LISTS * len(items) ** 0.5)) if lists is None else lists
         if not 1 <= lists <= len(items):
             raise ValueError(f"`lists` is {lists}; it must lie in 1 … {len(items)}, the items.")
         width = items.shape[1]
@@ -91,9 +93,9 @@ class ItemIndex:
         index = faiss.IndexIVFScalarQuantizer(
             quantizer, width, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         )
-        index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, 10, 1
+        index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, KMEANS_STEPS, 1
         generator = torch.Generator().manual_seed(seed)
-        sample = torch.randperm(len(items), generator=generator)[: max(50 * lists, 1000)]
+        sample = torch.randperm(len(items), generator=generator)[: max(SAMPLE * lists, 1000)]
         index.train(items[sample].numpy())
         index.add(items.numpy())
         return cls(index, embedding_fingerprint(weight), probes=probes)

@@ -200,7 +200,8 @@ def pack_histories(
             real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
         cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
         token = real.flatten().nonzero().flatten()
-        position = (real.cumsum(1) - 1).flatten()[token]
+        place = torch.arange(token.shape[0], device=device)
+        position = place - cu_seqlens[token // max(length, 1)]  # a running sum over long rows would be slow on a GPU
         max_seqlen = None
         padding = None
     if torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -222,19 +223,17 @@ def pack_histories(
 
 def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> int:
     """The checks of `pack_histories` that need values, read from the device all at once; the longest history."""
-    zero = cu_seqlens.new_zeros(1)
+    zero = cu_seqlens.new_zeros(())
     lengths = cu_seqlens.diff()
     facts = [
-        *((zero, zero) if ids is None else torch.cat([ids.flatten(), zero]).aminmax()),
-        zero if labels is None else torch.cat([labels.flatten(), zero]).max(),
+        *((zero, zero) if ids is None or ids.numel() == 0 else ids.aminmax()),
+        zero if labels is None or labels.numel() == 0 else labels.max(),
         zero if padding is None else (padding == 0).sum(),
         cu_seqlens[0],
         cu_seqlens[-1],
-        *torch.cat([lengths, zero]).aminmax(),
+        *((zero, zero) if lengths.numel() == 0 else lengths.aminmax()),
     ]
-    low, high, label, num_padding, first, last, shortest, longest = torch.stack(
-        [x.reshape(()) for x in facts]
-    ).tolist()
+    low, high, label, num_padding, first, last, shortest, longest = torch.stack(facts).tolist()
     remedy = (
         "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
     )
@@ -358,13 +357,13 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         dtype = torch.promote_types(dtype, torch.float32)
         rope, width, scale = self.config.rope_parameters, self.config.head_dim, 1.0
         if rope["rope_type"] == "default":
-            exponent = torch.arange(0, width, 2, device=position.device, dtype=dtype) / width
-            inverse_frequency = rope["rope_theta"] ** -exponent
+            exponent = torch.arange(0, -width, -2, device=position.device, dtype=dtype) / width
+            inverse_frequency = rope["rope_theta"] ** exponent
         else:
             inverse_frequency, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, position.device)
         angle = position.to(dtype)[:, None] * inverse_frequency.to(dtype)
         angle = torch.cat([angle, angle], -1)[None]
-        return angle.cos() * scale, angle.sin() * scale
+        return (angle.cos(), angle.sin()) if scale == 1.0 else (angle.cos() * scale, angle.sin() * scale)
 
     @can_return_tuple
     def forward(

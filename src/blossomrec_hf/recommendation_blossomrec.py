@@ -17,6 +17,7 @@ logger = logging.get_logger(__name__)
 
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**28}  # scores alive at a time, 16 MiB and 1 GiB in float32
 MAX_CHUNK = {"cpu": 2**18, "cuda": 2**22}  # items scored at a time, at most
+SMALL_SORT = 2**10  # scores that are sorted rather than searched for the highest
 # One candidate of one history costs its row of the embedding gathered, about so many items of a shared product.
 GATHER_COST = 16
 # So many candidates an item wanted are taken from an index, and so many at least; its own scores are rough.
@@ -43,7 +44,8 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     the earlier one. Rows are not sorted, but for those where a tie lies at the edge.
     """
     k = min(k, scores.shape[1])
-    if scores.shape[1] <= 2 * k:
+    # A small sort takes less time than what would be asked of the rows one after the other.
+    if scores.shape[1] <= 2 * k or scores.numel() <= SMALL_SORT:
         values, places = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], places[:, :k]
     values, places = scores.topk(k + 1, dim=1)
@@ -59,37 +61,33 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
 class ItemSets:
     """
-    A set of items for each of some histories, as pairs (row, id) without repeats, by id and then by row.
+    A set of items for each of some histories, as pairs (row, id) by id and then by row; one may stand there twice.
 
     Args:
         ids: `[S, E]`; ids below the first item are no members.
     """
 
-    def __init__(self, ids: torch.Tensor, vocab_size: int) -> None:
+    def __init__(self, ids: torch.Tensor) -> None:
         self.num_rows = ids.shape[0]
-        row = torch.arange(self.num_rows, device=ids.device)[:, None].expand_as(ids)
-        member = ids >= NUM_SPECIAL_IDS
-        pairs = (ids[member] * self.num_rows + row[member]).unique()
-        self.ids, self.rows = pairs // max(self.num_rows, 1), pairs % max(self.num_rows, 1)
-        self.vocab_size = vocab_size
+        pairs = ids * self.num_rows + torch.arange(self.num_rows, device=ids.device)[:, None]
+        self.pairs = pairs[ids >= NUM_SPECIAL_IDS].sort().values
 
     def at(self, candidates: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The pairs as (row, place in `candidates`, ascending ids; among all items where `None`), by place."""
+        ids, rows = self.pairs // max(self.num_rows, 1), self.pairs % max(self.num_rows, 1)
         if candidates is None:
-            return self.rows, self.ids - NUM_SPECIAL_IDS
-        place = torch.searchsorted(candidates, self.ids)
+            return rows, ids - NUM_SPECIAL_IDS
+        place = torch.searchsorted(candidates, ids)
         found = place < candidates.shape[0]
-        found &= candidates[place.clamp(max=max(candidates.shape[0] - 1, 0))] == self.ids if len(candidates) else found
-        return self.rows[found], place[found]
+        found &= candidates[place.clamp(max=max(candidates.shape[0] - 1, 0))] == ids if len(candidates) else found
+        return rows[found], place[found]
 
     def contains(self, ids: torch.Tensor) -> torch.Tensor:
         """Which of `ids` `[S, C]` are members of their row's set."""
-        if not self.ids.numel():
+        if not self.pairs.numel():
             return torch.zeros_like(ids, dtype=torch.bool)
-        row = torch.arange(self.num_rows, device=ids.device)[:, None]
-        pairs = self.ids * self.num_rows + self.rows
-        wanted = ids * self.num_rows + row
-        return pairs[torch.searchsorted(pairs, wanted).clamp(max=pairs.shape[0] - 1)] == wanted
+        wanted = ids * self.num_rows + torch.arange(self.num_rows, device=ids.device)[:, None]
+        return self.pairs[torch.searchsorted(self.pairs, wanted).clamp(max=self.pairs.shape[0] - 1)] == wanted
 
 
 def rank_items(
@@ -122,7 +120,7 @@ def rank_items(
     dtype = torch.promote_types(states.dtype, torch.float32)
     states, vocab_size = states.to(dtype), weight.shape[0]
     counts = item_counts.to(dtype) if popular is not None and bool(popular.any()) else None
-    excluded = None if excluded is None else ItemSets(excluded, vocab_size)
+    excluded = None if excluded is None else ItemSets(excluded)
     own = None
     if candidates is not None and candidates.dim() == 2:
         own, candidates = candidates, None
@@ -131,7 +129,7 @@ def rank_items(
         if own is not None and own.shape[1] * GATHER_COST < vocab_size:
             best = _rank_own(states, weight, top_k, excluded, own, popular, counts)
         else:
-            allowed = None if own is None else ItemSets(own, vocab_size)
+            allowed = None if own is None else ItemSets(own)
             if candidates is not None:
                 candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
             best = _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, counts)
@@ -141,8 +139,8 @@ def rank_items(
             "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
             "`[n for n, p in model.named_parameters() if not p.isfinite().all()]`, and load a sound checkpoint."
         )
-    missing = top_k - scores.shape[1]
-    scores, ids = nn.functional.pad(scores, (0, missing), value=-torch.inf), nn.functional.pad(ids, (0, missing))
+    if missing := top_k - scores.shape[1]:
+        scores, ids = nn.functional.pad(scores, (0, missing), value=-torch.inf), nn.functional.pad(ids, (0, missing))
     return ids.masked_fill(scores == -torch.inf, -1), scores
 
 
@@ -421,7 +419,7 @@ class RecommendationMixin:
             index.check(weight)
             count = max(INDEX_FETCH * top_k, MIN_FETCH)
             if excluded is not None:
-                count += int((excluded >= NUM_SPECIAL_IDS).sum(1).amax())
+                count += excluded.shape[1]
             count = min(count, vocab_size - NUM_SPECIAL_IDS)
             candidates = index.search(states, count)
             if empty is not None and bool(empty.any()):
