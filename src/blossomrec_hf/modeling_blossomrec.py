@@ -176,7 +176,7 @@ def pack_histories(
     batch, length = shape = inputs.shape[:2]
     device = inputs.device
     packed_row = batch == 1 and attention_mask is None and position_ids is not None
-    token = None
+    real = None
     if cu_seqlens is not None or packed_row:
         if batch != 1:
             raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {batch} rows.")
@@ -199,30 +199,39 @@ def pack_histories(
         else:
             real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
         cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        max_seqlen = None
+        padding = None
+    values_known = not (torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()))
+    num_tokens = None
+    if values_known:
+        ids = inputs if inputs.dim() == 2 else None
+        max_seqlen, num_tokens = _check_packing(
+            ids, labels, padding, cu_seqlens, length, max_seqlen, real is None, vocab_size
+        )
+    elif max_seqlen is None:
+        max_seqlen = length
+    token = None
+    if real is not None and num_tokens == batch * length:
+        position = torch.arange(length, device=device).repeat(batch)
+    elif real is not None:
         token = real.flatten().nonzero().flatten()
         place = torch.arange(token.shape[0], device=device)
         position = place - cu_seqlens[token // max(length, 1)]  # a running sum over long rows would be slow on a GPU
-        max_seqlen = None
-        padding = None
-    if torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()):
-        max_seqlen = length if max_seqlen is None else max_seqlen
-    else:
-        ids = inputs if inputs.dim() == 2 else None
-        max_seqlen = _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, token is None, vocab_size)
-        if position_ids is not None:
-            given = position_ids.expand(shape).flatten()
-            if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
-                raise ValueError(
-                    "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
-                    "have them made."
-                )
-    if token is not None and token.shape[0] == batch * length:
-        token = None
+    if values_known and position_ids is not None:
+        given = position_ids.expand(shape).flatten()
+        if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
+            raise ValueError(
+                "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
+                "have them made."
+            )
     return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
 
 
-def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> int:
-    """The checks of `pack_histories` that need values, read from the device all at once; the longest history."""
+def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> tuple[int, int]:
+    """
+    The checks of `pack_histories` that need values, read from the device all at once; the longest history, and how many
+    tokens all of them have.
+    """
     zero = cu_seqlens.new_zeros(())
     lengths = cu_seqlens.diff()
     facts = [
@@ -251,7 +260,7 @@ def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets
         )
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
-    return longest if max_seqlen is None else max_seqlen
+    return longest if max_seqlen is None else max_seqlen, last
 
 
 def _short(values: list[int]) -> str:

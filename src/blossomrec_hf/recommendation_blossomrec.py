@@ -1,6 +1,6 @@
 """The best next items of histories: what is excluded, what may be chosen, and the top of a catalogue of any size."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -59,37 +59,6 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return values, places.gather(1, order)
 
 
-class ItemSets:
-    """
-    A set of items for each of some histories, as pairs (row, id) by id and then by row; one may stand there twice.
-
-    Args:
-        ids: `[S, E]`; ids below the first item are no members.
-    """
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.num_rows = ids.shape[0]
-        pairs = ids * self.num_rows + torch.arange(self.num_rows, device=ids.device)[:, None]
-        self.pairs = pairs[ids >= NUM_SPECIAL_IDS].sort().values
-
-    def at(self, candidates: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pairs as (row, place in `candidates`, ascending ids; among all items where `None`), by place."""
-        ids, rows = self.pairs // max(self.num_rows, 1), self.pairs % max(self.num_rows, 1)
-        if candidates is None:
-            return rows, ids - NUM_SPECIAL_IDS
-        place = torch.searchsorted(candidates, ids)
-        found = place < candidates.shape[0]
-        found &= candidates[place.clamp(max=max(candidates.shape[0] - 1, 0))] == ids if len(candidates) else found
-        return rows[found], place[found]
-
-    def contains(self, ids: torch.Tensor) -> torch.Tensor:
-        """Which of `ids` `[S, C]` are members of their row's set."""
-        if not self.pairs.numel():
-            return torch.zeros_like(ids, dtype=torch.bool)
-        wanted = ids * self.num_rows + torch.arange(self.num_rows, device=ids.device)[:, None]
-        return self.pairs[torch.searchsorted(self.pairs, wanted).clamp(max=self.pairs.shape[0] - 1)] == wanted
-
-
 def rank_items(
     states: torch.Tensor,
     weight: torch.Tensor,
@@ -118,22 +87,19 @@ def rank_items(
         ValueError: where a score is not a number.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
-    states, vocab_size = states.to(dtype), weight.shape[0]
+    states = states.to(dtype)
     counts = item_counts.to(dtype) if popular is not None and bool(popular.any()) else None
-    excluded = None if excluded is None else ItemSets(excluded)
     own = None
     if candidates is not None and candidates.dim() == 2:
         own, candidates = candidates, None
     # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
     with torch.autocast(states.device.type, enabled=False):
-        if own is not None and own.shape[1] * GATHER_COST < vocab_size:
-            best = _rank_own(states, weight, top_k, excluded, own, popular, counts)
+        if own is not None and own.shape[1] * GATHER_COST < weight.shape[0]:
+            scores, ids = _rank_own(states, weight, top_k, excluded, own, popular, counts)
         else:
-            allowed = None if own is None else ItemSets(own)
             if candidates is not None:
                 candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
-            best = _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, counts)
-    scores, ids = best
+            scores, ids = _rank_shared(states, weight, top_k, excluded, candidates, own, popular, counts)
     if bool(scores[:, :1].isnan().any()):  # whatever is not a number comes first
         raise ValueError(
             "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
@@ -150,11 +116,11 @@ def _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, 
     num_items = weight.shape[0] - NUM_SPECIAL_IDS if candidates is None else candidates.shape[0]
     size = min(MAX_SCORES.get(device.type, 2**26) // max(num_rows, 1), MAX_CHUNK.get(device.type, 2**16))
     size = max(size, 2**10, top_k)
-    starts = range(0, num_items, size)
-    out = _by_chunk(excluded, candidates, starts, size)
-    inside = _by_chunk(allowed, candidates, starts, size)
     scores, ids = states.new_empty(num_rows, 0), torch.empty(num_rows, 0, dtype=torch.long, device=device)
-    for start, drop, keep in zip(starts, out, inside):
+    if num_items == 0:
+        return scores, ids
+    drop, keep = (None if sets is None else _places(sets, candidates) for sets in (excluded, allowed))
+    for start in range(0, num_items, size):
         stop = min(start + size, num_items)
         if candidates is None:
             chosen = slice(start + NUM_SPECIAL_IDS, stop + NUM_SPECIAL_IDS)
@@ -164,9 +130,9 @@ def _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, 
         if counts is not None:
             found = torch.where(popular[:, None], counts[chosen], found)
         if keep is not None:
-            found = torch.full_like(found, -torch.inf).index_put(keep, found[keep])
+            found.masked_fill_(~_among(keep, start, stop), -torch.inf)
         if drop is not None:
-            found[drop] = -torch.inf
+            found.masked_fill_(_among(drop, start, stop), -torch.inf)
         found, place = top_of_rows(found, top_k)
         place = place + (start + NUM_SPECIAL_IDS) if candidates is None else chosen[place]
         if start == 0:
@@ -187,18 +153,21 @@ def _products(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weight @ columns.T).T[: states.shape[0]].contiguous()
 
 
-def _by_chunk(
-    sets: ItemSets | None, candidates: torch.Tensor | None, starts: range, size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
-    """The pairs of `sets` that lie in each chunk of items, as index of the chunk's scores."""
-    if sets is None:
-        yield from (None for _ in starts)
-        return
-    rows, places = sets.at(candidates)
-    edges = torch.tensor([*starts, starts.stop], device=places.device)
-    edges = torch.searchsorted(places, edges).tolist() if len(starts) > 1 else [0, places.shape[0]]
-    for start, first, last in zip(starts, edges, edges[1:]):
-        yield rows[first:last], places[first:last] - start
+def _places(ids: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+    """Where each of `ids` stands among all items, or among `candidates` (ascending ids); negative for nowhere."""
+    if candidates is None:
+        return ids - NUM_SPECIAL_IDS
+    place = torch.searchsorted(candidates, ids).clamp(max=candidates.shape[0] - 1)
+    return torch.where(candidates[place] == ids, place, -1)
+
+
+def _among(places: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Which of the places `start` … `stop` − 1 each row of `places` `[S, E]` holds, `[S, stop − start]` bool."""
+    size = stop - start
+    column = places - start
+    column = column.masked_fill((column < 0) | (column >= size), size)  # one column more for what is elsewhere
+    members = torch.zeros(places.shape[0], size + 1, dtype=torch.bool, device=places.device)
+    return members.scatter_(1, column, True)[:, :size]
 
 
 def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
@@ -206,8 +175,10 @@ def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
     candidates = candidates.sort(dim=1).values
     valid = candidates >= NUM_SPECIAL_IDS
     valid[:, 1:] &= candidates[:, 1:] != candidates[:, :-1]
-    if excluded is not None:
-        valid &= ~excluded.contains(candidates)
+    if excluded is not None and excluded.shape[1]:
+        members = excluded.sort(dim=1).values
+        place = torch.searchsorted(members, candidates).clamp(max=members.shape[1] - 1)
+        valid &= members.gather(1, place) != candidates
     candidates = candidates.clamp(min=0)
     scores = []
     rows = max(1, MAX_SCORES.get(states.device.type, 2**26) // max(1, candidates.shape[1] * states.shape[1]))
@@ -344,18 +315,21 @@ class RecommendationMixin:
             )
         unknown = real & (input_ids == self.config.unk_token_id)
         real = real & ~unknown
-        num_unknown = unknown.sum(1)
-        if num_unknown.any():
+        num_unknown, empty = unknown.sum(1), ~real.any(1)
+        some_unknown, some_empty = torch.stack([unknown.any(), empty.any()]).tolist()
+        if some_unknown:
             logger.warning(
                 f"Dropped {int(num_unknown.sum())} unknown items from {int((num_unknown > 0).sum())} histories."
             )
+        exclude_ids = self._checked("exclude_ids", exclude_ids, len(input_ids))
+        candidate_ids = self._checked("candidate_ids", candidate_ids, len(input_ids))
+        if max_length is not None and past_key_values is not None:
+            raise ValueError("`max_length` cannot be combined with `past_key_values`; `crop` a cache instead.")
         # A cache keeps the events only where nothing fails to the end.
         with nullcontext() if past_key_values is None else past_key_values.all_or_nothing():
             if past_key_values is None:
-                states, seen, empty = self._last_states(input_ids, real, max_length), input_ids, ~real.any(1)
+                states, seen = self._last_states(input_ids, real, max_length), input_ids
             else:
-                if max_length is not None:
-                    raise ValueError("`max_length` cannot be combined with `past_key_values`; `crop` a cache instead.")
                 training = self.training
                 self.eval()
                 try:
@@ -364,16 +338,10 @@ class RecommendationMixin:
                     self.train(training)
                 states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
                 empty = (past_key_values.lengths == 0).to(device)
-            out = self.recommend_from_states(
-                states,
-                seen if exclude_seen else None,
-                empty=empty,
-                top_k=top_k,
-                exclude_ids=exclude_ids,
-                candidate_ids=candidate_ids,
-                min_score=min_score,
-                index=index,
-            )
+                some_empty = bool(empty.any())
+            # All ids were checked above: reading them now would wait for a GPU that is busy with the histories.
+            excluded = [seen if exclude_seen else None, exclude_ids]
+            out = self._best(states, excluded, candidate_ids, empty if some_empty else None, top_k, min_score, index)
         out.num_unknown = num_unknown
         return out
 
@@ -401,19 +369,38 @@ class RecommendationMixin:
             The other arguments, what is returned and what is raised are those of `recommend`; there is no
             `num_unknown`.
         """
+        batch = states.shape[0]
+        excluded = [self._checked("seen_ids", seen_ids, batch), self._checked("exclude_ids", exclude_ids, batch)]
+        candidates = self._checked("candidate_ids", candidate_ids, batch)
+        return self._best(states, excluded, candidates, empty, top_k, min_score, index)
+
+    def _checked(self, name: str, ids: Any, batch: int) -> torch.Tensor | None:
+        """Ids for all histories `[C]` or for each `[B, C]`, as int64 beside the embedding."""
+        if ids is None:
+            return None
         weight = self.get_output_embeddings().weight
-        device, vocab_size, batch = weight.device, weight.shape[0], states.shape[0]
-        sets = {}
-        for name, ids in (("seen_ids", seen_ids), ("exclude_ids", exclude_ids), ("candidate_ids", candidate_ids)):
-            ids = None if ids is None else as_ids(name, ids, -1, device, vocab_size)
-            if ids is not None and (ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != batch)):
-                raise ValueError(
-                    f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list a history "
-                    f"({batch} of them)."
-                )
-            sets[name] = ids
-        states, candidates = states.to(device), sets["candidate_ids"]
-        excluded = [ids.expand(batch, -1) for ids in (sets["seen_ids"], sets["exclude_ids"]) if ids is not None]
+        ids = as_ids(name, ids, -1, weight.device, weight.shape[0])
+        if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != batch):
+            raise ValueError(
+                f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list a history "
+                f"({batch} of them)."
+            )
+        return ids
+
+    def _best(
+        self,
+        states: torch.Tensor,
+        excluded: list[torch.Tensor | None],
+        candidates: torch.Tensor | None,
+        empty: torch.Tensor | None,
+        top_k: int,
+        min_score: float | None,
+        index: Any | None,
+    ) -> RecommendationOutput:
+        """What `recommend_from_states` returns, of ids that are `_checked`."""
+        weight = self.get_output_embeddings().weight
+        states, vocab_size = states.to(weight.device), weight.shape[0]
+        excluded = [ids.expand(states.shape[0], -1) for ids in excluded if ids is not None]
         excluded = torch.cat(excluded, 1) if excluded else None
         if index is not None and candidates is None:
             index.check(weight)
