@@ -15,10 +15,10 @@ many times faster than `recompute`. Weights are random: they decide nothing abou
 - `prefill`: the whole histories into a new cache, once a user comes in.
 
 **catalogue** trains a model on a generated log, keeps it under `--folder` for the next time, and asks it for the ten best
-of all items, one user at a time: exactly, and through an `ItemIndex` with its recall@10 of the exact ten. The log has
-taste for the embeddings to learn: items lie in clusters of 100, in each as popular as the root of their rank is small, a
-user has one cluster and takes four items of five from it, the fifth from the whole catalogue by its popularity. It is
-trained with the sampled softmax; the loss of the first and the last steps is printed, and how many of the ten best are of
+of all items, one user at a time in inference mode: exactly, and through an `ItemIndex` with its recall@10 of the exact ten.
+The log has taste for the embeddings to learn: items lie in clusters of 100, in each as popular as the root of their rank is
+small, a user has one cluster and takes four items of five from it, the fifth from the whole catalogue by its popularity. It
+is trained with the sampled softmax; the loss of the first and the last steps is printed, and how many of the ten best are of
 the user's cluster (hardly any are by popularity alone).
 
 **users** runs `recommend`, with the scores of the whole catalogue, over the latest items of each user of a log,

@@ -30,7 +30,8 @@ def test_reading_all_lists_is_exact_and_saving_keeps_it(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {INDEX_FILE, ABOUT_FILE}
     loaded = ItemIndex.load(tmp_path, model)
     assert loaded.probes == 20
-    rows, top = histories(), model.recommend(histories(), top_k=30).item_ids[0]
+    rows = histories()
+    top = model.recommend(rows, top_k=150).item_ids[0]  # more than an index is asked for where nothing is left out
     for settings in ({}, {"exclude_ids": top}, {"exclude_seen": False}, {"min_score": 0.5}, {"candidate_ids": [5, 9]}):
         expected = model.recommend(rows, **settings)
         for found in (model.recommend(rows, index=index, **settings), model.recommend(rows, index=loaded, **settings)):
@@ -49,6 +50,15 @@ def test_few_lists_find_most(model):
         found = model.recommend(rows, index=index).item_ids
         recalls.append((found[:, :, None] == exact[:, None]).any(1).float().mean().item())
     assert recalls[0] < recalls[1] and recalls[1] > 0.9
+
+
+@pytest.mark.parametrize(("items", "lists"), [(5000, 565), (30, 30)])
+def test_there_are_as_many_lists_as_eight_times_the_root_but_no_more_than_items(model, items, lists):
+    if items != 5000:
+        model = BlossomRecForSequentialRecommendation(BlossomRecConfig(vocab_size=items + 2)).eval()
+    index = ItemIndex.build(model)
+    assert index.index.nlist == lists
+    assert model.recommend([[5, 6]], top_k=9, index=index).item_ids.min() >= 2
 
 
 def test_a_stale_index_is_refused(model, tmp_path):

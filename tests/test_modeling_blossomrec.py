@@ -78,6 +78,10 @@ def test_a_history_alone_padded_or_packed_has_the_same_logits(attention_type, si
     for inputs in (everything, by_positions, by_offsets):
         torch.testing.assert_close(model(**inputs).logits[0], torch.cat(alone), rtol=0, atol=1e-10)
 
+    full = torch.stack(histories(33, 33, 33))  # several rows without padding
+    expected = torch.cat([model(row[None]).logits for row in full])
+    torch.testing.assert_close(model(full).logits, expected, rtol=0, atol=1e-10)
+
 
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 def test_logits_to_keep_gives_the_last_real_positions(side):

@@ -178,8 +178,10 @@ def test_a_cache_gives_what_whole_histories_give():
     torch.testing.assert_close(out.scores, expected.scores)
     again = model.recommend([[]] * 4, top_k=30, exclude_ids=[5, 6], past_key_values=cache)
     assert torch.equal(again.item_ids, expected.item_ids)
-    with pytest.raises(ValueError, match="max_length"):
-        model.recommend(rows, max_length=3, past_key_values=cache)
+    for wrong in ({"max_length": 3}, {"candidate_ids": [VOCAB_SIZE]}, {"exclude_ids": [[3]]}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            model.recommend(rows, past_key_values=cache, **wrong)
+        assert cache.lengths.tolist() == [40, 3, 25, 0]
 
 
 def test_scores_are_float32_under_autocast_and_in_bfloat16():

@@ -167,10 +167,10 @@ class RunGroup:
 
     @property
     def long_label(self) -> str:
-        others = [f"{name} {value}" for name, value in self.varying.items() if value is not None]
-        if self.get("num_key_value_heads") is not None:
-            others.insert(0, f"{self.get('num_key_value_heads')} key/value heads")
-        return ", ".join([self.label, f"latest {self.get('max_length')} items", *others])
+        told = [self.label, f"latest {self.get('max_length')} items"]
+        if (number := self.get("num_key_value_heads")) is not None:
+            told.append(f"{number} key/value heads")
+        return ", ".join([*told, *(f"{name} {value}" for name, value in self.varying.items() if value is not None)])
 
     @property
     def is_baseline(self) -> bool:

@@ -372,7 +372,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             inverse_frequency, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, position.device)
         angle = position.to(dtype)[:, None] * inverse_frequency.to(dtype)
         angle = torch.cat([angle, angle], -1)[None]
-        return (angle.cos(), angle.sin()) if scale == 1.0 else (angle.cos() * scale, angle.sin() * scale)
+        return angle.cos() * scale, angle.sin() * scale
 
     @can_return_tuple
     def forward(

@@ -337,8 +337,7 @@ class RecommendationMixin:
                 finally:
                     self.train(training)
                 states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
-                empty = (past_key_values.lengths == 0).to(device)
-                some_empty = bool(empty.any())
+                empty = (past_key_values.lengths == 0).to(device)  # none where every row has new events
             # All ids were checked above: reading them now would wait for a GPU that is busy with the histories.
             excluded = [seen if exclude_seen else None, exclude_ids]
             out = self._best(states, excluded, candidate_ids, empty if some_empty else None, top_k, min_score, index)
