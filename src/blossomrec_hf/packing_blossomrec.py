@@ -1,0 +1,171 @@
+"""Packed histories: any input that the model accepts, end to end without padding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class PackedHistories(NamedTuple):
+    """
+    The histories of a batch, end to end: what every layer works on.
+
+    Attributes:
+        token: places of the packed positions in the flattened `[B·L]` input, `[T]`; `None` where they are all of it.
+        position: place of each position inside its history, `[T]`.
+        cu_seqlens: offsets, `[S + 1]`.
+        max_seqlen: length of the longest history.
+        shape: `(B, L)` of the input.
+    """
+
+    token: torch.Tensor | None
+    position: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    shape: tuple[int, int]
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, L, …]` → `[T, …]`."""
+        x = x.flatten(0, 1)
+        return x if self.token is None else x.index_select(0, self.token)
+
+    def unpack(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, …]` → `[B, L, …]`, zero at padding."""
+        if self.token is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.token, x)
+        return x.unflatten(0, self.shape)
+
+    def unpack_pairs(self, x: torch.Tensor) -> torch.Tensor:
+        """`[H, T, T]` → `[B, H, L, L]`."""
+        batch, length = self.shape
+        token = torch.arange(batch * length, device=x.device) if self.token is None else self.token
+        row, column = token // length, token % length
+        query, key = (row[:, None] == row).nonzero(as_tuple=True)
+        out = x.new_zeros(batch, length, length, x.shape[0])
+        out = out.index_put((row[query], column[query], column[key]), x[:, query, key].T)
+        return out.permute(0, 3, 1, 2)
+
+    def last(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero where a history is shorter."""
+        place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
+        outside = place < self.cu_seqlens[:-1, None]
+        if not x.shape[0]:
+            return x.new_zeros(*place.shape, *x.shape[1:])
+        return x[place.clamp(min=0)].masked_fill(outside.view(*place.shape, *[1] * (x.dim() - 1)), 0)
+
+
+def pack_histories(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    vocab_size: int,
+    labels: torch.Tensor | None = None,
+) -> PackedHistories:
+    """
+    Turns any input that the model accepts into packed histories.
+
+    Args:
+        inputs: item ids `[B, L]`, or embeddings `[B, L, hidden_size]`.
+        attention_mask: `[B, L]`, 0 at padding; where it is `None`, [PAD] ids are padding.
+        position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
+        cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
+        labels: `[B, L]`, only looked at for ids outside the vocabulary.
+
+    Raises:
+        ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Not
+            checked inside a compiled graph, nor while a CUDA graph is captured.
+    """
+    batch, length = shape = inputs.shape[:2]
+    device = inputs.device
+    packed_row = batch == 1 and attention_mask is None and position_ids is not None
+    real = None
+    if cu_seqlens is not None or packed_row:
+        if batch != 1:
+            raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {batch} rows.")
+        if cu_seqlens is None:
+            starts = (position_ids[0] == 0).nonzero().flatten()
+            cu_seqlens = nn.functional.pad(starts, (0, 1), value=length)
+        cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
+        place = torch.arange(length, device=device)
+        history = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+        position = place - cu_seqlens[history]
+        padding = attention_mask
+    else:
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {tuple(shape)}; it must be 2-D, "
+                "1 at items and 0 at padding."
+            )
+        if attention_mask is not None:
+            real = attention_mask.to(device) != 0
+        else:
+            real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
+        cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        max_seqlen = None
+        padding = None
+    values_known = not (torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()))
+    num_tokens = None
+    if values_known:
+        ids = inputs if inputs.dim() == 2 else None
+        max_seqlen, num_tokens = _check_packing(
+            ids, labels, padding, cu_seqlens, length, max_seqlen, real is None, vocab_size
+        )
+    elif max_seqlen is None:
+        max_seqlen = length
+    token = None
+    if real is not None and num_tokens == batch * length:
+        position = torch.arange(length, device=device).repeat(batch)
+    elif real is not None:
+        token = real.flatten().nonzero().flatten()
+        place = torch.arange(token.shape[0], device=device)
+        position = place - cu_seqlens[token // max(length, 1)]  # a running sum over long rows would be slow on a GPU
+    if values_known and position_ids is not None:
+        given = position_ids.expand(shape).flatten()
+        if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
+            raise ValueError(
+                "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
+                "have them made."
+            )
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
+
+
+def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> tuple[int, int]:
+    """
+    The checks of `pack_histories` that need values, read from the device all at once; the longest history, and how many
+    tokens all of them have.
+    """
+    zero = cu_seqlens.new_zeros(())
+    lengths = cu_seqlens.diff()
+    facts = [
+        *((zero, zero) if ids is None or ids.numel() == 0 else ids.aminmax()),
+        zero if labels is None or labels.numel() == 0 else labels.max(),
+        zero if padding is None else (padding == 0).sum(),
+        cu_seqlens[0],
+        cu_seqlens[-1],
+        *((zero, zero) if lengths.numel() == 0 else lengths.aminmax()),
+    ]
+    low, high, label, num_padding, first, last, shortest, longest = torch.stack(facts).tolist()
+    remedy = (
+        "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
+    )
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. {remedy}")
+    if label >= vocab_size:
+        raise ValueError(f"`labels` holds {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
+    if num_padding:
+        raise ValueError("`attention_mask` marks padding in packed input; leave padding out, or make it a history.")
+    if offsets_given and (first != 0 or last != length or shortest < 0):
+        offsets = cu_seqlens.tolist()
+        raise ValueError(
+            "The offsets of packed histories (`cu_seq_lens_q`, or `position_ids` that are 0) must start at 0, never "
+            f"fall, and end at {length}, the length of the input; they are {_short(offsets)}."
+        )
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
+    return longest if max_seqlen is None else max_seqlen, last
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, …, {values[-2]}, {values[-1]}]"
