@@ -41,7 +41,7 @@ class Ops(NamedTuple):
 def locate(cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The history of each packed position, and its place inside that history; both `[T]`."""
     token = torch.arange(num_tokens, device=cu_seqlens.device)
-    history = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    history = torch.searchsorted(cu_seqlens, token, right=True) - 1
     return history, token - cu_seqlens[history]
 
 

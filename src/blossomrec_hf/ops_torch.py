@@ -65,7 +65,7 @@ def _blocks(cu_seqlens: torch.Tensor, num_windows: int, block_size: int, stride:
     first = nn.functional.pad(torch.div(lengths, block_size, rounding_mode="floor").cumsum(0), (1, 0))
     first_window = nn.functional.pad(torch.div(lengths, stride, rounding_mode="floor").cumsum(0), (1, 0))
     block = torch.arange(num_windows // per_block, device=cu_seqlens.device)
-    history = torch.searchsorted(first[1:].contiguous(), block, right=True).clamp(max=lengths.shape[0] - 1)
+    history = (torch.searchsorted(first, block, right=True) - 1).clamp(max=lengths.shape[0] - 1)
     window = first_window[history] + (block - first[history]) * per_block
     window = window[:, None] + torch.arange(per_block, device=block.device)
     return _Blocks(first, history, window.clamp(max=num_windows - 1))

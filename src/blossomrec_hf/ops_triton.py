@@ -364,7 +364,7 @@ def compress(k: Tensor, position: Tensor, mlp: nn.Module, cu_seqlens: Tensor, *,
     windows = _windows(k, position, cu_seqlens, k.shape[0], stride)
     first = _first_rows(cu_seqlens, stride)
     row = torch.arange(num_rows, device=k.device)
-    history = torch.searchsorted(first[1:].contiguous(), row, right=True).clamp(max=first.shape[0] - 2)
+    history = (torch.searchsorted(first, row, right=True) - 1).clamp(max=first.shape[0] - 2)
     row = torch.div(cu_seqlens[history], stride, rounding_mode="floor") + row - first[history]
     return mlp(windows.flatten(2))[row.clamp(max=num_rows - 1)]
 
@@ -457,7 +457,7 @@ def select(
     mean_q = q.unflatten(1, (num_groups, -1)).mean(2, dtype=torch.float32).mul(scaling * math.log2(math.e)).to(q.dtype)
     if num_blocks:
         token = torch.arange(1, num_blocks + 1, device=q.device) * block_size - 1  # one in each row's block
-        history = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+        history = torch.searchsorted(cu_seqlens, token, right=True) - 1
         block = torch.arange(num_blocks, device=q.device)
         block = block - torch.div(cu_seqlens[history], block_size, rounding_mode="floor")
         per_block = block_size // stride

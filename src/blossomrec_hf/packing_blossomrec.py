@@ -89,7 +89,7 @@ def pack_histories(
             cu_seqlens = nn.functional.pad(starts, (0, 1), value=length)
         cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
         place = torch.arange(length, device=device)
-        history = torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+        history = (torch.searchsorted(cu_seqlens, place, right=True) - 1).clamp(max=cu_seqlens.shape[0] - 2)
         position = place - cu_seqlens[history]
         padding = attention_mask
     else:
