@@ -1,18 +1,25 @@
 """
-Times BlossomRec beside full attention, in one run on one machine: the attention alone, a whole training step and a
-whole inference step, over lengths of history at a fixed number of tokens.
+Times BlossomRec and full attention in one run on one machine: the attention alone, a whole training step and a whole
+inference step, over history lengths at a fixed number of tokens.
 
-    python examples/benchmark.py                                  # on a GPU: bf16, 65,536 tokens
+    python examples/benchmark.py                                  # on a GPU: bf16, 65,536 tokens, compiled, CUDA graphs
+    python examples/benchmark.py --lengths_from ml-1m/interactions.txt --max_length 1000    # real history lengths
     python examples/benchmark.py --device cpu --tokens 16384 --lengths 1024,4096,16384
-    python examples/benchmark.py --contestants "blossom,full (SDPA),full (flex)" --png benchmark.png --json benchmark.json
+    python examples/benchmark.py --contestants "blossom,full (cuDNN),full (flex)" --png benchmark.png --json benchmark.json
     python examples/benchmark.py --baseline_module others.py:TheirAttention
 
-A step is the forward pass of embedding and layers on packed histories of one length, logits of each history's last
-position over the catalogue, cross-entropy, and (training) the backward pass; no optimizer. The core is what lies
-between q, k, v, gate values and the gated head outputs of one layer. On a GPU a step is captured as a CUDA graph once
-and replayed, for every contestant alike (`--no_graphs`: launched operation by operation, where the CPU bounds short
-steps). Times are medians; memory is the peak above what is allocated before the step, without a graph. The slope is
-that of a line through (log L, log time): 0 grows with the tokens alone, 1 with tokens times length.
+A step is the forward pass of embedding and layers on packed histories, logits of each history's last position over the
+catalog, cross-entropy, and (training) the backward pass; no optimizer. With `--lengths_from`, the histories of a step are
+packed as the training loop packs them, and the training loss is that of all positions (`--loss` selects either). The core
+is what lies between q, k, v, gate values and the gated head outputs of one layer. On a GPU a step is compiled, then
+captured as a CUDA graph once and replayed, for every contestant alike (`--no_compile`, `--no_graphs`). Times are medians;
+memory is the peak above what is allocated before the step, without a graph. The slope is that of a line through
+(log L, log time): 0 grows with the tokens alone, 1 with tokens times length.
+
+Ratios are to the strongest peer (`--baseline strongest`): the fastest full attention of the row, in the same model with
+as many key/value heads as query heads. "full (cuDNN)" is PyTorch's fused attention on rows of equal length, by cuDNN
+where PyTorch has it, else by FlashAttention; "full (varlen)" is FlashAttention on packed histories. In the core, full
+attention gets queries and keys that are already rotated, BlossomRec rotates them.
 
 Beside each time stands its floor and what share of it is reached: the bytes that must move at the rate of large copies
 on this machine, or the operations that must be done at the rate of large matrix products, whichever takes longer. Every
@@ -26,137 +33,92 @@ those of the pairs that the mechanism attends to and scores: two forward, and ba
 """
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from benchmark_contestants import CONTESTANTS, FUSED_ATTENTION, Contestant, build, load_contestant, make_config
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 from transformers import AttentionInterface
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.attention_blossomrec import BlossomAttention
 from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
-from blossomrec_hf.ops_reference import power_law_distances, rotate
+from blossomrec_hf.data import TokenBudgetSampler, build_sequences
+from blossomrec_hf.ops_reference import power_law_distances
+
+
+STRONGEST = "strongest"  # the fastest full attention of a row
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One way of attending: `attention_types` and key/value heads of the model, and the function that computes it."""
+class Histories:
+    """
+    The packed histories of a row of the tables.
+
+    Attributes:
+        name: of the row.
+        lengths: those of the histories of each step; all steps have one number of tokens and of histories.
+        longest: the longest history that a step may have.
+        equal: whether all histories have one length.
+    """
 
     name: str
-    attention_types: str
-    num_key_value_heads: int
-    implementation: str
-    autocast: bool = True
-    module: type[nn.Module] | None = None
+    lengths: list[np.ndarray]
+    longest: int
+    equal: bool
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths[0].sum())
 
 
-def _rows(max_seqlen: int, *packed: torch.Tensor) -> list[torch.Tensor]:
-    """`[1, heads, T, d]` → `[histories, heads, L, d]`, for packed histories of one length."""
-    return [x[0].unflatten(1, (-1, max_seqlen)).transpose(0, 1) for x in packed]
+def equal_histories(length: int, tokens: int) -> Histories:
+    return Histories(f"L={length}", [np.full(tokens // length, length)], length, equal=True)
 
 
-def eager_full_attention(module, query, key, value, attention_mask=None, *, position_embeddings, max_seqlen, **kwargs):
-    """Full attention with all probabilities laid out, as most recommenders compute it; histories of equal length."""
-    query, key = (rotate(x, *position_embeddings) for x in (query, key))
-    query, key, value = _rows(max_seqlen, query, key, value)
-    mask = torch.ones(max_seqlen, max_seqlen, dtype=torch.bool, device=query.device).tril()
-    logits = (query @ key.transpose(-1, -2) * module.scaling).masked_fill(~mask, -torch.inf)
-    return (logits.softmax(-1) @ value).transpose(1, 2).flatten(0, 1)[None], None
+def real_histories(source: str, max_length: int, tokens: int, steps: int) -> Histories:
+    """
+    The first steps of an epoch as the training loop packs them, each filled up with histories of [PAD] to one shape.
+
+    Args:
+        source: a log, or a `.npy` file of history lengths.
+    """
+    if source.endswith(".npy"):
+        lengths = np.load(source)
+    else:
+        lengths = np.array([len(row) for row in build_sequences(source)[0]["input_ids"]])
+    lengths = np.minimum(lengths[lengths > 1], max_length)
+    rows = list(TokenBudgetSampler(lengths, tokens, seed=0))[:steps]
+    packed = [lengths[of_step] for of_step in rows]
+    room = max(int(of_step.sum()) for of_step in packed)
+    count = max(len(of_step) for of_step in packed) + 1
+    filled = []
+    for of_step in packed:
+        rest = room - int(of_step.sum())
+        fillers = [min(max_length, max(0, rest - i * max_length)) for i in range(count - len(of_step))]
+        filled.append(np.append(of_step, fillers))
+    return Histories(f"{source}, latest {max_length}", filled, max_length, equal=False)
 
 
-@cache
-def _causal_blocks(length: int, device: torch.device):
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-
-
-_flex_attention = torch.compile(flex_attention, dynamic=False)
-
-
-def flex_full_attention(module, query, key, value, attention_mask=None, *, position_embeddings, max_seqlen, **kwargs):
-    """Full attention through FlexAttention; histories of equal length."""
-    query, key = (rotate(x, *position_embeddings).to(value.dtype) for x in (query, key))
-    query, key, value = _rows(max_seqlen, query, key, value)
-    blocks = _causal_blocks(max_seqlen, query.device)
-    out = _flex_attention(query, key, value, block_mask=blocks, scale=module.scaling)
-    return out.transpose(1, 2).flatten(0, 1)[None], None
-
-
-AttentionInterface.register("eager_full", eager_full_attention)
-AttentionInterface.register("flex_full", flex_full_attention)
-
-CONTESTANTS = [
-    Contestant("blossom", "blossom", 2, "blossom"),
-    Contestant("blossom_torch", "blossom", 2, "blossom_torch"),
-    Contestant("full (SDPA)", "full", 8, "blossom_torch"),
-    Contestant("full (flex)", "full", 8, "flex_full"),
-    Contestant("full (eager)", "full", 8, "eager_full"),
-    Contestant("full (eager fp32)", "full", 8, "eager_full", autocast=False),
-]
-
-
-class OutsideAttention(nn.Module):
-    """An attention module that knows rows and a padding mask, in the place of a layer's own."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, hidden_states: torch.Tensor, *, max_seqlen: int, **kwargs):
-        rows = hidden_states[0].unflatten(0, (-1, max_seqlen))
-        out = self.module(rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device))
-        return out.flatten(0, 1)[None], None, None, None
-
-
-def load_contestant(spec: str) -> Contestant:
-    """The contestant of `--baseline_module`."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"`baseline_module` is {spec!r}; it must be file.py:Class, and {path!r} is no file.")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return Contestant(name, "full", 8, "blossom_torch", module=getattr(module, name))
-
-
-def make_config(contestant: Contestant) -> BlossomRecConfig:
-    return BlossomRecConfig(
-        vocab_size=3418,
-        attention_types=contestant.attention_types,
-        num_key_value_heads=contestant.num_key_value_heads,
-        attn_implementation=contestant.implementation,
-        hidden_dropout_prob=0.0,
-    )
-
-
-def build(contestant: Contestant, device: str) -> BlossomRecForSequentialRecommendation:
-    config = make_config(contestant)
-    model = BlossomRecForSequentialRecommendation(config)
-    if contestant.module is not None:
-        for layer in model.model.layers:
-            layer.self_attn = OutsideAttention(contestant.module(config.hidden_size, config.num_attention_heads))
-    return model.to(device)
-
-
-def core_step(contestant: Contestant, args: argparse.Namespace, length: int) -> Callable[[], object]:
+def core_step(contestant: Contestant, args: argparse.Namespace, histories: Histories) -> Callable[[], object]:
     """Forward and backward of one layer's attention function, on q, k, v and gates that require gradients."""
-    model = build(contestant, args.device)
+    model = build(contestant, args)
     layer: BlossomAttention = model.model.layers[0].self_attn
-    num_tokens = args.tokens // length * length
+    length, num_tokens = histories.longest, histories.tokens
     dtype = args.dtype if contestant.autocast else torch.float32
     autocast = contestant.autocast and dtype != torch.float32
-    heads, groups, width = model.config.num_attention_heads, contestant.num_key_value_heads, model.config.head_dim
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    width = model.config.head_dim
     gradient = torch.randn(1, num_tokens, heads, width, device=args.device, dtype=dtype)
     if contestant.module is not None:
         states = torch.randn(1, num_tokens, heads * width, device=args.device, requires_grad=True)
@@ -176,7 +138,7 @@ def core_step(contestant: Contestant, args: argparse.Namespace, length: int) -> 
         where = {
             "cu_seqlens": torch.arange(0, num_tokens + 1, length, device=args.device),
             "max_seqlen": length,
-            "position_embeddings": model.model.rotary_embedding(position, dtype),
+            "position_embeddings": None if contestant.is_peer else model.model.rotary_embedding(position, dtype),
             "scaling": layer.scaling,
         }
         function = AttentionInterface()[contestant.implementation]
@@ -186,35 +148,48 @@ def core_step(contestant: Contestant, args: argparse.Namespace, length: int) -> 
             return function(layer, q, k, v, None, gates=gates, **where)[0]
 
     def run():
-        with torch.autocast(args.device, dtype=args.dtype, enabled=autocast):
+        with (
+            sdpa_kernel(FUSED_ATTENTION, set_priority=True),
+            torch.autocast(args.device, dtype=args.dtype, enabled=autocast),
+        ):
             out = attend()
         torch.autograd.grad(out, inputs, gradient.to(out.dtype), allow_unused=True)
 
     return run
 
 
-def model_step(contestant: Contestant, args: argparse.Namespace, length: int, training: bool) -> Callable[[], object]:
-    """A whole step of the model; see the top of this file."""
-    model = build(contestant, args.device).train(training)
-    forward = torch.compile(model) if args.compile else model
-    num_tokens = args.tokens // length * length
-    inputs = {
-        "input_ids": torch.randint(2, 3418, (1, num_tokens), device=args.device),
-        "cu_seq_lens_q": torch.arange(0, num_tokens + 1, length, device=args.device),
-        "max_length_q": length,
-        "logits_to_keep": 1,
-    }
-    target = torch.randint(2, 3418, (num_tokens // length,), device=args.device)
+def model_step(
+    contestant: Contestant, args: argparse.Namespace, histories: Histories, training: bool
+) -> Callable[[], object]:
+    """The steps of `histories`, one after the other; see the top of this file."""
+    model = build(contestant, args).train(training)
+    forward = torch.compile(model, dynamic=False) if args.compile and contestant.compiled else model
+    all_positions = training and args.loss == "all"
+    steps = []
+    for lengths in histories.lengths:
+        ids = torch.randint(2, 3418, (1, int(lengths.sum())), device=args.device)
+        offsets = torch.tensor([0, *np.cumsum(lengths)], device=args.device, dtype=torch.int32)
+        inputs = {"input_ids": ids, "cu_seq_lens_q": offsets, "max_length_q": histories.longest}
+        if all_positions:
+            inputs |= {"labels": ids, "num_items_in_batch": torch.tensor(ids.shape[1], device=args.device)}
+        else:
+            inputs |= {"logits_to_keep": 1}
+        steps.append((inputs, torch.randint(2, 3418, (len(lengths),), device=args.device)))
     autocast = contestant.autocast and args.dtype != torch.float32
 
     def run():
-        with torch.set_grad_enabled(training), torch.autocast(args.device, dtype=args.dtype, enabled=autocast):
-            logits = forward(**inputs).logits[:, -1]
+        for inputs, target in steps:
+            with (
+                torch.set_grad_enabled(training),
+                torch.autocast(args.device, dtype=args.dtype, enabled=autocast),
+                sdpa_kernel(FUSED_ATTENTION, set_priority=True),
+            ):
+                outputs = forward(**inputs)
+                if training and not all_positions:
+                    loss = nn.functional.cross_entropy(outputs.logits[:, -1].float(), target)
             if training:
-                loss = torch.nn.functional.cross_entropy(logits.float(), target)
-        if training:
-            loss.backward()
-            model.zero_grad(set_to_none=True)
+                (outputs.loss if all_positions else loss).backward()
+                model.zero_grad(set_to_none=True)
 
     return run
 
@@ -232,10 +207,15 @@ def attended(config: BlossomRecConfig, length: int) -> tuple[int, int]:
     return int((long + short).sum()), int(candidates.sum())
 
 
-def least_work(config: BlossomRecConfig, args: argparse.Namespace, length: int, what: str) -> tuple[float, float]:
-    """Bytes that a core or a step must move and operations that it must do; see the top of this file."""
-    histories, size = args.tokens // length, args.dtype.itemsize
-    tokens, training = histories * length, what != "inference"
+def least_work(
+    config: BlossomRecConfig, args: argparse.Namespace, packed: Histories, what: str
+) -> tuple[float, float]:
+    """
+    Bytes that a core or a step on histories of equal length must move, and operations that it must do; see the top of
+    this file.
+    """
+    histories, length, size = len(packed.lengths[0]), packed.longest, args.dtype.itemsize
+    tokens, training = packed.tokens, what != "inference"
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     gates = 2 * config.num_attention_heads if config.attention_types[0] != "full" else 0
@@ -297,8 +277,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def measure(run: Callable[[], object], args: argparse.Namespace) -> dict[str, float | None]:
-    """Median milliseconds of `run`, and peak MiB above what was allocated before (GPU only)."""
+def measure(run: Callable[[], object], args: argparse.Namespace, steps: int = 1) -> dict[str, float | None]:
+    """Median milliseconds of each of the `steps` of `run`, and peak MiB above what was allocated before (GPU only)."""
     on_gpu, memory = args.device == "cuda", None
     for _ in range(3):
         run()
@@ -319,46 +299,55 @@ def measure(run: Callable[[], object], args: argparse.Namespace) -> dict[str, fl
         if on_gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e3)
-    return {"ms": statistics.median(times), "mib": memory}
+    return {"ms": statistics.median(times) / steps, "mib": memory}
 
 
 def slope(lengths: list[int], times: list[float]) -> float:
     return float(np.polyfit(np.log(lengths), np.log(times), 1)[0])
 
 
-def print_tables(figures: list[dict], contestants: list[Contestant], lengths: list[int], baseline: str) -> None:
-    by_key = {(f["what"], f["length"], f["contestant"]): f for f in figures}
+def strongest(figures: list[dict]) -> dict | None:
+    """The fastest full attention of the figures of one row."""
+    return min((f for f in figures if f["is_peer"] and f["ms"]), key=lambda f: f["ms"], default=None)
+
+
+def print_tables(figures: list[dict], baseline: str) -> None:
     for what in dict.fromkeys(f["what"] for f in figures):
         print(f"\n{what}: median ms, peak MiB, ratios of both to {baseline}, the least ms and the share reached")
-        for length in lengths:
-            base = by_key.get((what, length, baseline))
+        for row in dict.fromkeys(f["row"] for f in figures if f["what"] == what):
+            of_row = [f for f in figures if (f["what"], f["row"]) == (what, row)]
+            named = [f for f in of_row if f["contestant"] == baseline]
+            base = strongest(of_row) if baseline == STRONGEST else next(iter(named), None)
             cells = []
-            for c in contestants:
-                figure = by_key[what, length, c.name]
-                text = "out of memory" if figure["ms"] is None else f"{figure['ms']:9.2f}"
+            for figure in of_row:
+                text = "out of memory" if figure["ms"] is None else f"{figure['ms']:9.3f}"
                 if figure["mib"] is not None:
                     text += f" {figure['mib']:8.0f}"
                 for unit in ("ms", "mib"):
-                    if c.name != baseline and base and base[unit] and figure[unit]:
+                    if figure is not base and base and base[unit] and figure[unit]:
                         text += f" {figure[unit] / base[unit]:6.3f}"
                 if figure.get("floor_ms") and figure["ms"]:
                     text += f" (floor {figure['floor_ms']:.3f}, {figure['floor_ms'] / figure['ms']:.0%})"
-                cells.append(f"{c.name} {text}")
-            print(f"  L={length:6d}  " + "  |  ".join(cells))
-        for c in contestants:
-            times = [(n, by_key[what, n, c.name]["ms"]) for n in lengths if n >= 1024]
-            times = [(n, ms) for n, ms in times if ms]
+                cells.append(f"{figure['contestant']} {text}")
+            print(f"  {row:>9s}  " + "  |  ".join(cells))
+        for contestant in dict.fromkeys(f["contestant"] for f in figures):
+            times = [
+                (f["length"], f["ms"])
+                for f in figures
+                if (f["what"], f["contestant"]) == (what, contestant) and f["ms"] and (f["length"] or 0) >= 1024
+            ]
             if len(times) > 1:
-                print(f"  slope of {c.name} from L={times[0][0]} to {times[-1][0]}: {slope(*zip(*times)):.2f}")
+                print(f"  slope of {contestant} from L={times[0][0]} to {times[-1][0]}: {slope(*zip(*times)):.2f}")
 
 
 def plot(path: Path, figures: list[dict], contestants: list[Contestant], title: str) -> None:
-    """Time and memory over the length, a column for each thing measured."""
+    """Time and memory over the length of histories of equal length, a column for each thing measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    figures = [f for f in figures if f["length"]]
     whats = list(dict.fromkeys(f["what"] for f in figures))
     units = [("ms", "ms a step")] + [("mib", "peak MiB")] * any(f["mib"] for f in figures)
     figure, axes = pyplot.subplots(
@@ -387,31 +376,45 @@ def plot(path: Path, figures: list[dict], contestants: list[Contestant], title: 
 
 
 def main() -> None:
+    names = [c.name for c in CONTESTANTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="bfloat16 on a GPU, float32 on a CPU where not given")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step")
     parser.add_argument("--lengths", default="200,1024,2048,4096,8192,16384,32768,65536")
+    parser.add_argument("--lengths_from", help="a log, or a .npy file of lengths: histories of these lengths instead")
+    parser.add_argument("--max_length", type=int, default=1000, help="with --lengths_from: the longest history")
+    parser.add_argument("--steps", type=int, default=4, help="with --lengths_from: how many steps are timed")
     parser.add_argument("--what", default="core,training,inference")
-    parser.add_argument("--contestants", default="blossom,full (SDPA)", help="; ".join(c.name for c in CONTESTANTS))
-    parser.add_argument("--baseline", default="full (SDPA)", help="the contestant that ratios are taken to")
+    parser.add_argument("--loss", choices=("last", "all"), help="training: positions with a loss")
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--num_hidden_layers", type=int, default=2)
+    parser.add_argument("--num_key_value_heads", type=int, default=2, help="of BlossomRec; full attention has 8")
+    parser.add_argument("--contestants", default="blossom,full (cuDNN),full (varlen)", help=", ".join(names))
+    parser.add_argument(
+        "--baseline", default=STRONGEST, help="the contestant of the ratios' denominator, or strongest"
+    )
     parser.add_argument("--baseline_module", help="file.py:Class, one more contestant; see above")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on a GPU: by default)"
+    )
     parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="no CUDA graphs")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--png", type=Path, help="file for a drawing of them")
     args = parser.parse_args()
     lengths = [int(x) for x in args.lengths.split(",")]
-    if max(lengths) > args.tokens:
+    if args.lengths_from is None and max(lengths) > args.tokens:
         parser.error(f"--lengths has {max(lengths)}, more than --tokens, {args.tokens}")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     args.graphs = args.graphs and args.device == "cuda"
-    names = args.contestants.split(",")
-    unknown = set(names) - {c.name for c in CONTESTANTS}
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    args.loss = args.loss or ("last" if args.lengths_from is None else "all")
+    asked = args.contestants.split(",")
+    unknown = set(asked) - set(names)
     if unknown:
-        parser.error(f"--contestants has {', '.join(unknown)}; it may name {', '.join(c.name for c in CONTESTANTS)}")
-    contestants = [c for c in CONTESTANTS if c.name in names]
+        parser.error(f"--contestants has {', '.join(unknown)}; it may name {', '.join(names)}")
+    contestants = [c for c in CONTESTANTS if c.name in asked]
     if args.baseline_module:
         with ends_with_a_sentence(ValueError):
             contestants.append(load_contestant(args.baseline_module))
@@ -422,26 +425,35 @@ def main() -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    settings = {"dtype": str(args.dtype), "tokens": args.tokens, "compile": args.compile, "graphs": args.graphs}
+    sizes = (args.num_hidden_layers, args.hidden_size, args.num_key_value_heads)
+    settings = {"dtype": str(args.dtype), "tokens": args.tokens, "layers, width, key/value heads": sizes}
+    settings |= {"compile": args.compile, "graphs": args.graphs, "loss": args.loss}
     title = "; ".join([machine, *(f"{name} {value}" for name, value in (versions | settings).items())])
     print(title)
     copied, multiplied = machine_rates(args)
     print(f"a large copy {copied / 1e9:,.0f} GB/s, a large matrix product {multiplied / 1e12:,.1f} TFLOP/s")
     figures = []
-    tasks = [(what, length, c) for what in args.what.split(",") for length in lengths for c in contestants]
-    for what, length, contestant in tqdm(tasks, disable=None):
-        figure = {"what": what, "length": length, "contestant": contestant.name}
+    if args.lengths_from is None:
+        rows = [equal_histories(length, args.tokens) for length in lengths]
+    else:
+        rows = [real_histories(args.lengths_from, args.max_length, args.tokens, args.steps)]
+    tasks = [(what, row, c) for what in args.what.split(",") for row in rows for c in contestants]
+    for what, row, contestant in tqdm(tasks, disable=None):
+        if not row.equal and (what == "core" or (contestant.is_peer and not contestant.any_lengths)):
+            continue
+        figure = {"what": what, "row": row.name, "length": row.longest if row.equal else None}
+        figure |= {"contestant": contestant.name, "is_peer": contestant.is_peer}
         try:
             run = (
-                core_step(contestant, args, length)
+                core_step(contestant, args, row)
                 if what == "core"
-                else model_step(contestant, args, length, what == "training")
+                else model_step(contestant, args, row, what == "training")
             )
-            figure |= measure(run, args)
+            figure |= measure(run, args, 1 if what == "core" else len(row.lengths))
         except torch.OutOfMemoryError:
             figure |= {"ms": None, "mib": None}
-        if contestant.module is None and contestant.autocast:
-            moved, done = least_work(make_config(contestant), args, length, what)
+        if row.equal and contestant.module is None and contestant.autocast:
+            moved, done = least_work(make_config(contestant, args), args, row, what)
             figure["floor_ms"] = 1e3 * max(moved / copied, done / multiplied)
         run = None
         torch._dynamo.reset()
@@ -449,7 +461,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         figures.append(figure)
 
-    print_tables(figures, contestants, lengths, args.baseline)
+    print_tables(figures, args.baseline)
     if args.json:
         rates = {"copy_bytes_per_s": copied, "matrix_operations_per_s": multiplied}
         results = {"machine": machine, **versions, **settings, **rates, "figures": figures}
