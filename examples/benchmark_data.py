@@ -32,6 +32,8 @@ CHUNK = 4_000_000
 
 def generate(path: Path, interactions: int, seed: int = 0) -> None:
     """A log of `interactions` rows: user, item, rating, timestamp; about 165 a user, as in MovieLens."""
+    from blossomrec_hf.utils.files import atomic_write  # here, so that `bare_sort` does not pay for PyTorch
+
     rng = np.random.default_rng(seed)
     num_users, num_items = max(interactions // 165, 10), max(int(interactions**0.5) * 15, 100)
     user_share = np.cumsum(rng.lognormal(0, 1.2, num_users))
@@ -40,8 +42,7 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
     schema = pa.schema(
         [("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
     )
-    aside = path.with_suffix(".part")
-    with pq.ParquetWriter(aside, schema) as writer:
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         for start in range(0, interactions, CHUNK):
             rows = min(CHUNK, interactions - start)
             users = np.searchsorted(user_share, rng.random(rows) * user_share[-1])
@@ -50,7 +51,6 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
             ratings = rng.integers(1, 11, rows).astype(np.float32) / 2
             columns = [user_names[users], item_names[items], ratings, times]
             writer.write_table(pa.table(columns, schema=schema), row_group_size=1_000_000)
-    aside.rename(path)
 
 
 def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:

@@ -23,8 +23,8 @@ from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
 from blossomrec_hf.data.known_sets import KNOWN
 from blossomrec_hf.data.overview import describe, summary, write_report
-from blossomrec_hf.data.storage import replace_folder
 from blossomrec_hf.hub import dataset_card, push_dataset
+from blossomrec_hf.utils.files import atomic_folder, recover_folder
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,6 +86,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
+def build(args: argparse.Namespace, folder: Path) -> None:
+    """Writes the data set to `folder`."""
+    dataset, _ = build_sequences(
+        args.source,
+        user=args.user,
+        item=args.item,
+        timestamp=args.timestamp,
+        rating=args.rating,
+        format=args.format,
+        min_rating=args.min_rating,
+        deduplicate=args.deduplicate,
+        k_core=(args.k_core[0], args.k_core[-1]),
+        min_history=args.min_history,
+        max_history=args.max_history,
+        on_bad_rows=args.on_bad_rows,
+        titles=args.titles,
+        output_dir=folder,
+        overwrite=True,
+    )
+    if args.split != "leave_one_out":
+        # Only the ends differ, but a folder on disk has to hold them: it is written again, and takes the other's place.
+        if args.split == "time":
+            dataset = split_by_time(dataset, args.validation_from, args.test_from)
+        else:
+            dataset = split_by_user(dataset, validation=args.validation_users, test=args.test_users, seed=args.seed)
+        with atomic_folder(folder) as split:
+            dataset.save_to_disk(split)
+            for file in folder.iterdir():
+                if file.suffix != ".arrow" and not (split / file.name).exists():
+                    shutil.copy(file, split)
+    (folder / "README.md").write_text(dataset_card(folder), encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -93,49 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         disable_progress_bars()  # those of `datasets`; ours are silent by themselves
-    building = args.output_dir.with_name(f".{args.output_dir.name}.building")
+    recover_folder(args.output_dir)
     if args.output_dir.exists() and not args.overwrite:
         raise SystemExit(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")
     try:
-        dataset, _ = build_sequences(
-            args.source,
-            user=args.user,
-            item=args.item,
-            timestamp=args.timestamp,
-            rating=args.rating,
-            format=args.format,
-            min_rating=args.min_rating,
-            deduplicate=args.deduplicate,
-            k_core=(args.k_core[0], args.k_core[-1]),
-            min_history=args.min_history,
-            max_history=args.max_history,
-            on_bad_rows=args.on_bad_rows,
-            titles=args.titles,
-            output_dir=building,
-            overwrite=True,
-        )
-        if args.split != "leave_one_out":
-            # Only the ends differ, but a folder on disk has to hold them: it is written again, and takes the other's place.
-            if args.split == "time":
-                dataset = split_by_time(dataset, args.validation_from, args.test_from)
-            else:
-                dataset = split_by_user(
-                    dataset, validation=args.validation_users, test=args.test_users, seed=args.seed
-                )
-            split = building.with_name(building.name + ".split")
-            dataset.save_to_disk(split)
-            for file in building.iterdir():
-                if file.suffix != ".arrow" and not (split / file.name).exists():
-                    shutil.copy(file, split)
-            shutil.rmtree(building)
-            split.rename(building)
-        (building / "README.md").write_text(dataset_card(building), encoding="utf-8")
-        replace_folder(building, args.output_dir)
+        with atomic_folder(args.output_dir) as folder:
+            build(args, folder)
     except (ValueError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    finally:
-        for leftover in args.output_dir.parent.glob(f".{args.output_dir.name}.building*"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     figures = write_report(args.report, args.output_dir) if args.report else describe(load_from_disk(args.output_dir))
     for name, value in summary(figures, FilterReport.load(args.output_dir)):

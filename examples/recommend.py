@@ -29,6 +29,7 @@ from blossomrec_hf.command_line import load_checkpoint
 from blossomrec_hf.training import LogArguments, parse_arguments
 from blossomrec_hf.training.histories import budget_batches
 from blossomrec_hf.training.progress import progress_bar
+from blossomrec_hf.utils.files import atomic_write, recover_writes, require_folder
 
 
 @dataclass
@@ -113,7 +114,11 @@ def main() -> None:
         dataset, _ = log_args.build(tokenizer)
 
     folder = Path(args.output_dir)
+    require_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        recover_writes(folder)
+    accelerator.wait_for_everyone()
     made_by = fingerprint(model, dataset, args)
     names = [f"recommendations-{number:05d}.parquet" for number in range(-(-len(dataset) // args.shard_users))]
     own = list(enumerate(names))[accelerator.process_index :: accelerator.num_processes]
@@ -134,10 +139,9 @@ def main() -> None:
                 continue
             first = number * args.shard_users
             rows = dataset.select(range(first, min(first + args.shard_users, len(dataset))))
-            aside = folder / f".{name}.partial"
             table = recommend_shard(model, tokenizer, rows, args, accelerator)
-            pq.write_table(table.replace_schema_metadata({"made_by": made_by}), aside)
-            aside.rename(folder / name)
+            with atomic_write(folder / name) as partial:
+                pq.write_table(table.replace_schema_metadata({"made_by": made_by}), partial)
             bar.update()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

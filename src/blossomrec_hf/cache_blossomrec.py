@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import Cache
 
 from .configuration_blossomrec import BlossomRecConfig
+from .files_blossomrec import atomic_write
 
 
 # What a cached history depends on; a cache serves models that agree in these.
@@ -334,9 +334,8 @@ class BlossomRecCache(Cache):
             elif name.endswith(".block_keys"):
                 cut[name] = tensor[:, :, : length // self.config.selection_block_size].contiguous()
         metadata = {"format": "pt", "blossomrec_cache": "1", "config": json.dumps(_fingerprint(self.config))}
-        part = Path(f"{path}.part")
-        save_file(cut, part, metadata)
-        os.replace(part, path)
+        with atomic_write(path) as partial:
+            save_file(cut, partial, metadata)
 
     @classmethod
     def load(

@@ -16,6 +16,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
+from .files_blossomrec import atomic_write
+
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 REPO_PLACEHOLDER = "OWNER/NAME"  # what a README.md says before it is known where it goes
@@ -39,7 +41,10 @@ def write_manifest(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     files = sorted({*folder.glob("model*.safetensors"), *folder.glob("*_blossomrec.py"), *folder.glob("ops_*.py")})
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps({"sha256": {file.name: sha256(file) for file in files}}, indent=2) + "\n", "utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(
+            json.dumps({"sha256": {file.name: sha256(file) for file in files}}, indent=2) + "\n", "utf-8"
+        )
     return path
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from datasets import Dataset
 from huggingface_hub import CommitInfo, DatasetCard, EvalResult, HfApi, ModelCard, ModelCardData
 
 from .checkpoint_blossomrec import REPO_PLACEHOLDER, check_manifest, ensure_repo, push_folder
 from .configuration_blossomrec import BlossomRecConfig
 from .data.filters import FilterReport
 from .data.overview import describe, summary
+from .data.storage import load_folder
 from .tokenization_blossomrec import BlossomRecTokenizer
+from .utils.files import atomic_write, write_json
 
 
 _COLUMNS = {
@@ -37,7 +38,7 @@ def dataset_card(folder: str | Path) -> str:
     from the files of `folder`.
     """
     folder = Path(folder)
-    dataset = Dataset.load_from_disk(str(folder))
+    dataset = load_folder(folder)
     filters = FilterReport.load(folder)
     lines = ["---", "tags:", "- sequential-recommendation", "- blossomrec", "license: other", "---", ""]
     lines += [f"# Item-id sequences from {filters.source if filters else 'a log'}", ""]
@@ -86,7 +87,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         as `model.push_to_hub`.
     """
     folder = Path(folder)
-    dataset = Dataset.load_from_disk(str(folder))
+    dataset = load_folder(folder)
     repo_id = ensure_repo(repo_id, private=private, token=token, repo_type="dataset")
     dataset.push_to_hub(repo_id, private=private, token=token)
     # `push_to_hub` writes a card that says where the rows are; its text becomes ours, its data stays.
@@ -474,7 +475,7 @@ def write_summary(folder: str | Path, run: Mapping[str, Any]) -> Path:
             configuration[name] = Path(configuration[name]).name
     path = Path(folder) / SUMMARY_FILE
     summary = {**run, "configuration": configuration}
-    path.write_text(json.dumps(summary, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    write_json(path, summary)
     return path
 
 
@@ -498,7 +499,8 @@ def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -
         json.loads(summary.read_text("utf-8")), name=name or folder.resolve().name, pictures=pictures, **options
     )
     path = folder / "README.md"
-    path.write_text(str(card), "utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(str(card), "utf-8")
     return path
 
 

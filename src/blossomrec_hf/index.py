@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .utils.files import atomic_write, write_json
+
 
 try:
     import faiss
@@ -105,10 +107,9 @@ class ItemIndex:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"embedding": self.fingerprint, "probes": self.probes, "items": self.index.ntotal}
-        faiss.write_index(self.index, str(folder / f"{INDEX_FILE}.partial"))
-        (folder / f"{ABOUT_FILE}.partial").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        for name in (INDEX_FILE, ABOUT_FILE):
-            (folder / f"{name}.partial").replace(folder / name)
+        with atomic_write(folder / INDEX_FILE) as partial:
+            faiss.write_index(self.index, str(partial))
+        write_json(folder / ABOUT_FILE, about)
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: PreTrainedModel) -> "ItemIndex":

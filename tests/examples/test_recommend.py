@@ -3,6 +3,7 @@ import pytest
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences
+from blossomrec_hf.files_blossomrec import partial_path
 
 
 LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
@@ -32,7 +33,7 @@ def test_all_users_get_their_items_and_a_cut_run_goes_on(run_example, trained, l
     shards = sorted(folder.glob("*.parquet"))
     before = [path.stat().st_mtime_ns for path in shards]
     shards[2].unlink()
-    (folder / f".{shards[2].name}.partial").write_bytes(b"half")
+    partial_path(shards[2]).write_bytes(b"half")
     run_example("recommend.py", *arguments(trained, log_file, folder), launcher=LAUNCHER)
     again = pl.read_parquet(folder)
     assert again.drop("score").equals(written.drop("score"))

@@ -1,15 +1,9 @@
-"""What lies on disk is whole or absent, wherever a kill falls."""
-
-import shutil
+"""What a run leaves on disk is whole or absent, on all processes together."""
 
 import pytest
 from accelerate import Accelerator
 
-from blossomrec_hf.training.checkpoints import keep_only, numbered_folders, restore_former, written_aside
-
-
-class Killed(BaseException):
-    pass
+from blossomrec_hf.training.checkpoints import MetricsFile, atomic_folder_of_all, keep_only, numbered_folders
 
 
 def names(folder):
@@ -17,50 +11,35 @@ def names(folder):
 
 
 def write(folder, content):
-    with written_aside(folder, Accelerator(cpu=True)) as aside:
-        (aside / "a").write_text(content)
-        (aside / "b").write_text(content)
+    with atomic_folder_of_all(folder, Accelerator(cpu=True)) as partial:
+        (partial / "a").write_text(content)
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_kill_while_one_step_is_saved_again_leaves_one_of_both(tmp_path, monkeypatch, renames):
+def test_a_folder_that_cannot_be_written_is_named_and_the_former_stays(tmp_path):
     write(tmp_path / "checkpoint-5", "first")
-    rename, done = type(tmp_path).rename, []
-
-    def killed_after(self, target):
-        if len(done) == renames:
-            raise Killed
-        done.append(target)
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "rename", killed_after)
-        if renames < 2:
-            with pytest.raises(Killed):
-                write(tmp_path / "checkpoint-5", "second")
-        else:
-            write(tmp_path / "checkpoint-5", "second")
-    restore_former(tmp_path)
-    ((number, folder),) = numbered_folders(tmp_path, "checkpoint")
-    contents = {(folder / name).read_text() for name in ("a", "b")}
-    assert number == 5 and contents == {"second" if renames == 2 else "first"}
+    with pytest.raises(OSError, match=r"checkpoint-5: No space left\. What was there before is whole"):
+        with atomic_folder_of_all(tmp_path / "checkpoint-5", Accelerator(cpu=True)) as partial:
+            (partial / "a").write_text("second")
+            raise RuntimeError("No space left")
+    assert names(tmp_path) == ["checkpoint-5"] and (tmp_path / "checkpoint-5" / "a").read_text() == "first"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="is a file"):
+        write(tmp_path / "file" / "checkpoint-5", "x")
 
 
-def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, monkeypatch):
-    for step in (5, 6):
+def test_only_the_numbered_folders_that_are_kept_stay(tmp_path):
+    for step in (5, 6, 10):
         write(tmp_path / f"checkpoint-{step}", "x")
-    rmtree = shutil.rmtree
-
-    def killed_in_between(folder, **kwargs):
-        if folder.exists():
-            (folder / "a").unlink()
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed_in_between)
-        with pytest.raises(Killed):
-            keep_only(tmp_path, "checkpoint", 6)
-    assert [number for number, _ in numbered_folders(tmp_path, "checkpoint")] == [6]
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (tmp_path / "checkpoint-notes").mkdir()
     keep_only(tmp_path, "checkpoint", 6)
-    assert names(tmp_path) == ["checkpoint-6"]
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-notes"]
+    assert [number for number, _ in numbered_folders(tmp_path, "checkpoint")] == [6]
+
+
+def test_a_continued_log_drops_the_lines_after_its_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        MetricsFile(path, enabled=True, step=step - 1).write(step=step)
+    path.write_text(path.read_text() + '{"step": 4')  # a kill cut the last line
+    MetricsFile(path, enabled=True, step=2).write(step=3, again=True)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'

@@ -13,12 +13,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.files import atomic_folder
 from . import partitions
 from .filters import FilterReport
 from .ingest import ingest
 from .metadata import item_metadata, write_item_metadata
 from .readers import open_log
-from .storage import replace_folder, to_dataset, user_rows, write_dataset
+from .storage import check_output_dir, load_folder, to_dataset, user_rows, write_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,8 @@ def build_sequences(
     user_core, item_core = (k_core, k_core) if isinstance(k_core, int) else k_core
     check_arguments(deduplicate, on_bad_rows, user_core, item_core, min_history, max_history)
     output_dir = None if output_dir is None else Path(output_dir)
-    if output_dir is not None and output_dir.exists() and not overwrite:
-        raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")
+    if output_dir is not None:
+        check_output_dir(output_dir, overwrite=overwrite)
     log = open_log(source, format=format, user=user, item=item, timestamp=timestamp, rating=rating)
     if min_rating is not None and not log.has_rating:
         raise ValueError(
@@ -139,13 +140,12 @@ def build_sequences(
         user_ids = interactions.users.ids()
         if output_dir is None:
             return to_dataset(user_rows(parts, user_ids, vocabulary), report), tokenizer
-        built = scratch / "built"
-        write_dataset(built, user_rows(parts, user_ids, vocabulary), report)
-        tokenizer.save_pretrained(built)
-        write_item_metadata(built, metadata)
-        report.save(built)
-        replace_folder(built, output_dir)
-        return Dataset.load_from_disk(str(output_dir)), tokenizer
+        with atomic_folder(output_dir) as built:
+            write_dataset(built, user_rows(parts, user_ids, vocabulary), report)
+            tokenizer.save_pretrained(built)
+            write_item_metadata(built, metadata)
+            report.save(built)
+        return load_folder(output_dir), tokenizer
     except OSError as error:
         # numpy reports a write that the disk cut short by these words and without a number.
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error):

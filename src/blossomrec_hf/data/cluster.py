@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.files import atomic_folder, recover_folder, require_folder
 from .build import NUM_SPECIAL, check_arguments
 from .filters import FilterReport
 from .formats import find_columns
 from .ingest import Interactions, as_integers, clean_batches, latest_time, time_unit
 from .readers import open_log
-from .storage import replace_folder, with_ends, write_dataset
+from .storage import check_output_dir, load_folder, with_ends, write_dataset
 
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def build_sequences_on_spark(
     user_core, item_core = (k_core, k_core) if isinstance(k_core, int) else k_core
     check_arguments(deduplicate, on_bad_rows, user_core, item_core, min_history, max_history)
     output_dir = Path(output_dir)
-    if output_dir.exists() and not overwrite:
-        raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")
+    check_output_dir(output_dir, overwrite=overwrite)
     names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     report = FilterReport(Path(source).name, "parquet")
     log = _read(spark, source, names, with_rating=min_rating is not None)
@@ -126,14 +126,13 @@ def build_sequences_on_spark(
     scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=output_dir.parent))
     try:
         rows.write.parquet(str((scratch / "rows").resolve()))
-        built = scratch / "built"
-        write_dataset(built, _user_rows(scratch / "rows"), report)
-        tokenizer.save_pretrained(built)
-        report.save(built)
-        replace_folder(built, output_dir)
+        with atomic_folder(output_dir) as built:
+            write_dataset(built, _user_rows(scratch / "rows"), report)
+            tokenizer.save_pretrained(built)
+            report.save(built)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return Dataset.load_from_disk(str(output_dir)), tokenizer
+    return load_folder(output_dir), tokenizer
 
 
 def _read(spark: "SparkSession", source: str, names: dict[str, str | None], *, with_rating: bool) -> "DataFrame":
@@ -254,6 +253,8 @@ def partition_log(
         columns: `format`, `user`, … as for `open_log`.
     """
     folder = Path(folder)
+    require_folder(folder)
+    recover_folder(folder)
     if folder.exists():
         raise FileExistsError(f"folder {str(folder)!r} is there already; take another name.")
     if num_partitions < 1:
@@ -262,14 +263,12 @@ def partition_log(
     log = open_log(source, **columns)
     if with_rating and not log.has_rating:
         raise ValueError(f"with_rating is given, but {log.name} has no rating known; name its column with rating=…")
-    scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=folder.parent))
-    built = scratch / "built"
-    built.mkdir()
     numeric = ["rating"] * with_rating + ["timestamp"] * log.has_timestamp
     writers: dict[int, pq.ParquetWriter] = {}
     first = 0
-    try:
-        for batch in clean_batches(log, numeric, Interactions(scratch), on_bad_rows):
+    scratch = tempfile.TemporaryDirectory(prefix=".blossomrec-", dir=folder.parent, ignore_cleanup_errors=True)
+    with scratch, atomic_folder(folder) as built:
+        for batch in clean_batches(log, numeric, Interactions(Path(scratch.name)), on_bad_rows):
             place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
             batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
             first += batch.height
@@ -280,6 +279,3 @@ def partition_log(
                 writers[shard].write_table(table.cast(writers[shard].schema))
         for writer in writers.values():
             writer.close()
-        replace_folder(built, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -3,14 +3,14 @@
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from ..utils.files import atomic_write
 
 
 logger = logging.getLogger(__name__)
@@ -98,26 +98,19 @@ def fetch(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     download = folder / known.url.rsplit("/", 1)[-1]
     if not download.is_file():
-        aside = download.with_name(download.name + ".part")
         try:
-            _download(known.url, aside)
+            with atomic_write(download) as partial:
+                _download(known.url, partial)
         except OSError as error:  # URLError and timeouts are OSErrors
-            aside.unlink(missing_ok=True)
             raise FileNotFoundError(
                 f"{name} could not be fetched from {known.url} ({error}). Fetch it by other means, put it at {download}, and "
                 "run this again."
             ) from error
-        aside.rename(download)
     _verify(download, known.md5)
     if download.suffix == ".zip":
-        unpacked = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder))
         with zipfile.ZipFile(download) as archive:
             for member in filter(None, (known.log, known.titles)):
-                archive.extract(member, unpacked)
-        for entry in unpacked.iterdir():
-            shutil.rmtree(folder / entry.name, ignore_errors=True)
-            entry.rename(folder / entry.name)
-        unpacked.rmdir()
+                archive.extract(member, folder)  # `.complete`, written last, says that all of it is here
     logger.warning("%s: %s", name, known.licence)
     (folder / ".complete").touch()
     return folder

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..utils.files import atomic_write
 from .filters import FilterReport
 from .metadata import read_item_metadata
 from .splits import event_batches
+from .storage import load_folder
 
 
 NUM_SPECIAL = 2
@@ -78,16 +80,15 @@ def write_report(path: str | Path, folder: str | Path) -> dict[str, Any]:
     path, folder = Path(path), Path(folder)
     if path.suffix not in (".html", ".png"):
         raise ValueError(f"path is {str(path)!r}; a report is an .html page or a .png picture.")
+    dataset = load_folder(folder)
     filters = FilterReport.load(folder)
-    dataset = Dataset.load_from_disk(str(folder))
     figures = describe(dataset)
     picture = _picture(figures)
-    aside = path.with_name(path.name + ".part")
-    if path.suffix == ".png":
-        aside.write_bytes(picture)
-    else:
-        aside.write_text(_page(figures, filters, picture, _favourites(dataset, folder)), encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as partial:
+        if path.suffix == ".png":
+            partial.write_bytes(picture)
+        else:
+            partial.write_text(_page(figures, filters, picture, _favourites(dataset, folder)), encoding="utf-8")
     return figures
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from ..utils.files import recover_folder
 from . import known_sets
 from .formats import FORMATS, Names, Part, find_columns, named, sniff
 
@@ -67,6 +68,7 @@ def open_log(
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}; it may be one of {', '.join(sorted(FORMATS))}.")
     path = Path(source)
+    recover_folder(path)
     if str(source) in known_sets.KNOWN and not path.exists():
         known = known_sets.KNOWN[str(source)]
         folder = known_sets.fetch(str(source))

@@ -1,8 +1,6 @@
 """Built sequences -> Arrow, in memory or in a folder that `datasets` loads."""
 
 import json
-import os
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
+from ..utils.files import recover_folder, require_folder
 from .filters import FilterReport
 from .partitions import Partition, runs
 
@@ -54,10 +53,9 @@ def to_dataset(tables: Iterable[pa.Table], report: FilterReport) -> Dataset:
 
 def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport) -> None:
     """
-    Writes the rows to `folder` as `Dataset.save_to_disk` lays them out, an Arrow file a table: `save_to_disk` itself
+    Writes the rows to the empty `folder` as `Dataset.save_to_disk` lays them out, an Arrow file a table: `save_to_disk` itself
     would need a Dataset first, and so write everything twice.
     """
-    folder.mkdir()
     written = []
     for number, table in enumerate(tables):
         schema = table.schema
@@ -80,12 +78,21 @@ def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport
     (folder / "state.json").write_text(json.dumps(state, indent=2))
 
 
-def replace_folder(built: Path, target: Path) -> None:
-    """Puts the complete folder `built` in the place of `target`, which may be there."""
-    old = None
-    if target.exists():
-        old = built.with_name("replaced")
-        os.rename(target, old)
-    os.rename(built, target)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+def load_folder(folder: str | Path) -> Dataset:
+    """The rows that `build_sequences` wrote to `folder`."""
+    recover_folder(folder)
+    return Dataset.load_from_disk(str(folder))
+
+
+def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """
+    Refuses, before any work, an output folder that exists or that cannot be made.
+
+    Raises:
+        ValueError: if `output_dir`, or one of its parents, is a file.
+        FileExistsError: if `output_dir` exists and `overwrite` is not set.
+    """
+    require_folder(output_dir)
+    recover_folder(output_dir)
+    if output_dir.exists() and not overwrite:
+        raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")

@@ -8,14 +8,16 @@ from typing import Any
 
 import polars as pl
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from transformers import HfArgumentParser
 
 from ..command_line import HelpFormatter
 from ..data import build_sequences, generate_log, generate_titles
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
+from ..data.storage import load_folder
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.files import atomic_write, recover_folder
 
 
 # What may differ between an interrupted run and its continuation, because the weights do not depend on it.
@@ -174,6 +176,8 @@ class LogArguments:
         Raises:
             ValueError: for a built folder with a vocabulary other than `tokenizer`'s, or with filters still to apply.
         """
+        if self.data is not None:
+            recover_folder(self.data)
         if self._is_built:
             built = BlossomRecTokenizer.from_pretrained(self.data)
             if self.k_core > 1:
@@ -182,7 +186,7 @@ class LogArguments:
                 raise ValueError(
                     f"`data` {self.data} was built with another vocabulary than the model's; give the log instead."
                 )
-            return load_from_disk(self.data), built
+            return load_folder(self.data), built
         return build_sequences(
             generate_log() if self.data is None else self.data,
             format=self.format,
@@ -253,4 +257,5 @@ def save_arguments(path: str | Path, *arguments: Any) -> None:
     values = {name: value for part in arguments for name, value in asdict(part).items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

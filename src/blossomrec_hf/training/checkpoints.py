@@ -2,69 +2,54 @@
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 
+from ..utils.files import atomic_folder, atomic_write, recover_writes, remove_folder, write_json
 from .environment import describe_environment
 
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-_PARTIAL, _FORMER = ".partial", ".former"
 
 
 @contextmanager
-def written_aside(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
+def atomic_folder_of_all(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
     """
-    Gives a folder to write into, and renames it to `folder` when all processes are done: whoever looks, after a kill
-    as well, finds the whole folder or none.
+    [`~blossomrec_hf.utils.files.atomic_folder`] for a folder that all processes write to; each yields the same path.
 
     Raises:
         OSError: on every process, if one of them could not write (a full disk). Nothing is left of the folder then.
     """
-    partial = folder.with_name(folder.name + _PARTIAL)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    error = None
-    try:
-        yield partial
-    except Exception as raised:  # torch and safetensors have errors of their own for a full disk
-        error = raised
-    failed = torch.tensor(float(error is not None), device=accelerator.device)
-    if accelerator.reduce(failed, reduction="sum").item() > 0:
+    with ExitStack() as stack:
+        error: Exception | None = None
+        shared: list[Any] = [None]
         if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
-        ) from error
-    if accelerator.is_main_process:
-        # The target exists where one step is saved twice. It goes last: `restore_former` finds it after a kill.
-        former = folder.with_name(folder.name + _FORMER)
-        shutil.rmtree(former, ignore_errors=True)
-        if folder.exists():
-            folder.rename(former)
-        partial.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
+            try:
+                shared = [stack.enter_context(atomic_folder(folder))]
+            except (OSError, ValueError) as raised:
+                error = raised
+        broadcast_object_list(shared)
+        if shared[0] is not None:
+            try:
+                yield shared[0]
+            except Exception as raised:  # torch and safetensors have errors of their own for a full disk
+                error = raised
+        failed = torch.tensor(float(error is not None), device=accelerator.device)
+        if accelerator.reduce(failed, reduction="sum").item() > 0:
+            raise OSError(
+                f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
+            ) from error
     accelerator.wait_for_everyone()
-
-
-def restore_former(parent: Path) -> None:
-    """Puts back the folders that a kill cut off between the two renames of [`written_aside`]."""
-    for former in parent.glob(f"*{_FORMER}"):
-        if not former.with_suffix("").exists():
-            former.rename(former.with_suffix(""))
 
 
 def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
@@ -76,24 +61,10 @@ def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
 
 
 def keep_only(parent: Path, prefix: str, *kept: int) -> None:
-    """Removes the folders `prefix-N` whose N is not in `kept`, and what an interrupted write left."""
-    for child in sorted(parent.glob(f"{prefix}-*")):
-        if child.exists() and child.name not in [f"{prefix}-{number}" for number in kept]:
-            # Under another name first: half of it, after a kill, must not pass for the whole.
-            partial = child.with_name(child.name + _PARTIAL)
-            shutil.rmtree(partial, ignore_errors=True)
-            child.rename(partial)
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Removes the folders `prefix-N` whose N is not in `kept`."""
+    for number, folder in numbered_folders(parent, prefix):
+        if number not in kept:
+            remove_folder(folder)
 
 
 class RunFolder:
@@ -126,7 +97,7 @@ class RunFolder:
         """
         accelerator = self.accelerator
         if accelerator.is_main_process:
-            restore_former(self.path)
+            recover_writes(self.path)
         accelerator.wait_for_everyone()
         checkpoints = numbered_folders(self.path, "checkpoint")
         if checkpoints:
@@ -153,7 +124,7 @@ class RunFolder:
 
     def save_checkpoint(self, step: int, best_step: int, *, finished: bool) -> None:
         """Writes a checkpoint, then removes the one before and the models that were best before."""
-        with written_aside(self.path / f"checkpoint-{step}", self.accelerator) as folder:
+        with atomic_folder_of_all(self.path / f"checkpoint-{step}", self.accelerator) as folder:
             with quiet_libraries():
                 self.accelerator.save_state(folder)
             if self.accelerator.is_main_process:
@@ -215,9 +186,8 @@ class MetricsFile:
         self.enabled = enabled
         if enabled:
             kept = [] if step is None or not path.exists() else self._lines_until(step)
-            partial = path.with_name(path.name + _PARTIAL)
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            with atomic_write(path) as partial:
+                partial.write_text("".join(kept), encoding="utf-8")
 
     def _lines_until(self, step: int) -> list[str]:
         lines = []

@@ -38,7 +38,7 @@ from ..loss_blossomrec import MAX_LOGITS
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
-from .checkpoints import MetricsFile, RunFolder, numbered_folders, quiet_libraries, written_aside
+from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
 from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
 from .graphs import GraphedPass
 from .histories import IGNORE_INDEX, HistoryStore
@@ -534,7 +534,7 @@ class TrainingLoop:
             state.best_metric = metrics[args.metric_for_best_model]
             state.best_step, state.best_epoch = state.step, state.epoch
             state.evaluations_since_best = 0
-            with written_aside(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
+            with atomic_folder_of_all(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
                 self._save_model(folder)
             self._folder.keep_best(state.best_step)
         else:
@@ -587,7 +587,7 @@ class TrainingLoop:
             set_model_state_dict(self.bare_model, best_model.state_dict(), options=options)
         elif self.average is not None:
             torch._foreach_copy_([p.data for p in self._parameters], self.average.averages)
-        with written_aside(self.output_dir / "final", self.accelerator) as folder:
+        with atomic_folder_of_all(self.output_dir / "final", self.accelerator) as folder:
             self._save_model(folder)
         if self.accelerator.is_main_process:
             for file in (self.output_dir / "final").iterdir():

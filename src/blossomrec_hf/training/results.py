@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import write_json
+from ..utils.files import write_json
 
 
 LOCK_SECONDS = 30.0
