@@ -92,15 +92,35 @@ def recommend_shard(
     return pa.table(columns)
 
 
-def fingerprint(model: BlossomRecForSequentialRecommendation, dataset: Dataset, args: RecommendArguments) -> bytes:
-    """What the shards of a folder depend on, written in each: another run's are not to be mixed with them."""
+def fingerprint(
+    model: BlossomRecForSequentialRecommendation,
+    tokenizer: BlossomRecTokenizer,
+    dataset: Dataset,
+    args: RecommendArguments,
+    mixed_precision: str,
+) -> bytes:
+    """
+    A digest of everything that the recommendations depend on: configuration and weights, vocabulary, users and their
+    events, settings. Each shard stores it, so that shards of different runs are never mixed.
+    """
     settings = {k: v for k, v in asdict(args).items() if k not in ("model", "output_dir", "max_tokens", "max_users")}
-    digest = hashlib.sha256()
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    lengths = dataset.with_format("arrow").select_columns(["test_end"])[:]["test_end"].to_numpy()
-    data = hashlib.sha256(lengths.tobytes()).hexdigest()[:16]
-    return json.dumps({**settings, "model": digest.hexdigest()[:16], "users": len(dataset), "data": data}).encode()
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    data = hashlib.sha256()
+    for table in dataset.with_format("arrow").select_columns(["user_id", "input_ids"]).iter(batch_size=50_000):
+        histories = table["input_ids"].combine_chunks()
+        for values in (table["user_id"].to_pylist(), histories.value_lengths().to_pylist()):
+            data.update(json.dumps(values).encode())
+        data.update(histories.flatten().to_numpy().astype(np.int64).tobytes())
+    digests = {
+        "model": weights.hexdigest(),
+        "vocabulary": hashlib.sha256(json.dumps([tokenizer.item_type, vocabulary]).encode()).hexdigest(),
+        "data": data.hexdigest(),
+    }
+    return json.dumps({**settings, "mixed_precision": mixed_precision, **digests}).encode()
 
 
 def main() -> None:
@@ -119,14 +139,14 @@ def main() -> None:
     if accelerator.is_main_process:
         recover_writes(folder)
     accelerator.wait_for_everyone()
-    made_by = fingerprint(model, dataset, args)
+    made_by = fingerprint(model, tokenizer, dataset, args, accelerator.mixed_precision)
     names = [f"recommendations-{number:05d}.parquet" for number in range(-(-len(dataset) // args.shard_users))]
     own = list(enumerate(names))[accelerator.process_index :: accelerator.num_processes]
     done = 0
     for path in sorted(folder.glob("recommendations-*.parquet")):
         if (pq.read_schema(path).metadata or {}).get(b"made_by") != made_by:
             raise ValueError(
-                f"`output_dir` {folder} holds a shard, {path.name}, of another model, data set or setting; choose "
+                f"`output_dir` {folder} has a shard, {path.name}, made with another model, log or setting; choose "
                 "another folder, or remove it."
             )
         done += path.name in names[accelerator.process_index :: accelerator.num_processes]

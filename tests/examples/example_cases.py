@@ -1,6 +1,8 @@
 """What the tests of the examples share."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import polars as pl
 from small_cases import small_log
@@ -17,3 +19,11 @@ def write_log(path, **sizes):
     """`small_log` as a CSV with times."""
     small_log(**sizes).with_columns(timestamp=pl.int_range(pl.len()).over("user")).write_csv(path)
     return path
+
+
+def load_example(script: str) -> ModuleType:
+    """A script of `examples/` as a module."""
+    spec = importlib.util.spec_from_file_location(script.removesuffix(".py"), REPOSITORY / "examples" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

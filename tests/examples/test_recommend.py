@@ -1,5 +1,7 @@
 import polars as pl
 import pytest
+from example_cases import load_example, write_log
+from small_cases import make_model
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences
@@ -54,3 +56,50 @@ def test_a_saved_data_set_is_read_and_shards_of_other_settings_are_refused(run_e
     other = (*arguments(trained, tmp_path / "data", folder), "--include_seen", "True")
     error = run_example("recommend.py", *other, status=1, field="stderr")
     assert "output_dir" in error
+
+
+LOG = {"user": ["u", "u", "u", "v", "v"], "item": [1, 2, 3, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"item": [1, 2, 3, 3, 2]},  # other items in histories of the same lengths
+        {"user": ["u", "u", "u", "w", "w"]},
+        {"weights": True},
+        {"config": {"importance_threshold": 0.1}},
+        {"vocabulary": [3, 2, 1, 4]},
+        {"top_k": 7},
+        {"max_length": 3},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_everything_that_the_recommendations_depend_on_changes_the_fingerprint(change):
+    module = load_example("recommend.py")
+
+    def fingerprint(**change):
+        tokenizer = BlossomRecTokenizer.from_items(change.pop("vocabulary", [1, 2, 3, 4]))
+        columns = {name: change.pop(name, values) for name, values in LOG.items()}
+        dataset, _ = build_sequences(pl.DataFrame(columns), tokenizer=tokenizer)
+        model = make_model(6, **change.pop("config", {}))
+        for weight in model.parameters():
+            weight.data.fill_(0.5)
+        if change.pop("weights", False):
+            model.model.item_embedding.weight.data[5, 0] += 1e-3
+        precision = change.pop("mixed_precision", "no")
+        return module.fingerprint(model, tokenizer, dataset, module.RecommendArguments(**change), precision)
+
+    assert fingerprint() == fingerprint() == fingerprint(max_tokens=5, output_dir="elsewhere")
+    assert fingerprint(**change) != fingerprint()
+
+
+def test_recommendations_of_yesterday_are_not_kept(run_example, trained, tmp_path):
+    """Another log under the same name, with the same users and history lengths, and the same output folder."""
+    log, folder = tmp_path / "log.csv", tmp_path / "out"
+    write_log(log, num_users=60, num_items=60)
+    run_example("recommend.py", *arguments(trained, log, folder))
+    frame = pl.read_csv(log)
+    frame.with_columns(item=pl.col("item").reverse()).write_csv(log)
+    error = run_example("recommend.py", *arguments(trained, log, folder), status=1, field="stderr")
+    assert "made with another model, log or setting; choose another folder, or remove it" in error
