@@ -52,7 +52,7 @@ from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.attention_blossomrec import BlossomAttention
-from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.data import TokenBudgetSampler, build_sequences
 from blossomrec_hf.ops_reference import power_law_distances
 
@@ -375,6 +375,7 @@ def plot(path: Path, figures: list[dict], contestants: list[Contestant], title: 
     figure.savefig(path, dpi=120)
 
 
+@exit_on_error()
 def main() -> None:
     names = [c.name for c in CONTESTANTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -416,8 +417,7 @@ def main() -> None:
         parser.error(f"--contestants has {', '.join(unknown)}; it may name {', '.join(names)}")
     contestants = [c for c in CONTESTANTS if c.name in asked]
     if args.baseline_module:
-        with ends_with_a_sentence(ValueError):
-            contestants.append(load_contestant(args.baseline_module))
+        contestants.append(load_contestant(args.baseline_module))
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     versions = {

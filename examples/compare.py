@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.training import paired_difference, per_user_metrics
 
 
@@ -42,6 +42,7 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], np
     return dict(sorted(ranks.items())), files[0]["users"]
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--reports", nargs="+", required=True, help="folders that evaluate.py wrote")
@@ -51,8 +52,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args()
-    with ends_with_a_sentence(ValueError):
-        ranks, users = read_ranks(args.reports)
+    ranks, users = read_ranks(args.reports)
     models = {side: fnmatch.filter(ranks[""], getattr(args, side)) for side in ("first", "second")}
     for side, names in models.items():
         if not names:

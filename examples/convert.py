@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence, load_checkpoint
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
 
 
@@ -43,10 +43,10 @@ class ConversionArguments:
             raise ValueError("Give either `checkpoint` (theirs, to ours) or `model` (ours, to theirs).")
 
 
+@exit_on_error()
 def main() -> None:
     parser = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter)
-    with ends_with_a_sentence(ValueError, OSError):
-        convert(*parser.parse_args_into_dataclasses())
+    convert(*parser.parse_args_into_dataclasses())
 
 
 def convert(args: ConversionArguments) -> None:

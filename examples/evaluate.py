@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import load_checkpoint
+from blossomrec_hf.command_line import exit_on_error, load_checkpoint
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (
     HeldOutItems,
@@ -33,7 +33,7 @@ from blossomrec_hf.training import (
     rank_by_scores,
     rank_held_out_items,
 )
-from blossomrec_hf.training.checkpoints import write_json
+from blossomrec_hf.utils.files import write_json
 
 
 @dataclass
@@ -62,6 +62,7 @@ class EvaluationArguments:
             raise ValueError("`models` must name at least one folder of a checkpoint.")
 
 
+@exit_on_error()
 def main() -> None:
     log_args, args = parse_arguments(LogArguments, EvaluationArguments, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
-from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from blossomrec_hf.export import export_onnx, export_program
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model, or a Hub id")

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import ends_with_a_sentence, load_checkpoint
+from blossomrec_hf.command_line import exit_on_error, load_checkpoint
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.training import (
@@ -107,6 +107,7 @@ class FineTuneArguments:
         return old if old.data is None or Path(old.data).exists() else None
 
 
+@exit_on_error()
 def main() -> None:
     log_args, args, training_args = parse_arguments(
         LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
@@ -154,15 +155,14 @@ def main() -> None:
         adapted = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_MODULES))  # fmt: skip
         model.get_input_embeddings().requires_grad_(True)
 
-    with ends_with_a_sentence(OSError):  # a Hub that does not let one push
-        trainer = SequentialRecommendationTrainer(
-            model,
-            training_args,
-            data_collator=RankingCollator(max_length=args.max_length),
-            train_dataset=train_view,
-            eval_dataset=split(dataset, "validation"),
-            processing_class=tokenizer,
-        )
+    trainer = SequentialRecommendationTrainer(
+        model,
+        training_args,
+        data_collator=RankingCollator(max_length=args.max_length),
+        train_dataset=train_view,
+        eval_dataset=split(dataset, "validation"),
+        processing_class=tokenizer,
+    )
     if trainer.is_world_process_zero():
         write_item_metadata(training_args.output_dir, titles)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -28,7 +28,7 @@ import numpy as np
 from serve import Store
 
 from blossomrec_hf import BlossomRecTokenizer
-from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 
 
 async def started(base: str, process: subprocess.Popen) -> None:
@@ -144,6 +144,7 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from blossomrec_hf.command_line import HelpFormatter
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.hub import model_card, write_card
 from blossomrec_hf.training import read_results
 
@@ -46,6 +46,7 @@ class CardArguments:
             raise ValueError("`results` needs `output`, the file of the card.")
 
 
+@exit_on_error()
 def main() -> None:
     parser = HfArgumentParser(CardArguments, description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from datasets import disable_progress_bars, load_from_disk
 
-from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
@@ -119,6 +119,7 @@ def build(args: argparse.Namespace, folder: Path) -> None:
     (folder / "README.md").write_text(dataset_card(folder), encoding="utf-8")
 
 
+@exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -128,20 +129,16 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bars()  # those of `datasets`; ours are silent by themselves
     recover_folder(args.output_dir)
     if args.output_dir.exists() and not args.overwrite:
-        raise SystemExit(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")
-    try:
-        with atomic_folder(args.output_dir) as folder:
-            build(args, folder)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")
+    with atomic_folder(args.output_dir) as folder:
+        build(args, folder)
 
     figures = write_report(args.report, args.output_dir) if args.report else describe(load_from_disk(args.output_dir))
     for name, value in summary(figures, FilterReport.load(args.output_dir)):
         print(f"{name}: {value}")
     print(f"Saved to {args.output_dir}" + (f", report in {args.report}" if args.report else ""))
     if args.push_to_hub:
-        with ends_with_a_sentence(ValueError, OSError):
-            print("Pushed to", push_dataset(args.output_dir, args.push_to_hub, private=not args.public))
+        print("Pushed to", push_dataset(args.output_dir, args.push_to_hub, private=not args.public))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from transformers import HfArgumentParser
 
-from blossomrec_hf.command_line import HelpFormatter, ends_with_a_sentence
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.hub import push_run
 
 
@@ -30,11 +30,11 @@ class PushArguments:
     commit_message: str = field(default="Upload a BlossomRec model", metadata={"help": "The title of the commit."})
 
 
+@exit_on_error()
 def main() -> None:
     parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
-    with ends_with_a_sentence(ValueError, OSError):
-        pushed = push_run(**asdict(args))
+    pushed = push_run(**asdict(args))
     print(pushed.pr_url or pushed.commit_url)
 
 

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from datasets import Dataset, disable_progress_bars
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import load_checkpoint
+from blossomrec_hf.command_line import exit_on_error, load_checkpoint
 from blossomrec_hf.training import LogArguments, parse_arguments
 from blossomrec_hf.training.histories import budget_batches
 from blossomrec_hf.training.progress import progress_bar
@@ -123,6 +123,7 @@ def fingerprint(
     return json.dumps({**settings, "mixed_precision": mixed_precision, **digests}).encode()
 
 
+@exit_on_error()
 def main() -> None:
     log_args, args = parse_arguments(LogArguments, RecommendArguments, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -45,7 +45,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from blossomrec_hf import BlossomRecCache, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import HelpFormatter, load_checkpoint
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -375,6 +375,7 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
     return app
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.command_line import ends_with_a_sentence
+from blossomrec_hf.command_line import exit_on_error
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import write_item_metadata
 from blossomrec_hf.hub import write_card, write_summary
@@ -102,6 +102,7 @@ class OutputArguments:
             raise ValueError(f"`eval_negatives` is {self.eval_negatives}; it must be 0 or more.")
 
 
+@exit_on_error()
 def main() -> None:
     log_args, model_args, args, output_args = parse_arguments(
         LogArguments, ModelArguments, LoopArguments, OutputArguments, description=__doc__, built_in=BUILT_IN
@@ -128,15 +129,14 @@ def main() -> None:
     test_view = split(dataset, "test", max_length=args.max_length)
     if output_args.eval_negatives:  # who has met every item is told now, not after the training
         HeldOutItems.from_rows(test_view).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
-    with ends_with_a_sentence(OSError):  # a Hub that does not let one push
-        loop = TrainingLoop(
-            model,
-            split(dataset, "train", max_length=args.max_length),
-            validation_view,
-            args=args,
-            tokenizer=tokenizer,
-            callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
-        )
+    loop = TrainingLoop(
+        model,
+        split(dataset, "train", max_length=args.max_length),
+        validation_view,
+        args=args,
+        tokenizer=tokenizer,
+        callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
+    )
     accelerator = loop.accelerator
     accelerator.print(
         f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights on {accelerator.device}"
@@ -174,8 +174,7 @@ def main() -> None:
     write_summary(args.output_dir, run)
     write_card(args.output_dir)
     if args.push_to_hub:
-        with ends_with_a_sentence(OSError):
-            print(f"\nPushed: {loop.push_to_hub().commit_url}")
+        print(f"\nPushed: {loop.push_to_hub().commit_url}")
 
 
 def print_figures(figures: dict[str, float], ks: list[int], num_negatives: int) -> None:

@@ -1,15 +1,17 @@
 """What is no checkpoint ends a command with one sentence, and at once."""
 
+import logging
+
 import pytest
 from checkpoint_cases import same_weights, small_model, small_tokenizer, told
 from huggingface_hub import constants
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import ends_with_a_sentence, load_checkpoint
+from blossomrec_hf.command_line import exit_on_error, load_checkpoint
 
 
 def refused(path, kind=BlossomRecForSequentialRecommendation, argument="model") -> str:
-    sentence = told(lambda: load_checkpoint(kind, str(path), argument), SystemExit)
+    sentence = told(lambda: load_checkpoint(kind, str(path), argument), ValueError)
     assert sentence.startswith(f"--{argument} is {path}, ") and len(sentence.splitlines()) == 1
     assert "examples/train.py" in sentence and "owner/name" in sentence
     return sentence
@@ -38,7 +40,7 @@ def test_folders_that_hold_no_checkpoint(local_hub, tmp_path):
     assert "no tokenizer.json" in refused(tmp_path, BlossomRecTokenizer)
     (tmp_path / "model.safetensors").unlink()
     assert "model.safetensors" in told(
-        lambda: load_checkpoint(BlossomRecForSequentialRecommendation, str(tmp_path)), SystemExit
+        lambda: load_checkpoint(BlossomRecForSequentialRecommendation, str(tmp_path)), OSError
     )
 
 
@@ -52,10 +54,35 @@ def test_the_hub_without_such_a_repository_or_out_of_reach(local_hub, monkeypatc
     assert "HF_HUB_OFFLINE" in refused("runs/typo")
 
 
-def test_only_what_was_named_ends_with_a_sentence():
-    with pytest.raises(SystemExit, match="a sentence"), ends_with_a_sentence(OSError):
-        raise PermissionError("a sentence")
-    with pytest.raises(ValueError), ends_with_a_sentence(OSError):
-        raise ValueError
-    with ends_with_a_sentence(OSError):
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("`k_core` is 0;\n  it must be at least 1."), "`k_core` is 0; it must be at least 1."),
+        (OSError(28, "No space left on device", "out/file"), "No space left on device: out/file."),
+        (ConnectionError("The Hub could not be reached."), "The Hub could not be reached."),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), "[enforce fail] . PytorchStream"),
+        (Exception("No space left on device (os error 28)"), "No space left on device (os error 28)"),
+        (ImportError("Writing ONNX needs `pip install blossomrec-hf[onnx]`."), "Writing ONNX needs"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_bad_input_ends_a_command_with_one_sentence_and_code_2(error, sentence, capsys, caplog):
+    caplog.set_level(logging.DEBUG, logger="blossomrec_hf.command_line")
+
+    @exit_on_error()
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert shown.startswith(sentence) and len(shown.splitlines()) == 1
+    assert "in command" in caplog.text  # the traceback, for whoever looks for it
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), exit_on_error():
+        raise RuntimeError("a bug")
+    with exit_on_error():
         pass

@@ -1,7 +1,9 @@
 """What the commands in `examples/` share: their help, and errors that end them with a sentence instead of a traceback."""
 
 import argparse
+import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,13 @@ from typing import Any
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+# Libraries have errors of their own for a disk that is full, with the words of the system in them; PyTorch has only this.
+_DISK_ERROR = re.compile("No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -22,31 +31,47 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 @contextmanager
-def ends_with_a_sentence(*errors: type[Exception]) -> Iterator[None]:
-    """Where one of `errors` is raised inside, the command ends with what it says, and status 1."""
+def exit_on_error() -> Iterator[None]:
+    """
+    Ends a command with exit code 2 and one sentence on stderr where bad input, a full disk or a missing package raises;
+    `@exit_on_error()` does so for a function. The traceback goes to the log at level DEBUG. Other errors pass.
+    """
     try:
         yield
-    except errors as error:
-        raise SystemExit(str(error)) from error
+    except Exception as error:
+        if not isinstance(error, _ERRORS) and not _DISK_ERROR.search(str(error)):
+            raise
+        logger.debug("The command ends because of this error:", exc_info=True)
+        print(_sentence(error), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror}{f': {error.filename}' if error.filename is not None else ''}."
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
     """
-    `kind.from_pretrained(path)`; where that is no checkpoint, the command ends with a sentence.
+    `kind.from_pretrained(path)`, after a look at whether `path` is a checkpoint at all.
 
     Args:
         kind: the class of the model or of the tokenizer.
         path: a folder, or the name of a repository of the Hub.
         argument: of the command line, which gave `path`.
+
+    Raises:
+        ValueError: if there is no checkpoint, or a damaged one.
+        OSError: if the Hub cannot be reached and the cache is incomplete.
     """
     problem = _what_is_wrong(path, ["tokenizer.json"] if issubclass(kind, PreTrainedTokenizerBase) else [])
     if problem is not None:
-        raise SystemExit(
+        raise ValueError(
             f"--{argument} is {path}, but {problem}; give the folder of a trained model, as examples/train.py writes "
             "it, or its name on the Hub (owner/name)."
         )
-    with ends_with_a_sentence(OSError):
-        return kind.from_pretrained(path)
+    return kind.from_pretrained(path)
 
 
 def _what_is_wrong(path: str, files: list[str]) -> str | None:

@@ -103,8 +103,9 @@ def test_the_command_builds_all(log, tmp_path, capsys):
     assert len(load_from_disk(out)) == 96 and len(BlossomRecTokenizer.from_pretrained(out)) > 2
     assert {"README.md", "filters.json"} <= {path.name for path in out.iterdir()}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-    with pytest.raises(SystemExit, match="pass --overwrite"):
+    with pytest.raises(SystemExit, match="2"):
         prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out)])
+    assert "pass --overwrite" in capsys.readouterr().err
     prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out), "--overwrite"])
     assert len(load_from_disk(out)) == 100
 
@@ -128,8 +129,9 @@ def test_the_command_splits(log, tmp_path, how):
     assert {path.name for path in tmp_path.iterdir()} == {"log.parquet", "out"}
 
 
-def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path):
+def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path, capsys):
     log.write_csv(tmp_path / "log.csv")
-    with pytest.raises(SystemExit, match="k-core 500, 500"):
+    with pytest.raises(SystemExit, match="2"):
         prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--k_core", "500"])
+    assert "k-core 500, 500" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]

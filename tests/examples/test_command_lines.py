@@ -44,6 +44,6 @@ def test_help_tells_each_argument_and_its_default(name, monkeypatch):
 )
 def test_a_model_that_is_not_there_is_told_in_one_sentence(run_example, tmp_path, monkeypatch, script, argument, more):
     monkeypatch.chdir(tmp_path)
-    error = run_example(script, argument, "nowhere", *more, status=1, field="stderr")
+    error = run_example(script, argument, "nowhere", *more, status=2, field="stderr")
     assert error.splitlines()[-1].startswith(f"{argument} is nowhere, ") and "Traceback" not in error
     assert not (tmp_path / "out").exists()

@@ -45,9 +45,9 @@ def test_train_pushes_at_the_end_and_asks_for_the_token_before(
 
     monkeypatch.delenv("HF_TOKEN")
     push = ("--folder", tmp_path / "run", "--repo_id", "ada/short")
-    error = run_example("push_to_hub.py", *push, status=1, field="stderr")
+    error = run_example("push_to_hub.py", *push, status=2, field="stderr")
     assert error.splitlines()[-1].startswith("Cannot push to ada/short: no valid token was found; ")
     assert "Traceback" not in error
-    error = run_example("train.py", *arguments, tmp_path / "again", status=1, field="stderr")
+    error = run_example("train.py", *arguments, tmp_path / "again", status=2, field="stderr")
     assert error.splitlines()[-1].startswith("Cannot push to ada/short: no valid token was found; ")
     assert "hf auth login" in error and "Traceback" not in error and not (tmp_path / "again").exists()

@@ -76,6 +76,6 @@ def test_bad_arguments_are_named(run_example, log_file, tmp_path):
         (("--config_overrides", misspelt), "objectiv"),
     ):
         run = ("train.py", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
-        error = run_example(*run, status=1, field="stderr")
+        error = run_example(*run, status=2, field="stderr")
         assert named in error.strip().splitlines()[-1]
         assert not (tmp_path / "run").exists()
