@@ -91,6 +91,27 @@ def test_lists_dictionaries_generators_and_batches(saved, batch_size):
     assert pipe([]) == []
 
 
+def test_candidates_and_exclusions_for_all_inputs(saved):
+    _, model, tokenizer = saved
+    candidates, exclude, own = draw(9), draw(3), draw(4)
+    pipe = pipeline("sequential-recommendation", model=model, tokenizer=tokenizer, top_k=6, exclude=exclude)
+    histories = [draw(12), draw(3)]
+
+    def wanted(history, candidates, exclude):
+        ids = {"candidate_ids": candidates and [tokenizer.encode_items(candidates)]}
+        return expected(model, tokenizer, history, top_k=6, exclude_ids=[tokenizer.encode_items(exclude)], **ids)
+
+    answers = [wanted(history, candidates, exclude) for history in histories]
+    assert [as_pairs(answer) for answer in pipe(histories, candidates=candidates)] == answers
+    inputs = [{"history": histories[0], "candidates": own, "exclude": own[:1]}, histories[1]]
+    answers = [wanted(histories[0], own, exclude + own[:1]), wanted(histories[1], candidates, exclude)]
+    assert [as_pairs(answer) for answer in pipe(inputs, candidates=candidates)] == answers
+    assert as_pairs(pipe(histories[0])) == wanted(histories[0], None, exclude)
+    for bad in ({"candidates": "item 1"}, {"exclude": 3}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}.*list of raw item ids"):
+            pipe(histories, **bad)
+
+
 def test_integer_ids_and_parameters():
     items = random.sample(range(10**6), 30)
     model, tokenizer = build(items)

@@ -98,6 +98,15 @@ def test_decode_takes_tensors_of_any_shape():
     assert tokenizer.decode_items(np.int64(3)) == "b"
 
 
+def test_no_recommendation_is_no_item():
+    tokenizer = BlossomRecTokenizer.from_items(["a", "b"])
+    assert tokenizer.decode_items(-1) is None
+    assert tokenizer.decode_items(torch.tensor([[3, -1], [-1, -1]])) == [["b", None], [None, None]]
+    for outside in (-2, 4):
+        with pytest.raises(ValueError, match=f"`ids` has {outside}; an id may be 0 to 3, or −1"):
+            tokenizer.decode_items([2, outside])
+
+
 def test_added_items_touch_nothing_old(tmp_path):
     tokenizer = BlossomRecTokenizer.from_items(["old", "xnew5y"])
     assert tokenizer.add_items(["new5", "old", "a b", "new5"]) == 2

@@ -1,6 +1,6 @@
 """`pipeline("sequential-recommendation")`: raw item ids in, raw item ids and scores out."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,7 @@ class SequentialRecommendationPipeline(Pipeline):
     recommender([12, 15, 3], top_k=5)  # one history: [{"item": 7, "score": 4.2}, …]
     recommender([[12, 15, 3], [8]], batch_size=32)  # several: a list of such lists
     recommender({"history": [12, 15, 3], "candidates": [7, 9], "exclude": [9]})
+    recommender([[12, 15, 3], [8]], candidates=[7, 9, 20], exclude=[9])  # the same for all inputs
     ```
 
     An input is a list of raw ids (of the tokenizer's `item_type`), the oldest first, or a dictionary with `history` and,
@@ -36,6 +37,8 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude_seen (`bool`, defaults to `True`): leave out the items of the history itself.
         min_score (`float`, *optional*): leave out items of a lower score.
         max_length (`int`, *optional*): the latest items of a history that the model reads.
+        candidates (`list`, *optional*): raw ids to choose from, for every input without `candidates` of its own.
+        exclude (`list`, *optional*): raw ids to leave out for every input, besides its own `exclude`.
 
     Raises:
         `ValueError`: for inputs of another form, ids of another type, a tokenizer of another size than the model's
@@ -68,9 +71,13 @@ class SequentialRecommendationPipeline(Pipeline):
         exclude_seen: bool | None = None,
         min_score: float | None = None,
         max_length: int | None = None,
+        candidates: Sequence | None = None,
+        exclude: Sequence | None = None,
     ) -> tuple[dict, dict, dict]:
+        chosen = {"candidates": candidates, "exclude": exclude}
         given = {"top_k": top_k, "exclude_seen": exclude_seen, "min_score": min_score, "max_length": max_length}
-        return {}, {name: value for name, value in given.items() if value is not None}, {}
+        chosen, given = ({name: x for name, x in values.items() if x is not None} for values in (chosen, given))
+        return chosen, given, {}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list | Iterator[list]:
         """One answer for one input, a list of answers for a list of inputs; see the class."""
@@ -108,10 +115,13 @@ class SequentialRecommendationPipeline(Pipeline):
     ) -> list[dict]:
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
 
-    def preprocess(self, inputs: list) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: list, candidates: Sequence | None = None, exclude: Sequence | None = None
+    ) -> dict[str, Any]:
         """Several inputs as padded tensors of vocabulary ids: `input_ids`, `exclude_ids`, `candidate_ids`, `chooses`."""
         columns: dict[str, list[list[int]]] = {name: [] for name in _INPUT_KEYS}
         chooses, unknown = [], 0
+        shared_exclude = self._encode("exclude", exclude)
         for entry in inputs:
             if not isinstance(entry, Mapping):
                 entry = {"history": entry}
@@ -120,12 +130,12 @@ class SequentialRecommendationPipeline(Pipeline):
                     f"`inputs` holds a dictionary with {', '.join(map(repr, entry))}; it may have 'history', which it "
                     "must, 'candidates' and 'exclude'."
                 )
+            if entry.get("candidates") is None:
+                entry = {**entry, "candidates": candidates}
             for name in _INPUT_KEYS:
-                items = entry.get(name)
-                if isinstance(items, str) or not (items is None or hasattr(items, "__len__")):
-                    raise ValueError(f"`{name}` is {items!r}; it must be a list of raw item ids.")
-                columns[name].append([] if items is None else self.tokenizer.encode_items(items))
-            chooses.append(entry.get("candidates") is not None)
+                columns[name].append(self._encode(name, entry.get(name)))
+            columns["exclude"][-1] += shared_exclude
+            chooses.append(entry["candidates"] is not None)
             unknown += columns["candidates"][-1].count(self.tokenizer.unk_token_id)
         if unknown:
             logger.warning(f"Dropped {unknown} unknown items from the candidates.")
@@ -139,6 +149,11 @@ class SequentialRecommendationPipeline(Pipeline):
             "candidate_ids": pad(columns["candidates"], -1),
             "chooses": torch.tensor(chooses),
         }
+
+    def _encode(self, name: str, items: Any) -> list[int]:
+        if isinstance(items, (str, Mapping)) or not (items is None or hasattr(items, "__len__")):
+            raise ValueError(f"`{name}` is {items!r}; it must be a list of raw item ids.")
+        return [] if items is None else self.tokenizer.encode_items(items)
 
     def _forward(self, encoded: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
         top_k = kwargs.setdefault("top_k", 10)

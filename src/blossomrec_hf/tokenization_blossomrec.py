@@ -112,13 +112,14 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
 
     def decode_items(self, ids: Any) -> list:
         """
-        Raw ids of vocabulary ids; `[PAD]`, `[UNK]` and other special tokens give `None`.
+        Raw ids of vocabulary ids; `[PAD]`, `[UNK]` and other special tokens give `None`, and so does −1, which
+        `recommend` returns where no candidate is left.
 
         Args:
             ids: one id, a sequence, an array or a tensor of any shape; nested input gives nested lists.
 
         Raises:
-            `ValueError`: an id outside 0 … `len(tokenizer) - 1`.
+            `ValueError`: an id outside −1 … `len(tokenizer) - 1`.
         """
         if self._items_by_id is None:
             items: list[int | str | None] = [None] * (max(self.get_vocab().values()) + 1)
@@ -129,9 +130,11 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
             self._items_by_id = items
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(ids, int):
-            if not 0 <= ids < len(self._items_by_id):
-                raise ValueError(f"ids holds {ids}; an id may be 0 to {len(self._items_by_id) - 1}.")
-            return self._items_by_id[ids]
+            if not -1 <= ids < len(self._items_by_id):
+                raise ValueError(
+                    f"`ids` has {ids}; an id may be 0 to {len(self._items_by_id) - 1}, or −1 for no recommendation."
+                )
+            return None if ids == -1 else self._items_by_id[ids]
         return [self.decode_items(index) for index in ids]
 
     def add_items(self, items: Iterable[int | str]) -> int:
