@@ -3,13 +3,17 @@
 import copy
 import random
 
+import hypothesis
 import pytest
 import torch
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.cache_blossomrec import _file_digest
 from blossomrec_hf.configuration_blossomrec import ATTENTION_TYPES
+from blossomrec_hf.modules_blossomrec import weights_fingerprint
 from blossomrec_hf.ops_reference import rotate
 from blossomrec_hf.ops_torch import TORCH_OPS
 
@@ -311,14 +315,14 @@ def test_save_and_load(held, tmp_path):
     cache.save(path)
     assert [x.name for x in tmp_path.iterdir()] == ["cache.safetensors"]
     assert path.stat().st_size < cache.nbytes
-    loaded = BlossomRecCache.load(path, model.config, max_length=70)
+    loaded = BlossomRecCache.load(path, model, max_length=70)
     assert loaded.capacity == 49
     torch.testing.assert_close(loaded.select([2]).last_hidden_state, cache.select([2]).last_hidden_state)
     with pytest.raises(ValueError, match="history 0"):
         _ = loaded.last_hidden_state
     assert_continues(model, loaded, rows)
     with pytest.raises(ValueError, match="max_length.*48.*49 events"):
-        BlossomRecCache.load(path, model.config, max_length=48)
+        BlossomRecCache.load(path, model, max_length=48)
 
 
 def test_a_file_that_does_not_fit_is_refused(held, tmp_path):
@@ -329,19 +333,163 @@ def test_a_file_that_does_not_fit_is_refused(held, tmp_path):
         attention_types="full", **{"rope_parameters": model.config.rope_parameters | {"rope_theta": 7.0}}
     )
     with pytest.raises(ValueError, match="num_hidden_layers` is 2 and 4") as error:
-        BlossomRecCache.load(path, other.config)
+        BlossomRecCache.load(path, other)
     assert "attention_types" in str(error.value) and "rope_parameters" in str(error.value)
     assert "vocab_size" not in str(error.value)
     with pytest.raises(ValueError, match="another configuration"):
         other(torch.tensor([[5]] * 4), past_key_values=cache)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cache.safetensors"):
-        BlossomRecCache.load(path, model.config)
+        BlossomRecCache.load(path, model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model.safetensors.*not written"):
-        BlossomRecCache.load(tmp_path / "model.safetensors", model.config)
+        BlossomRecCache.load(tmp_path / "model.safetensors", model)
     with pytest.raises(ValueError, match="nothing to save"):
         BlossomRecCache(model.config).save(path)
+
+
+def test_histories_of_other_weights_are_refused(held, tmp_path):
+    model, cache, rows = held
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    other = copy.deepcopy(model)
+    assert_continues(other, copy.deepcopy(cache), rows)
+    with torch.no_grad():
+        other.model.layers[1].up_proj.weight[3, 5] += 1e-4
+    event = torch.tensor([[5]] * 4)
+    refused = (
+        lambda: BlossomRecCache.load(path, other),
+        lambda: other(event, past_key_values=cache),
+        lambda: other.recommend(event, past_key_values=cache),
+        lambda: BlossomRecCache.cat([cache, append(other, None, rows)[0].cache]),
+    )
+    for action in refused:
+        with pytest.raises(ValueError, match="weights"):
+            action()
+    assert_continues(model, BlossomRecCache.load(path, model), rows)
+
+
+def test_a_training_step_ends_the_histories_of_a_cache(held):
+    model, cache, rows = held
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.train()(rows[0][None], labels=rows[0][None]).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="other weights.*anew"):
+        append(model.eval(), cache, [row[:1] for row in rows])
+
+
+def test_histories_outlive_a_vocabulary_that_grows(held, tmp_path):
+    model, cache, rows = held
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    model.resize_token_embeddings(70)
+    for kept in (cache, BlossomRecCache.load(path, model)):
+        append(model, kept, [torch.tensor([69])] * 4)
+        assert_continues(model, kept, [torch.cat([row, torch.tensor([69])]) for row in rows])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[69] += 1
+    with pytest.raises(ValueError, match="other weights"):
+        append(model, cache, rows)
+
+
+def test_a_fingerprint_does_not_depend_on_memory_dtype_or_inference_mode():
+    model = recommender(torch.float32).model
+    fingerprint = weights_fingerprint(model)
+    assert weights_fingerprint(copy.deepcopy(model)) == fingerprint
+    with torch.inference_mode():
+        assert weights_fingerprint(copy.deepcopy(model)) == fingerprint
+    assert weights_fingerprint(copy.deepcopy(model).bfloat16().float()) == weights_fingerprint(model.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    "zeroed states, wrong length, huge length, negative length, no states, cut states, nan, other items, "
+    "half the block keys, another dtype".split(", "),
+)
+def test_a_damaged_file_is_refused(held, tmp_path, damage):
+    """Even if what was changed fits in shape: a digest of all tensors is part of the file."""
+    model, cache, rows = held
+    path = tmp_path / "cache.safetensors"
+    cache.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    if damage == "zeroed states":
+        tensors["layers.1.states"].zero_()
+    elif damage.endswith("length"):
+        tensors["lengths"][1] = {"wrong": 5, "huge": 2**40, "negative": -1}[damage.split()[0]]
+    elif damage == "no states":
+        del tensors["layers.1.states"]
+    elif damage == "cut states":
+        tensors["layers.1.states"] = tensors["layers.1.states"][:, :, :-1].contiguous()
+    elif damage == "nan":
+        tensors["last_hidden_state"][0, 0] = torch.nan
+    elif damage == "other items":
+        tensors["item_ids"][0, 0] = 2 + tensors["item_ids"][0, 0] % 50
+    elif damage == "half the block keys":
+        tensors["layers.0.block_keys"] = tensors["layers.0.block_keys"][..., :1].contiguous()
+    else:
+        tensors["last_hidden_state"] = tensors["last_hidden_state"].float()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="cache.safetensors is damaged"):
+        BlossomRecCache.load(path, model)
+    if damage not in (
+        "no states",
+        "cut states",
+        "half the block keys",
+        "zeroed states",
+        "other items",
+        "wrong length",
+    ):
+        # Nor does a digest that fits help: a length of 2**40 is refused before anything of this size is made.
+        save_file(tensors, path, metadata | {"digest": _file_digest(tensors, metadata)})
+        with pytest.raises(ValueError, match="cache.safetensors is damaged"):
+            BlossomRecCache.load(path, model)
+
+
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=False,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(data=hypothesis.strategies.data())
+def test_no_damage_of_a_file_is_silent_or_a_foreign_error(saved_cache, data):
+    """Bytes changed, cut or inserted anywhere: a `ValueError` with one sentence, or the very cache that was saved."""
+    path, model, tensors, original = saved_cache
+    raw = bytearray(original)
+    header = int.from_bytes(raw[:8], "little") + 8
+    integers = hypothesis.strategies.integers
+    for _ in range(data.draw(integers(1, 3))):
+        place = data.draw(hypothesis.strategies.one_of(integers(0, header - 1), integers(0, len(raw) - 1)))
+        kind = data.draw(hypothesis.strategies.sampled_from(["change", "cut", "insert", "truncate"]))
+        if kind == "change":
+            raw[place % len(raw)] = data.draw(integers(0, 255))
+        elif kind == "insert":
+            raw[place:place] = data.draw(hypothesis.strategies.binary(min_size=1, max_size=9))
+        else:
+            del raw[place : place + data.draw(integers(1, 9)) if kind == "cut" else len(raw)]
+        if not raw:
+            break
+    path.write_bytes(raw)
+    try:
+        loaded = BlossomRecCache.load(path, model)
+    except ValueError as error:
+        assert type(error) is ValueError and path.name in str(error) or "configuration" in str(error)
+        return
+    torch.testing.assert_close(loaded._tensors(), tensors, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def saved_cache(tmp_path_factory):
+    """A file of a small cache, the model, the tensors that loading it gives, and its bytes."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model = recommender(torch.float32, attention_types=["blossom", "full"])
+    path = tmp_path_factory.mktemp("cache") / "cache.safetensors"
+    append(model, cache := BlossomRecCache(model.config), histories(12, 0, 3))
+    cache.save(path)
+    return path, model, BlossomRecCache.load(path, model)._tensors(), path.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -402,16 +550,13 @@ def test_what_fails_leaves_the_cache_as_it_was(held):
     fails(events, "attention_mask", attention_mask=torch.ones(4, 80))
     fails(events, "labels.*cache", labels=events)
 
-    class Broken(nn.Module):
-        def forward(self, x):
-            raise ValueError("broken on the way")
+    def broken(x):
+        raise ValueError("broken on the way")
 
-    for name in ("down_proj", "lm_head"):
-        module = model if name == "lm_head" else model.model.layers[2]
-        kept = getattr(module, name)
-        setattr(module, name, Broken())
+    for module in (model.model.layers[2].down_proj, model.lm_head):
+        module.forward = broken
         fails(events, "broken on the way")
-        setattr(module, name, kept)
+        del module.forward
     cache.max_length = 60
     fails(events, r"History 0.*80 events.*max_length=60.*latest items")
     cache.max_length = None

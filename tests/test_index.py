@@ -1,5 +1,8 @@
 """The index finds what an exact search finds, and is refused when it is another model's."""
 
+import copy
+import random
+
 import pytest
 import torch
 
@@ -91,6 +94,40 @@ def test_another_embedding_in_the_same_place_is_stale(model):
     index.check(weight)
     with pytest.raises(ValueError, match="stale"):
         index.check(torch.nn.Parameter(before + 1e-3))
+
+
+def test_another_index_of_equal_size_is_refused(model, tmp_path):
+    index = ItemIndex.build(model)
+    index.save(tmp_path / "this")
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.lm_head.weight)
+    ItemIndex.build(other).save(tmp_path / "other")
+    (tmp_path / "other" / INDEX_FILE).replace(tmp_path / "this" / INDEX_FILE)
+    with pytest.raises(ValueError, match="not saved together.*ItemIndex.build"):
+        ItemIndex.load(tmp_path / "this", model)
+    index.save(tmp_path / "this")
+    (tmp_path / "this" / INDEX_FILE).replace(tmp_path / "other" / INDEX_FILE)
+    (tmp_path / "this" / ABOUT_FILE).replace(tmp_path / "other" / ABOUT_FILE)
+    with pytest.raises(ValueError, match="stale"):
+        ItemIndex.load(tmp_path / "other", other)
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE, ABOUT_FILE])
+def test_damaged_files_are_refused(model, tmp_path, name):
+    ItemIndex.build(model, lists=20).save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    place = random.randrange(10, len(content) - 1)
+    for damaged in (content[:place], content[:place] + b"\xff\xfe\xfd" + content[place + 3 :], b"", b"[]", b"{}"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            ItemIndex.load(tmp_path, model)
+
+
+def test_an_embedding_made_in_inference_mode_has_an_index(model):
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+        index = ItemIndex.build(twin, lists=20, probes=20)
+        assert torch.equal(twin.recommend([[5, 6]], index=index).item_ids, model.recommend([[5, 6]]).item_ids)
 
 
 def test_bad_input_is_named(model, tmp_path):

@@ -1,6 +1,7 @@
 """`recommend` beside a twin that scores everything and sorts it with Python."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -212,11 +213,54 @@ def test_an_empty_history_gets_the_popular_items():
     assert model.recommend(torch.zeros(0, 3, dtype=torch.long), top_k=4).item_ids.shape == (0, 4)
 
 
-def test_evaluation_mode_and_back():
-    model = recommender(hidden_dropout_prob=0.9).train()
+def test_threads_share_a_model_in_training_mode(monkeypatch):
+    model = recommender(hidden_dropout_prob=0.9)
+    inputs = [histories(20, 3) for _ in range(8)]
+    expected = [model.recommend(rows) for rows in inputs]
+    model.train()
+
+    def recommend(i: int):
+        cache = BlossomRecCache(model.config) if i % 2 else None
+        return model.recommend(inputs[i % 8], past_key_values=cache)
+
+    def toggled(self, mode=True):
+        raise AssertionError("the mode of a module that other threads use is changed")
+
+    monkeypatch.setattr(torch.nn.Module, "train", toggled)
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(recommend, range(48))):
+            assert torch.equal(found.item_ids, expected[i % 8].item_ids)
+            torch.testing.assert_close(found.scores, expected[i % 8].scores)
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():  # and what is not inference has its dropout
+        x = torch.tensor(inputs[0][:1])
+        assert not torch.equal(model(x).logits, model(x).logits)
+
+
+def test_a_foreign_module_in_training_mode_is_refused_by_name():
+    model = recommender()
     x = histories(20)
-    assert torch.equal(model.recommend(x).scores, model.recommend(x).scores)
-    assert model.training and model.model.layers[0].training
+    expected = model.recommend(x).item_ids
+    model.model.embedding_norm = torch.nn.Sequential(model.model.embedding_norm, torch.nn.Dropout(0.5))
+    for mode in (True, False):  # or put into a model in evaluation mode
+        model.train(mode).model.embedding_norm[1].train()
+        for cache in (None, BlossomRecCache(model.config)):
+            with pytest.raises(ValueError, match=r"`model\.embedding_norm\.1` \(.*Dropout\).*model\.eval\(\)"):
+                model.recommend(x, past_key_values=cache)
+    with pytest.raises(ValueError, match="embedding_norm.1"):
+        model(torch.tensor(x), use_cache=True)
+    model.train().model.embedding_norm[1].eval()
+    assert torch.equal(model.recommend(x).item_ids, expected)
+
+
+def test_an_adapter_in_training_mode_is_refused_by_name():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(recommender(), config)
+    x = histories(20)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj` \(peft\..*evaluation mode"):
+        model.train().recommend(x)
+    assert torch.equal(model.eval().recommend(x).item_ids, model.recommend(x).item_ids)
 
 
 def test_nothing_left_is_said_in_the_ids():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .cache_blossomrec import BlossomRecCache, BlossomRecCacheLayer, roomy
+from .modules_blossomrec import WeightsFingerprint
 from .ops_reference import Selection, locate, rotate
 from .ops_torch import _gather, _in_slices, best_blocks, short_places
 from .ops_triton_append import attend_events, block_windows, store_events
@@ -32,7 +33,12 @@ class Append:
     """
 
     def __init__(
-        self, cache: BlossomRecCache, cu_seqlens: torch.Tensor, item_ids: torch.Tensor | None, num_tokens: int
+        self,
+        cache: BlossomRecCache,
+        cu_seqlens: torch.Tensor,
+        item_ids: torch.Tensor | None,
+        num_tokens: int,
+        weights: WeightsFingerprint,
     ) -> None:
         self.device = cu_seqlens.device
         self.offsets = cu_seqlens.cpu()
@@ -50,7 +56,7 @@ class Append:
             )
         else:
             lengths = cache.lengths
-        self.cache, self.config = cache, cache.config
+        self.cache, self.config, self.weights = cache, cache.config, weights
         self.lengths = lengths + counts
         self.max_seqlen = int(self.lengths.max()) if len(counts) else 0
         limit = cache.max_length
@@ -354,7 +360,7 @@ class Append:
             else:
                 last = torch.where((self.cu_seqlens.diff() > 0)[:, None], new, last)
                 last_length = torch.where(self.counts > 0, self.lengths, last_length)
-        cache.layers, cache.lengths = self.layers, self.lengths
+        cache.layers, cache.lengths, cache.weights = self.layers, self.lengths, self.weights
         cache._items, cache._last, cache._last_length = items, last, last_length
 
 

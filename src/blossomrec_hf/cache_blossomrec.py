@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import Cache
 
 from .configuration_blossomrec import BlossomRecConfig
 from .files_blossomrec import atomic_write
+from .modules_blossomrec import WeightsFingerprint, digest, weights_fingerprint
 
 
 # What a cached history depends on; a cache serves models that agree in these.
@@ -37,6 +39,9 @@ FINGERPRINT = (
     "short_term_block_size short_term_window power_law_base attention_bias rope_parameters max_position_embeddings "
     "layer_norm_eps"
 ).split()
+
+# Version of the files that `save` writes.
+FILE_VERSION = "2"
 
 # Room for events comes in multiples of this.
 ROOM = 64
@@ -80,7 +85,8 @@ class BlossomRecCache(Cache):
     - It works in evaluation mode and carries no gradients.
     - Events cannot be dropped from the *beginning* of a history: positions, windows and blocks are counted from there.
       Cut `item_ids` and begin a new cache.
-    - It belongs to the weights that filled it: begin a new one after training goes on.
+    - It belongs to the weights that filled it, and is refused by others: begin a new one after training goes on. The
+      vocabulary may grow.
 
     Args:
         config: the model's configuration.
@@ -88,6 +94,7 @@ class BlossomRecCache(Cache):
 
     Attributes:
         lengths (`torch.LongTensor` `[B]`): length of each history, on the CPU; `None` before the first append.
+        weights (`WeightsFingerprint`): fingerprint of the weights that filled it; `None` before the first append.
     """
 
     def __init__(self, config: BlossomRecConfig, *, max_length: int | None = None) -> None:
@@ -97,6 +104,7 @@ class BlossomRecCache(Cache):
         self.config = config
         self.max_length = max_length
         self.lengths: torch.Tensor | None = None
+        self.weights: WeightsFingerprint | None = None
         self._items: torch.Tensor | None = None  # [B, C] int32
         self._last: torch.Tensor | None = None  # [B, hidden_size]
         self._last_length: torch.Tensor | None = None  # [B]: how long each history was when `_last` was computed
@@ -204,6 +212,7 @@ class BlossomRecCache(Cache):
         out = BlossomRecCache(self.config, max_length=self.max_length)
         if self.lengths is None:
             return out
+        out.weights = self.weights
         index = torch.as_tensor(histories, dtype=torch.long).cpu().flatten()
         if len(index) and not -self.batch_size <= int(index.min()) <= int(index.max()) < self.batch_size:
             raise ValueError(f"`histories` is {index.tolist()}; the cache holds {self.batch_size} histories.")
@@ -229,7 +238,12 @@ class BlossomRecCache(Cache):
         first = caches[0]
         for cache in caches[1:]:
             first.check_config(cache.config)
+            if cache.weights != first.weights:
+                raise ValueError(
+                    "`caches` were filled by models of different weights, which no one model can continue."
+                )
         out = cls(first.config, max_length=first.max_length)
+        out.weights = first.weights
         out.lengths = torch.cat([cache.lengths for cache in caches])
         out._last_length = torch.cat([cache._last_length for cache in caches])
         out._last = torch.cat([cache._last for cache in caches])
@@ -253,7 +267,7 @@ class BlossomRecCache(Cache):
             raise
 
     def _take(self, other: "BlossomRecCache") -> None:
-        self.layers, self.lengths = other.layers, other.lengths
+        self.layers, self.lengths, self.weights = other.layers, other.lengths, other.weights
         self._items, self._last, self._last_length = other._items, other._last, other._last_length
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -316,8 +330,8 @@ class BlossomRecCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Writes the histories to a safetensors file (free room left out), with what of the configuration they depend on.
-        The file appears when it is complete.
+        Writes the histories to a safetensors file (free room left out), with what they depend on: the configuration
+        and a fingerprint of the weights. The file appears when it is complete.
 
         Raises:
             ValueError: before the first append, when there is nothing to save.
@@ -333,7 +347,9 @@ class BlossomRecCache(Cache):
                 cut[name] = tensor[:, :, :length].contiguous()
             elif name.endswith(".block_keys"):
                 cut[name] = tensor[:, :, : length // self.config.selection_block_size].contiguous()
-        metadata = {"format": "pt", "blossomrec_cache": "1", "config": json.dumps(_fingerprint(self.config))}
+        metadata = {"format": "pt", "blossomrec_cache": FILE_VERSION, "config": json.dumps(_fingerprint(self.config))}
+        metadata["weights"] = json.dumps(self.weights)
+        metadata["digest"] = _file_digest(cut, metadata)
         with atomic_write(path) as partial:
             save_file(cut, partial, metadata)
 
@@ -341,7 +357,7 @@ class BlossomRecCache(Cache):
     def load(
         cls,
         path: str | os.PathLike,
-        config: BlossomRecConfig,
+        model: nn.Module,
         *,
         device: torch.device | str = "cpu",
         max_length: int | None = None,
@@ -349,21 +365,23 @@ class BlossomRecCache(Cache):
         """
         Reads what `save` wrote.
 
+        Args:
+            model: the model that will continue the histories, on any device. Its weights must be those that filled the
+                cache; only its vocabulary may have grown.
+            device: device of the states.
+            max_length: as in the class.
+
         Raises:
-            ValueError: for a file that is no such cache or was cut, one of another configuration (the message says what
-                differs), and histories longer than `max_length`.
+            ValueError: for a file that is no such cache or is damaged, one of another configuration (the message says
+                what differs) or of other weights, and histories longer than `max_length`.
         """
-        out = cls(config, max_length=max_length)
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}.") from error
-        if metadata.get("blossomrec_cache") != "1":
-            raise ValueError(f"{path} was not written by `BlossomRecCache.save` of this version.")
-        out.check_config(json.loads(metadata["config"]))
-        out.lengths, out._last_length = tensors["lengths"].cpu(), tensors["last_length"].cpu()
+        while model.base_model is not model:  # below an adapter's wrapper, and a head
+            model = model.base_model
+        out = cls(model.config, max_length=max_length)
+        tensors, weights = out._read(path)
+        out.weights = weights
+        out.check_model(model)
+        out.lengths, out._last_length = tensors["lengths"], tensors["last_length"]
         if max_length is not None and out.get_seq_length() > max_length:
             raise ValueError(
                 f"`max_length` is {max_length}; {path} holds a history of {out.get_seq_length()} events. Load it "
@@ -372,7 +390,82 @@ class BlossomRecCache(Cache):
         out._items, out._last = tensors["item_ids"], tensors["last_hidden_state"]
         for i, layer in enumerate(out.layers):
             layer.states, layer.block_keys = tensors[f"layers.{i}.states"], tensors.get(f"layers.{i}.block_keys")
-        return out
+        return out.to(device)
+
+    def _read(self, path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], WeightsFingerprint]:
+        """The tensors of a file and the fingerprint of the weights that made them, both checked before they are used."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("blossomrec_cache") != FILE_VERSION:
+                    raise ValueError(f"{path} was not written by `BlossomRecCache.save` of this version.")
+                config = _from_json(metadata, "config", dict)
+                if config is not None:
+                    self.check_config(config)
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                sound = config is not None and shapes == self._file_shapes(shapes)
+                tensors = {name: file.get_tensor(name) for name in shapes} if sound else {}
+        except (SafetensorError, OverflowError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}.") from error
+        weights = _from_json(metadata, "weights", list)
+        sound = sound and weights is not None and len(weights) == len(WeightsFingerprint._fields)
+        if not sound or metadata.get("digest") != _file_digest(tensors, metadata) or not self._is_sound(tensors):
+            raise ValueError(
+                f"{path} is damaged: it does not hold what `BlossomRecCache.save` wrote; build the histories anew."
+            )
+        return tensors, WeightsFingerprint(*weights)
+
+    def _file_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the tensors of a file must have, given the number of histories and the longest length."""
+        config = self.config
+        batch, length, *_ = (*shapes.get("item_ids", ()), -1, -1)
+        groups, width = config.num_key_value_heads, config.head_dim
+        expected = {"lengths": (batch,), "last_length": (batch,), "item_ids": (batch, length)}
+        expected["last_hidden_state"] = (batch, config.hidden_size)
+        for i, attention_type in enumerate(config.attention_types):
+            expected[f"layers.{i}.states"] = (batch, groups, length, 2 * width)
+            if attention_type in ("blossom", "long_term"):
+                expected[f"layers.{i}.block_keys"] = (batch, groups, length // config.selection_block_size, width)
+        return expected
+
+    def _is_sound(self, tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether tensors of the right shapes have dtypes and values that a cache may have."""
+        tensors = dict(tensors)
+        lengths, last_length, items = (tensors.pop(name) for name in ("lengths", "last_length", "item_ids"))
+        if (lengths.dtype, last_length.dtype, items.dtype) != (torch.int64, torch.int64, torch.int32):
+            return False
+        longest = int(lengths.max()) if len(lengths) else 0
+        if longest != items.shape[1] or bool((lengths < 0).any()) or bool((last_length < 0).any()):
+            return False
+        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < self.config.vocab_size:
+            return False
+        dtype = tensors["layers.0.states"].dtype
+        wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else None
+        return wide is not None and all(
+            x.dtype == (dtype if name.endswith(".states") else wide) and bool(x.isfinite().all())
+            for name, x in tensors.items()
+        )
+
+    def check_model(self, model: nn.Module) -> WeightsFingerprint:
+        """
+        The fingerprint of a base model that is to continue these histories.
+
+        Raises:
+            ValueError: it has another configuration (the message says what differs) or other weights than the model
+                that filled the cache.
+        """
+        self.check_config(model.config)
+        weights = weights_fingerprint(model)
+        # The items that the model has learned of since then do not matter.
+        if self.weights not in (None, weights) and (
+            self.weights.num_items >= weights.num_items
+            or weights_fingerprint(model, self.weights.num_items) != self.weights
+        ):
+            raise ValueError(
+                "The cached histories were filled by a model of other weights; build them anew with this model, from "
+                "their items."
+            )
+        return weights
 
     def check_config(self, config: BlossomRecConfig | dict[str, Any]) -> None:
         """A `ValueError` that says what differs where `config` is not one that this cache can serve."""
@@ -389,6 +482,21 @@ class BlossomRecCache(Cache):
 
 def _fingerprint(config: BlossomRecConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in FINGERPRINT}
+
+
+def _from_json(metadata: dict[str, str], name: str, kind: type) -> Any:
+    """A value of the metadata of a file; `None` where it is missing or of another kind."""
+    try:
+        value = json.loads(metadata.get(name, "null"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def _file_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Digest of all that a file says of its histories."""
+    named = [(f"{name} {tensor.dtype}", tensor) for name, tensor in sorted(tensors.items())]
+    return digest([*named, *((name, metadata[name]) for name in ("config", "weights"))])
 
 
 def roomy(length: int, capacity: int, max_length: int | None) -> int:

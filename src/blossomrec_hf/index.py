@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .modules_blossomrec import digest, tensor_state
 from .utils.files import atomic_write, write_json
 
 
@@ -33,12 +34,6 @@ SAMPLE, KMEANS_STEPS = 40, 6  # items a list that centroids are learned from, an
 _SPECIAL = 2  # [PAD] and [UNK] are not in the index: its entry i is the item i + 2
 
 
-def embedding_fingerprint(weight: torch.Tensor) -> str:
-    """A digest of an embedding: of its values, its dtype and its shape."""
-    raw = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode() + raw.tobytes()).hexdigest()
-
-
 class ItemIndex:
     """
     The items of a model in lists around centroids (an inverted file), eight bits a number: a search compares with the
@@ -46,7 +41,7 @@ class ItemIndex:
 
     Args:
         index: a FAISS index of inner products, entry i for item i + 2.
-        fingerprint: `embedding_fingerprint` of the embedding it was built from.
+        fingerprint: digest of the item embedding it was built from.
         probes: lists read in a search; more find more and take longer.
     """
 
@@ -55,7 +50,7 @@ class ItemIndex:
             raise ValueError(f"`probes` is {probes}; it must be at least 1.")
         self.index, self.fingerprint = index, fingerprint
         self.probes = probes
-        self._checked: tuple[weakref.ref, int, int] | None = None
+        self._checked: tuple[weakref.ref, tuple[int, int]] | None = None
 
     @property
     def probes(self) -> int:
@@ -100,15 +95,16 @@ class ItemIndex:
         sample = torch.randperm(len(items), generator=generator)[: max(SAMPLE * lists, 1000)]
         index.train(items[sample].numpy())
         index.add(items.numpy())
-        return cls(index, embedding_fingerprint(weight), probes=probes)
+        return cls(index, _digest(weight), probes=probes)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `item_index.faiss` and `item_index.json` to a folder, whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"embedding": self.fingerprint, "probes": self.probes, "items": self.index.ntotal}
+        about = {"embedding": self.fingerprint, "probes": self.probes}
         with atomic_write(folder / INDEX_FILE) as partial:
             faiss.write_index(self.index, str(partial))
+            about["file"] = _file_digest(partial)
         write_json(folder / ABOUT_FILE, about)
 
     @classmethod
@@ -117,7 +113,8 @@ class ItemIndex:
         The index that was saved in a folder.
 
         Raises:
-            ValueError: it was built from other embeddings than those of `model`.
+            ValueError: it was built from other embeddings than those of `model`, or a file is damaged or not the one
+                that was saved with the other.
             FileNotFoundError: the folder has none.
             ImportError: FAISS is not installed.
         """
@@ -127,12 +124,18 @@ class ItemIndex:
             raise FileNotFoundError(
                 f"{folder} has no item index; make one with `ItemIndex.build(model).save(folder)`."
             )
-        about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-        index = cls(faiss.read_index(str(folder / INDEX_FILE)), about["embedding"], probes=about["probes"])
-        if index.index.ntotal != about["items"]:
+        try:
+            about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+            fingerprint, probes, digest_of_file = about["embedding"], about["probes"], about["file"]
+            sound = type(probes) is int and probes >= 1 and digest_of_file == _file_digest(folder / INDEX_FILE)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
             raise ValueError(
-                f"{folder / INDEX_FILE} has {index.index.ntotal} items, not the {about['items']} written."
+                f"{folder / INDEX_FILE} and {ABOUT_FILE} are damaged, or were not saved together; build the index again "
+                "with `ItemIndex.build(model).save(folder)`."
             )
+        index = cls(faiss.read_index(str(folder / INDEX_FILE)), fingerprint, probes=probes)
         index.check(model.get_output_embeddings().weight)
         return index
 
@@ -144,15 +147,15 @@ class ItemIndex:
             ValueError: it is not.
         """
         # A reference and not an id, which another model's embedding may get when this one is gone.
-        state = (weight._version, weight.data_ptr())
-        if self._checked is not None and self._checked[0]() is weight and self._checked[1:] == state:
+        state = tensor_state(weight)
+        if self._checked is not None and self._checked[0]() is weight and self._checked[1] == state:
             return
-        if embedding_fingerprint(weight) != self.fingerprint:
+        if _digest(weight) != self.fingerprint:
             raise ValueError(
                 "The index is stale: it was built from other item embeddings than the model has. Build it again "
                 "with `ItemIndex.build(model)`."
             )
-        self._checked = (weakref.ref(weight), *state)
+        self._checked = (weakref.ref(weight), state)
 
     def search(self, states: torch.Tensor, count: int) -> torch.Tensor:
         """
@@ -165,6 +168,15 @@ class ItemIndex:
         _, found = self.index.search(states.detach().float().cpu().numpy(), count)
         found = torch.from_numpy(found).to(states.device)
         return torch.where(found < 0, -1, found + _SPECIAL)
+
+
+def _digest(weight: torch.Tensor) -> str:
+    return digest([("items", weight)])
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_faiss() -> None:

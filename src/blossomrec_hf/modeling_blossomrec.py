@@ -20,6 +20,7 @@ from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
+from .modules_blossomrec import check_inference
 from .packing_blossomrec import PackedHistories, pack_histories
 from .recommendation_blossomrec import RecommendationMixin
 
@@ -103,6 +104,13 @@ class BlossomRecOutput(ModelOutput):
     past_key_values = property(lambda self: self.cache)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mode is an argument: inference does not change that of a module, which other threads may use."""
+
+    def forward(self, x: torch.Tensor, training: bool) -> torch.Tensor:
+        return nn.functional.dropout(x, self.p, training)
+
+
 class BlossomRecLayer(GradientCheckpointingLayer):
     """Attention and feed-forward, each with a residual connection and a layer norm after it."""
 
@@ -114,15 +122,15 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, keep: torch.Tensor | slice | None = None, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, training: bool, keep: torch.Tensor | slice | None = None, **kwargs):
         attended, *details = self.self_attn(hidden_states, keep=keep, **kwargs)
         if keep is not None:
             hidden_states = hidden_states[:, keep]
-        hidden_states = self.attention_norm(hidden_states + self.dropout(attended))
+        hidden_states = self.attention_norm(hidden_states + self.dropout(attended, training))
         fed = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-        return self.feed_forward_norm(hidden_states + self.dropout(fed)), *details
+        return self.feed_forward_norm(hidden_states + self.dropout(fed, training)), *details
 
 
 class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -185,7 +193,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         super().__init__(config)
         self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
         self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
@@ -230,6 +238,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         packed: PackedHistories | None = None,
         append: Append | None = None,
         last_only: bool = False,
+        training: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecModelOutput:
         """
@@ -252,6 +261,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             last_only: `last_hidden_state` is that of each history's last position alone, `[S, 1, hidden_size]` (of an
                 empty history, anything), and the last layer is spared the others but for their keys and values.
                 Without a cache, `output_hidden_states` and `output_selection`.
+            training: whether dropout is applied. Defaults to the model's mode. `recommend` passes `False`, so that
+                threads may share a model whatever its mode is.
 
         Raises:
             ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
@@ -274,10 +285,11 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             packed = pack_histories(
                 inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
             )
+        training = self.training if training is None else training
         cache = past_key_values if cache is None else cache
         own_append = append is None and (cache is not None or use_cache)
         if own_append:
-            append = self.begin_append(cache, packed, input_ids)
+            append = self.begin_append(cache, packed, input_ids, training=training)
         if append is not None and output_attentions:
             raise ValueError("`output_attentions=True` cannot be combined with a cache; `output_selection=True` can.")
         if last_only and (append is not None or output_hidden_states or output_selection):
@@ -293,7 +305,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
             inputs = packed.pack(inputs)
             hidden_states = self.item_embedding(inputs) if inputs_embeds is None else inputs
-            hidden_states = self.dropout(self.embedding_norm(hidden_states))[None]
+            hidden_states = self.dropout(self.embedding_norm(hidden_states), training)[None]
 
             position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
             states, attentions, selections = [], [], []
@@ -302,6 +314,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                     states.append(packed.unpack(hidden_states[0]))
                 hidden_states, selection, gates, probs = layer(
                     hidden_states,
+                    training=training,
                     keep=keep if layer is self.layers[-1] else None,
                     position_embeddings=position_embeddings,
                     cu_seqlens=packed.cu_seqlens,
@@ -328,7 +341,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         )
 
     def begin_append(
-        self, cache: BlossomRecCache | None, packed: PackedHistories, input_ids: torch.Tensor | None
+        self, cache: BlossomRecCache | None, packed: PackedHistories, input_ids: torch.Tensor | None, *, training: bool
     ) -> Append:
         """
         The new events `packed` on their way into `cache` (or a new one).
@@ -336,17 +349,18 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         Raises:
             ValueError: in training mode, and for a cache that does not fit the model or the events.
         """
-        if self.training:
+        if training:
             raise ValueError("A cache works in evaluation mode; call `model.eval()`, or leave out `past_key_values`.")
+        check_inference(self)
         cache = BlossomRecCache(self.config) if cache is None else cache
         if not isinstance(cache, BlossomRecCache):
             raise ValueError(
                 f"`past_key_values` is a {type(cache).__name__}; BlossomRec's histories need a `BlossomRecCache` (or "
                 "`use_cache=True` alone, which makes one)."
             )
-        cache.check_config(self.config)
+        weights = cache.check_model(self)
         items = None if input_ids is None else packed.pack(input_ids)
-        return Append(cache, packed.cu_seqlens, items, packed.position.shape[0])
+        return Append(cache, packed.cu_seqlens, items, packed.position.shape[0], weights)
 
 
 def _layer_selection(packed: PackedHistories, selection, gates) -> LayerSelection:
@@ -426,7 +440,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         )
         append = None
         if cache is not None or use_cache:
-            append = self.model.begin_append(cache, packed, input_ids)
+            append = self.model.begin_append(cache, packed, input_ids, training=self.training)
         outputs: BlossomRecModelOutput = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,

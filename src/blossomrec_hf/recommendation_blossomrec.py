@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
 from .loss_blossomrec import NUM_SPECIAL_IDS
+from .modules_blossomrec import check_inference
 
 
 logger = logging.get_logger(__name__)
@@ -266,8 +267,9 @@ class RecommendationMixin:
         index: Any | None = None,
     ) -> RecommendationOutput:
         """
-        The `top_k` best next items of each history, ties to the lower id. Always in evaluation mode, scored in float32
-        or better; [PAD] and [UNK] are never recommended.
+        The `top_k` best next items of each history, ties to the lower id. Scored in float32 or better; [PAD] and [UNK]
+        are never recommended. Dropout is never applied, and no module's mode is changed: threads may share a model,
+        even one in training mode.
 
         Args:
             input_ids: vocabulary ids, `[B, L]` padded on any side or lists of different lengths; [UNK] is dropped and
@@ -290,9 +292,10 @@ class RecommendationMixin:
             items of the training data (`item_counts`).
 
         Raises:
-            ValueError: for `top_k` outside the catalogue, ids outside the vocabulary, shapes that do not fit, and
-                scores that are not numbers.
+            ValueError: for `top_k` outside the catalogue, ids outside the vocabulary, shapes that do not fit, scores
+                that are not numbers, and a module in training mode that is not BlossomRec's own (that of an adapter).
         """
+        check_inference(self)
         vocab_size = self.config.vocab_size
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
             raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalogue.")
@@ -330,12 +333,9 @@ class RecommendationMixin:
             if past_key_values is None:
                 states, seen = self._last_states(input_ids, real, max_length), input_ids
             else:
-                training = self.training
-                self.eval()
-                try:
-                    self.base_model(input_ids, attention_mask=real, past_key_values=past_key_values, use_cache=True)
-                finally:
-                    self.train(training)
+                self.base_model(
+                    input_ids, attention_mask=real, past_key_values=past_key_values, use_cache=True, training=False
+                )
                 states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
                 empty = (past_key_values.lengths == 0).to(device)  # none where every row has new events
             # All ids were checked above: reading them now would wait for a GPU that is busy with the histories.
@@ -429,12 +429,5 @@ class RecommendationMixin:
         """The last hidden state of each row's last real position `[B, hidden_size]`; anything where there is none."""
         if max_length is not None:
             real = real & (real.flip(1).cumsum(1).flip(1) <= max_length)
-        training = self.training
-        if training:
-            self.eval()
-        try:
-            out = self.base_model(input_ids, attention_mask=real, last_only=True)
-        finally:
-            if training:
-                self.train()
+        out = self.base_model(input_ids, attention_mask=real, last_only=True, training=False)
         return out.last_hidden_state[:, 0]

@@ -1,0 +1,169 @@
+"""What inference asks of a model's modules: that none is in training mode, which weights it may read, and a fingerprint."""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# Files whose modules compute the same in both modes. The first is that of containers, which have no `forward`.
+_MODELESS = ("module", "linear", "sparse", "normalization", "container", "activation")
+_MODELESS = tuple(f"torch.nn.modules.{name}" for name in _MODELESS)
+_MODELESS += ("transformers.activations", "torch._dynamo.eval_frame")
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+_DIGEST_ELEMENTS = 2**24  # elements of a tensor that are copied to the CPU at a time
+
+
+@functools.cache
+def _ignores_training(kind: type) -> bool:
+    """Whether modules of a class compute the same in both modes, or (ours) are told which one to use by an argument."""
+    if kind in (nn.RReLU, nn.MultiheadAttention):
+        return False
+    file = kind.forward.__module__
+    return file in _MODELESS or file.rpartition(".")[0] == _PACKAGE or file.startswith("torch.ao.nn.")
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    """`list(module.modules())` in another order and a fraction of the time."""
+    found = [module]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+@torch.compiler.disable
+def check_inference(model: nn.Module) -> None:
+    """
+    Refuse a model with a module in training mode that is not BlossomRec's own, such as the dropout of an adapter.
+
+    Raises:
+        ValueError: names the module and its class.
+    """
+    if all(_ignores_training(type(module)) for module in _modules(model) if module.training):
+        return
+    for name, module in model.named_modules():
+        if module.training and not _ignores_training(type(module)):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(
+                f"`{name}` ({kind}) is in training mode, where it may compute something else than in evaluation mode; "
+                "call `model.eval()` before inference."
+            )
+
+
+class WeightsFingerprint(NamedTuple):
+    """
+    What identifies the weights that hidden states depend on.
+
+    Attributes:
+        layers: digest of all weights but the item embedding.
+        items: digest of the first `num_items` rows of the item embedding; those of later items may differ.
+        num_items: vocabulary size.
+    """
+
+    layers: str
+    items: str
+    num_items: int
+
+
+class _Weights(NamedTuple):
+    """The weights of a base model in one state, and the fingerprints made in it by `num_items`."""
+
+    ids: list[int]
+    plain: bool
+    state: list[tuple[int, int]]
+    fingerprints: dict[int, WeightsFingerprint]
+
+
+_WEIGHTS: WeakKeyDictionary = WeakKeyDictionary()  # of each base model
+
+
+@torch.compiler.disable
+def weights_fingerprint(model: nn.Module, num_items: int | None = None) -> WeightsFingerprint:
+    """
+    The fingerprint of a base model: of values and shapes, on any device; float16 and bfloat16 count as the same
+    values in float32. Computed anew if a weight was replaced or changed in place (but not through `.data`, of
+    which PyTorch keeps no record).
+
+    Args:
+        num_items: rows of the item embedding that are read. Defaults to all.
+    """
+    num_items = model.config.vocab_size if num_items is None else num_items
+    known, modules = _WEIGHTS.get(model), _modules(model)
+    tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+    ids = [id(x) for x in (*modules, *tensors)]
+    if known is not None and known.ids == ids:
+        plain = known.plain
+    else:
+        plain = all(type(x) in _PLAIN and not x.is_inference() for x in tensors)
+    state = [(x.data_ptr(), x._version) for x in tensors] if plain else [tensor_state(x) for x in tensors]
+    if known is None or known.ids != ids or known.state != state:
+        known = _WEIGHTS[model] = _Weights(ids, plain, state, {})
+    if num_items not in known.fingerprints:
+        known.fingerprints[num_items] = _fingerprint(model, num_items)
+    return known.fingerprints[num_items]
+
+
+def tensor_state(tensor: torch.Tensor) -> tuple[int, int]:
+    """Numbers that change if a tensor gets other memory or is changed in place."""
+    return tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
+    layers, items = [], []
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            value = _offloaded(model, name)
+        if name == "item_embedding.weight":
+            items.append((name, value[:num_items]))
+        elif name != "item_counts":
+            layers.append((name, value))
+    return WeightsFingerprint(digest(layers), digest(items), num_items)
+
+
+def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+    """A weight that `accelerate` has moved to the CPU or to disk."""
+    module, _, weight = name.rpartition(".")
+    for hook in _hooks(model.get_submodule(module)):
+        if getattr(hook, "weights_map", None) is not None:
+            return hook.weights_map[weight]
+    raise ValueError(f"`{name}` has no values (it is on the meta device); load the model's weights first.")
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The hooks of `accelerate` on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def digest(tensors: Iterable[tuple[str, Any]]) -> str:
+    """SHA-256 of named values: tensors (see `weights_fingerprint`), tuples of them, and anything with a `repr`."""
+    sha = hashlib.sha256()
+    for name, value in tensors:
+        _add(sha, name, value)
+    return sha.hexdigest()
+
+
+def _add(sha: Any, name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for i, part in enumerate(value):
+            _add(sha, f"{name}.{i}", part)
+    elif not isinstance(value, torch.Tensor):
+        sha.update(f"{name} {value!r}\n".encode())
+    elif type(value) not in _PLAIN and hasattr(value, "__tensor_flatten__"):
+        for part in value.__tensor_flatten__()[0]:  # a quantized tensor is made of plain ones
+            _add(sha, f"{name}.{part}", getattr(value, part))
+    else:
+        value = value.detach().dequantize() if value.is_quantized else value.detach()
+        half = value.dtype in (torch.float16, torch.bfloat16)
+        sha.update(f"{name} {tuple(value.shape)} {torch.float32 if half else value.dtype}\n".encode())
+        for part in value.flatten().split(_DIGEST_ELEMENTS):
+            part = part.float() if half else part
+            sha.update(part.cpu().contiguous().view(torch.uint8).numpy())
