@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from serve import Store
+from event_store import Store, first_read
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
@@ -101,7 +101,7 @@ class Load:
                 else:
                     complete = stored[: len(items)] == items and len(stored) <= len(items) + 1
                 known = (await http.post("/recommend", json={"user": user})).json()["length"]
-                wanted = len(stored) if len(stored) <= max_history else max_history
+                wanted = len(stored) - first_read(len(stored), max_history)
                 if not complete or known != wanted:
                     lost.append(f"{user}: {len(items)} acknowledged, {len(stored)} stored, {known} known")
         return lost
@@ -125,7 +125,7 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
         seconds = await load.run(process)
         process = subprocess.Popen(command)
         await started(base, process)
-        lost = await load.missing(Store(path), args.max_history)
+        lost = await load.missing(Store(path, read_only=True), args.max_history)
     finally:
         process.kill()
         process.wait()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.clean_env
 HISTORIES = [[100 + (7 * i) % 30 for i in range(60)], [104, 139, 100]]
-VERSIONS = ("5.17.0", "5.23.0")
+VERSIONS = ("5.10.1", "5.24.0")
 
 # What a stranger types. Only `transformers`, `torch` and `safetensors` are there.
 SCRIPT = """

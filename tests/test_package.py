@@ -1,0 +1,34 @@
+"""What an index page and another project's type checker see of the package."""
+
+import re
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def test_the_versions_that_were_tested_are_allowed_and_the_next_ones_are_not():
+    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, PROJECT["dependencies"])}
+    for name, allowed, refused in (
+        ("torch", ("2.11.0", "2.13.0", "2.14.1"), ("2.10.0", "2.15.0")),
+        ("transformers", ("5.10.1", "5.16.1", "5.24.0"), ("5.9.0", "6.0.0")),
+    ):
+        assert all(version in ranges[name] for version in allowed), name
+        assert not any(version in ranges[name] for version in refused), name
+
+
+def test_the_package_is_typed():
+    assert files("blossomrec_hf").joinpath("py.typed").is_file()
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+
+
+def test_links_work_on_an_index_page():
+    text = (REPOSITORY / PROJECT["readme"]).read_text()
+    links = [*re.findall(r"\]\(([^)\s]*)", text), *re.findall(r"(?:href|src)=[\"']([^\"']*)", text)]
+    for link in [*links, *PROJECT["urls"].values()]:
+        assert link.startswith("https://"), f"{link} is relative: an index page cannot resolve it"
