@@ -12,7 +12,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -318,13 +317,13 @@ def test_too_many_waiting_and_a_dead_worker(service, model):
 
     def slow(jobs):
         held.set()
-        hold.wait(10)
+        hold.wait(60)
         answer(jobs)
 
     client.recommender._answer = slow
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, client, history=[100])
-        held.wait(10)
+        held.wait(60)
         second = pool.submit(ask, client, history=[100])
         while client.recommender.waiting.empty():
             pass
@@ -391,16 +390,16 @@ def test_closing_answers_what_waits_and_empties_the_write_ahead_log(model, tmp_p
     store = serve.Store(tmp_path / "events.db")
     recommender = serve.Recommender(model, BlossomRecTokenizer.from_items(ITEMS), store, max_waiting=4)
     recommender.thread.start()
-    go_on, answer = threading.Event(), recommender._answer
+    begun, go_on, answer = threading.Event(), threading.Event(), recommender._answer
 
     def slow(jobs):
-        go_on.wait(10)
+        begun.set()
+        go_on.wait(60)
         answer(jobs)
 
     recommender._answer = slow
     futures = [recommender.submit(serve.Query(user="anna", events=[100]))]
-    while not recommender.waiting.empty():
-        time.sleep(0.01)
+    assert begun.wait(60)
     futures += [recommender.submit(serve.Query(user="anna", events=[item])) for item in (110, 120, 130, 140)]
     assert futures[3].cancel()  # a request that was given up before its turn
     closing = threading.Thread(target=recommender.close)
