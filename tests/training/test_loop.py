@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from blossomrec_hf.data import split
 from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate, train
 from blossomrec_hf.training import loop as loop_module
+from blossomrec_hf.training.arguments import COMPILE_STEPS
 
 
 def arguments(tmp_path, **changes):
@@ -318,6 +319,30 @@ def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path):
         loop.run()
     assert [path.name for path in loop.output_dir.glob("checkpoint-*")] == ["checkpoint-5"]
     assert make_loop(log, tmp_path, save_steps=4, resume=True).run().epochs == 3
+
+
+def test_long_runs_are_compiled_where_they_are_captured(log, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(dynamic) or model)
+    monkeypatch.setattr(TrainingLoop, "_can_be_graphed", lambda self: self.args.cuda_graphs)
+    make_loop(log, tmp_path, max_steps=COMPILE_STEPS - 1)
+    make_loop(log, tmp_path, max_steps=COMPILE_STEPS, cuda_graphs=False)
+    make_loop(log, tmp_path, max_steps=COMPILE_STEPS, torch_compile=False)
+    assert not compiled
+    make_loop(log, tmp_path, max_steps=COMPILE_STEPS)
+    make_loop(log, tmp_path, max_steps=1, torch_compile=True, cuda_graphs=False)
+    assert compiled == [False, True]  # captured batches have one shape
+
+
+def test_a_run_that_is_resumed_under_another_setting_says_that_it_is_not_equal_to_the_last_bit(
+    log, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    make_loop(log, tmp_path, max_steps=2).run()
+    make_loop(log, tmp_path, max_steps=2, resume=True).run()
+    assert "last bit" not in caplog.text
+    make_loop(log, tmp_path, max_steps=2, resume=True, torch_compile=True).run()
+    assert "(compiled: False there, True now)" in caplog.text and "not equal to the last bit" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,15 @@ class RunFolder:
             may differ.
 
     Attributes:
+        execution: how steps are executed. It may change between a run and its resumption, which then is not equal to the
+            uninterrupted run to the last bit.
         best_in_checkpoint: the best step that the last checkpoint knows of; its model must stay as long as a run may
             go on from there.
     """
 
     def __init__(self, path: Path, accelerator: Accelerator, description: dict[str, dict[str, Any]]):
         self.path, self.accelerator, self.description = path, accelerator, description
+        self.execution: dict[str, Any] = {}
         self.best_in_checkpoint = 0
 
     def start(self, *, resume: bool) -> bool:
@@ -105,6 +108,7 @@ class RunFolder:
             saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             if resume:
                 self._refuse_another_run(folder, saved)
+                self._report_another_execution(folder, saved)
                 accelerator.load_state(folder)
                 logger.info("Resumed from %s.", folder)
                 return True
@@ -128,7 +132,7 @@ class RunFolder:
             with quiet_libraries():
                 self.accelerator.save_state(folder)
             if self.accelerator.is_main_process:
-                write_json(folder / RUN_FILE, {**self.description, "finished": finished})
+                write_json(folder / RUN_FILE, {**self.description, "execution": self.execution, "finished": finished})
         self.best_in_checkpoint = best_step
         if self.accelerator.is_main_process:
             keep_only(self.path, "checkpoint", step)
@@ -138,6 +142,21 @@ class RunFolder:
         """Removes all best models but that of `step` and the one that the last checkpoint knows of."""
         if self.accelerator.is_main_process:
             keep_only(self.path, "best", step, self.best_in_checkpoint)
+
+    def _report_another_execution(self, folder: Path, saved: dict[str, Any]) -> None:
+        before = saved.get("execution", {})
+        changes = [
+            f"{name}: {before[name]} there, {now} now"
+            for name, now in self.execution.items()
+            if before.get(name, now) != now
+        ]
+        if changes:
+            logger.warning(
+                "%s was written under another setting (%s): the weights will be close to those of the uninterrupted run, "
+                "but not equal to the last bit.",
+                folder,
+                "; ".join(changes),
+            )
 
     def _refuse_another_run(self, folder: Path, saved: dict[str, Any]) -> None:
         differences = [

@@ -35,7 +35,7 @@ from ..checkpoint_blossomrec import ensure_repo
 from ..data import TokenBudgetSampler
 from ..hub import push_run
 from ..loss_blossomrec import MAX_LOGITS
-from .arguments import LoopArguments
+from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
@@ -249,8 +249,6 @@ class TrainingLoop:
         set_seed(args.seed, device_specific=True)
         model.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, args))
-        if args.torch_compile:
-            model.compile(dynamic=True)
         self.scheduler = get_scheduler(
             args.lr_scheduler_type,
             self.optimizer.optimizer,
@@ -274,8 +272,15 @@ class TrainingLoop:
                 )
             self.average = WeightAverage(self._parameters, args.ema_decay)
             self.accelerator.register_for_checkpointing(self.average)
+        graphed = self._can_be_graphed()
+        compiled = args.torch_compile
+        if compiled is None:
+            compiled = graphed and self.total_steps() >= COMPILE_STEPS
+        # Batches of a captured step have one shape, others any.
+        self._step_model = torch.compile(self.model, dynamic=not graphed) if compiled else self.model
+        self._folder.execution = {"compiled": compiled, "CUDA graphs": graphed}
         self._graphed = None
-        if self._can_be_graphed():
+        if graphed:
             longest = int(self.histories.lengths.max())
             self._graphed = GraphedPass(
                 self._forward_backward, self._parameters, max_tokens=args.tokens_per_step, max_length=longest
@@ -294,7 +299,7 @@ class TrainingLoop:
         config = self.bare_model.config
         logits = args.tokens_per_step * config.vocab_size if config.objective == "cross_entropy" else 0
         short = logits <= MAX_LOGITS["cuda"]
-        return args.cuda_graphs and alone and on_gpu and short and not args.torch_compile
+        return args.cuda_graphs and alone and on_gpu and short
 
     # -- the plan ----------------------------------------------------------------------------------
 
@@ -396,7 +401,7 @@ class TrainingLoop:
         self.state.step_in_epoch += 1
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        loss = self.model(**batch).loss
+        loss = self._step_model(**batch).loss
         # Each loss is already a share of the whole, so the division by processes (and by what accumulation steps the
         # accelerator knows of) is undone.
         self.accelerator.backward(
