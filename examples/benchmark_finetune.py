@@ -67,8 +67,8 @@ def user_ndcg(folder: Path, log: Path, max_length: int) -> dict[str, np.ndarray]
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     dataset, _ = build_sequences(log, tokenizer=tokenizer)
     held_out = HeldOutItems.from_rows(split(dataset, "test"), max_length=max_length)
-    figures = rank_held_out_items(model, held_out, progress=False).per_user_metrics(ks=(10,))
-    return {name: figures[name] for name in ("ndcg@10", "ndcg@10_unseen")}
+    figures = rank_held_out_items(model, held_out, progress=False).per_user_metrics(ks=(10,), all_and_unseen=True)
+    return {name: figures[name] for name in ("ndcg@10_all", "ndcg@10_unseen")}
 
 
 def main() -> None:

@@ -19,8 +19,11 @@ from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.training import paired_difference, per_user_metrics
 
 
-def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
-    """The ranks of all users' items, by suffix and name of the model, and the user of each item."""
+COMMON = ("users", "user_ids", "repeated", "exclude_seen")  # what the reports of one comparison share
+
+
+def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The ranks of all users' items by suffix and name of the model, and what the reports share."""
     files = []
     for folder in folders:
         path = Path(folder) / "ranks.npz"
@@ -28,18 +31,25 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], np
             raise ValueError(f"`reports`: {folder} has no ranks.npz; examples/evaluate.py writes it.")
         with np.load(path) as file:
             files.append({name: file[name] for name in file.files})
-        if not all(np.array_equal(files[0][name], files[-1][name]) for name in ("users", "user_ids")):
+        if missing := set(COMMON) - files[-1].keys():
+            raise ValueError(f"`reports`: {path} lacks {', '.join(sorted(missing))}; run examples/evaluate.py again.")
+        if not all(np.array_equal(files[0][name], files[-1][name]) for name in COMMON[:3]):
             raise ValueError(f"`reports`: {folder} is of other users than {folders[0]}; they cannot be paired.")
+        if files[0]["exclude_seen"] != files[-1]["exclude_seen"]:
+            raise ValueError(
+                f"`reports`: of {folder} and {folders[0]}, one excludes seen items and one does not; run "
+                "examples/evaluate.py with the same --exclude_seen."
+            )
     ranks: dict[str, dict[str, np.ndarray]] = {}
     for folder, file in zip(folders, files):
-        for name in file.keys() - {"users", "user_ids"}:
-            model, suffix = re.fullmatch(r"(.*?)(_unseen|_uni\d+|)", name).groups()
+        for name in file.keys() - set(COMMON):
+            model, suffix = re.fullmatch(r"(.*?)(_all|_unseen|_uni\d+|)", name).groups()
             model, suffix = (model, suffix) if model in file else (name, "")  # a folder may be called so
             known = ranks.setdefault(suffix, {})
             if model in known and not np.array_equal(known[model], file[name]):
                 raise ValueError(f"`reports`: {folder} has other ranks of {model} than a report before it.")
             known[model] = file[name]
-    return dict(sorted(ranks.items())), files[0]["users"]
+    return dict(sorted(ranks.items())), {name: files[0][name] for name in COMMON}
 
 
 @exit_on_error()
@@ -52,26 +62,32 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     args = parser.parse_args()
-    ranks, users = read_ranks(args.reports)
+    ranks, common = read_ranks(args.reports)
     models = {side: fnmatch.filter(ranks[""], getattr(args, side)) for side in ("first", "second")}
     for side, names in models.items():
         if not names:
             parser.error(f"--{side} is {getattr(args, side)}; the reports are of {', '.join(ranks[''])}")
         print(f"{side}: {', '.join(names)}")
     print("\n| | first | second | difference ± its standard error |\n|---|---|---|---|")
-    for suffix, by_model in ranks.items():
-        if not by_model.keys() >= {*models["first"], *models["second"]}:
-            continue  # drawn items of some alone
+    kinds = [(suffix, suffix, slice(None)) for suffix in ranks]
+    if not common["exclude_seen"]:
+        kinds += [("", "_repeated", common["repeated"]), ("", "_new", ~common["repeated"])]
+    for suffix, shown, targets in kinds:
+        by_model, (_, users) = ranks[suffix], np.unique(common["users"][targets], return_inverse=True)
+        if len(users) == 0 or not by_model.keys() >= {*models["first"], *models["second"]}:
+            continue  # no such target, or drawn items of some alone
         for name in (f"recall@{args.k}", f"ndcg@{args.k}"):
             sides = [
-                np.stack([per_user_metrics(by_model[model], ks=[args.k], users=users)[name] for model in names])
+                np.stack(
+                    [per_user_metrics(by_model[model][targets], ks=[args.k], users=users)[name] for model in names]
+                )
                 for names in models.values()
             ]
             means = [values.mean(1) for values in sides]  # of each model
             spread = [f" ± {np.std(mean, ddof=1):.4f}" if len(mean) > 1 else "" for mean in means]
             better, error = paired_difference(*sides, samples=args.samples, seed=args.seed)
             cells = [f"{mean.mean():.4f}{more}" for mean, more in zip(means, spread)]
-            print(f"| {name}{suffix} | {' | '.join(cells)} | {better:+.4f} ± {error:.4f} |")
+            print(f"| {name}{shown} | {' | '.join(cells)} | {better:+.4f} ± {error:.4f} |")
 
 
 if __name__ == "__main__":

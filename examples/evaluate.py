@@ -1,15 +1,19 @@
 """
-Evaluates checkpoints on a log, beside the most popular items and the items that follow the last one.
+Evaluates checkpoints on a log, next to rules without a model.
 
     python examples/evaluate.py --models runs/ml-1m --data ml-1m/interactions.txt --max_length 1000
     accelerate launch examples/evaluate.py --models runs/a runs/b --data log.csv --part validation --output_dir reports
 
-Every item is ranked for every user; `_unseen` figures leave out what a user has met, `_uni100` ones rank against 100
-drawn items as RecBole does. Writes `evaluation.json` (figures with bootstrap intervals, by history length, coverage,
+Every item is ranked for every user. Where at most 1 % of the test targets already occur in their user's history, seen
+items are excluded from the ranking; elsewhere nothing is, and repeated and new targets are also reported apart. The
+`_uni100` figures rank against 100 drawn items as RecBole does. Next to the models: the most popular items, overall and
+of the 7 days before the user's latest event (if the log has times), the user's most frequent items, and the items that
+follow the last one. Writes `evaluation.json` (figures with bootstrap intervals, by history length, coverage,
 popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's item, for paired comparisons later).
 """
 
 import logging
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +30,8 @@ from blossomrec_hf.training import (
     LastItemNeighbours,
     LogArguments,
     PopularityScores,
+    RecentPopularity,
+    UserFrequentItems,
     describe_environment,
     describe_evaluation,
     markdown_table,
@@ -51,6 +57,16 @@ class EvaluationArguments:
     )
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
     num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Exclude seen items from the ranking, or not; left out, as the models recommend, or as the log's share "
+            "of repeated targets suggests if they do not know it."
+        },
+    )
+    all_and_unseen: bool = field(
+        default=False, metadata={"help": "Also report the figures with nothing excluded and with seen items excluded."}
+    )
     samples: int = field(default=1000, metadata={"help": "Bootstrap samples."})
     seed: int = field(default=0, metadata={"help": "Seed of the drawn items and of the bootstrap."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the reports go."})
@@ -81,20 +97,39 @@ def main() -> None:
             held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
             counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
+            ranking["exclude_seen"] = args.exclude_seen
+        if ranking["exclude_seen"] is None and model.config.repeat_share is None:
+            model.config.repeat_share = log_args.repeat_share(dataset)
         tokenizers.append(tokenizer)
         ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
+    if len(protocols := {of_model.exclude_seen for of_model in ranks.values()}) > 1:
+        raise ValueError(
+            "`models`: some exclude seen items and some do not; `--exclude_seen` decides for all of them."
+        )
+    (ranking["exclude_seen"],) = protocols
     training = HistoryStore.from_rows(split(dataset, "train"))
-    for name, scores in (
-        ("most popular", PopularityScores(counts, device=accelerator.device)),
-        ("after the last item", LastItemNeighbours(training, held_out, counts, device=accelerator.device)),
-    ):
+    device = {"device": accelerator.device}
+    baselines = {"most popular": PopularityScores(counts, **device)}
+    baselines["user's most frequent"] = UserFrequentItems(held_out, counts, **device)
+    baselines["after the last item"] = LastItemNeighbours(training, held_out, counts, **device)
+    if "timestamps" in dataset.column_names:
+        baselines["popular in the last 7 days"] = RecentPopularity(dataset, args.part, held_out, counts, **device)
+    else:
+        logging.warning("The log has no times: no figures of the items that were popular in the last 7 days.")
+    for name, scores in baselines.items():
         ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)
     if not accelerator.is_main_process:
         return
 
     for name, of_name in ranks.items():
         reports[name] = describe_evaluation(
-            of_name, held_out, item_counts=counts, ks=args.ks, samples=args.samples, seed=args.seed
+            of_name,
+            held_out,
+            item_counts=counts,
+            ks=args.ks,
+            all_and_unseen=args.all_and_unseen,
+            samples=args.samples,
+            seed=args.seed,
         )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,18 +139,24 @@ def main() -> None:
         folder / "ranks.npz",
         user_ids=np.array(held_out.user_ids),
         users=held_out.target_users,
+        repeated=held_out.repeated,
+        exclude_seen=ranking["exclude_seen"],
         **{
             f"{name}{suffix}": values
             for name, of_name in ranks.items()
-            for suffix, values in of_name.by_suffix().items()
+            for suffix, values in of_name.by_suffix(all_and_unseen=args.all_and_unseen).items()
         },
     )
     k = 10 if 10 in args.ks else max(args.ks)
-    suffixes = next(iter(ranks.values())).by_suffix()
-    names = [f"{figure}@{k}{suffix}" for suffix in suffixes for figure in ("recall", "ndcg")]
+    names = [name for name in next(iter(reports.values()))["metrics"] if re.match(rf"(recall|ndcg)@{k}(_|$)", name)]
     table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
     (folder / "evaluation.md").write_text(table + "\n", encoding="utf-8")
-    print(f"{len(held_out)} users, {len(counts) - 2} items; ± is half a 95% interval over users\n\n{table}")
+    masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
+    print(
+        f"{len(held_out)} users, {len(counts) - 2} items; {held_out.repeat_share:.1%} of the held-out items already ",
+        end="",
+    )
+    print(f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ def main() -> None:
             print(f"{num_added} new items; the catalogue now holds {len(tokenizer) - 2}.")
         dataset, _ = log_args.build(tokenizer)
         model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+    if model.config.repeat_share is None:
+        model.config.repeat_share = log_args.repeat_share(dataset)
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
     train_view = split(dataset, "train")
     if (old_log := args.old_log()) is not None:

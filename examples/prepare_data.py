@@ -116,6 +116,9 @@ def build(args: argparse.Namespace, folder: Path) -> None:
             for file in folder.iterdir():
                 if file.suffix != ".arrow" and not (split / file.name).exists():
                     shutil.copy(file, split)
+            report = FilterReport.load(split)
+            report.measure_repeats(dataset)
+            report.save(split)
     (folder / "README.md").write_text(dataset_card(folder), encoding="utf-8")
 
 

@@ -41,7 +41,13 @@ class RecommendArguments:
     )
     output_dir: str = field(default="recommendations", metadata={"help": "Where the shards go."})
     top_k: int = field(default=10, metadata={"help": "Items a user."})
-    include_seen: bool = field(default=False, metadata={"help": "Recommend items of the history, too."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Exclude the items of the history, or not; left out, what suits the log of the model's training: not "
+            "where its users repeat items."
+        },
+    )
     max_length: int = field(default=1000, metadata={"help": "The latest items of a history that the model reads."})
     max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
     max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
@@ -76,9 +82,7 @@ def recommend_shard(
         users = order[part]
         batch = [torch.from_numpy(items[offsets[user] : offsets[user + 1]].astype(np.int64)) for user in users]
         with accelerator.autocast():
-            out = model.recommend(
-                batch, top_k=args.top_k, exclude_seen=not args.include_seen, max_length=args.max_length
-            )
+            out = model.recommend(batch, top_k=args.top_k, exclude_seen=args.exclude_seen, max_length=args.max_length)
         item_ids[users], scores[users] = out.item_ids.cpu().numpy(), out.scores.float().cpu().numpy()
     found = item_ids >= 0
     ends = pa.array(np.append(0, found.sum(1).cumsum()), pa.int32())

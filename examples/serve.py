@@ -65,7 +65,11 @@ class Query(BaseModel):
     user: str | None = Field(None, min_length=1, max_length=256)
     events: list[Item] = Field([], description="raw ids of the user's new items, the latest last; all are stored")
     top_k: int = Field(10, ge=1)
-    exclude_seen: bool = Field(True, description="leave out the items of the history (the part that the model reads)")
+    exclude_seen: bool | None = Field(
+        None,
+        description="exclude the items of the history (the part that the model reads), or not; by default, what suits the "
+        "log of the model's training: not where its users repeat items",
+    )
     exclude: list[Item] = Field([], description="more items to leave out")
     candidates: list[Item] | None = Field(None, description="items to choose from; all where there are none")
 
@@ -316,7 +320,9 @@ class Recommender:
             chosen = [i for i, job in enumerate(jobs) if (job.candidates is not None) == with_candidates]
             if not chosen:
                 continue
-            seen = [caches[i].item_ids[0].tolist() if jobs[i].query.exclude_seen else [] for i in chosen]
+            asked = [jobs[i].query.exclude_seen for i in chosen]
+            exclude_seen = [self.model.config.exclude_seen if value is None else value for value in asked]
+            seen = [caches[i].item_ids[0].tolist() if exclude else [] for i, exclude in zip(chosen, exclude_seen)]
             out = self.model.recommend_from_states(
                 torch.cat([caches[i].last_hidden_state for i in chosen]),
                 [row + jobs[i].exclude for row, i in zip(seen, chosen)],

@@ -10,6 +10,7 @@ All options: `python examples/train.py --help`.
 
 import json
 import logging
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 
@@ -86,6 +87,10 @@ class OutputArguments:
     """What to show and to keep of the results."""
 
     eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    all_and_unseen: bool = field(
+        default=False,
+        metadata={"help": "Also report the test figures with nothing excluded and with seen items excluded."},
+    )
     eval_negatives: int = field(
         default=0, metadata={"help": "Also rank test items beside so many drawn ones, as others do (100); 0: no."}
     )
@@ -121,6 +126,7 @@ def main() -> None:
     attn_implementation = settings.pop("attn_implementation")
     settings |= {"attention_types": types[0] if len(types) == 1 else types}
     settings |= json.loads(settings.pop("config_overrides"))
+    settings.setdefault("repeat_share", log_args.repeat_share(dataset))
     config = BlossomRecConfig(vocab_size=len(tokenizer), **settings)
     model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
@@ -152,6 +158,7 @@ def main() -> None:
         ks=output_args.eval_ks,
         max_tokens=args.eval_tokens,
         num_negatives=output_args.eval_negatives,
+        all_and_unseen=output_args.all_and_unseen,
         accelerator=accelerator,
     )
     if not accelerator.is_main_process:
@@ -159,15 +166,19 @@ def main() -> None:
 
     print(f"\n{result.epochs} epochs in {result.seconds:.0f} s; the best was epoch {result.best_epoch}, ", end="")
     print(f"validation {args.metric_for_best_model} {result.best_metric:.4f}. Saved in {args.output_dir}.")
-    print_figures(figures, output_args.eval_ks, output_args.eval_negatives)
+    print(f"{config.repeat_share:.1%} of the test targets already occur in their user's history: ", end="")
+    print(f"{'seen items are' if config.exclude_seen else 'nothing is'} excluded from the ranking.")
+    print_figures(figures, output_args.eval_ks, exclude_seen=config.exclude_seen)
     # The saved model, because a sharded one answers only when all processes ask.
     model = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
-    print_recommendations(model, tokenizer, test_view[0])
+    print_recommendations(model, tokenizer, test_view[0], args.max_length)
 
     configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
-    if output_args.eval_negatives:
-        configuration["eval_negatives"] = output_args.eval_negatives
+    for name in ("eval_negatives", "all_and_unseen"):
+        if value := getattr(output_args, name):
+            configuration[name] = value
     run = {"seed": configuration.pop("seed"), "configuration": configuration, "test": figures}
+    run |= {"repeat_share": config.repeat_share, "exclude_seen": config.exclude_seen}
     run |= {"training": asdict(result), **describe_environment()}
     if output_args.results_json is not None:
         append_result(output_args.results_json, **run)
@@ -177,25 +188,26 @@ def main() -> None:
         print(f"\nPushed: {loop.push_to_hub().commit_url}")
 
 
-def print_figures(figures: dict[str, float], ks: list[int], num_negatives: int) -> None:
-    """The test figures as a table, over all items, those that a user has not seen, and drawn ones."""
+def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
+    """The test figures as a table: of the protocol, of repeated and of new targets, and what else was asked for."""
     print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
-    kinds = {"": "all items", "_unseen": "unseen items"}
-    if num_negatives:
-        kinds[f"_uni{num_negatives}"] = f"{num_negatives} drawn"
-    for suffix, kind in kinds.items():
+    kinds = {"": "unseen items" if exclude_seen else "all items", "_repeated": "repeated", "_new": "new"}
+    kinds |= {"_all": "all items", "_unseen": "unseen items"}
+    for suffix in dict.fromkeys(re.fullmatch(r"\w+@\d+(.*)", name)[1] for name in figures):
+        kind = kinds.get(suffix) or f"{suffix.removeprefix('_uni')} drawn"
         for name in ("recall", "ndcg", "mrr"):
             row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
             print(f"{name + ', ' + kind:<24}{row}")
 
 
-def print_recommendations(model, tokenizer, row: dict) -> None:
-    """Ten items that one user has not met, not even before the history that the model reads."""
-    new_items = torch.tensor(sorted(set(range(2, len(tokenizer))) - set(row["seen_ids"])), device=model.device)
-    history = torch.tensor([row["input_ids"]], device=model.device)
-    recommended = model.recommend(history, top_k=min(10, len(new_items)), candidate_ids=new_items)
+def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
+    """Ten items for one user; where users do not repeat items, none of the whole history."""
+    history = torch.tensor([row["seen_ids"]], device=model.device)
+    recommended = model.recommend(history, top_k=min(10, len(tokenizer) - 2), max_length=max_length)
+    found = recommended.item_ids[0] >= 0
+    items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
     print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")
-    for item, score in zip(tokenizer.decode_items(recommended.item_ids[0]), recommended.scores[0].tolist()):
+    for item, score in zip(items, scores):
         print(f"{item!s:>12} {score:8.3f}")
 
 

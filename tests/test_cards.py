@@ -24,10 +24,11 @@ MAKE = """python examples/model_card.py --results model_cards/{name}.json --data
 
 
 def run(seed=1, *, types=("blossom",), ndcg=0.2, **configuration):
-    figures = {f"{name}@10{suffix}": ndcg for name in ("recall", "ndcg") for suffix in ("", "_unseen")}
+    figures = {f"{name}@10{suffix}": ndcg for name in ("recall", "ndcg") for suffix in ("", "_all")}
     configuration = {"data": "logs/ring.csv", "attention_types": list(types), "max_length": 50, **configuration}
     training = {"seconds": 12.0, "epochs": 3}
-    return {"configuration": configuration, "seed": seed, "test": figures, "training": training, "device": "a machine"}
+    run = {"configuration": configuration, "seed": seed, "test": figures, "exclude_seen": True}
+    return {**run, "training": training, "device": "a machine"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,7 +45,7 @@ def test_every_figure_of_the_committed_card_is_in_its_results(name, groups):
     card = ModelCard.load(CARDS / f"{name}.md")
     assert metadata_errors(str(card), "model") == []
     assert card.data.model_name == name
-    suffixes = {"items already seen masked": "_unseen", "nothing masked": "", "100 items drawn": "_uni100"}
+    suffixes = {"items already seen masked": "", "nothing masked": "_all", "100 items drawn": "_uni100"}
     seen = set()
     for result in card.data.eval_results:
         suffix = next(suffix for words, suffix in suffixes.items() if words in result.dataset_args["protocol"])
@@ -82,6 +83,15 @@ def test_seeds_are_joined_and_baselines_stand_apart():
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
+def test_where_users_repeat_items_nothing_is_masked_and_repeats_stand_apart():
+    figures = {f"{name}@10{suffix}": 0.25 for name in ("recall", "ndcg") for suffix in ("", "_repeated", "_new")}
+    repeats = {**run(), "test": figures, "exclude_seen": False, "repeat_share": 0.67}
+    text = model_card(repeats, name="shop").text
+    assert "| Recall@10, nothing masked | NDCG@10, nothing masked | Recall@10, repeated targets |" in text
+    assert "67.0% of the test items already occur in their user's history" in text and "seen items masked" not in text
+    assert "cannot show both" in told(lambda: model_card([run(), repeats], name="shop"), ValueError)
+
+
 def test_layers_of_several_kinds_are_told_in_their_order():
     (group,) = group_runs([run(types=["short_term", "short_term", "blossom", "blossom", "short_term"])])
     assert group.label == "2 × short_term, then 2 × blossom, then 1 × short_term"
@@ -96,7 +106,8 @@ def test_the_command_names_what_differs_from_the_defaults():
 
 
 def test_what_is_not_known_is_not_said(tmp_path):
-    bare = {"configuration": {"data": None, "attention_types": ["blossom"]}, "seed": 1, "test": run()["test"]}
+    bare = {name: run()[name] for name in ("seed", "test", "exclude_seen")}
+    bare["configuration"] = {"data": None, "attention_types": ["blossom"]}
     text = model_card(bare, name="x").text
     assert "Made with" not in text and "on a machine" not in text and "built-in generated log" in text
     assert "recall@20" in told(lambda: model_card(bare, name="x", k=20), ValueError)

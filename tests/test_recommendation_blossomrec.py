@@ -304,3 +304,20 @@ def test_scores_that_are_not_numbers_are_an_error(broken):
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         recommender().recommend(**({"input_ids": [[5, 6]]} | arguments))
+
+
+def test_seen_items_are_excluded_by_default_unless_users_repeat_items(tmp_path):
+    """What the model knows of its log decides, and travels with it."""
+    rows = torch.tensor(histories(20, 20))
+    for share, excluded in ((None, True), (0.0, True), (0.01, True), (0.011, False), (0.67, False)):
+        recommender(repeat_share=share).save_pretrained(tmp_path)
+        model = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
+        assert model.config.repeat_share == share and model.config.exclude_seen is excluded
+        everything = model.recommend(rows, top_k=58).item_ids
+        for row, best in zip(rows.tolist(), everything.tolist()):
+            assert set(best) & set(row) == (set() if excluded else set(row))
+        assert torch.equal(everything, model.recommend(rows, top_k=58, exclude_seen=excluded).item_ids)
+        cached = model.recommend(rows, top_k=58, past_key_values=BlossomRecCache(model.config)).item_ids
+        assert torch.equal(everything.sort().values, cached.sort().values)
+    with pytest.raises(ValueError, match="`repeat_share` is 1.5"):
+        recommender(repeat_share=1.5)

@@ -176,7 +176,7 @@ def _some(words: list[str]) -> str:
     return ", ".join(word if len(word) <= 40 else f"{word[:40]}…" for word in words[:10]) + more
 
 
-def answer(served: Served, text: str | None, exclude_seen: bool = True) -> tuple[str, str]:
+def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -> tuple[str, str]:
     """The page's answer to a history, as HTML: notices and recommendations, and what they rest on."""
     history, notices = read_history(served, text or "")
     top_k = min(TOP_K, served.model.config.vocab_size - 2)
@@ -233,7 +233,9 @@ def build_page(served: Served) -> gr.Blocks:
                     max_lines=6,
                     elem_id="history",
                 )
-                exclude_seen = gr.Checkbox(True, label="Leave out what is in the history already")
+                exclude_seen = gr.Checkbox(
+                    served.model.config.exclude_seen, label="Leave out what is in the history already"
+                )
                 run = gr.Button("Recommend", variant="primary", elem_id="run")
                 best = gr.HTML(elem_id="best", elem_classes="answer", apply_default_css=False)
             with gr.Column(scale=3, min_width=320):

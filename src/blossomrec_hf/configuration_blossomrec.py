@@ -13,6 +13,7 @@ OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "liger")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+MAX_REPEAT_SHARE = 0.01  # up to here, seen items are excluded by default
 
 
 class BlossomRecConfig(PreTrainedConfig):
@@ -59,6 +60,9 @@ class BlossomRecConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of the initial weights.
         layer_norm_eps (`float`): epsilon of the layer norms.
         tie_word_embeddings (`bool`): whether the logits use the item embedding.
+        repeat_share (`float`, *optional*): the share of the test items of the training log that already occur in their
+            user's history. Up to 0.01, `recommend`, evaluation and early stopping exclude seen items by default; above,
+            they exclude nothing. `None` means not measured: `recommend` excludes seen items, evaluation measures.
         blossomrec_version (`str`, *optional*): the version of this package that saved the configuration; one that a
             newer version saved is refused, because it may mean something else.
 
@@ -101,6 +105,7 @@ class BlossomRecConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     tie_word_embeddings: bool = True
+    repeat_share: float | None = None
     blossomrec_version: str | None = None
     pad_token_id: int | None = 0
     unk_token_id: int | None = 1
@@ -132,6 +137,11 @@ class BlossomRecConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def exclude_seen(self) -> bool:
+        """Whether items of the history are excluded from recommendations by default, see `repeat_share`."""
+        return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE
 
     def _check(self) -> None:
         for name in (
@@ -176,6 +186,8 @@ class BlossomRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"`importance_threshold` is {self.importance_threshold!r}; a probability, it must lie in [0, 1)."
             )
+        if self.repeat_share is not None and not 0 <= self.repeat_share <= 1:
+            raise ValueError(f"`repeat_share` is {self.repeat_share!r}; it must lie in [0, 1], or be None.")
         if not 0 <= self.hidden_dropout_prob < 1:
             raise ValueError(f"`hidden_dropout_prob` is {self.hidden_dropout_prob!r}; it must lie in [0, 1).")
         if len(self.gate_initial_bias) != 2:

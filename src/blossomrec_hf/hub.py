@@ -112,10 +112,20 @@ PICTURES = {
     "1, 2–3, 4–7 … blocks), the entropy of the importance, and the norm of the gradient.",
 }
 
+# By the suffix of the figures; what "" stands for depends on the log, see `RunGroup.protocols`.
 _PROTOCOLS = {
     "_unseen": "leave-one-out, all items ranked, items already seen masked",
-    "": "leave-one-out, all items ranked, nothing masked",
+    "_all": "leave-one-out, all items ranked, nothing masked",
+    "_repeated": "leave-one-out, all items ranked, nothing masked, targets that repeat an item of the history",
+    "_new": "leave-one-out, all items ranked, nothing masked, targets that are new to the history",
     "_uni100": "leave-one-out, 100 items drawn uniformly ranked beside the right one",
+}
+_HEADS = {
+    "_unseen": "seen items masked",
+    "_all": "nothing masked",
+    "_repeated": "repeated targets",
+    "_new": "new targets",
+    "_uni100": "100 drawn items",
 }
 _MODEL_ARGUMENTS = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size hidden_dropout_prob".split()
 # The order of a command; what comes later in a configuration follows as it is.
@@ -180,6 +190,12 @@ class RunGroup:
     @property
     def part(self) -> str:
         return "test" if "test" in self.runs[0] else "validation"
+
+    @property
+    def suffixes(self) -> dict[str, str]:
+        """The kinds of figures that a card shows, as keys of `_PROTOCOLS`, and the suffix of each in the results."""
+        own, other = ("_unseen", "_all") if self.runs[0]["exclude_seen"] else ("_all", "_unseen")
+        return {own: "", **{kind: kind for kind in ("_repeated", "_new", other, "_uni100")}}
 
     def get(self, name: str) -> Any:
         """A setting of the runs."""
@@ -257,7 +273,14 @@ def model_card(
     groups = group_runs([results] if isinstance(results, Mapping) else results)
     if not groups:
         raise ValueError("`results` holds no run; give a file that `examples/train.py --results_json` wrote.")
-    suffixes = [suffix for suffix in _PROTOCOLS if all(group.values(f"recall@{k}{suffix}") for group in groups)]
+    suffixes = groups[0].suffixes
+    if len({run["exclude_seen"] for group in groups for run in group.runs}) > 1:
+        raise ValueError("`results`: some runs exclude seen items and some do not; one card cannot show both.")
+    suffixes = {
+        kind: suffix
+        for kind, suffix in suffixes.items()
+        if all(group.values(f"recall@{k}{suffix}") for group in groups)
+    }
     if not suffixes:
         raise ValueError(f"`results` holds no recall@{k} for all of its runs; `k` must be one of their cut-offs.")
     if dataset_name is None:
@@ -318,9 +341,9 @@ def _what_it_is(groups: Sequence[RunGroup]) -> str:
     )
 
 
-def _eval_results(group: RunGroup, dataset_name: str, suffixes: Sequence[str], k: int) -> list[EvalResult]:
+def _eval_results(group: RunGroup, dataset_name: str, suffixes: Mapping[str, str], k: int) -> list[EvalResult]:
     results = []
-    for suffix in suffixes:
+    for kind, suffix in suffixes.items():
         for metric in ("recall", "ndcg"):
             values = group.values(f"{metric}@{k}{suffix}")
             shown = {"recall": "Recall", "ndcg": "NDCG"}[metric]
@@ -331,10 +354,10 @@ def _eval_results(group: RunGroup, dataset_name: str, suffixes: Sequence[str], k
                     dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset_name.lower()).strip("-"),
                     dataset_name=dataset_name,
                     # Results of one data set that differ in what is ranked, or in the history read, stand apart.
-                    dataset_config=f"{_PROTOCOLS[suffix]}; {group.long_label}",
+                    dataset_config=f"{_PROTOCOLS[kind]}; {group.long_label}",
                     dataset_split=group.part,
                     dataset_args={
-                        "protocol": _PROTOCOLS[suffix],
+                        "protocol": _PROTOCOLS[kind],
                         "max_length": group.get("max_length"),
                         "attention": group.label,
                         "seeds": [run["seed"] for run in group.runs],
@@ -348,9 +371,8 @@ def _eval_results(group: RunGroup, dataset_name: str, suffixes: Sequence[str], k
     return results
 
 
-def _results_table(groups: Sequence[RunGroup], suffixes: Sequence[str], k: int) -> list[str]:
-    heads = {"_unseen": "seen items masked", "": "nothing masked", "_uni100": "100 drawn items"}
-    columns = [(f"{metric}@{k}{suffix}", f"{shown}@{k}, {heads[suffix]}") for suffix in suffixes
+def _results_table(groups: Sequence[RunGroup], suffixes: Mapping[str, str], k: int) -> list[str]:
+    columns = [(f"{metric}@{k}{suffix}", f"{shown}@{k}, {_HEADS[kind]}") for kind, suffix in suffixes.items()
                for metric, shown in (("recall", "Recall"), ("ndcg", "NDCG"))]  # fmt: skip
     varying = groups[0].varying
     header = [
@@ -381,6 +403,9 @@ def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Seque
     text += ". "
     if "_unseen" in suffixes:
         text += "Masked means that items of the user's history are not ranked. "
+    shares = dict.fromkeys(run["repeat_share"] for group in groups for run in group.runs if "repeat_share" in run)
+    if shares:
+        text += f"{', '.join(f'{share:.1%}' for share in shares)} of the test items already occur in their user's history. "
     if "_uni100" in suffixes and not any(group.get("eval_negatives") for group in groups):
         text += (
             "The figures beside drawn items are those of `examples/evaluate.py` for the models that the runs saved. "
@@ -466,8 +491,9 @@ def write_summary(folder: str | Path, run: Mapping[str, Any]) -> Path:
     the log, only the name of its file is kept.
 
     Args:
-        run: `configuration`, `seed`, `test` or `validation` (the figures) and, if known, `training`, `versions`, `device`,
-            `commit` and `command`, as in a results file of `examples/train.py`.
+        run: `configuration`, `seed`, `test` or `validation` (the figures), `exclude_seen` (whether the figures without a
+            suffix exclude seen items) and, if known, `repeat_share`, `training`, `versions`, `device`, `commit` and
+            `command`, as in a results file of `examples/train.py`.
     """
     configuration = dict(run["configuration"])
     for name in ("data", "titles"):

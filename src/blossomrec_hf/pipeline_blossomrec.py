@@ -34,7 +34,8 @@ class SequentialRecommendationPipeline(Pipeline):
 
     Args:
         top_k (`int`, defaults to 10): length of the answer; it is shorter where fewer items are left.
-        exclude_seen (`bool`, defaults to `True`): leave out the items of the history itself.
+        exclude_seen (`bool`, *optional*): whether to exclude the items of the history itself; by default, as in `recommend`:
+            yes, unless users of the training log repeat items (`config.repeat_share` above 0.01).
         min_score (`float`, *optional*): leave out items of a lower score.
         max_length (`int`, *optional*): the latest items of a history that the model reads.
         candidates (`list`, *optional*): raw ids to choose from, for every input without `candidates` of its own.

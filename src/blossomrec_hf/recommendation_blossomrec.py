@@ -258,7 +258,7 @@ class RecommendationMixin:
         attention_mask: torch.Tensor | None = None,
         *,
         top_k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         exclude_ids: torch.LongTensor | Sequence | None = None,
         candidate_ids: torch.LongTensor | Sequence | None = None,
         min_score: float | None = None,
@@ -275,7 +275,9 @@ class RecommendationMixin:
             input_ids: vocabulary ids, `[B, L]` padded on any side or lists of different lengths; [UNK] is dropped and
                 counted. Raw ids go through `pipeline("sequential-recommendation")`.
             attention_mask: `[B, L]`, 0 at padding. Where it is missing, [PAD] ids are padding.
-            exclude_seen: leave out the items of the history itself.
+            exclude_seen: whether to exclude the items of the history itself. `None` means what suits the log that the
+                model was trained on: not where users repeat items (`config.repeat_share` above 0.01), else yes. So it is
+                yes for a model whose `repeat_share` is not known.
             exclude_ids: more items to leave out, `[E]` for all histories, or `[B, E]` padded with −1 or lists of
                 different lengths for each.
             candidate_ids: items to choose from, `[C]` for all histories, or `[B, C]` padded with −1 or lists of
@@ -339,6 +341,7 @@ class RecommendationMixin:
                 states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
                 empty = (past_key_values.lengths == 0).to(device)  # none where every row has new events
             # All ids were checked above: reading them now would wait for a GPU that is busy with the histories.
+            exclude_seen = self.config.exclude_seen if exclude_seen is None else exclude_seen
             excluded = [seen if exclude_seen else None, exclude_ids]
             out = self._best(states, excluded, candidate_ids, empty if some_empty else None, top_k, min_score, index)
         out.num_unknown = num_unknown

@@ -10,11 +10,15 @@ from datasets import Dataset, load_from_disk
 from blossomrec_hf.data import (
     build_sequences,
     item_counts,
+    repeat_share,
     split,
     split_by_leave_one_out,
     split_by_time,
     split_by_user,
 )
+from blossomrec_hf.data.filters import FilterReport
+from blossomrec_hf.data.overview import describe, summary
+from blossomrec_hf.training import LogArguments
 
 
 @pytest.fixture
@@ -55,6 +59,29 @@ def test_counts_are_those_of_training(dataset):
     assert item_counts(dataset, 6).tolist() == [0, 0, 2, 1, 0, 0]
     with pytest.raises(ValueError, match="vocab_size is 4"):
         item_counts(split_by_time(dataset, 100, 100), 4)
+
+
+def test_the_share_of_repeats_is_that_of_the_test_targets_in_their_users_history(dataset):
+    assert repeat_share(dataset) == 0  # of a and b, w and y are new to them
+    log = pl.DataFrame({"user": list("aaabbbccd"), "item": list("xyxxyzyyx"), "timestamp": range(9)})
+    dataset = build_sequences(log)[0]
+    assert repeat_share(dataset) == 2 / 3  # x of a, y of c, and not z of b; d has one event
+    # By time, users without an event before do not count: only a has one, whose later events are y and x, or x.
+    assert repeat_share(split_by_time(dataset, 1, 1)) == 1 / 2
+    assert repeat_share(split_by_time(dataset, 2, 2)) == 1
+    # Where nobody has a test target, the latest events count.
+    assert repeat_share(split_by_time(dataset, 100, 100)) == 2 / 3
+
+
+def test_a_built_folder_has_the_share_of_repeats(tmp_path):
+    log = pl.DataFrame({"user": list("aaabbb"), "item": list("xyxxyz"), "timestamp": range(6)})
+    build_sequences(log, output_dir=tmp_path / "built")
+    assert FilterReport.load(tmp_path / "built").repeat_share == 0.5
+    log_args = LogArguments(data=str(tmp_path / "built"))
+    assert log_args.repeat_share(log_args.build()[0]) == 0.5
+    assert ("Test targets that already occur in their user's history", "50.0%") in summary(
+        describe(log_args.build()[0]), FilterReport.load(tmp_path / "built")
+    )
 
 
 def test_by_time(dataset, caplog):

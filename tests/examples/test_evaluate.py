@@ -10,17 +10,22 @@ from blossomrec_hf.training import evaluate
 
 def test_reports_models_and_baselines(run_example, trained, log_file, tmp_path):
     arguments = ("--models", trained[0], "--data", log_file, "--max_length", 20, "--samples", 50, "--ks", 10)
+    arguments += ("--all_and_unseen",)
     printed = run_example("evaluate.py", *arguments, "--output_dir", tmp_path)
     report = json.loads((tmp_path / "evaluation.json").read_text())["reports"]
-    assert list(report) == [str(trained[0]), "most popular", "after the last item"]
+    assert list(report) == [
+        str(trained[0]), "most popular", "user's most frequent", "after the last item", "popular in the last 7 days"
+    ]  # fmt: skip
     assert (tmp_path / "evaluation.md").read_text().strip() in printed
 
     tokenizer = BlossomRecTokenizer.from_pretrained(trained[0])
     dataset, _ = build_sequences(log_file, tokenizer=tokenizer)
     model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
-    expected = evaluate(model, split(dataset, "test"), ks=(10,), max_length=20, progress=False)
+    view = split(dataset, "test")
+    expected = evaluate(model, view, ks=(10,), max_length=20, all_and_unseen=True, progress=False)
     figures = report[str(trained[0])]["metrics"]
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert not report[str(trained[0])]["exclude_seen"] and "ndcg@10_new" in figures  # this log's users repeat items
     assert figures["ndcg@10"] > report["most popular"]["metrics"]["ndcg@10"] + 0.2
 
     ranks = np.load(tmp_path / "ranks.npz")
@@ -28,18 +33,21 @@ def test_reports_models_and_baselines(run_example, trained, log_file, tmp_path):
 
     names = ("--first", f"*{trained[0].name}", "--second", "most*")
     told = run_example("compare.py", "--reports", tmp_path, *names)
-    better = figures["ndcg@10_unseen"] - report["most popular"]["metrics"]["ndcg@10_unseen"]
-    assert f"| {better:+.4f} ± " in next(line for line in told.splitlines() if line.startswith("| ndcg@10_unseen |"))
+    for name in ("ndcg@10_unseen", "ndcg@10_new"):
+        better = figures[name] - report["most popular"]["metrics"][name]
+        assert f"| {better:+.4f} ± " in next(line for line in told.splitlines() if line.startswith(f"| {name} |"))
 
 
 def test_what_cannot_be_compared_is_named(run_example, tmp_path):
-    for folder, users in (("a", [0, 1]), ("b", [0, 1, 2])):
+    for folder, users, excluded in (("a", [0, 1], False), ("b", [0, 1, 2], False), ("d", [0, 1], True)):
         (tmp_path / folder).mkdir()
-        ranks = np.arange(1.0, len(users) + 1)
-        np.savez(tmp_path / folder / "ranks.npz", users=users, user_ids=users, model=ranks, model_unseen=ranks)
+        ranks, common = np.arange(1.0, len(users) + 1), {"users": users, "user_ids": users, "exclude_seen": excluded}
+        repeated = np.zeros(len(users), bool)
+        np.savez(tmp_path / folder / "ranks.npz", **common, repeated=repeated, model=ranks, model_unseen=ranks)
     for arguments, status, words in (
         (("--reports", tmp_path / "c"), 1, "c has no ranks.npz; examples/evaluate.py writes it"),
         (("--reports", tmp_path / "a", tmp_path / "b"), 1, "b is of other users than"),
+        (("--reports", tmp_path / "a", tmp_path / "d"), 1, "one excludes seen items and one does not"),
         (("--reports", tmp_path / "a"), 2, "--second is other; the reports are of model"),
     ):
         told = run_example(

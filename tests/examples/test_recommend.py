@@ -53,7 +53,7 @@ def test_a_saved_data_set_is_read_and_shards_of_other_settings_are_refused(run_e
     folder = tmp_path / "out"
     run_example("recommend.py", *arguments(trained, tmp_path / "data", folder))
     assert pl.read_parquet(folder).height == 60
-    other = (*arguments(trained, tmp_path / "data", folder), "--include_seen", "True")
+    other = (*arguments(trained, tmp_path / "data", folder), "--exclude_seen", "False")
     error = run_example("recommend.py", *other, status=2, field="stderr")
     assert "output_dir" in error
 

@@ -98,6 +98,15 @@ def as_described(client, response) -> bool:
     return fits(response.json(), content["application/json"]["schema"])
 
 
+@pytest.mark.parametrize("share", [None, 0.0, 0.5])
+def test_seen_items_are_excluded_unless_users_of_the_log_repeat_items(model, service, monkeypatch, share):
+    monkeypatch.setattr(model.config, "repeat_share", share)
+    client = service()
+    for query, excluded in (({}, share != 0.5), ({"exclude_seen": True}, True), ({"exclude_seen": False}, False)):
+        everything = {entry["item"] for entry in ask(client, history=[101, 102], top_k=50, **query)["items"]}
+        assert everything & {101, 102} == (set() if excluded else {101, 102})
+
+
 def expected(model, history, **kwargs) -> list[int]:
     ids = torch.tensor([[item - 98 for item in history]], dtype=torch.long)
     return [index + 98 for index in model.recommend(ids, **kwargs).item_ids[0].tolist() if index >= 0]

@@ -4,11 +4,12 @@ import re
 from example_cases import SMALL_MODEL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from blossomrec_hf.data import build_sequences, repeat_share
 from blossomrec_hf.data.metadata import read_item_metadata
 from blossomrec_hf.hub import train_command
 
 
-def test_trains_saves_and_recommends(trained):
+def test_trains_saves_and_recommends(trained, log_file):
     folder, printed, results_file = trained
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer) == 62
@@ -19,10 +20,14 @@ def test_trains_saves_and_recommends(trained):
     assert result["seed"] == 42 and "seed" not in result["configuration"]
     assert result["configuration"]["hidden_size"] == 16 and result["training"]["epochs"] == 15
 
-    user, latest = re.search(r"^user (\d+): the latest items \[(.*)\]$", printed, re.MULTILINE).groups()
-    recommended = re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE)
-    assert len(set(recommended)) == 10
-    assert not set(recommended) & set(latest.split(", "))
+    # Users of this log repeat items: nothing is excluded, and both kinds of targets are reported. The model knows it.
+    share = repeat_share(build_sequences(log_file)[0])
+    assert f"{share:.1%} of the test targets already occur in their user's history: nothing is excluded" in printed
+    assert model.config.repeat_share == result["repeat_share"] == share > 0.01 and not result["exclude_seen"]
+    assert {"ndcg@10_repeated", "ndcg@10_new"} <= result["test"].keys() and "ndcg@10_unseen" not in result["test"]
+    assert re.search(r"^ndcg, repeated ", printed, re.MULTILINE) and re.search(r"^ndcg, new ", printed, re.MULTILINE)
+    assert re.search(r"^user (\d+): the latest items \[(.*)\]$", printed, re.MULTILINE)
+    assert len(set(re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE))) == 10
 
 
 def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_example, trained, log_file, tmp_path):

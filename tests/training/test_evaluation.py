@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from small_cases import make_model
 
 from blossomrec_hf.data import item_counts, split
-from blossomrec_hf.training import HeldOutItems, evaluate, rank_held_out_items
+from blossomrec_hf.training import HeldOutItems, evaluate, rank_by_scores, rank_held_out_items
 from blossomrec_hf.training import evaluation as evaluation_module
 
 
@@ -74,12 +74,49 @@ def test_a_view_gives_the_figures_of_its_rows(log):
     view = split(dataset, "test", max_length=8)
     rows = [view[i] for i in range(len(view))]
     everything, unseen = ranks_one_by_one(model, rows)
-    figures = evaluate(model, view, ks=(5,), progress=False)
-    assert figures["recall@5"] == np.mean(np.array(everything) <= 5)
+    figures = evaluate(model, view, ks=(5,), exclude_seen=True, all_and_unseen=True, progress=False)
+    assert figures["recall@5_all"] == np.mean(np.array(everything) <= 5)
     assert figures["mrr@5_unseen"] == pytest.approx(np.mean([1 / r if r <= 5 else 0 for r in unseen]))
-    assert figures.keys() == {f"{n}@5{s}" for n in ("recall", "ndcg", "mrr", "hit_rate") for s in ("", "_unseen")}
+    names = ("recall", "ndcg", "mrr", "hit_rate")
+    assert figures.keys() == {f"{name}@5{suffix}" for name in names for suffix in ("", "_all", "_unseen")}
+    assert all(figures[f"{name}@5"] == figures[f"{name}@5_unseen"] for name in names)
     # What lies before the window is seen as well: the uncut view and `max_length` give the same.
-    assert evaluate(model, split(dataset, "test"), ks=(5,), max_length=8, progress=False) == figures
+    uncut = split(dataset, "test")
+    arguments = {"exclude_seen": True, "all_and_unseen": True, "progress": False}
+    assert evaluate(model, uncut, ks=(5,), max_length=8, **arguments) == figures
+
+
+def test_where_users_repeat_items_nothing_is_excluded_and_both_kinds_of_targets_are_reported():
+    """Of four users, one repeats an item: more than 1 %. A model that knows its log decides, else the held-out items."""
+    model = make_model(40)
+    rows = [{"user_id": u, "input_ids": [3, 4 + u], "target_ids": [30 + u], "seen_ids": [3, 4 + u]} for u in range(3)]
+    rows.append({"user_id": 3, "input_ids": [8, 9], "target_ids": [8], "seen_ids": [8, 9]})
+    held_out = HeldOutItems.from_rows(rows)
+    assert held_out.repeated.tolist() == [False, False, False, True] and held_out.repeat_share == 0.25
+    ranks = rank_held_out_items(model, held_out)
+    figures = ranks.metrics(ks=(10,))
+    np.testing.assert_array_equal(ranks.by_suffix()[""], ranks.everything)
+    assert figures["mrr@10"] == pytest.approx((3 * figures["mrr@10_new"] + figures["mrr@10_repeated"]) / 4)
+    assert figures["recall@10_repeated"] == float(ranks.everything[3] <= 10)
+    assert not any(name.endswith(("_all", "_unseen")) for name in figures)  # only where asked for
+    assert np.isnan(ranks.per_user_metrics(ks=(10,))["ndcg@10_new"]).tolist() == [False, False, False, True]
+
+    model.config.repeat_share = 0.01
+    figures = evaluate(model, held_out, ks=(10,))
+    assert figures["mrr@10"] == np.mean([1 / rank if rank <= 10 else 0 for rank in ranks.unseen])
+    assert figures.keys() == {f"{name}@10" for name in ("recall", "ndcg", "mrr", "hit_rate")}
+    model.config.repeat_share = 0.02
+    assert "ndcg@10_new" in evaluate(model, rows[:3], ks=(10,))  # in spite of these users, who repeat nothing
+
+
+def test_ties_go_to_the_lower_id_in_the_top_items():
+    rows = [{"user_id": 0, "input_ids": [7], "target_ids": [4], "seen_ids": [7]}]
+    scores = torch.zeros(1, 2000)
+    scores[0, 1234] = 1.0
+    for exclude_seen, expected in ((True, [1234, 2, 3, 4, 5, 6, 8]), (False, [1234, 2, 3, 4, 5, 6, 7])):
+        arguments = {"vocab_size": 2000, "top_k": 7, "exclude_seen": exclude_seen, "progress": False}
+        ranks = rank_by_scores(lambda users: scores[users], HeldOutItems.from_rows(rows), **arguments)
+        assert ranks.top_items[0].tolist() == expected
 
 
 def test_scores_that_are_no_numbers_rank_last():

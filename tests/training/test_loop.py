@@ -14,7 +14,7 @@ from small_cases import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import split
-from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate, train
+from blossomrec_hf.training import HeldOutItems, LoopArguments, TrainingLoop, evaluate, train
 from blossomrec_hf.training import loop as loop_module
 from blossomrec_hf.training.arguments import COMPILE_STEPS
 
@@ -187,6 +187,29 @@ def test_validates_and_keeps_the_moving_average(log, tmp_path):
     torch.testing.assert_close(loop.seen, average)
     torch.testing.assert_close(model.lm_head.weight, average)
     assert not torch.allclose(loop.history[-1], average, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_early_stopping_follows_the_share_of_repeats(log, tmp_path, share):
+    """The log's users repeat items. A model that does not know its log learns it from the validation items."""
+    model = make_model(repeat_share=share)
+    view = split(log[0], "validation")
+    result = train(model, split(log[0], "train"), view, args=arguments(tmp_path, num_train_epochs=1))
+    assert model.config.repeat_share == (HeldOutItems.from_rows(view).repeat_share if share is None else share)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.repeat_share == model.config.repeat_share
+    figures = evaluate(model, view, max_length=20, all_and_unseen=True, progress=False)
+    assert figures["ndcg@10_unseen"] > figures["ndcg@10_all"]
+    name = "ndcg@10_all" if share is None else "ndcg@10_unseen"
+    assert result.best_metric == pytest.approx(figures[name], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ndcg@10_all", "ndcg@10_unseen"])
+def test_a_metric_may_be_asked_for_whatever_the_log(log, tmp_path, name):
+    model = make_model()
+    args = arguments(tmp_path, num_train_epochs=1, metric_for_best_model=name)
+    result = train(model, split(log[0], "train"), split(log[0], "validation"), args=args)
+    figures = evaluate(model, split(log[0], "validation"), max_length=20, all_and_unseen=True, progress=False)
+    assert result.best_metric == pytest.approx(figures[name], abs=1e-6)
 
 
 def test_without_validation_the_last_weights_are_kept(log, tmp_path):

@@ -51,6 +51,18 @@ def test_figures_by_hand():
     np.testing.assert_allclose(metrics["hit_rate@3"], metrics["recall@3"])
 
 
+def test_ndcg_is_at_most_1_with_ties():
+    """Three items that share ranks 1 to 3 have rank 2 each; of those, only two fit in the first two places."""
+    metrics = per_user_metrics([2, 2, 2], ks=(1, 2, 3), users=np.zeros(3, int))
+    assert metrics["ndcg@2"] == pytest.approx(2 / np.log2(3) / (1 + 1 / np.log2(3)))
+    assert metrics["ndcg@1"] == 0 and metrics["ndcg@3"] == pytest.approx(3 / np.log2(3) / (1.5 + 1 / np.log2(3)))
+    scores = np.random.default_rng().integers(0, 3, size=(200, 6))
+    for row in scores:  # all six items of a user in one list, with many ties
+        ranks = [(row > score).sum() + ((row == score).sum() + 1) / 2 for score in row]
+        for name, value in per_user_metrics(ranks, ks=range(1, 7), users=np.zeros(6, int)).items():
+            assert value <= 1 + 1e-12, name
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -1,14 +1,17 @@
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from small_cases import make_model
 
-from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.data import build_sequences, item_counts, split
 from blossomrec_hf.training import (
     HeldOutItems,
     HistoryStore,
     LastItemNeighbours,
     PopularityScores,
+    RecentPopularity,
+    UserFrequentItems,
     bootstrap_means,
     describe_evaluation,
     markdown_table,
@@ -47,6 +50,26 @@ def test_sampled_ranks_count_the_negatives_that_score_higher(held_out):
     assert "ndcg@10_uni30" in ranks.metrics()
 
 
+def test_several_held_out_items_of_a_user_are_ranked_in_one_list_with_the_drawn_ones():
+    """Each among its own drawn items and the user's other held-out items, so that only one can come first."""
+    rows = [{"user_id": u, "input_ids": [2], "target_ids": [10, 11, 12, 13, 1][u:], "seen_ids": [2]} for u in range(4)]
+    held_out = HeldOutItems.from_rows(rows)
+    scores = torch.rand(4, 62)
+    for user, row in enumerate(rows):
+        scores[user, row["target_ids"]] += 2.0  # above everything else: alone, each would have rank 1
+    ranks = rank_by_scores(lambda users: scores[users], held_out, vocab_size=62, num_negatives=30)
+    for user in range(4):
+        items = held_out.targets[held_out.target_users == user]
+        higher = [sum(bool(scores[user, j] > scores[user, i]) for j in items if j != 1) for i in items]
+        expected = [np.inf if i == 1 else 1 + above for i, above in zip(items, higher)]
+        assert ranks.sampled[held_out.target_users == user].tolist() == expected
+    scores = torch.rand(4, 62).round(decimals=1)
+    for equal in (scores, torch.zeros(4, 62)):
+        ranks = rank_by_scores(lambda users: equal[users], held_out, vocab_size=62, num_negatives=2)
+        for name, values in ranks.per_user_metrics(ks=(1, 2, 3, 4), all_and_unseen=True).items():
+            assert (values <= 1 + 1e-12).all(), name
+
+
 def test_a_user_who_has_met_everything_is_named():
     rows = [{"user_id": "eve", "input_ids": [2], "target_ids": [3], "seen_ids": [2, 4]}]
     with pytest.raises(ValueError, match="user 'eve' has met every item"):
@@ -55,7 +78,7 @@ def test_a_user_who_has_met_everything_is_named():
 
 def test_top_items_are_those_that_the_model_recommends(log, held_out):
     model = make_model()
-    ranks = rank_held_out_items(model, split(log[0], "test"), top_k=5, progress=False)
+    ranks = rank_held_out_items(model, split(log[0], "test"), top_k=5, exclude_seen=True, progress=False)
     for user, row in enumerate(split(log[0], "test")):
         history = torch.tensor([row["input_ids"]])
         keep = torch.tensor([i for i in range(2, 62) if i not in set(row["seen_ids"]) - set(row["target_ids"])])
@@ -77,11 +100,54 @@ def test_baselines_score_as_counted_by_hand(log, held_out):
         np.testing.assert_allclose(scores[user], expected, rtol=1e-6)
 
 
+def test_the_most_frequent_items_of_a_user_come_first_and_of_equals_the_popular_ones():
+    rows = [
+        {"user_id": 0, "input_ids": [9], "target_ids": [3], "seen_ids": [3, 3, 5, 9, 9, 9, 1]},
+        {"user_id": 1, "input_ids": [1], "target_ids": [4], "seen_ids": [1]},
+    ]
+    counts = np.array([0, 50, 7, 4, 4, 6, 0, 0, 0, 4])
+    held_out = HeldOutItems.from_rows(rows)
+    scores = UserFrequentItems(held_out, counts)(np.array([0, 1]))
+    # Of user 0: item 9 three times, 3 twice, 5 once; then 2 before 4 by popularity. The history before the window counts.
+    assert scores[0, 2:].argsort(descending=True, stable=True)[:5].add(2).tolist() == [9, 3, 5, 2, 4]
+    np.testing.assert_allclose(scores[1], counts / 51)
+    ranks = rank_by_scores(UserFrequentItems(held_out, counts), held_out, vocab_size=10)
+    assert ranks.everything.tolist() == [2, 4] and not ranks.exclude_seen  # 3, 4 and 9 are equally popular
+
+
+def test_recent_popularity_counts_training_events_of_the_week_before_the_last_known_event():
+    day = 86_400
+    rng = np.random.default_rng()
+    users, days = rng.integers(0, 6, 300), rng.integers(0, 60, 300)
+    log = pl.DataFrame({"user": users, "item": rng.integers(0, 20, 300), "timestamp": 1_600_000_000 + days * day})
+    dataset, tokenizer = build_sequences(log)
+    counts = item_counts(dataset, len(tokenizer))
+    for part, held in (("validation", 2), ("test", 1)):
+        held_out = HeldOutItems.from_rows(split(dataset, part))
+        scores = RecentPopularity(dataset, part, held_out, counts)(np.arange(len(held_out)))
+        for place, row in enumerate(dataset):
+            now = row["timestamps"][-held - 1]
+            events = [(i, t) for other in dataset for i, t in zip(other["input_ids"][:-2], other["timestamps"][:-2])]
+            recent = [i for i, t in events if now - 7 * day < t <= now]
+            expected = np.bincount(recent, minlength=len(counts)) + counts / (counts.max() + 1)
+            np.testing.assert_allclose(scores[place], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs a log with times"):
+        RecentPopularity(dataset.remove_columns("timestamps"), "test", held_out, counts)
+
+
+def test_users_without_a_figure_do_not_count():
+    values = np.array([1.0, np.nan, 0.0, 0.5, np.nan])
+    assert np.nanmean(bootstrap_means(values, samples=4000)) == pytest.approx(0.5, abs=0.05)
+    assert paired_difference(values, np.zeros(5))[0] == pytest.approx(0.5)
+
+
 def test_a_report_holds_together(log, held_out):
     counts = item_counts(log[0], 62)
-    ranks = rank_by_scores(PopularityScores(counts), held_out, vocab_size=62, num_negatives=20, top_k=10)
-    report = describe_evaluation(ranks, held_out, item_counts=counts, ks=(5, 10), samples=200)
-    assert report["metrics"] == pytest.approx(ranks.metrics(ks=(5, 10)))
+    sizes = {"vocab_size": 62, "num_negatives": 20, "top_k": 10}
+    ranks = rank_by_scores(PopularityScores(counts), held_out, exclude_seen=True, **sizes)
+    options = {"ks": (5, 10), "all_and_unseen": True}
+    report = describe_evaluation(ranks, held_out, item_counts=counts, samples=200, **options)
+    assert report["metrics"] == pytest.approx(ranks.metrics(**options))
     buckets = report["by_history_length"]
     assert list(buckets) == ["0-10", "11-20", "21-50"]
     lengths = np.array([len(row["seen_ids"]) for row in split(log[0], "test")])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .build import build_sequences
 from .cluster import build_sequences_on_spark, partition_log
-from .splits import item_counts, split, split_by_leave_one_out, split_by_time, split_by_user
+from .splits import item_counts, repeat_share, split, split_by_leave_one_out, split_by_time, split_by_user
 from .synthetic import generate_log, generate_titles
 
 
@@ -48,6 +48,7 @@ __all__ = [
     "generate_titles",
     "item_counts",
     "partition_log",
+    "repeat_share",
     "split",
     "split_by_leave_one_out",
     "split_by_time",

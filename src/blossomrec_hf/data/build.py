@@ -144,6 +144,7 @@ def build_sequences(
             write_dataset(built, user_rows(parts, user_ids, vocabulary), report)
             tokenizer.save_pretrained(built)
             write_item_metadata(built, metadata)
+            report.measure_repeats(Dataset.load_from_disk(str(built)))
             report.save(built)
         return load_folder(output_dir), tokenizer
     except OSError as error:

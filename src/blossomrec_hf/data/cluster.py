@@ -129,6 +129,7 @@ def build_sequences_on_spark(
         with atomic_folder(output_dir) as built:
             write_dataset(built, _user_rows(scratch / "rows"), report)
             tokenizer.save_pretrained(built)
+            report.measure_repeats(Dataset.load_from_disk(str(built)))
             report.save(built)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

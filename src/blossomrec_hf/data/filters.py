@@ -5,6 +5,10 @@ import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from datasets import Dataset
+
+from .splits import repeat_share
+
 
 logger = logging.getLogger(__name__)
 
@@ -13,7 +17,10 @@ REPORT_FILE = "filters.json"
 
 @dataclass
 class FilterReport:
-    """`steps` holds [name, interactions, users, items] left after each filter."""
+    """
+    `steps` holds [name, interactions, users, items] left after each filter; `repeat_share` is that of
+    [`~blossomrec_hf.data.repeat_share`].
+    """
 
     source: str
     format: str
@@ -21,6 +28,7 @@ class FilterReport:
     bad_rows: int = 0
     time_unit: str | None = None
     licence: str | None = None
+    repeat_share: float | None = None
     steps: list[list] = field(default_factory=list)
 
     def read(self, interactions: int) -> None:
@@ -41,6 +49,11 @@ class FilterReport:
                 "the columns are the right ones."
             )
         self.steps.append([name, int(interactions), int(users), int(items)])
+
+    def measure_repeats(self, dataset: Dataset) -> None:
+        """Measures and logs the share of test targets that their user has met before."""
+        self.repeat_share = repeat_share(dataset)
+        logger.info("%.1f %% of the test targets already occur in their user's history", 100 * self.repeat_share)
 
     def save(self, folder: Path) -> None:
         """Writes `filters.json`."""

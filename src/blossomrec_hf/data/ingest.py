@@ -223,6 +223,11 @@ def time_unit(median: float) -> str:
     return next((unit for unit, scale in _UNITS.items() if median <= _YEAR_2100 * scale), "ns")
 
 
+def units_per_second(median: float) -> int:
+    """How many of a log's time units a second has, by its middle time."""
+    return _UNITS[time_unit(median)]
+
+
 def latest_time(unit: str | None) -> int:
     """The start of the year 2100: what is later is no time of an interaction."""
     return _YEAR_2100 * _UNITS[unit or "s"]

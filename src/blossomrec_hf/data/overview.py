@@ -132,6 +132,8 @@ def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple
         ("History length", f"mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}"),
         ("Events that repeat an item of their user", f"{figures['repeated_share']:.1%}"),
     ]
+    if filters and filters.repeat_share is not None:
+        rows.append(("Test targets that already occur in their user's history", f"{filters.repeat_share:.1%}"))
     for percent, length in figures["covering_length"].items():
         rows.append((f"Latest items a user that hold {percent} % of the interactions", f"{length:,}"))
     if "time_span" in figures:

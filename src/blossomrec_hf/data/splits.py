@@ -94,6 +94,30 @@ def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
     return history, target - history
 
 
+def repeat_share(dataset: Dataset) -> float:
+    """
+    The share of the test targets that already occur in their user's history, an item counted once per user. Where no
+    user has a test target, the share of the users' latest events whose item occurs before. 0 where neither exists.
+    """
+    lengths, targets = part_lengths(dataset, "test")
+    targets = np.where(lengths >= 1, targets, 0)
+    if not targets.any():
+        stops = _numbers(dataset, "test_end")
+        lengths, targets = np.maximum(stops - 1, 0), (stops >= 2).astype(np.int64)
+    held_out, repeated, first = 0, 0, 0
+    for ids, events in event_batches(dataset):
+        last = first + events.size
+        starts, stops = (np.repeat(ends[first:last], events) for ends in (lengths, lengths + targets))
+        position = np.arange(ids.size) - np.repeat(np.cumsum(events) - events, events)
+        pairs = np.repeat(np.arange(events.size), events) << np.int64(32) | ids
+        item = (ids > UNK) & (stops > starts)
+        wanted = np.unique(pairs[item & (position >= starts) & (position < stops)])
+        held_out += wanted.size
+        repeated += np.isin(wanted, pairs[item & (position < starts)]).sum()
+        first = last
+    return float(repeated / max(held_out, 1))
+
+
 def _numbers(dataset: Dataset, column: str) -> np.ndarray:
     return dataset.with_format("arrow").select_columns([column])[:][column].to_numpy().astype(np.int64)
 

@@ -1,10 +1,11 @@
 """Training and evaluation."""
 
 from .arguments import LogArguments, LoopArguments, parse_arguments, save_arguments
-from .baselines import LastItemNeighbours, PopularityScores
+from .baselines import LastItemNeighbours, PopularityScores, RecentPopularity, UserFrequentItems
 from .callbacks import LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .environment import describe_environment
-from .evaluation import HeldOutItems, ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
+from .evaluation import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
+from .held_out import HeldOutItems
 from .histories import HistoryStore
 from .loop import TrainingLoop, TrainingResult, train
 from .metrics import per_user_metrics, ranking_metrics
@@ -25,10 +26,12 @@ __all__ = [
     "PopularityScores",
     "RankingCollator",
     "Ranks",
+    "RecentPopularity",
     "SelectionWatch",
     "SequentialRecommendationTrainer",
     "TrainingLoop",
     "TrainingResult",
+    "UserFrequentItems",
     "add_items",
     "append_result",
     "bootstrap_means",

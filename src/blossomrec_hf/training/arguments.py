@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from ..command_line import HelpFormatter
-from ..data import build_sequences, generate_log, generate_titles
+from ..data import build_sequences, generate_log, generate_titles, repeat_share
+from ..data.filters import FilterReport
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
 from ..data.storage import load_folder
@@ -96,7 +97,13 @@ class LoopArguments:
 
     eval_epochs: int = field(default=1, metadata={"help": "Epochs from one validation to the next."})
     eval_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time in evaluation."})
-    metric_for_best_model: str = field(default="ndcg@10", metadata={"help": "Which validation figure picks the best."})
+    metric_for_best_model: str = field(
+        default="ndcg@10",
+        metadata={
+            "help": "Which validation figure selects the best weights. Seen items are excluded from the ranking if at most "
+            "1 %% of the test targets repeat one; ndcg@10_unseen always excludes them, ndcg@10_all never."
+        },
+    )
     patience: int = field(
         default=20, metadata={"help": "Stop after so many validations without a new best; 0: never stop early."}
     )
@@ -206,6 +213,11 @@ class LogArguments:
             k_core=self.k_core,
             tokenizer=tokenizer,
         )
+
+    def repeat_share(self, dataset: Dataset) -> float:
+        """The share of test targets that their user has met before: what a built folder says, or measured anew."""
+        report = FilterReport.load(self.data) if self._is_built else None
+        return repeat_share(dataset) if report is None or report.repeat_share is None else report.repeat_share
 
     def item_titles(self, tokenizer: BlossomRecTokenizer) -> pl.DataFrame | None:
         """The titles of the vocabulary's items where they are known, see [`~blossomrec_hf.data.metadata.item_metadata`]."""

@@ -1,14 +1,17 @@
-"""Evaluation by full ranking: every item of the catalogue is ranked for every user.
+"""Evaluation by full ranking: every item of the catalog is ranked for every user.
 
-The protocol: the model reads the latest items of a user's history and scores all items but `[PAD]` and `[UNK]`; the
-rank of a held-out item is 1 + the items that score strictly higher + half of the others that score the same. A score
-that is not a number counts as higher than any, so a diverged model ranks last and not first. Ranks come in two kinds,
-made in one pass:
+The protocol: the model reads the latest items of a user's history and scores all items but `[PAD]` and `[UNK]`. The
+rank of a held-out item is 1 + the items that score strictly higher + half of the others that score the same, so the
+order of equal scores does not matter. A score that is not a number counts as higher than any, so a diverged model ranks
+last and not first. The model does not see the time of the event to be predicted. What is ranked depends on the log:
 
-- over **all** items, the figures named `ndcg@10`, ...;
-- over the **unseen** items, those that the user's whole history does not hold (also what lies before the window that
-  the model reads), the figures named `ndcg@10_unseen`, .... A held-out item always stays in, even if the user has met
-  it before.
+- Where at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: the items of
+  the user's whole history (also those before the window that the model reads), except the held-out items.
+- Elsewhere **nothing** is excluded, and the figures of repeated and of new targets are also reported apart, as
+  `ndcg@10_repeated` and `ndcg@10_new`.
+
+Both are ranked in one pass. If asked for, `ndcg@10_all` is the figure with nothing excluded and `ndcg@10_unseen` that
+with seen items excluded, whatever the log is like.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,113 +25,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from .histories import NUM_SPECIAL_TOKENS, HistoryStore, budget_batches, concatenate, iterate_columns, to_device
+from ..configuration_blossomrec import MAX_REPEAT_SHARE
+from ..recommendation_blossomrec import top_of_rows
+from .held_out import HeldOutItems, entries_of
+from .histories import NUM_SPECIAL_TOKENS, budget_batches, to_device
 from .metrics import DEFAULT_KS, per_user_metrics
 from .progress import progress_bar
 
 
-UNSEEN_SUFFIX = "_unseen"
+ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
+REPEATED_SUFFIX, NEW_SUFFIX = "_repeated", "_new"
 MAX_SCORES = 2**26  # scores alive at a time: 256 MiB in float32
-
-
-class HeldOutItems:
-    """
-    A validation or test view in memory: what the model reads, what it has to find, and what each user has already met.
-
-    Made once and evaluated many times. Users without a held-out item are left out.
-
-    Attributes:
-        inputs: the histories that the model reads.
-        targets: int64 [number of held-out items], each item once a user, in the order of the users.
-        target_users: int64 of the same shape: the user of each, as a row of `inputs`.
-        history_lengths: int64 [users], the items of each user's whole history.
-        seen_items, seen_offsets: each user's distinct items, less specials and the user's own held-out items.
-        user_ids: the users' names.
-    """
-
-    def __init__(
-        self,
-        inputs: HistoryStore,
-        targets: Sequence[Sequence[int]],
-        seen: Sequence[Sequence[int]],
-        user_ids: Sequence,
-    ):
-        self.inputs = inputs
-        self.user_ids = list(user_ids)
-        distinct_targets = [np.unique(np.asarray(items, dtype=np.int64)) for items in targets]
-        self.targets = np.concatenate([np.empty(0, dtype=np.int64), *distinct_targets])
-        self.target_users = np.repeat(np.arange(len(distinct_targets)), [len(items) for items in distinct_targets])
-        self.target_offsets = np.searchsorted(self.target_users, np.arange(len(distinct_targets) + 1))
-
-        # One number a (user, item) pair makes the whole log one sort instead of a set for every user.
-        items, offsets = concatenate(seen)
-        self.history_lengths = np.diff(offsets)
-        stride = int(max(items.max(initial=0), self.targets.max(initial=0))) + 1
-        users = np.repeat(np.arange(len(distinct_targets)), np.diff(offsets))
-        pairs = np.unique(users[items >= NUM_SPECIAL_TOKENS] * stride + items[items >= NUM_SPECIAL_TOKENS])
-        pairs = np.setdiff1d(pairs, self.target_users * stride + self.targets, assume_unique=True)
-        self.seen_items = pairs % stride
-        self.seen_offsets = np.searchsorted(pairs // stride, np.arange(len(distinct_targets) + 1))
-
-    @classmethod
-    def from_rows(cls, rows: Dataset | Sequence[Mapping], *, max_length: int | None = None) -> "HeldOutItems":
-        """
-        Reads a validation or test view: `user_id`, `input_ids`, `target_ids` and `seen_ids` (the whole uncut history;
-        where a row has none, it is `input_ids`). `max_length` is how many of its latest items the model reads.
-        """
-        columns = getattr(rows, "column_names", None)
-        first = rows[0] if len(rows) else {}
-        seen_column = "seen_ids" if "seen_ids" in (first or columns or ()) else "input_ids"
-        kept = [
-            row for row in iterate_columns(rows, "user_id", "input_ids", "target_ids", seen_column) if len(row[2]) > 0
-        ]
-        if not kept:
-            raise ValueError(
-                f"`rows` hold {len(rows)} users and none of them an item to predict, so there is nothing to evaluate; give "
-                '`split(dataset, "validation")` or that of "test".'
-            )
-        user_ids, inputs, targets, seen = zip(*kept)
-        return cls(HistoryStore(*concatenate(inputs), max_length=max_length), targets, seen, user_ids)
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
-    def seen_by_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        The items that each of `users` has met: two int64 arrays [pairs], the place in `users` and the item.
-        """
-        counts = self.seen_offsets[users + 1] - self.seen_offsets[users]
-        ends = np.cumsum(counts)
-        places = np.arange(counts.sum()) + np.repeat(self.seen_offsets[users] - (ends - counts), counts)
-        return np.repeat(np.arange(len(users)), counts), self.seen_items[places]
-
-    def sample_negatives(self, number: int, *, vocab_size: int, seed: int = 0) -> np.ndarray:
-        """
-        Items to rank each held-out item against, as RecBole's `uni100` draws them: uniformly, with replacement, among
-        the items that are neither in the user's whole history nor held out. int32 [held-out items, number]; same seed,
-        same items.
-
-        Raises:
-            ValueError: for a user who has met every item.
-        """
-        user_of_seen = np.repeat(np.arange(len(self)), np.diff(self.seen_offsets))
-        excluded = [user_of_seen * vocab_size + self.seen_items, self.target_users * vocab_size + self.targets]
-        excluded = np.sort(np.concatenate(excluded))
-        met = np.bincount(excluded // vocab_size, minlength=len(self))
-        if met.max() >= vocab_size - NUM_SPECIAL_TOKENS:
-            user = self.user_ids[int(met.argmax())]
-            raise ValueError(f"`number` is {number}, but user {user!r} has met every item: no negative can be drawn.")
-        rng = np.random.default_rng(seed)
-        users = np.repeat(self.target_users, number)
-        negatives = np.zeros(len(users), dtype=np.int32)
-        open_places = np.arange(len(users))
-        while len(open_places):
-            drawn = rng.integers(NUM_SPECIAL_TOKENS, vocab_size, size=len(open_places), dtype=np.int32)
-            negatives[open_places] = drawn
-            keys = users[open_places] * vocab_size + drawn
-            found = excluded[np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)] == keys
-            open_places = open_places[found]
-        return negatives.reshape(len(self.targets), number)
 
 
 @dataclass
@@ -139,38 +46,64 @@ class Ranks:
 
     Attributes:
         everything: over all items.
-        unseen: over the items that the user's history does not hold.
-        sampled: over the item itself and `num_negatives` drawn ones, if that was asked for.
-        top_items: int64 [users, k], the k best unseen items of each user, if that was asked for.
+        unseen: over the items that the user's history does not have, and the user's held-out items.
         users: int64, the user of each held-out item, counted from 0 in the order of `user_ids`.
+        repeated: bool, whether the user's history has the item.
+        exclude_seen: whether the figures without a suffix are those of `unseen`, else those of `everything`.
+        sampled: over the user's held-out items and `num_negatives` items drawn for each, if that was asked for.
+        top_items: int64 [users, k], the k best items of each user, without seen ones if `exclude_seen`, of equal scores
+            the lower id first; −1 where fewer are left. `None` if not asked for.
     """
 
     everything: np.ndarray
     unseen: np.ndarray
     users: np.ndarray
-    user_ids: list
+    user_ids: Sequence
+    repeated: np.ndarray
+    exclude_seen: bool
     sampled: np.ndarray | None = None
     num_negatives: int = 0
     top_items: np.ndarray | None = None
 
-    def by_suffix(self) -> dict[str, np.ndarray]:
-        """The ranks by what their figures' names end with: "", "_unseen" and, if sampled, "_uni100"."""
-        ranks = {"": self.everything, UNSEEN_SUFFIX: self.unseen}
+    def by_suffix(self, *, all_and_unseen: bool = False) -> dict[str, np.ndarray]:
+        """
+        The ranks by the suffix of their figures' names: "" for the protocol of the log; "_all" and "_unseen" if
+        `all_and_unseen`; "_uni100" (or another number) if sampled.
+        """
+        ranks = {"": self.unseen if self.exclude_seen else self.everything}
+        if all_and_unseen:
+            ranks |= {ALL_SUFFIX: self.everything, UNSEEN_SUFFIX: self.unseen}
         if self.sampled is not None:
             ranks[f"_uni{self.num_negatives}"] = self.sampled
         return ranks
 
-    def per_user_metrics(self, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, np.ndarray]:
-        """`recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` of each user, with each suffix: float64 [users]."""
-        return {
+    def per_user_metrics(
+        self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False
+    ) -> dict[str, np.ndarray]:
+        """
+        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` of each user, with each suffix of [`by_suffix`]: float64 [users].
+        Where nothing is excluded, also with "_repeated" and "_new": of the user's held-out items that the history has
+        and has not; NaN for users without such an item.
+        """
+        by_suffix = self.by_suffix(all_and_unseen=all_and_unseen)
+        figures = {
             f"{name}{suffix}": values
-            for suffix, ranks in self.by_suffix().items()
+            for suffix, ranks in by_suffix.items()
             for name, values in per_user_metrics(ranks, ks=ks, users=self.users).items()
         }
+        kinds = () if self.exclude_seen else ((REPEATED_SUFFIX, self.repeated), (NEW_SUFFIX, ~self.repeated))
+        for suffix, chosen in kinds:
+            if chosen.any():
+                users, places = np.unique(self.users[chosen], return_inverse=True)
+                for name, values in per_user_metrics(by_suffix[""][chosen], ks=ks, users=places).items():
+                    figures[f"{name}{suffix}"] = np.full(len(self.user_ids), np.nan)
+                    figures[f"{name}{suffix}"][users] = values
+        return figures
 
-    def metrics(self, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
-        """The means of [`per_user_metrics`] over the users."""
-        return {name: float(values.mean()) for name, values in self.per_user_metrics(ks=ks).items()}
+    def metrics(self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False) -> dict[str, float]:
+        """The means of [`per_user_metrics`] over the users who have the figure."""
+        figures = self.per_user_metrics(ks=ks, all_and_unseen=all_and_unseen)
+        return {name: float(np.nanmean(values)) for name, values in figures.items()}
 
 
 def evaluate(
@@ -181,11 +114,13 @@ def evaluate(
     max_length: int | None = None,
     max_tokens: int = 65536,
     num_negatives: int = 0,
+    exclude_seen: bool | None = None,
+    all_and_unseen: bool = False,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """
-    Ranks the whole catalogue for every user of a view.
+    Ranks the whole catalog for every user of a view.
 
     Args:
         model: a `BlossomRecForSequentialRecommendation`, on its device, wrapped by Accelerate or not.
@@ -194,12 +129,18 @@ def evaluate(
         max_length: how many of its latest items the model reads of each history; all of them when left out.
         max_tokens: the items that the model reads at a time. No more than `max_tokens` inputs and 2^26 scores are
             alive at once, never a matrix of users by items.
-        num_negatives: also rank each held-out item against so many drawn items (`uni100` with 100).
+        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
+            with 100).
+        exclude_seen: whether seen items are excluded from the ranking, the held-out items never. `None` follows
+            `model.config.repeat_share` or, where that is `None`, the share of repeats among the held-out items: yes up
+            to 0.01.
+        all_and_unseen: also report the figures with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
         accelerator: with several processes, each ranks its share of the users and all of them get the figures of all.
 
     Returns:
-        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` over all items, and the same with `_unseen` appended over the items
-        that the user has not met, and with `_uni100` (or another number) over the drawn ones.
+        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k`, means over users. Where seen items are not excluded, the same with
+        `_repeated` and `_new` appended for the held-out items that the user's history has and has not. With `_uni100`
+        (or another number) appended, over the drawn items.
 
     Raises:
         ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
@@ -210,10 +151,24 @@ def evaluate(
         max_length=max_length,
         max_tokens=max_tokens,
         num_negatives=num_negatives,
+        exclude_seen=exclude_seen,
         accelerator=accelerator,
         progress=progress,
     )
-    return ranks.metrics(ks=ks)
+    return ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+
+
+def check_metric(name: str) -> None:
+    """
+    Raises:
+        ValueError: if `name` is no figure that [`evaluate`] can always give.
+    """
+    names = per_user_metrics([1.0])
+    if name.removesuffix(ALL_SUFFIX).removesuffix(UNSEEN_SUFFIX) not in names:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(names)}, or one of them with {ALL_SUFFIX} or "
+            f"{UNSEEN_SUFFIX} appended, got {name!r}."
+        )
 
 
 def rank_held_out_items(
@@ -225,6 +180,7 @@ def rank_held_out_items(
     num_negatives: int = 0,
     seed: int = 0,
     top_k: int = 0,
+    exclude_seen: bool | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Ranks:
@@ -232,14 +188,17 @@ def rank_held_out_items(
     The ranks from which [`evaluate`] makes its figures; same arguments, and:
 
     Args:
-        num_negatives: also rank each held-out item against so many drawn items (`uni100` with 100), drawn with `seed`.
-        top_k: also keep the best so many unseen items of each user.
+        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
+            with 100), drawn with `seed`.
+        top_k: also keep the best so many items of each user.
 
     A user whose history is empty is served by the popularity of the items (`model.item_counts`).
     """
     held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
     autocast = nullcontext if accelerator is None else accelerator.autocast
     bare_model = model if accelerator is None else accelerator.unwrap_model(model)
+    if exclude_seen is None and bare_model.config.repeat_share is not None:
+        exclude_seen = bare_model.config.exclude_seen
     with evaluating(bare_model):
         return rank_by_scores(
             ModelScores(bare_model, held_out, autocast),
@@ -250,6 +209,7 @@ def rank_held_out_items(
             num_negatives=num_negatives,
             seed=seed,
             top_k=top_k,
+            exclude_seen=exclude_seen,
             accelerator=accelerator,
             progress=progress,
         )
@@ -265,6 +225,7 @@ def rank_by_scores(
     num_negatives: int = 0,
     seed: int = 0,
     top_k: int = 0,
+    exclude_seen: bool | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Ranks:
@@ -274,17 +235,22 @@ def rank_by_scores(
     Args:
         score: makes float32 [users, vocab_size] on `device` for some users, given as rows of `held_out.inputs`.
         vocab_size: the items and the two specials.
+        exclude_seen: `None` follows the share of repeats among the held-out items.
         The other arguments are those of [`rank_held_out_items`].
     """
+    if exclude_seen is None:
+        exclude_seen = held_out.repeat_share <= MAX_REPEAT_SHARE
     share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     negatives = held_out.sample_negatives(num_negatives, vocab_size=vocab_size, seed=seed) if num_negatives else None
     top_items = torch.zeros(len(held_out), top_k, dtype=torch.int64, device=device)
 
     def keep_top_items(users: np.ndarray, scores: torch.Tensor) -> None:
-        rows, items = to_device(torch.from_numpy(np.stack(held_out.seen_by_users(users))), scores.device)
-        unseen_scores = scores.index_put((rows, items), scores.new_tensor(-torch.inf))
-        unseen_scores[:, :NUM_SPECIAL_TOKENS] = -torch.inf
-        top_items[torch.from_numpy(users).to(device)] = unseen_scores.topk(top_k).indices
+        ranked = scores[:, NUM_SPECIAL_TOKENS:]
+        if exclude_seen:
+            rows, items = to_device(torch.from_numpy(np.stack(held_out.seen_by_users(users))), scores.device)
+            ranked = ranked.index_put((rows, items - NUM_SPECIAL_TOKENS), scores.new_tensor(-torch.inf))
+        best, places = top_of_rows(ranked, top_k)
+        top_items[torch.from_numpy(users).to(device)] = torch.where(best > -torch.inf, places + NUM_SPECIAL_TOKENS, -1)
 
     doubled = double_ranks(
         score,
@@ -307,6 +273,8 @@ def rank_by_scores(
         unseen=ranks[:, 1],
         users=held_out.target_users,
         user_ids=held_out.user_ids,
+        repeated=held_out.repeated,
+        exclude_seen=exclude_seen,
         sampled=ranks[:, 2] if num_negatives else None,
         num_negatives=num_negatives,
         top_items=top_items.cpu().numpy() if top_k else None,
@@ -327,7 +295,7 @@ def double_ranks(
 ) -> torch.Tensor:
     """
     Twice the ranks of the held-out items: int64 [held-out items, 2 or 3] on `device`, over all items, over unseen
-    items and, if there are any, over the item and its `negatives`.
+    items and, if there are any, over the user's held-out items and the item's `negatives`.
 
     Twice, because integers stay exact in a sum over processes. 0 stands for "not ranked": an item outside the
     vocabulary, or one of another process's share.
@@ -439,13 +407,10 @@ def add_double_ranks(
     a comparison with what is not a number. The held-out item itself adds the 1 that makes the best rank 1.
     """
     device = scores.device
-    owned = held_out.target_offsets[users + 1] - held_out.target_offsets[users]
-    ends = np.cumsum(owned)
-    targets = np.arange(owned.sum()) + np.repeat(held_out.target_offsets[users] - (ends - owned), owned)
-    rows = np.repeat(np.arange(len(users)), owned)
+    rows, targets = entries_of(held_out.target_offsets, users)
     rankable = held_out.targets[targets] >= NUM_SPECIAL_TOKENS
     rows, targets = rows[rankable], targets[rankable]
-    one_each = len(rows) == len(users) and (owned == 1).all()
+    one_each = np.array_equal(rows, np.arange(len(users)))
     # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
     for chunk in [slice(0, len(targets))] if one_each else budget_batches(np.ones(len(targets)), max(1, len(users))):
         pair_rows, pair_items = held_out.seen_by_users(held_out.target_users[targets[chunk]])
@@ -466,5 +431,13 @@ def add_double_ranks(
             drawn = to_device(torch.from_numpy(negatives[targets[chunk]]), device).long()
             drawn_scores = candidates.gather(1, drawn)
             lower = (drawn_scores <= target_scores).sum(1) + (drawn_scores < target_scores).sum(1)
-            columns.append(2 + 2 * drawn.shape[1] - lower)
+            among_drawn = 2 + 2 * drawn.shape[1] - lower
+            # The held-out items of a user are ranked in one list: else several of them could come first.
+            other_rows, others = entries_of(held_out.target_offsets, held_out.target_users[targets[chunk]])
+            other = (others != targets[chunk][other_rows]) & (held_out.targets[others] >= NUM_SPECIAL_TOKENS)
+            plan = np.stack([other_rows[other], held_out.targets[others[other]]])
+            other_rows, other_items = to_device(torch.from_numpy(plan), device)
+            other_scores, compared = candidates[other_rows, other_items], target_scores[other_rows, 0]
+            added = 2 - (other_scores <= compared).long() - (other_scores < compared).long()
+            columns.append(among_drawn.index_add(0, other_rows, added))
         doubled[chunk_targets] = torch.stack(columns, dim=1)

@@ -39,10 +39,10 @@ from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
-from .evaluation import UNSEEN_SUFFIX, HeldOutItems, evaluate
+from .evaluation import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from .graphs import GraphedPass
+from .held_out import HeldOutItems
 from .histories import IGNORE_INDEX, HistoryStore
-from .metrics import per_user_metrics
 from .progress import progress_bar
 
 
@@ -197,12 +197,7 @@ class TrainingLoop:
         callbacks: Sequence[LoopCallback] = (),
         accelerator: Accelerator | None = None,
     ):
-        names = per_user_metrics([1.0])
-        if args.metric_for_best_model.removesuffix(UNSEEN_SUFFIX) not in names:
-            raise ValueError(
-                f"`metric_for_best_model` must be one of {', '.join(names)}, or one of them with {UNSEEN_SUFFIX} "
-                f"appended, got {args.metric_for_best_model!r}."
-            )
+        check_metric(args.metric_for_best_model)
         self.args = args
         self.tokenizer = tokenizer
         self.callbacks = list(callbacks)
@@ -242,6 +237,8 @@ class TrainingLoop:
             else HeldOutItems.from_rows(validation_view, max_length=args.max_length)
         )
 
+        if self.held_out is not None and model.config.repeat_share is None:
+            model.config.repeat_share = self.held_out.repeat_share  # travels with the model
         self.state = LoopState()
         self.bare_model = model
         self._folder = RunFolder(self.output_dir, self.accelerator, self._describe_run())
@@ -527,7 +524,12 @@ class TrainingLoop:
         self._raise_if_not_finite()
         started = time.perf_counter()
         metrics = evaluate(
-            self.bare_model, self.held_out, max_tokens=args.eval_tokens, accelerator=self.accelerator, progress=False
+            self.bare_model,
+            self.held_out,
+            max_tokens=args.eval_tokens,
+            all_and_unseen=args.metric_for_best_model.endswith((ALL_SUFFIX, UNSEEN_SUFFIX)),
+            accelerator=self.accelerator,
+            progress=False,
         )
         values = {f"validation_{name}": value for name, value in metrics.items()}
         for callback in self.callbacks:

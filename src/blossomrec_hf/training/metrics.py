@@ -27,9 +27,11 @@ def per_user_metrics(
 
     Returns:
         `{"recall@k", "ndcg@k", "mrr@k", "hit_rate@k"}` for each k, float64 [number of users]. With n held-out items:
-        recall@k is the share of them ranked in the first k; ndcg@k = (sum of 1/log2(1 + rank) over those) / (the same
-        sum for the ranks 1 ... min(n, k)) (Järvelin and Kekäläinen 2002, binary gains); mrr@k is 1/rank of the best of
-        them if it is in the first k, else 0; hit_rate@k is 1 if any is, and equals recall@k when n = 1.
+        recall@k is the share of them with a rank of at most k; ndcg@k = (sum of 1/log2(1 + rank) over the best k of
+        those) / (the same sum for the ranks 1 ... min(n, k)) (Järvelin and Kekäläinen 2002, binary gains); mrr@k is
+        1/rank of the best of them if it is in the first k, else 0; hit_rate@k is 1 if any is, and equals recall@k when
+        n = 1. No figure exceeds 1 if the items of a user are ranked in one list, ties included: only with ties can
+        more than k of them have a rank of at most k.
 
     Raises:
         ValueError: for an empty `ranks`, a rank below 1 or not a number, a cut-off below 1, or `users` of another
@@ -53,13 +55,18 @@ def per_user_metrics(
 
     best = np.full(held_out.size, np.inf)
     np.minimum.at(best, users, ranks)
+    by_rank = np.lexsort((ranks, users))
+    place = np.empty(ranks.size, dtype=np.int64)  # among the held-out items of the same user, the best is 0
+    place[by_rank] = np.arange(ranks.size) - np.repeat(np.cumsum(held_out) - held_out, held_out)
     gains = 1.0 / np.log2(1.0 + ranks)
     metrics: dict[str, np.ndarray] = {}
     for k in ks:
         hits = ranks <= k
         ideal = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(1.0 + np.arange(1, k + 1)))])
         metrics[f"recall@{k}"] = np.bincount(users, weights=hits) / held_out
-        metrics[f"ndcg@{k}"] = np.bincount(users, weights=gains * hits) / ideal[np.minimum(held_out, k)]
+        metrics[f"ndcg@{k}"] = (
+            np.bincount(users, weights=gains * (hits & (place < k))) / ideal[np.minimum(held_out, k)]
+        )
         metrics[f"mrr@{k}"] = np.where(best <= k, 1.0 / best, 0.0)
         metrics[f"hit_rate@{k}"] = (best <= k).astype(np.float64)
     return metrics

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .evaluation import HeldOutItems, Ranks
+from .evaluation import Ranks
+from .held_out import HeldOutItems
 from .metrics import DEFAULT_KS
 
 
@@ -14,14 +15,18 @@ LENGTH_EDGES = (10, 20, 50, 100, 200, 500, 1000)
 
 def bootstrap_means(values: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
     """
-    Means of users drawn anew with replacement: float64 [samples, ...] for `values` [users, ...].
+    Means of users drawn anew with replacement: float64 [samples, ...] for `values` [users, ...]. A user whose value is NaN
+    does not count; a sample without any other user is NaN.
     """
     rng = np.random.default_rng(seed)
     flat = values.reshape(len(values), -1)
+    known = ~np.isnan(flat)
+    flat = np.where(known, flat, 0.0)
     means = np.empty((samples, flat.shape[1]))
     for sample in range(samples):
         times = np.bincount(rng.integers(0, len(values), size=len(values)), minlength=len(values))
-        means[sample] = times @ flat / len(values)
+        with np.errstate(invalid="ignore"):
+            means[sample] = (times @ flat) / (times @ known)
     return means.reshape(samples, *values.shape[1:])
 
 
@@ -32,9 +37,11 @@ def paired_difference(
     By how much the first is better, and the standard error of that by a paired bootstrap over users.
 
     Args:
-        first, second: a figure of each user, float [users] or [seeds, users] (the mean over seeds is taken first).
+        first, second: a figure of each user, float [users] or [seeds, users] (the mean over seeds is taken first). Users
+            without the figure (NaN) do not count.
     """
     difference = np.atleast_2d(first).mean(0) - np.atleast_2d(second).mean(0)
+    difference = difference[~np.isnan(difference)]
     return float(difference.mean()), float(bootstrap_means(difference, samples=samples, seed=seed).std(ddof=1))
 
 
@@ -44,6 +51,7 @@ def describe_evaluation(
     *,
     item_counts: np.ndarray,
     ks: Sequence[int] = DEFAULT_KS,
+    all_and_unseen: bool = False,
     samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -54,23 +62,28 @@ def describe_evaluation(
         ranks: from [`rank_held_out_items`] with `top_k=max(ks)`.
         held_out: what was ranked.
         item_counts: int [vocabulary], how often each item occurs in training.
+        all_and_unseen: also report the figures with nothing excluded and with seen items excluded.
         samples: bootstrap samples, drawn with `seed`.
 
     Returns:
-        - `users`, `metrics`: the figures;
+        - `users`, `repeat_share` (of the held-out items, those that their user's history has), `exclude_seen`;
+        - `metrics`: the figures of [`~blossomrec_hf.training.evaluate`];
         - `confidence`: the interval of each figure, from the 2.5th to the 97.5th percentile of the bootstrap;
-        - `by_history_length`: `users` and figures of the users whose whole history is so long;
-        - `coverage@k`: the share of the catalogue in the first k unseen items of any user;
+        - `by_history_length`: `users` and figures of the users whose whole history is so long, without those of which
+          there are none (no new target, for example);
+        - `coverage@k`: the share of the catalog in the first k recommended items of any user;
         - `popularity_lift@k`: the mean training frequency of these items over that of the users' own histories, less 1
           (Abdollahpouri et al. 2020): above 0, users are shown more popular items than they choose.
     """
-    per_user = ranks.per_user_metrics(ks=ks)
+    per_user = ranks.per_user_metrics(ks=ks, all_and_unseen=all_and_unseen)
     names = list(per_user)
     values = np.stack([per_user[name] for name in names], axis=1)
-    low, high = np.percentile(bootstrap_means(values, samples=samples, seed=seed), [2.5, 97.5], axis=0)
+    low, high = np.nanpercentile(bootstrap_means(values, samples=samples, seed=seed), [2.5, 97.5], axis=0)
     report: dict[str, Any] = {
         "users": len(held_out),
-        "metrics": dict(zip(names, values.mean(0).tolist())),
+        "repeat_share": held_out.repeat_share,
+        "exclude_seen": ranks.exclude_seen,
+        "metrics": dict(zip(names, np.nanmean(values, 0).tolist())),
         "confidence": {name: [float(low[i]), float(high[i])] for i, name in enumerate(names)},
         "by_history_length": {},
     }
@@ -79,8 +92,9 @@ def describe_evaluation(
         inside = bucket == place
         first = LENGTH_EDGES[place - 1] + 1 if place > 0 else 0
         name = f"{first}-{LENGTH_EDGES[place]}" if place < len(LENGTH_EDGES) else f"{first} and more"
-        means = values[inside].mean(0).tolist()
-        report["by_history_length"][name] = {"users": int(inside.sum()), **dict(zip(names, means))}
+        known = ~np.isnan(values[inside]).all(0)
+        means = dict(zip(np.array(names)[known].tolist(), np.nanmean(values[inside][:, known], 0).tolist()))
+        report["by_history_length"][name] = {"users": int(inside.sum()), **means}
     if ranks.top_items is not None:
         counts = np.asarray(item_counts, dtype=np.float64)
         owners = np.repeat(np.arange(len(held_out)), np.diff(held_out.seen_offsets))
@@ -88,6 +102,7 @@ def describe_evaluation(
         profile = sums / np.maximum(np.diff(held_out.seen_offsets), 1)
         for k in ks:
             shown = ranks.top_items[:, :k]
+            shown = shown[shown >= 0]
             report[f"coverage@{k}"] = len(np.unique(shown)) / (len(counts) - 2)
             report[f"popularity_lift@{k}"] = float(counts[shown].mean() / max(profile.mean(), 1e-12) - 1)
     return report

@@ -12,12 +12,14 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 
 from ..checkpoint_blossomrec import ensure_repo
+from ..configuration_blossomrec import MAX_REPEAT_SHARE
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
 from .environment import describe_environment
-from .evaluation import UNSEEN_SUFFIX, HeldOutItems, ModelScores, double_ranks, evaluating
+from .evaluation import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
+from .held_out import HeldOutItems
 from .histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
-from .metrics import DEFAULT_KS, ranking_metrics
+from .metrics import DEFAULT_KS
 
 
 _MODEL_SETTINGS = (
@@ -46,7 +48,7 @@ class SequentialRecommendationTrainer(Trainer):
 
     `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`]. Left out, `data_collator` is a
     [`RankingCollator`] (pass one to set `max_length`) and `compute_metrics` is [`ranking_compute_metrics`], which
-    gives the figures of [`~blossomrec_hf.training.evaluate`]: `eval_ndcg@10`, `eval_ndcg@10_unseen`, ....
+    gives the figures of [`~blossomrec_hf.training.evaluate`]: `eval_ndcg@10`, ....
 
     Raises:
         ValueError: for label smoothing, which would count `[PAD]`, `[UNK]` and padding in.
@@ -93,6 +95,10 @@ class SequentialRecommendationTrainer(Trainer):
             },
             "seed": self.args.seed,
             **figures,
+            # Where nothing is excluded, each target is of one of these kinds.
+            "exclude_seen": not any(
+                name.endswith((REPEATED_SUFFIX, NEW_SUFFIX)) for part in figures.values() for name in part
+            ),
             "training": {"steps": self.state.global_step, "epochs": self.state.epoch},
             **describe_environment(),
         }
@@ -157,8 +163,9 @@ class SequentialRecommendationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        For rows with items to predict: no loss, the ranks of these items over all and over unseen items (float64 [B,
-        n, 2]), and the items themselves (int64 [B, n], padded with −100). Other rows are evaluated as in `Trainer`.
+        For rows with items to predict: no loss, of these items (float64 [B, n, 4]) the ranks over all and over unseen
+        items, whether the user's history has them, and whether the model excludes seen items by default (1, 0, or NaN
+        where its `repeat_share` is not known), and the items themselves (int64 [B, n], padded with −100). Other rows are evaluated as in `Trainer`.
         """
         if prediction_loss_only or "target_ids" not in inputs:
             inputs = {name: value for name, value in inputs.items() if name not in ("target_ids", "seen_ids")}
@@ -177,25 +184,38 @@ class SequentialRecommendationTrainer(Trainer):
                 vocab_size=bare_model.config.vocab_size,
                 device=inputs["input_ids"].device,
             )
-        ranks = torch.full((*target_ids.shape, 2), float(IGNORE_INDEX), dtype=torch.float64, device=doubled.device)
-        held_out_ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
-        ranks[(target_ids != IGNORE_INDEX).to(doubled.device)] = held_out_ranks
-        return None, ranks, target_ids.to(doubled.device)
+        ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
+        config = bare_model.config
+        exclude_seen = float("nan") if config.repeat_share is None else float(config.exclude_seen)
+        repeated = torch.from_numpy(held_out.repeated).to(ranks)
+        columns = torch.stack([*ranks.unbind(1), repeated, torch.full_like(repeated, exclude_seen)], dim=1)
+        padded = columns.new_full((*target_ids.shape, 4), float(IGNORE_INDEX))
+        padded[(target_ids != IGNORE_INDEX).to(doubled.device)] = columns
+        return None, padded, target_ids.to(doubled.device)
 
 
-def ranking_compute_metrics(ks: Sequence[int] = DEFAULT_KS) -> Callable[[EvalPrediction], dict[str, float]]:
+def ranking_compute_metrics(
+    ks: Sequence[int] = DEFAULT_KS, *, all_and_unseen: bool = False
+) -> Callable[[EvalPrediction], dict[str, float]]:
     """
-    Makes a `compute_metrics` that reads the ranks of [`SequentialRecommendationTrainer`].
+    Makes a `compute_metrics` that reads the ranks of [`SequentialRecommendationTrainer`]; arguments and figures are those
+    of [`~blossomrec_hf.training.evaluate`].
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         held_out = prediction.label_ids != IGNORE_INDEX
         users = np.unique(np.nonzero(held_out)[0], return_inverse=True)[1]
-        ranks = prediction.predictions[held_out]
-        return {
-            **ranking_metrics(ranks[:, 0], ks=ks, users=users),
-            **ranking_metrics(ranks[:, 1], ks=ks, users=users, suffix=UNSEEN_SUFFIX),
-        }
+        everything, unseen, repeated, excluded = prediction.predictions[held_out].T
+        known = not np.isnan(excluded[0])
+        ranks = Ranks(
+            everything,
+            unseen,
+            users=users,
+            user_ids=range(users.max() + 1),
+            repeated=repeated > 0,
+            exclude_seen=bool(excluded[0]) if known else repeated.mean() <= MAX_REPEAT_SHARE,
+        )
+        return ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
 
     return compute_metrics
 
