@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,3 +143,46 @@ def test_what_is_left_at_home(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     assert files_to_push(tmp_path) == wanted
+
+
+SCRIPT = """
+import sys
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+
+class Model(BlossomRecForSequentialRecommendation):
+    pass
+
+class Config(BlossomRecConfig):
+    pass
+
+class Tokenizer(BlossomRecTokenizer):
+    pass
+
+model = BlossomRecForSequentialRecommendation(BlossomRecConfig(vocab_size=9))
+model.config = Config(vocab_size=9)
+for part in (Model(BlossomRecConfig(vocab_size=9)), model, Config(vocab_size=9), Tokenizer.from_items([1, 2])):
+    try:
+        part.save_pretrained(sys.argv[1])
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_what_a_script_defines_is_not_saved(tmp_path):
+    """A checkpoint names the class of its model, which is looked for in a module: nobody could load it."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    sentences = done.stdout.splitlines()
+    assert [sentence.split()[0] for sentence in sentences] == ["`Model`", "`Config`", "`Config`", "`Tokenizer`"]
+    assert all("move the class to a module of its own" in sentence for sentence in sentences)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_function_defines_is_not_saved(tmp_path):
+    class Model(BlossomRecForSequentialRecommendation):
+        pass
+
+    with pytest.raises(ValueError, match="Model` is defined in a script, a notebook or a function"):
+        Model(small_model().config).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

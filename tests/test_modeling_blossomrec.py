@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from checkpoint_cases import small_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel, ops_torch
@@ -242,6 +243,17 @@ def test_last_only_has_no_more_to_tell(asked):
         model(torch.tensor([[5, 6]]), last_only=True, **{asked: True})
 
 
+def test_hidden_states_keep_their_gradients():
+    model = recommender()
+    x = padded(histories(9, 4), "left")[0]
+    out = model(x, labels=x, output_hidden_states=True)
+    for state in out.hidden_states:
+        state.retain_grad()
+    out.loss.backward()
+    for state in out.hidden_states:
+        assert state.grad[x > 0].any() and not state.grad[x == 0].any()
+
+
 # The loss
 
 
@@ -263,6 +275,35 @@ def test_loss_is_next_item_cross_entropy_at_every_position(side):
     )
     assert out.logits.shape == (*labels.shape, 60)
     assert model.train()(**inputs, labels=labels).logits is None
+
+
+@pytest.mark.parametrize("side", ["left", "right", "packed"])
+@pytest.mark.parametrize("objective", ["cross_entropy", "bce"])
+def test_shift_labels_are_the_targets_themselves(seed, side, objective):
+    model = recommender(objective=objective, num_negatives=5)
+    rows = histories(6, 1, 25)
+    inputs = packed(rows) if side == "packed" else {"input_ids": padded(rows, side)[0]}
+    labels = inputs["input_ids"]
+    targets = torch.full_like(labels, -100)
+    targets[:, :-1] = labels[:, 1:]
+    if side == "packed":
+        targets[:, inputs["cu_seq_lens_q"][1:] - 1] = -100  # a history's last item has no next one
+    targets[labels == 0] = -100
+
+    def loss(**kwargs):
+        torch.manual_seed(seed)  # the negatives of "bce" are drawn
+        return model(**inputs, **kwargs).loss
+
+    torch.testing.assert_close(loss(shift_labels=targets), loss(labels=labels))
+    torch.testing.assert_close(loss(shift_labels=targets, labels=labels.flip(1)), loss(labels=labels))
+    # In sequence parallelism, the last position of a shard has a target: the first item of the next one.
+    targets[0, -1 if side == "left" else len(rows[0]) - 1] = 7
+    assert not torch.isclose(loss(shift_labels=targets), loss(labels=labels))
+
+
+def test_a_step_without_targets_has_loss_zero():
+    x = torch.randint(2, 60, (3, 1))
+    assert recommender()(x, labels=x, num_items_in_batch=torch.tensor(0)).loss == 0
 
 
 def test_training_lowers_the_loss():
@@ -364,19 +405,28 @@ assert type(model).__module__.startswith("transformers_modules"), type(model).__
 assert model.config._attn_implementation == "blossom"
 ids = torch.load(folder + "/ids.pt")
 torch.save((model(ids).logits, model.recommend(ids).item_ids), folder + "/out.pt")
+# `Trainer` smooths over the next items, too.
+from transformers import Trainer, TrainingArguments
+arguments = TrainingArguments(folder + "/run", label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+torch.save(Trainer(model, arguments).compute_loss(model, inputs).detach(), folder + "/smoothed.pt")
 """
 
 
 def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path):
     model = recommender().float()
     model.save_pretrained(tmp_path / "saved")
-    ids = padded(histories(40, 7), "left")[0]
+    ids = padded(histories(40, 7), "right")[0]
     torch.save(ids, tmp_path / "saved" / "ids.pt")
     subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "saved")],
         check=True,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
     )
+    smoothed = torch.load(tmp_path / "saved" / "smoothed.pt")
+    targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
+    predicted = model(ids).logits[:, :-1].transpose(1, 2)
+    torch.testing.assert_close(smoothed, torch.nn.functional.cross_entropy(predicted, targets, label_smoothing=0.1))
     logits, item_ids = torch.load(tmp_path / "saved" / "out.pt")
     torch.testing.assert_close(logits, model(ids).logits)
     assert torch.equal(item_ids, model.recommend(ids).item_ids)
@@ -435,8 +485,67 @@ def test_offsets_that_do_not_describe_the_input(offsets):
         recommender()(torch.tensor([[5, 6, 7, 8]]), cu_seq_lens_q=torch.tensor(offsets))
 
 
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        ("token_type_ids", torch.zeros(1, 4)),
+        ("timestamp", torch.zeros(1, 4)),
+        ("is_causal", False),
+        ("seq_idx", torch.zeros(1, 4)),
+    ],
+)
+def test_unknown_keywords_are_refused(keyword, value):
+    model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=f"`{keyword}` is not an input of BlossomRec"):
+            part(x, **{keyword: value})
+    with pytest.raises(ValueError, match="`labels` is not an input"):
+        model.model(x, labels=x)
+
+
+def test_keywords_without_effect_are_accepted():
+    """`None`, and what `Trainer`, `peft` and the collators of `transformers` send along."""
+    model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
+    out = model(x, token_type_ids=None, is_causal=True, output_router_logits=False, return_dict=True)
+    torch.testing.assert_close(out.logits, model(x).logits)
+    model(x, position_ids=torch.tensor([[0, 1, 0, 1]]), seq_idx=torch.tensor([[0, 0, 1, 1]]))
+    assert model(x, labels=x, skip_logits=True).logits is None
+
+
+def test_generating_is_refused_in_a_sentence():
+    model = recommender()
+    assert not hasattr(model, "generate") and not model.can_generate()
+    with pytest.raises(ValueError, match="does not generate.*recommend"):
+        model.generate(torch.tensor([[5, 6]]))
+    with pytest.raises(ValueError, match="does not generate.*recommend"):
+        pipeline("text-generation", model=model, tokenizer=small_tokenizer())
+
+
+def test_lora_for_causal_language_models():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(recommender(), lora)
+    x = torch.randint(2, 60, (2, 9))
+    model(input_ids=x, labels=x).loss.backward()
+    assert all(weight.grad.any() for name, weight in model.named_parameters() if "lora_B" in name)
+    assert model.eval().recommend(x, top_k=3).item_ids.shape == (2, 3)
+    with pytest.raises(ValueError, match="does not generate.*recommend"):
+        model.generate(input_ids=x)
+
+
 def test_other_bad_input_is_named():
     model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match=r"`labels` has shape \(1, 3\)"):
+        model(x, labels=x[:, 1:])
+    with pytest.raises(ValueError, match="`labels` has -7"):
+        model(x, labels=x - 12)
+    offsets = torch.tensor([0, 2, 4])
+    with pytest.raises(ValueError, match="cu_seq_lens_k"):
+        model(x, cu_seq_lens_q=offsets, cu_seq_lens_k=torch.tensor([0, 1, 4]))
+    with pytest.raises(ValueError, match="cu_seq_lens_k"):
+        model(x, cu_seq_lens_k=offsets)
+    with pytest.raises(ValueError, match="max_length_k"):
+        model(x, cu_seq_lens_q=offsets, max_length_q=2, max_length_k=3)
     with pytest.raises(ValueError, match="position_ids"):
         model(x, position_ids=torch.tensor([[0, 1, 3, 4]]))
     with pytest.raises(ValueError, match="position_ids"):

@@ -78,6 +78,20 @@ def check_manifest(path: str | os.PathLike, *, revision: str | None = None, **fi
             )
 
 
+def require_loadable(saved: type) -> None:
+    """
+    Refuses to save what nobody could load: a checkpoint names the class of its parts, which must be found in a module.
+
+    Raises:
+        ValueError: for a class that is defined in a script, a notebook or a function.
+    """
+    if saved.__module__ == "__main__" or "<locals>" in saved.__qualname__:
+        raise ValueError(
+            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, where a saved checkpoint cannot "
+            "find it; move the class to a module of its own (a .py file) and import it from there."
+        )
+
+
 class CheckpointMixin:
     """`save_pretrained`, `from_pretrained` and `push_to_hub` of the models."""
 

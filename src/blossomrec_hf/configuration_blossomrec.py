@@ -1,8 +1,12 @@
 """Configuration of BlossomRec models."""
 
+import os
 import re
+from typing import Any
 
 from transformers import PreTrainedConfig
+
+from .checkpoint_blossomrec import require_loadable
 
 
 VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
@@ -133,6 +137,11 @@ class BlossomRecConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self._check()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in `transformers`; `ValueError` for a class that is defined in a script, a notebook or a function."""
+        require_loadable(type(self))
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -30,6 +30,20 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
     return targets.masked_fill(first[1:] | (targets < NUM_SPECIAL_IDS), -100)
 
 
+def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
+    """
+    Targets that the caller aligned with the input, as the trainers of sharded sequences do: position t predicts
+    `shift_labels[t]`, also at the end of a history. [PAD] and [UNK] are no targets.
+
+    Args:
+        shift_labels: vocabulary ids `[T]`; −100 is ignored.
+
+    Returns:
+        `[T]`, −100 where there is no target.
+    """
+    return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, -100)
+
+
 def cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
@@ -69,9 +83,15 @@ def cross_entropy(
         logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets >= 0).sum().clamp(min=1)
-    return total / num_items_in_batch
+    return _mean(total, targets, num_items_in_batch)
+
+
+def _mean(total: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    """`total` over `num_items_in_batch` (see `cross_entropy`); 0 where there is no target in the whole step."""
+    number = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(number, torch.Tensor):
+        number = number.to(total.device)
+    return total / (number + (number == 0))
 
 
 def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[..., torch.Tensor] | None:
@@ -233,8 +253,6 @@ def sampled_loss(
     """
     num_items = weight.shape[0] - NUM_SPECIAL_IDS
     is_target = targets >= 0
-    if num_items_in_batch is None:
-        num_items_in_batch = is_target.sum().clamp(min=1)
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     target = torch.where(is_target, targets, NUM_SPECIAL_IDS)
 
@@ -268,7 +286,7 @@ def sampled_loss(
         beta = 1.0 if objective == "bce" else rate * (gbce_calibration * (1 - 1 / rate) + 1 / rate)
         against = nn.functional.softplus(negative).masked_fill(accidental, 0.0).sum(1)
         losses = (beta * nn.functional.softplus(-positive[:, 0]) + against) / (num_negatives + 1)
-    return torch.where(is_target, losses, 0.0).sum() / num_items_in_batch
+    return _mean(torch.where(is_target, losses, 0.0).sum(), targets, num_items_in_batch)
 
 
 def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalogue out."""
 
 import os
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -11,15 +12,16 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .append_blossomrec import Append
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
 from .cache_blossomrec import BlossomRecCache
-from .checkpoint_blossomrec import CheckpointMixin
+from .checkpoint_blossomrec import CheckpointMixin, require_loadable
 from .configuration_blossomrec import BlossomRecConfig
-from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, next_item_targets, sampled_loss
+from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, given_targets, next_item_targets, sampled_loss
 from .modules_blossomrec import check_inference
 from .packing_blossomrec import PackedHistories, pack_histories
 from .recommendation_blossomrec import RecommendationMixin
@@ -45,6 +47,22 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+
+
+# Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
+_HARMLESS_KEYWORDS = {"is_causal": True, "output_router_logits": False}
+
+
+class GenerationError(AttributeError, ValueError):
+    """
+    Raised for everything that generates sequences. An `AttributeError`, so that `hasattr(model, "generate")` is false.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "BlossomRec recommends the next item and does not generate sequences; use `model.recommend(input_ids)` or "
+            '`pipeline("sequential-recommendation", model=...)`.'
+        )
 
 
 class LayerSelection(NamedTuple):
@@ -143,12 +161,26 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _no_split_modules = ["BlossomRecLayer"]
     _supports_attention_backend = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            # FSDP2 gives a sharded model a class of its own, which no checkpoint can name: it goes by its parent's name.
+            parent = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = parent.__module__, parent.__name__
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Where nothing is asked, `transformers` would turn a custom model to "eager", the reference.
         return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`; a checkpoint also tells where its model, tokenizer and pipeline find their code."""
+        """
+        As in `transformers`; the configuration also names the code of the model, the tokenizer and the pipeline.
+
+        Raises:
+            ValueError: for a model or configuration of a class that is defined in a script, a notebook or a function.
+        """
+        for part in (self, self.config):
+            require_loadable(type(part))
         if self._auto_class is not None:  # set where the code itself is saved
             self.config.auto_map = dict(AUTO_MAP)
             self.config.custom_pipelines = CUSTOM_PIPELINES
@@ -266,9 +298,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
 
         Raises:
             ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
-                attentions asked of a path that has none, and a cache that does not fit the model or the input (it is
-                left as it was).
+                attentions asked of a path that has none, a cache that does not fit the model or the input (it is
+                left as it was), and keywords that the model does not know.
         """
+        _check_keywords(kwargs, position_ids, cu_seq_lens_q)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
@@ -283,7 +316,14 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if packed is None:
             packed = pack_histories(
-                inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size
+                inputs,
+                attention_mask,
+                position_ids,
+                cu_seq_lens_q,
+                max_length_q,
+                self.config.vocab_size,
+                cu_seqlens_k=cu_seq_lens_k,
+                max_seqlen_k=max_length_k,
             )
         training = self.training if training is None else training
         cache = past_key_values if cache is None else cache
@@ -303,8 +343,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             keep = slice(-1, None) if one else (packed.cu_seqlens[1:] - 1).clamp(min=0)
         position = packed.position if append is None else append.position
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
-            inputs = packed.pack(inputs)
-            hidden_states = self.item_embedding(inputs) if inputs_embeds is None else inputs
+            # Embedded in the shape of the input: NEFTune's noise depends on it.
+            hidden_states = packed.pack(self.item_embedding(input_ids) if inputs_embeds is None else inputs)
             hidden_states = self.dropout(self.embedding_norm(hidden_states), training)[None]
 
             position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
@@ -312,6 +352,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             for layer in self.layers:
                 if output_hidden_states:
                     states.append(packed.unpack(hidden_states[0]))
+                    hidden_states = packed.pack(states[-1])[None]  # what is returned has a gradient (`retain_grad()`)
                 hidden_states, selection, gates, probs = layer(
                     hidden_states,
                     training=training,
@@ -334,7 +375,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             last_hidden_state = packed.last(hidden_states[0], 1) if last_only else packed.unpack(hidden_states[0])
         return BlossomRecModelOutput(
             last_hidden_state=last_hidden_state,
-            hidden_states=(*states, packed.unpack(hidden_states[0])) if output_hidden_states else None,
+            hidden_states=(*states, last_hidden_state) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             selections=tuple(selections) if output_selection else None,
             cache=None if append is None else append.cache,
@@ -363,6 +404,16 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         return Append(cache, packed.cu_seqlens, items, packed.position.shape[0], weights)
 
 
+def _check_keywords(keywords: dict[str, Any], position_ids: Any, cu_seq_lens_q: Any) -> None:
+    """Refuses all other keywords by name: whoever passes one expects an effect."""
+    for name, value in keywords.items():
+        harmless = value is None or (name in _HARMLESS_KEYWORDS and value is _HARMLESS_KEYWORDS[name])
+        if name == "seq_idx":  # the number of each token's history, which some collators send next to these
+            harmless = harmless or position_ids is not None or cu_seq_lens_q is not None
+        if not harmless:
+            raise ValueError(f"`{name}` is not an input of BlossomRec; leave it out of the call or the batch.")
+
+
 def _layer_selection(packed: PackedHistories, selection, gates) -> LayerSelection:
     block_indices, importance = (None, None) if selection is None else selection
     if block_indices is not None:  # shifted, so that padding reads −1
@@ -377,9 +428,32 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
     def __init__(self, config: BlossomRecConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # `Trainer` then leaves the first label of each row out of its count of targets
         self.model = BlossomRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _shift_labels_of(cls)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("generate", "generation_config"):
+            raise GenerationError
+        return super().__getattr__(name)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `GenerationError`; adapters with `task_type="CAUSAL_LM"` ask for it and never call it in training."""
+        raise GenerationError
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """
+        `False`. A pipeline that generates asks this first and would then fail without a reason: it is refused here.
+        """
+        if getattr(sys._getframe(1).f_locals.get("self"), "_pipeline_calls_generate", False):
+            raise GenerationError
+        return False
 
     @property
     def item_counts(self) -> torch.Tensor:
@@ -417,14 +491,19 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         """
         Args:
             labels: item ids `[B, L]` aligned with the input, shifted inside: every position predicts the next item of
-                its history. −100, [PAD] and [UNK] are no targets.
+                its history. −100, [PAD] and [UNK] are no targets. Instead of them, `shift_labels` `[B, L]` gives the
+                target of every position itself.
             logits_to_keep: n > 0 returns logits of the last n real positions of each history alone, `[S, n,
                 vocab_size]` (S rows, or packed histories), zero where a history is shorter. The loss is not affected.
                 With a cache, of the last n new ones.
             num_items_in_batch: number of targets of the whole step, over accumulated batches and processes, that the
-                summed loss is divided by; this batch's own number where it is missing.
+                summed loss is divided by. Defaults to the number in this batch. `Trainer` counts every label that is
+                not −100, but for the first of each row.
+            kwargs: `shift_labels`, and `skip_logits`: `True` returns no logits.
 
-            The other arguments are those of `BlossomRecModel.forward`.
+            The other arguments are those of `BlossomRecModel.forward`. `label_smoothing_factor` of `Trainer` replaces
+            the loss, and the objective with it: its smoothing is uniform over the whole vocabulary, [PAD] and [UNK]
+            included.
 
         Raises:
             ValueError: as `BlossomRecModel.forward`, for labels outside the vocabulary, and for labels with a cache.
@@ -433,10 +512,24 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         if inputs is None:
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         cache = past_key_values if cache is None else cache
+        # No parameters of their own: `Trainer` would expect each parameter named like a label in every batch.
+        shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
+        shifted = shift_labels is not None
+        labels = shift_labels if shifted else labels
+        _check_keywords(kwargs, position_ids, cu_seq_lens_q)
         if labels is not None and (cache is not None or use_cache):
             raise ValueError("`labels` cannot be combined with a cache; a loss needs the histories themselves.")
         packed = pack_histories(
-            inputs, attention_mask, position_ids, cu_seq_lens_q, max_length_q, self.config.vocab_size, labels
+            inputs,
+            attention_mask,
+            position_ids,
+            cu_seq_lens_q,
+            max_length_q,
+            self.config.vocab_size,
+            labels,
+            labels_are_counted=num_items_in_batch is not None and not shifted,
+            cu_seqlens_k=cu_seq_lens_k,
+            max_seqlen_k=max_length_k,
         )
         append = None
         if cache is not None or use_cache:
@@ -455,7 +548,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         loss = logits = None
         if labels is not None:
             labels = packed.pack(labels)
-            targets = next_item_targets(labels, packed.cu_seqlens)
+            targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
             if self.config.objective == "cross_entropy":
                 loss = cross_entropy(
                     hidden_states,
@@ -479,7 +572,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
                 )
         if logits_to_keep:
             logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
-        elif labels is None or not self.training:
+        elif not skip_logits and (labels is None or not self.training):
             logits = packed.unpack(self.lm_head(hidden_states))
         if append is not None and use_cache is not False:  # the last thing that can fail is done
             append.commit(hidden_states)
@@ -492,6 +585,13 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             cache=outputs.cache,
         )
 
+
+def _shift_labels_of(model_class: type) -> None:
+    """`Trainer` shifts the labels of a smoothed loss for the classes named in this table, and for no others."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"blossomrec/{model_class.__name__}"] = model_class.__name__
+
+
+_shift_labels_of(BlossomRecForSequentialRecommendation)
 
 __all__ = [
     "BlossomRecForSequentialRecommendation",

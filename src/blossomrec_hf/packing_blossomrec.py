@@ -4,6 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+from .loss_blossomrec import NUM_SPECIAL_IDS
+
+
+logger = logging.get_logger(__name__)
 
 
 class PackedHistories(NamedTuple):
@@ -62,6 +68,10 @@ def pack_histories(
     max_seqlen: int | None,
     vocab_size: int,
     labels: torch.Tensor | None = None,
+    *,
+    labels_are_counted: bool = False,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> PackedHistories:
     """
     Turns any input that the model accepts into packed histories.
@@ -71,14 +81,27 @@ def pack_histories(
         attention_mask: `[B, L]`, 0 at padding; where it is `None`, [PAD] ids are padding.
         position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
         cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
-        labels: `[B, L]`, only looked at for ids outside the vocabulary.
+        labels: `[B, L]`, checked for ids outside the vocabulary.
+        labels_are_counted: warn if padded rows have labels that `Trainer` counts as targets and the model does not.
+        cu_seqlens_k, max_seqlen_k: a repetition of `cu_seqlens` and `max_seqlen`.
 
     Raises:
-        ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Not
-            checked inside a compiled graph, nor while a CUDA graph is captured.
+        ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Values
+            are not checked inside a compiled graph, nor while a CUDA graph is captured.
     """
     batch, length = shape = inputs.shape[:2]
     device = inputs.device
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the input {tuple(shape)}; they must be the same.")
+    if cu_seqlens_k is not None and (cu_seqlens is None or cu_seqlens_k.shape != cu_seqlens.shape):
+        raise ValueError(
+            "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
+        )
+    if max_seqlen_k is not None and max_seqlen_k != max_seqlen:
+        raise ValueError(
+            f"`max_length_k` is {max_seqlen_k}, `max_length_q` is {max_seqlen}; give the same number, or "
+            "`max_length_q` alone."
+        )
     packed_row = batch == 1 and attention_mask is None and position_ids is not None
     real = None
     if cu_seqlens is not None or packed_row:
@@ -110,7 +133,16 @@ def pack_histories(
     if values_known:
         ids = inputs if inputs.dim() == 2 else None
         max_seqlen, num_tokens = _check_packing(
-            ids, labels, padding, cu_seqlens, length, max_seqlen, real is None, vocab_size
+            ids,
+            labels,
+            padding,
+            cu_seqlens,
+            length,
+            max_seqlen,
+            real is None,
+            vocab_size,
+            cu_seqlens_k=cu_seqlens_k,
+            counted=real if labels_are_counted else None,
         )
     elif max_seqlen is None:
         max_seqlen = length
@@ -131,7 +163,9 @@ def pack_histories(
     return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
 
 
-def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size) -> tuple[int, int]:
+def _check_packing(
+    ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size, *, cu_seqlens_k, counted
+) -> tuple[int, int]:
     """
     The checks of `pack_histories` that need values, read from the device all at once; the longest history, and how many
     tokens all of them have.
@@ -140,20 +174,34 @@ def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets
     lengths = cu_seqlens.diff()
     facts = [
         *((zero, zero) if ids is None or ids.numel() == 0 else ids.aminmax()),
-        zero if labels is None or labels.numel() == 0 else labels.max(),
+        *((zero, zero) if labels is None or labels.numel() == 0 else labels.masked_fill(labels == -100, 0).aminmax()),
+        zero if labels is None or counted is None else _num_counted_in_vain(labels, counted),
+        zero if cu_seqlens_k is None else (cu_seqlens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
         zero if padding is None else (padding == 0).sum(),
         cu_seqlens[0],
         cu_seqlens[-1],
         *((zero, zero) if lengths.numel() == 0 else lengths.aminmax()),
     ]
-    low, high, label, num_padding, first, last, shortest, longest = torch.stack(facts).tolist()
+    low, high, low_label, high_label, num_in_vain, num_other, num_padding, first, last, shortest, longest = (
+        torch.stack(facts).tolist()
+    )
     remedy = (
         "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
     )
     if low < 0 or high >= vocab_size:
         raise ValueError(f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. {remedy}")
-    if label >= vocab_size:
-        raise ValueError(f"`labels` holds {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
+    if low_label < 0 or high_label >= vocab_size:
+        label = low_label if low_label < 0 else high_label
+        raise ValueError(f"`labels` has {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
+    if num_other:
+        raise ValueError(
+            "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
+        )
+    if num_in_vain:
+        logger.warning_once(
+            "`labels` has ids that are no targets but that `Trainer` counts in `num_items_in_batch`, which makes the loss "
+            "too small: set the label of a history's first item, of [PAD] and of [UNK] to −100, or pad on the right."
+        )
     if num_padding:
         raise ValueError("`attention_mask` marks padding in packed input; leave padding out, or make it a history.")
     if offsets_given and (first != 0 or last != length or shortest < 0):
@@ -165,6 +213,13 @@ def _check_packing(ids, labels, padding, cu_seqlens, length, max_seqlen, offsets
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"`max_length_q` is {max_seqlen}, the longest history has {longest} items.")
     return longest if max_seqlen is None else max_seqlen, last
+
+
+def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """How many labels `Trainer` counts (all but −100 and the first column) at which the model has no target."""
+    first = real & (real.cumsum(1) == 1)
+    no_target = first | ~real | (labels < NUM_SPECIAL_IDS)
+    return (no_target & (labels != -100))[:, 1:].sum()
 
 
 def _short(values: list[int]) -> str:

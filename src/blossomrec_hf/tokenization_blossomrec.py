@@ -1,5 +1,6 @@
 """Raw item ids <-> vocabulary: every item is one token of a WordLevel vocabulary, a history is a sequence of tokens."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from .checkpoint_blossomrec import require_loadable
 
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
@@ -98,6 +101,11 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
             twice = next(item for item, token in zip(items, tokens) if token in seen or seen.add(token))
             raise ValueError(f"items holds {twice!r} more than once; each item may stand in a vocabulary once.")
         return cls(vocab, item_type=item_type, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As in `transformers`; `ValueError` for a class that is defined in a script, a notebook or a function."""
+        require_loadable(type(self))
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_items(self, items: Iterable[int | str]) -> list[int]:
         """

@@ -100,6 +100,9 @@ def alone(tmp_path_factory):
 def test_two_processes_train_as_one(alone, tmp_path, kind, accumulation):
     two = launch(tmp_path / "two", 2, accumulation, kind)
     check_same(alone, two)
+    saved = json.loads((tmp_path / "two" / "config.json").read_text())  # where a sharded model has a class of its own
+    assert saved["auto_map"]["AutoModelForCausalLM"] == "modeling_blossomrec.BlossomRecForSequentialRecommendation"
+    assert (tmp_path / "two" / "modeling_blossomrec.py").exists()
     assert np.mean([line["loss"] for line in two[0][-10:] if "loss" in line]) < two[0][0]["loss"]
 
     read = [line.split() for index in (0, 1) for line in (tmp_path / f"two-rows-{index}.txt").read_text().splitlines()]

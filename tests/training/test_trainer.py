@@ -1,9 +1,18 @@
+import peft
 import pytest
 import torch
+from checkpoint_cases import small_tokenizer
 from small_cases import make_model
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
-from blossomrec_hf.data import PaddingCollator, split
+from blossomrec_hf import BlossomRecForSequentialRecommendation, packing_blossomrec
+from blossomrec_hf.data import PackingCollator, PaddingCollator, split
 from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer, evaluate
 
 
@@ -100,6 +109,118 @@ def test_trains_to_the_best_and_saves_it(log, tmp_path):
     assert evaluate(trainer.model, view, progress=False)["ndcg@10"] == pytest.approx(trainer.state.best_metric)
 
 
-def test_label_smoothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0, got 0.1"):
-        SequentialRecommendationTrainer(make_model(), training_arguments(tmp_path, label_smoothing_factor=0.1))
+# What plain `transformers.Trainer` makes of the model
+
+
+def wide_model(**changes):
+    """A model whose predictions differ much, so that a loss over the wrong targets is seen."""
+    model = make_model(hidden_dropout_prob=0.0, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def log_probabilities(model, rows):
+    """Of every position that has a next item, over the whole vocabulary `[T, vocab_size]`; and the next items `[T]`."""
+    with torch.no_grad():
+        logits = [model.eval()(torch.tensor([row["input_ids"]])).logits[0, :-1] for row in rows]
+    targets = torch.cat([torch.tensor(row["input_ids"][1:]) for row in rows])
+    return torch.cat(logits), targets
+
+
+def losses_of_one_step(trainer_class, model, tmp_path, rows, collator, **changes):
+    """What the trainer logs for one step over all rows, and for an evaluation of them; the model stays as it is."""
+    settings = {"max_steps": 1, "logging_steps": 1, "learning_rate": 1e-12, "prediction_loss_only": True, **changes}
+    arguments = training_arguments(tmp_path, per_device_eval_batch_size=len(rows), **settings)
+    trainer = trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], trainer.evaluate()["eval_loss"]
+
+
+def rows_of_lengths(*lengths):
+    return [{"input_ids": torch.randint(2, 62, (length,)).tolist()} for length in lengths]
+
+
+def collate_with_labels(rows):
+    """Of rows that have `labels` already: all items."""
+    return DataCollatorForSeq2Seq(small_tokenizer(60))([{**row, "labels": row["input_ids"]} for row in rows])
+
+
+COLLATORS = {
+    "DataCollatorForLanguageModeling": DataCollatorForLanguageModeling(small_tokenizer(60), mlm=False),
+    "DataCollatorForSeq2Seq": collate_with_labels,
+    "DataCollatorWithFlattening": DataCollatorWithFlattening(),
+    "PaddingCollator": PaddingCollator(padding_side="left"),
+    "PackingCollator": PackingCollator(),
+}
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_the_loss_is_the_mean_over_targets_with_any_collator(tmp_path, collator, batch_size, accumulation):
+    model, rows = wide_model(), rows_of_lengths(2, 3, 5, 20)
+    logits, targets = log_probabilities(model, rows)
+    expected = torch.nn.functional.cross_entropy(logits[:, 2:], targets - 2).item()
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    losses = losses_of_one_step(Trainer, model, tmp_path, rows, COLLATORS[collator], **sizes)
+    assert losses == pytest.approx((expected, expected), rel=1e-4)
+
+
+def test_labels_that_trainer_counts_in_vain_are_reported(tmp_path, caplog):
+    tokenizer = small_tokenizer(60)
+    tokenizer.padding_side = (
+        "left"  # the first item of a shorter history is not in the first column, which is not counted
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    packing_blossomrec.logger.warning_once.cache_clear()
+    losses_of_one_step(Trainer, wide_model(), tmp_path, rows_of_lengths(2, 3, 5, 20), collator)
+    assert "`labels` has ids that are no targets" in caplog.text
+
+
+class OwnRecommender(BlossomRecForSequentialRecommendation):
+    """A user's own class."""
+
+
+def as_own_class(model):
+    own = OwnRecommender(model.config)
+    own.load_state_dict(model.state_dict())
+    return own
+
+
+def with_lora(model):
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, as_own_class, with_lora], ids=["model", "subclass", "lora"])
+@pytest.mark.parametrize("trainer_class", [Trainer, SequentialRecommendationTrainer])
+def test_smoothed_labels_are_those_of_the_next_items(tmp_path, trainer_class, wrap):
+    model, rows = wide_model(), rows_of_lengths(2, 3, 5, 20)
+    logits, targets = log_probabilities(model, rows)  # of all ids: the smoothing covers [PAD] and [UNK]
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1).item()
+    settings = {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 4}
+    losses = losses_of_one_step(trainer_class, wrap(model), tmp_path, rows, PaddingCollator(), **settings)
+    assert losses == pytest.approx((expected, expected), rel=1e-4)
+
+
+def test_smoothing_does_not_replace_another_objective(tmp_path):
+    arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match='`label_smoothing_factor` is 0.1.*"gbce".*set it to 0'):
+        SequentialRecommendationTrainer(make_model(objective="gbce", num_negatives=8), arguments)
+
+
+def test_neftune_adds_the_noise_that_any_model_gets(tmp_path):
+    """Uniform in ±alpha / √(length of the padded row · hidden_size), in training only."""
+    model, seen = wide_model(), []
+    model.model.embedding_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    settings = {"per_device_train_batch_size": 1, "neftune_noise_alpha": 5.0}
+    losses_of_one_step(Trainer, model, tmp_path, rows_of_lengths(20), PaddingCollator(), **settings)
+    in_training, in_evaluation = seen
+    widest = (in_training - in_evaluation).abs().max().item()
+    assert 0.9 < widest / (5 / (20 * 16) ** 0.5) <= 1 + 1e-5
+
+    ids = model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.tensor([[0, 0, 5], [6, 7, 8]]))
+    ids.remove()
+    assert seen[2].shape == (2, 3)  # of the padded rows

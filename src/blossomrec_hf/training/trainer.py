@@ -50,18 +50,21 @@ class SequentialRecommendationTrainer(Trainer):
     [`RankingCollator`] (pass one to set `max_length`) and `compute_metrics` is [`ranking_compute_metrics`], which
     gives the figures of [`~blossomrec_hf.training.evaluate`]: `eval_ndcg@10`, ....
 
+    `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included.
+
     Raises:
-        ValueError: for label smoothing, which would count `[PAD]`, `[UNK]` and padding in.
+        ValueError: for label smoothing of another objective than `"cross_entropy"`, which it would replace.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("data_collator", RankingCollator())
         kwargs.setdefault("compute_metrics", ranking_compute_metrics())
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor != 0:
+        objective = getattr(self.model.config, "objective", "cross_entropy")
+        if self.args.label_smoothing_factor != 0 and objective != "cross_entropy":
             raise ValueError(
-                f"`label_smoothing_factor` must be 0, got {self.args.label_smoothing_factor}: the smoothed loss "
-                "of `Trainer` would count [PAD], [UNK] and padding in."
+                f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, which would replace the objective "
+                f'"{objective}" by cross-entropy over all items; set it to 0.'
             )
         # A view makes its columns from stored ones, which must not be taken from it.
         self.args.remove_unused_columns = False
