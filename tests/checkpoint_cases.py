@@ -8,6 +8,7 @@ import torch
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.manifest_blossomrec import update_manifest
 
 
 def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecommendation:
@@ -31,9 +32,14 @@ def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def change_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
+def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Writes another configuration, as if it had been saved so."""
+    change_json(folder / "config.json", **changes)
+    update_manifest(folder, ["config.json"])
 
 
 def change_byte(path: Path, place: int = -3) -> None:

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from checkpoint_cases import change_byte, change_config, same_weights, small_model, told
-from transformers import AutoModel, AutoModelForCausalLM
+from accelerate import Accelerator
+from checkpoint_cases import change_byte, change_config, change_json, same_weights, small_model, told
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
-from blossomrec_hf.checkpoint_blossomrec import MANIFEST_NAME, files_to_push
 from blossomrec_hf.configuration_blossomrec import VERSION
+from blossomrec_hf.manifest_blossomrec import MANIFEST_NAME
 
 
 load = BlossomRecForSequentialRecommendation.from_pretrained
@@ -24,16 +25,6 @@ def saved(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     return model, tmp_path
-
-
-def test_the_manifest_holds_the_hash_of_the_weights_and_of_every_code_file(saved):
-    model, folder = saved
-    hashes = json.loads((folder / MANIFEST_NAME).read_text())["sha256"]
-    assert set(hashes) == {"model.safetensors", *(path.name for path in folder.glob("*.py"))}
-    assert {"modeling_blossomrec.py", "tokenization_blossomrec.py", "pipeline_blossomrec.py"} <= set(hashes)
-    for name, saved_hash in hashes.items():
-        assert saved_hash == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert same_weights(model, load(folder))
 
 
 def test_parts_of_large_weights_are_covered(saved):
@@ -62,7 +53,7 @@ def test_changed_code_is_named_with_its_hash(saved):
     with (folder / "ops_torch.py").open("a") as file:
         file.write("import os\n")
     message = told(lambda: load(folder), ValueError)
-    assert message.startswith("ops_torch.py")
+    assert message.startswith("ops_torch.py") and "check_files=False" in message
     assert hashlib.sha256((folder / "ops_torch.py").read_bytes()).hexdigest() in message
 
 
@@ -135,16 +126,6 @@ def test_the_version_of_the_package_goes_along_and_a_newer_one_is_refused(saved)
     assert BlossomRecConfig().blossomrec_version == VERSION
 
 
-def test_what_is_left_at_home(tmp_path):
-    wanted = ["README.md", "config.json", "item_index/part-0.bin.npy", "item_metadata.parquet", "model.safetensors"]
-    others = ["training_args.bin", "checkpoint-12/optimizer.bin", "best-3/model.safetensors", ".cache/x", "a.partial",
-              "runs/events", "optimizer.pt", "scheduler.pkl", "results.json.lock"]  # fmt: skip
-    for name in wanted + others:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    assert files_to_push(tmp_path) == wanted
-
-
 SCRIPT = """
 import sys
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
@@ -186,3 +167,94 @@ def test_what_a_function_defines_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="Model` is defined in a script, a notebook or a function"):
         Model(small_model().config).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_parts_take_the_place_of_a_single_file_and_back(tmp_path, variant):
+    whole, parts, again = small_model(), small_model(), small_model()
+    for model, size in ((whole, "1GB"), (parts, "20KB"), (again, "1GB")):
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+        assert same_weights(load(tmp_path, variant=variant), model)
+
+
+def test_a_changed_configuration_is_refused_unless_asked_for(saved):
+    _, folder = saved
+    change_json(folder / "config.json", num_selected_blocks=1)  # no weight has another size for it
+    for call in (load, AutoModelForCausalLM.from_pretrained):
+        message = told(lambda: call(folder), ValueError)
+        assert message.startswith("config.json of") and "check_files=False" in message
+        assert call(folder, check_files=False).config.num_selected_blocks == 1
+    load(folder, check_files=False).save_pretrained(folder)
+    assert load(folder).config.num_selected_blocks == 1
+
+
+def test_weights_that_an_ordinary_tool_rewrote_are_refused_with_the_remedy(saved):
+    _, folder = saved
+    other = small_model()
+    Accelerator(cpu=True).save_model(other, folder)
+    message = told(lambda: load(folder), ValueError)
+    assert "`accelerator.save_model`" in message and "check_files=False" in message and "save_pretrained" in message
+    loaded = load(folder, check_files=False)
+    assert same_weights(loaded, other)
+    loaded.save_pretrained(folder)
+    assert same_weights(load(folder), other)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/hostname", "a/b.safetensors", "weights.bin"])
+def test_an_index_of_weights_names_safetensors_of_its_own_folder_only(saved, name):
+    model, folder = saved
+    model.save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"].values()))
+    (folder.parent / "secret.safetensors").write_bytes((folder / first).read_bytes())
+    (folder / "weights.bin").write_bytes((folder / first).read_bytes())
+    content["weight_map"] = {key: name if part == first else part for key, part in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    for call in (load, AutoModelForCausalLM.from_pretrained):
+        for options in ({}, {"check_files": False}):
+            message = told(lambda: call(folder, **options), ValueError)
+            assert repr(name) in message or "model.safetensors.index.json of" in message
+    (folder / MANIFEST_NAME).unlink()
+    assert repr(name) in told(lambda: load(folder), ValueError)
+
+
+def test_weights_outside_of_the_folder_are_refused(saved):
+    _, folder = saved
+    outside = folder.parent / f"{folder.name}-elsewhere.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    message = told(lambda: load(folder), ValueError)
+    assert "is a symbolic link to" in message and str(outside) in message
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"vocab_size": 10**8},
+        {"intermediate_size": 10**9},
+        {"compress_block_size": 2**20},
+        {"hidden_size": 2**14},
+        {"num_hidden_layers": 1000, "attention_types": ["full"] * 1000, "intermediate_size": 10**6},
+    ],
+)
+def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_asked_for(saved, sizes, monkeypatch):
+    _, folder = saved
+    change_config(folder, **sizes)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model is made"))
+    message = told(lambda: load(folder), ValueError)
+    name, value = next(iter(sizes.items()))
+    assert f"`{name}` {value}" in message and "disagree" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not safetensors at all", b"\xff" * 100])
+def test_weights_that_are_none_are_refused_in_a_sentence(saved, content):
+    _, folder = saved
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / MANIFEST_NAME).unlink()
+    assert "The weights of" in told(lambda: load(folder), ValueError)
+
+
+def test_a_push_of_its_own_is_refused_while_saving(saved):
+    model, folder = saved
+    assert "model.push_to_hub(" in told(lambda: model.save_pretrained(folder, push_to_hub=True), ValueError)

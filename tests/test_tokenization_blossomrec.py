@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from blossomrec_hf.manifest_blossomrec import update_manifest
 from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
 
 
@@ -160,3 +162,84 @@ def test_auto_tokenizer_with_and_without_our_package(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[*ODD, "later"], list(range(2, 3 + len(ODD))), "left"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a saved tokenizer of the items 100, 101, …, 109."""
+    BlossomRecTokenizer.from_items(list(range(100, 110))).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_vocabulary(folder, change, *, save=True):
+    """Applies `change` to the content of tokenizer.json, as if it had been saved so."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    if save:
+        update_manifest(folder, ["tokenizer.json"])
+
+
+def refused(folder, **options):
+    message = told(lambda: BlossomRecTokenizer.from_pretrained(folder, **options), ValueError)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def swap_two_ids(content):
+    vocab = content["model"]["vocab"]
+    vocab["103"], vocab["104"] = vocab["104"], vocab["103"]
+
+
+def test_a_tokenizer_that_was_changed_after_it_was_saved_is_refused_unless_asked_for(saved):
+    change_vocabulary(saved, swap_two_ids, save=False)
+    message = refused(saved)
+    assert message.startswith("tokenizer.json of") and "check_files=False" in message
+    assert message == told(lambda: AutoTokenizer.from_pretrained(saved), ValueError)
+    for kind in (BlossomRecTokenizer, AutoTokenizer):
+        assert kind.from_pretrained(saved, check_files=False).encode_items([103, 104]) == [6, 5]
+    BlossomRecTokenizer.from_pretrained(saved, check_files=False).save_pretrained(saved)
+    assert BlossomRecTokenizer.from_pretrained(saved).encode_items([103, 104]) == [6, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content["model"]["vocab"].update({"109": 10**9}), "they must be 0 to 11, each once"),
+        (lambda content: content["model"]["vocab"].update({"109": 5}), "they must be 0 to 11, each once"),
+        (lambda content: content["model"]["vocab"].update({"nine": 12}), "item_type"),
+        (lambda content: content["model"]["vocab"].update({"007": 12}), "item_type"),
+        (lambda content: content["model"]["vocab"].update({"[PAD]": 1, "[UNK]": 0}), ""),
+        (lambda content: content.update(model={"type": "WordLevel"}), "cannot be read"),
+        (lambda content: content.clear(), "cannot be read"),
+    ],
+)
+def test_a_vocabulary_that_is_none_of_items_is_refused(saved, change, said):
+    change_vocabulary(saved, change)
+    assert said in refused(saved)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"normalizer": {"type": "Lowercase"}}, {"pre_tokenizer": {"type": "CharDelimiterSplit", "delimiter": "x"}}],
+)
+def test_what_would_change_ids_in_the_file_has_no_effect_or_is_refused(tmp_path, part):
+    tokenizer = BlossomRecTokenizer.from_items(["aBc", "abc", "x y"])
+    tokenizer.save_pretrained(tmp_path)
+    change_vocabulary(tmp_path, lambda content: content.update(part))
+    try:
+        loaded = BlossomRecTokenizer.from_pretrained(tmp_path)
+    except ValueError:
+        return
+    assert loaded(["abc aBc x%20y"])["input_ids"] == tokenizer(["abc aBc x%20y"])["input_ids"] == [[3, 2, 4]]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '"x"', "\x00\x01"])
+def test_damaged_files_are_refused_in_a_sentence(saved, name, content):
+    (saved / name).write_text(content)
+    assert refused(saved).startswith(f"{name} of")
+    (saved / "checkpoint_manifest.json").unlink()
+    if (name, content) != ("tokenizer_config.json", "null"):
+        assert "cannot be read" in refused(saved)

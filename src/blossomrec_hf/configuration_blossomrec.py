@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .checkpoint_blossomrec import require_loadable
+from .manifest_blossomrec import CONFIG_NAMES, update_manifest
 
 
 VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
@@ -139,9 +140,15 @@ class BlossomRecConfig(PreTrainedConfig):
         self._check()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As in `transformers`; `ValueError` for a class that is defined in a script, a notebook or a function."""
+        """
+        As in `transformers`; also writes the hash of the file to the manifest of the folder.
+
+        Raises:
+            ValueError: for a class that is defined in a script, a notebook or a function.
+        """
         require_loadable(type(self))
         super().save_pretrained(save_directory, **kwargs)
+        update_manifest(save_directory, CONFIG_NAMES)
 
     @property
     def head_dim(self) -> int:

@@ -12,12 +12,14 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, DatasetCard, EvalResult, HfApi, ModelCard, ModelCardData
 
-from .checkpoint_blossomrec import REPO_PLACEHOLDER, check_manifest, ensure_repo, push_folder
 from .configuration_blossomrec import BlossomRecConfig
-from .data.filters import FilterReport
+from .data.filters import REPORT_FILE, FilterReport
+from .data.metadata import METADATA_FILE
 from .data.overview import describe, summary
 from .data.storage import load_folder
+from .manifest_blossomrec import MANIFEST_NAME, TOKENIZER_NAMES, check_manifest, code_files
 from .tokenization_blossomrec import BlossomRecTokenizer
+from .upload_blossomrec import REPO_PLACEHOLDER, ensure_repo, push_folder
 from .utils.files import atomic_write, write_json
 
 
@@ -100,7 +102,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
         repo_id=repo_id,
         repo_type="dataset",
         folder_path=folder,
-        allow_patterns=["tokenizer*", "tokenization_*.py", "item_metadata.parquet", "filters.json"],
+        allow_patterns=[*TOKENIZER_NAMES, MANIFEST_NAME, *code_files(folder), METADATA_FILE, REPORT_FILE],
         commit_message="Tokenizer, titles and filter report",
     )
     return str(address)
@@ -300,7 +302,11 @@ def model_card(
     text += ["## Use", "", "```python", "from transformers import pipeline", ""]
     text += [f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)']
     text += ["recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last", "```", ""]
-    text += ["After `import blossomrec_hf`, the same without `trust_remote_code`; `revision=` pins a commit.", ""]
+    text += [
+        "After `import blossomrec_hf`, the same without `trust_remote_code`. Remote code runs when it is loaded: pin "
+        "`revision=` to a commit that you have read.",
+        "",
+    ]
     text += ["## Results", "", *_results_table(groups, suffixes, k), ""]
     text += [_how_measured(groups, dataset_name, suffixes), ""]
     if published:

@@ -12,10 +12,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from .checkpoint_blossomrec import require_loadable
+from .manifest_blossomrec import FINDING, TOKENIZER_NAMES, check_manifest, inside, update_manifest
 
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
 _UNSAFE = re.compile(r"[%\[\s\x00-\x20\x7f\x85]")  # "%" marks an escape, "[" opens a special token, spaces part items
+_INTEGER = re.compile("0|-?[1-9][0-9]*")
 _EMPTY = "%"  # a bare "%" can not come out of the escaping of any other id
 
 
@@ -63,7 +65,8 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
         if item_type not in ("int", "str"):
             raise ValueError(f'item_type is {item_type!r}; it may be "int" or "str".')
         if not kwargs.keys() & {"tokenizer_object", "tokenizer_file"}:
-            vocab = vocab or {str(pad_token): 0, str(unk_token): 1}  # a saved tokenizer hands AddedToken objects
+            if vocab is None:
+                vocab = {str(pad_token): 0, str(unk_token): 1}  # a saved tokenizer hands AddedToken objects
             self._tokenizer = Tokenizer(WordLevel(vocab, str(unk_token)))
             self._tokenizer.pre_tokenizer = WhitespaceSplit()
         super().__init__(
@@ -76,6 +79,82 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
         )
         self.item_type = item_type
         self._items_by_id: list[int | str | None] | None = None
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        """Refuses a vocabulary that is none of items: its ids must be 0, 1, 2, … without gaps, and its tokens whole."""
+        parts = (self._tokenizer.model, self._tokenizer.pre_tokenizer)
+        if not isinstance(parts[0], WordLevel) or not isinstance(parts[1], WhitespaceSplit):
+            kinds = " and ".join(type(part).__name__ for part in parts)
+            raise ValueError(
+                f"The tokenizer is made of {kinds}; a BlossomRecTokenizer is WordLevel and WhitespaceSplit."
+            )
+        if self._tokenizer.normalizer is not None:
+            raise ValueError("The tokenizer has a normalizer, which would change item ids; save it without one.")
+        vocab = self.get_vocab()
+        special = [vocab.get(str(token)) for token in (self.pad_token, self.unk_token)]
+        if special != [0, 1]:
+            raise ValueError(
+                f"The vocabulary has {self.pad_token} and {self.unk_token} at {special[0]} and {special[1]}; they must be "
+                "at 0 and 1."
+            )
+        ids = set(vocab.values())
+        if len(ids) != len(vocab) or max(ids) != len(vocab) - 1:
+            raise ValueError(
+                f"The vocabulary has {len(vocab)} tokens, but their ids go up to {max(ids)} or repeat; they must be 0 to "
+                f"{len(vocab) - 1}, each once."
+            )
+        if self.item_type == "int":
+            special_tokens = set(self.all_special_tokens)
+            for token in vocab:
+                if not _INTEGER.fullmatch(token) and token not in special_tokens:
+                    raise ValueError(f'The vocabulary has the item {token!r}, but its `item_type` is "int".')
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, check_files: bool = True, **kwargs: Any
+    ) -> "BlossomRecTokenizer":
+        """
+        As in `transformers`; also compares the files with the hashes that were saved with them.
+
+        Args:
+            check_files: `False` loads files that were changed after they were saved.
+
+        Raises:
+            `ValueError`: for a damaged file, one that is not the one saved, and a vocabulary that is none of items.
+            `OSError`: where there is no tokenizer, and where the Hub cannot be reached and the cache is incomplete.
+        """
+        path = pretrained_model_name_or_path
+        checking = {name: kwargs.get(name) for name in ("revision", *FINDING)}
+        if os.path.isdir(path):
+            for name in TOKENIZER_NAMES:
+                inside(os.path.join(path, kwargs.get("subfolder") or ""), name)
+        try:
+            tokenizer = super().from_pretrained(path, *args, **kwargs)
+        except Exception as error:
+            if check_files:  # a file that changed is named, whatever came of it
+                check_manifest(path, names=TOKENIZER_NAMES, **checking)
+            if isinstance(error, (OSError, ImportError)):
+                raise
+            raise ValueError(
+                f"The tokenizer of {os.fspath(path)} cannot be read: {error}. Download it with `force_download=True`, or "
+                "save it again."
+            ) from error
+        if check_files:
+            check_manifest(path, names=TOKENIZER_NAMES, **checking)
+        return tokenizer
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """
+        As in `transformers`; also writes the hashes of the files to the manifest of the folder.
+
+        Raises:
+            `ValueError`: for a class that is defined in a script, a notebook or a function.
+        """
+        require_loadable(type(self))
+        written = super().save_pretrained(save_directory, *args, **kwargs)
+        update_manifest(save_directory, TOKENIZER_NAMES)
+        return written
 
     @classmethod
     def from_items(
@@ -101,11 +180,6 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
             twice = next(item for item, token in zip(items, tokens) if token in seen or seen.add(token))
             raise ValueError(f"items holds {twice!r} more than once; each item may stand in a vocabulary once.")
         return cls(vocab, item_type=item_type, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """As in `transformers`; `ValueError` for a class that is defined in a script, a notebook or a function."""
-        require_loadable(type(self))
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def encode_items(self, items: Iterable[int | str]) -> list[int]:
         """

@@ -5,6 +5,7 @@ from checkpoint_cases import same_weights
 from huggingface_hub import ModelCard
 from small_cases import make_model
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from blossomrec_hf.data import split
 from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer
@@ -41,6 +42,25 @@ def test_model_tokenizer_card_and_summary_in_one_commit(local_hub, trainer, log)
 
     proposed = trainer.push_to_hub(create_pr=True, blocking=False).result()
     assert proposed.oid == pushed.oid or proposed.pr_url
+
+
+def test_what_is_pushed_while_training_is_the_model_alone(local_hub, trainer, log, tmp_path):
+    arguments = TrainingArguments(
+        tmp_path / "out", max_steps=2, save_steps=1, report_to="none", use_cpu=True, push_to_hub=True,
+        hub_model_id="ada/rec",
+    )  # fmt: skip
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "credentials.json").write_text("{}")
+    views = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+    SequentialRecommendationTrainer(make_model(), arguments, processing_class=log[1], **views).train()
+    commits = list(local_hub.repository("ada/rec").commits.values())
+    assert {f"Training in progress, step {step}" for step in (1, 2)} <= {commit.title for commit in commits}
+    files = set().union(*(commit.files for commit in commits))
+    assert {"model.safetensors", "tokenizer.json", "checkpoint_manifest.json"} <= files
+    assert not {name for name in files if name.endswith((".bin", ".pt", ".pth")) or "credentials" in name}
+    arguments.hub_strategy = HubStrategy.CHECKPOINT
+    with pytest.raises(ValueError, match="hub_strategy"):
+        SequentialRecommendationTrainer(make_model(), arguments, processing_class=log[1], **views)
 
 
 def test_a_missing_token_is_told_before_the_training(local_hub, tmp_path, monkeypatch):

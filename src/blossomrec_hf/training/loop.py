@@ -31,10 +31,10 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from ..checkpoint_blossomrec import ensure_repo
 from ..data import TokenBudgetSampler
 from ..hub import push_run
 from ..loss_blossomrec import MAX_LOGITS
+from ..upload_blossomrec import ensure_repo
 from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback

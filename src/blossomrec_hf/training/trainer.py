@@ -10,11 +10,12 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import HubStrategy
 
-from ..checkpoint_blossomrec import ensure_repo
 from ..configuration_blossomrec import MAX_REPEAT_SHARE
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
+from ..upload_blossomrec import ensure_repo, push_folder
 from .environment import describe_environment
 from .evaluation import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
 from .held_out import HeldOutItems
@@ -66,6 +67,11 @@ class SequentialRecommendationTrainer(Trainer):
                 f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, which would replace the objective "
                 f'"{objective}" by cross-entropy over all items; set it to 0.'
             )
+        if self.args.push_to_hub and self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"`hub_strategy` is {self.args.hub_strategy.value!r}, which uploads the state of the optimizer and pickles; "
+                "it must be 'end' or 'every_save'."
+            )
         # A view makes its columns from stored ones, which must not be taken from it.
         self.args.remove_unused_columns = False
 
@@ -79,6 +85,17 @@ class SequentialRecommendationTrainer(Trainer):
                 token=token or self.args.hub_token,
             )
             super().init_hf_repo(token, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What `hub_strategy="every_save"` pushes: the checkpoint's model, where `Trainer` uploads all of `output_dir`."""
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            push_folder(
+                checkpoint_folder,
+                self.hub_model_id,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+            )
 
     def training_summary(self) -> dict[str, Any]:
         """What a card is made of, see [`~blossomrec_hf.hub.write_summary`]: what this trainer did and last measured."""

@@ -1,0 +1,174 @@
+"""
+The manifest of a checkpoint: the SHA-256 of every file that was saved, compared when the checkpoint is loaded.
+
+It finds accidents: damaged downloads, files of two checkpoints in one folder, files that a tool rewrote. It is no protection
+against an attacker, who changes the manifest as well; and with `trust_remote_code=True` the code of a repository runs
+before its hash is compared. Only `revision=` with the hash of a commit that you have read protects from that.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import cached_file
+
+from .files_blossomrec import atomic_write
+
+
+MANIFEST_NAME = "checkpoint_manifest.json"
+CONFIG_NAMES = ("config.json", "generation_config.json")
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What says where to find a file, of the arguments of `from_pretrained`.
+FINDING = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
+LENIENT = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(folder: str | os.PathLike, name: str) -> Path:
+    """
+    The path of a file of a checkpoint.
+
+    Raises:
+        ValueError: for a name with a folder in it, and for a symbolic link that leads out of `folder`. The links that
+            the cache of the Hub is made of are followed.
+    """
+    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(
+            f"A checkpoint in {os.fspath(folder)} names the file {name!r}; it may name files of its own folder only."
+        )
+    path = Path(folder) / name
+    require_own(Path(folder), path)
+    return path
+
+
+def require_own(folder: Path, path: Path) -> None:
+    """A `ValueError` for a file in `folder` that is a symbolic link to a place outside of it."""
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(target.is_relative_to(place) for place in homes):
+        raise ValueError(
+            f"{path} is a symbolic link to {target}, outside of its folder; put a copy of the file in its place."
+        )
+
+
+def code_files(folder: str | os.PathLike) -> list[str]:
+    """The names of the Python files that a checkpoint needs: those in `auto_map`, and what they import from beside them."""
+    folder = Path(folder)
+    wanted: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        pipelines = content.get("custom_pipelines")
+        pipelines = pipelines.values() if isinstance(pipelines, dict) else ()
+        auto_map = content.get("auto_map")
+        auto_map = auto_map.values() if isinstance(auto_map, dict) else ()
+        found = [pipeline.get("impl") for pipeline in pipelines if isinstance(pipeline, dict)]
+        for value in auto_map:
+            found += value if isinstance(value, list) else [value]
+        wanted |= {value.rsplit(".", 1)[0] for value in found if isinstance(value, str)}
+    files: set[str] = set()
+    while wanted:
+        name = f"{wanted.pop()}.py"
+        if name in files or not _PLAIN_NAME.fullmatch(name) or not (folder / name).is_file():
+            continue  # what another repository has ("owner/name--module") is not here
+        files.add(name)
+        wanted |= set(get_relative_imports(folder / name))
+    return sorted(files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    The object in a JSON file.
+
+    Raises:
+        ValueError: if it is no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: it is no JSON ({error}); save the checkpoint again, or load it from the Hub with "
+            "`force_download=True`."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must be a JSON object; save the checkpoint again.")
+    return content
+
+
+def update_manifest(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Writes the hashes of the files `names`, which were just saved to `folder`; of other files it keeps those it has."""
+    folder = Path(folder)
+    try:
+        hashes = _hashes(folder / MANIFEST_NAME)
+    except (ValueError, FileNotFoundError):
+        hashes = {}
+    hashes = {name: digest for name, digest in hashes.items() if (folder / name).is_file()}
+    hashes |= {name: sha256(folder / name) for name in names if (folder / name).is_file()}
+    with atomic_write(folder / MANIFEST_NAME) as partial:
+        partial.write_text(json.dumps({"sha256": dict(sorted(hashes.items()))}, indent=2) + "\n", "utf-8")
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    hashes = read_json(path).get("sha256")
+    if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+        raise ValueError(f"{path} is damaged: it lacks the hashes; save the checkpoint again.")
+    for name in hashes:
+        inside(path.parent, name)
+    return hashes
+
+
+def check_manifest(
+    path: str | os.PathLike, *, names: Iterable[str] | None = None, revision: str | None = None, **finding: Any
+) -> None:
+    """
+    Compares the files of a checkpoint with the hashes that were saved with them. Of a repository of the Hub, only what
+    was downloaded is compared. A checkpoint without a manifest is not compared.
+
+    Args:
+        path: a folder, or the name of a repository.
+        names: the files to compare; all by default.
+        revision: of the repository; the others are arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: for a file that is not the one saved; gives both hashes. A damaged download is removed from the cache.
+    """
+    finding = {name: value for name, value in finding.items() if name in FINDING and value is not None}
+    manifest = cached_file(path, MANIFEST_NAME, revision=revision, **finding, **LENIENT)
+    if manifest is None:
+        return
+    finding |= {"force_download": False, "local_files_only": True}
+    for name, saved in _hashes(Path(manifest)).items():
+        if names is not None and name not in names:
+            continue
+        file = cached_file(path, name, revision=revision, **finding, **LENIENT)
+        if file is None or (found := sha256(file)) == saved:
+            continue
+        message = f"{name} of {os.fspath(path)} is not the file that was saved: its SHA-256 is {found}, but "
+        message += f"{MANIFEST_NAME} has {saved}. "
+        if _remove_damaged_download(Path(file), found):
+            raise ValueError(f"{message}The download was damaged and is removed from the cache; load it again.")
+        raise ValueError(
+            f"{message}If it was downloaded, load it with `force_download=True`. If you or a tool rewrote it on purpose "
+            "(such as `accelerator.save_model` or an editor), load it with `check_files=False`, then call "
+            "`save_pretrained`, which writes a new manifest."
+        )
+
+
+def _remove_damaged_download(file: Path, digest: str) -> bool:
+    """Removes a file from the cache of the Hub if it is not the one that the Hub has, whose hash is its name there."""
+    blob = Path(os.path.realpath(file))
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.name == digest:
+        return False
+    file.unlink()
+    blob.unlink()
+    return True
