@@ -57,6 +57,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--on_bad_rows", choices=("fail", "skip"), default="fail", help="what to do about rows that cannot be read"
     )
     parser.add_argument(
+        "--time_format", help="how texts of times are written, as for strftime; numbers and ISO 8601, if not given"
+    )
+    parser.add_argument("--keep_na_ids", action="store_true", help="NA, NULL, nan and None are ids, not missing ones")
+    parser.add_argument(
         "--split",
         choices=("leave_one_out", "time", "user"),
         default="leave_one_out",
@@ -101,6 +105,8 @@ def build(args: argparse.Namespace, folder: Path) -> None:
         min_history=args.min_history,
         max_history=args.max_history,
         on_bad_rows=args.on_bad_rows,
+        time_format=args.time_format,
+        keep_na_ids=args.keep_na_ids,
         titles=args.titles,
         output_dir=folder,
         overwrite=True,

@@ -115,3 +115,54 @@ def test_partitions_hold_whole_users_and_all_rows(tmp_path):
         partition_log(log, tmp_path / "shards", 3)
     with pytest.raises(ValueError, match="num_partitions is 0"):
         partition_log(log, tmp_path / "more", 0)
+
+
+@pytest.mark.slow
+def test_spark_reads_ids_and_times_by_the_same_rules(spark, tmp_path):
+    """Missing ids, floats for integers, large integers, and dates of every type, whatever the time zone of the session."""
+    spark.conf.set("spark.sql.session.timeZone", "America/New_York")
+    hours = pl.Series(range(8)) * 3_600_000_000 + 1_300_000_000_000_000  # through the night in which clocks go forward
+    log = pl.DataFrame(
+        {
+            "user": ["1.0", "NA", "2.0", "", "1.0", " ", "2.00", None],
+            "item": [5.0, 6.0, 7.0, 8.0, None, 9.0, 5.0, 6.0],
+            "rating": [1.0, 2.0, 3.0, 4.0, 5.0, float("nan"), float("nan"), 1.0],
+            "created_at": hours.cast(pl.Datetime("us")),
+            "updated": [None] * 8,
+        }
+    )
+    large = pl.DataFrame({"user": log["user"], "item": pl.Series([2**63 + n % 3 for n in range(8)], dtype=pl.UInt64)})
+    for number, (table, arguments) in enumerate(
+        [
+            (log, {}),
+            (log.with_columns(pl.col("created_at").dt.date()), {"min_rating": 2}),
+            (log.with_columns(pl.col("created_at").dt.replace_time_zone("UTC")), {"keep_na_ids": True}),
+            (large, {}),
+        ]
+    ):
+        path = tmp_path / f"{number}.parquet"
+        table.write_parquet(path)
+        there = build_sequences_on_spark(
+            str(path), tmp_path / f"there{number}", spark=spark, on_bad_rows="skip", **arguments
+        )
+        here = build_sequences(path, output_dir=tmp_path / f"here{number}", on_bad_rows="skip", **arguments)
+        same(here, there)
+        assert FilterReport.load(tmp_path / f"here{number}") == FilterReport.load(tmp_path / f"there{number}")
+
+
+@pytest.mark.slow
+def test_spark_refuses_what_the_other_engine_refuses(spark, tmp_path):
+    for number, (table, named) in enumerate(
+        [
+            ([{"user": [1], "item": [2.0**53 + 2]}], "last digits are lost"),
+            ([{"user": [1], "item": [2], "time": ["2019-01-01"]}], "partition_log"),
+            ([{"user": [1], "item": [2], "time": [3]}, {"user": [1], "item": [2]}], "b.parquet has no times"),
+            ([{"user": [1], "item": [2]}, {"user": [1], "item": ["x"]}], "does each column have one type"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, columns in zip("ab", table):
+            pl.DataFrame(columns).write_parquet(folder / f"{name}.parquet")
+        with pytest.raises(ValueError, match=named):
+            build_sequences_on_spark(str(folder), tmp_path / "out", spark=spark)

@@ -41,6 +41,8 @@ def build_sequences(
     min_history: int = 1,
     max_history: int | None = None,
     on_bad_rows: Literal["fail", "skip"] = "fail",
+    time_format: str | None = None,
+    keep_na_ids: bool = False,
     tokenizer: BlossomRecTokenizer | None = None,
     titles: Any = None,
     output_dir: str | Path | None = None,
@@ -61,12 +63,14 @@ def build_sequences(
 
     Args:
         source: a path, folder or glob, the name of a public set, a Polars or pandas frame, or a `Dataset`; see
-            [`~data.readers.open_log`], which also takes `user`, `item`, `timestamp`, `rating` and `format`.
+            [`~data.readers.open_log`], which also takes `user`, `item`, `timestamp`, `rating`, `format`, `time_format` and
+            `keep_na_ids`.
         min_rating (`float`, *optional*): rows with a lower rating are no interactions.
         deduplicate (`"none"`, `"first"` or `"last"`): which of a user's interactions with one item stays.
         k_core (`int` or `(int, int)`): least interactions a user and an item may have, as one number or (user, item).
         min_history, max_history (`int`): bounds on the events of a user.
-        on_bad_rows (`"fail"` or `"skip"`): what to do at a row without a usable user, item, rating or time.
+        on_bad_rows (`"fail"` or `"skip"`): what to do at a row with too many or too few fields or without a usable user,
+            item, rating or time.
         tokenizer ([`BlossomRecTokenizer`], *optional*): encode with this vocabulary (serving, a later log) instead of
             making one; items it lacks become `[UNK]`.
         titles (*optional*): a file or frame of item titles; see [`~data.metadata.item_metadata`].
@@ -91,20 +95,24 @@ def build_sequences(
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
-    log = open_log(source, format=format, user=user, item=item, timestamp=timestamp, rating=rating)
-    if min_rating is not None and not log.has_rating:
-        raise ValueError(
-            f"min_rating is {min_rating}, but {log.name} has no rating known; name its column with rating=…"
-        )
+    log = open_log(
+        source, format=format, user=user, item=item, timestamp=timestamp, rating=rating,
+        time_format=time_format, keep_na_ids=keep_na_ids,
+    )  # fmt: skip
+    if min_rating is not None:
+        log.require_rating(f"min_rating is {min_rating}")
     if output_dir is not None:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=None if output_dir is None else output_dir.parent))
     try:
         report = FilterReport(log.name, log.format, licence=log.licence)
+        report.note(log.notes)
         interactions = ingest(log, scratch, min_rating=min_rating, on_bad_rows=on_bad_rows)
+        report.time_unit = interactions.time_unit
+        report.read(interactions.rows + interactions.below_rating, interactions.bad.reasons)
+        known_items = tokenizer.get_vocab() if tokenizer is not None and tokenizer.item_type == "str" else ()
+        report.note(interactions.read_floats_as_integers(known_items))
         num_users, num_items = interactions.users.size, interactions.items.size
-        report.bad_rows, report.time_unit = interactions.bad_rows, interactions.time_unit
-        report.read(interactions.rows + interactions.below_rating)
         if min_rating is not None:
             report.add(f"rating >= {min_rating:g}", interactions.rows, num_users, num_items)
 
@@ -182,8 +190,9 @@ def _totals(parts: list[partitions.Partition], num_items: int) -> tuple[int, int
 
 def _known_vocabulary(item_ids: pl.Series, tokenizer: BlossomRecTokenizer) -> np.ndarray:
     """int32 [items]: the ids that `tokenizer` gives to raw ids, `[UNK]` where it knows none."""
-    dtype = pl.Int64 if tokenizer.item_type == "int" else pl.String
-    ids = item_ids.cast(dtype, strict=False)
+    if tokenizer.item_type == "int":
+        item_ids = item_ids.cast(pl.String).str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
+    ids = item_ids.cast(pl.Int64 if tokenizer.item_type == "int" else pl.String)
     vocabulary = np.full(len(ids), tokenizer.unk_token_id, np.int32)
     vocabulary[ids.is_not_null().to_numpy()] = tokenizer.encode_items(ids.drop_nulls().to_list())
     unknown = int((vocabulary == tokenizer.unk_token_id).sum())

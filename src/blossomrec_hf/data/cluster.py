@@ -16,15 +16,18 @@ from datasets import Dataset
 from ..tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, recover_folder, require_folder
 from .build import NUM_SPECIAL, check_arguments
+from .columns import find_columns, no_times_note
 from .filters import FilterReport
-from .formats import find_columns
-from .ingest import Interactions, as_integers, clean_batches, latest_time, time_unit
+from .ids import BLANKS, EXACT, FLOAT, MISSING_IDS, as_integers, floats_note
+from .ingest import Interactions, clean_batches
 from .readers import open_log
 from .storage import check_output_dir, load_folder, with_ends, write_dataset
+from .text_files import BadRows
+from .times import latest_time, time_unit
 
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def build_sequences_on_spark(
     min_history: int = 1,
     max_history: int | None = None,
     on_bad_rows: Literal["fail", "skip"] = "fail",
+    keep_na_ids: bool = False,
     overwrite: bool = False,
 ) -> tuple[Dataset, BlossomRecTokenizer]:
     """
@@ -55,7 +59,7 @@ def build_sequences_on_spark(
 
     Args:
         source (`str`): a Parquet file or folder that the executors can read; files count in name order. Other formats:
-            [`partition_log`] first.
+            [`partition_log`] first, as for texts of times.
         output_dir: as for `build_sequences`, on the driver's disk.
         spark (`SparkSession`): 3.5 or later.
 
@@ -71,11 +75,16 @@ def build_sequences_on_spark(
     check_output_dir(output_dir, overwrite=overwrite)
     names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     report = FilterReport(Path(source).name, "parquet")
-    log = _read(spark, source, names, with_rating=min_rating is not None)
-    log = _clean(log, report, on_bad_rows).localCheckpoint()
-    report.read(log.count())
+    log = _read(spark, source, names, report, with_rating=min_rating is not None, keep_na_ids=keep_na_ids)
+    bad = BadRows(skip=on_bad_rows == "skip")
+    log = _clean(log, report, bad).localCheckpoint()
+    read = log.count()
     if min_rating is not None:
         log = log.filter(f.col("rating") >= min_rating).drop("rating").localCheckpoint()
+    report.read(read, bad.reasons)
+    for name in ("user", "item"):
+        log = _read_floats_as_integers(log, name, report)
+    if min_rating is not None:
         report.add(f"rating >= {min_rating:g}", *_totals(log))
     users = log.groupBy("user").agg(f.min("place").alias("user_place")).localCheckpoint()
     items = log.groupBy("item").agg(f.min("place").alias("item_place")).localCheckpoint()
@@ -136,12 +145,29 @@ def build_sequences_on_spark(
     return load_folder(output_dir), tokenizer
 
 
-def _read(spark: "SparkSession", source: str, names: dict[str, str | None], *, with_rating: bool) -> "DataFrame":
+def _read(
+    spark: "SparkSession",
+    source: str,
+    names: dict[str, str | None],
+    report: FilterReport,
+    *,
+    with_rating: bool,
+    keep_na_ids: bool,
+) -> "DataFrame":
     """user, item, rating and timestamp where wanted and known, and `place`: where in the log a row stands."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
     from pyspark.sql import functions as f
 
-    raw = spark.read.parquet(source)
-    found = find_columns(raw.columns, names, source)
+    try:
+        raw = spark.read.option("mergeSchema", True).parquet(source)
+    except (PySparkException, Py4JJavaError) as error:
+        raise ValueError(
+            f"source {source!r} can not be read as Parquet; are all of its files complete, and does each column have one type "
+            "in all of them?"
+        ) from error
+    notes: list[str] = []
+    found = find_columns(raw.columns, names, source, notes)
     if with_rating and "rating" not in found:
         raise ValueError(f"min_rating is given, but {source} has no rating known; name its column with rating=…")
     if not with_rating:
@@ -150,16 +176,24 @@ def _read(spark: "SparkSession", source: str, names: dict[str, str | None], *, w
     columns = []
     for ours, theirs in found.items():
         column, kind = f.col(f"`{theirs}`"), types[theirs]
-        whole = kind in ("tinyint", "smallint", "int", "bigint")
         if ours in ("user", "item"):
-            if not whole and kind != "string":
-                raise ValueError(f"column of {ours} ids has type {kind}; ids may be integers or strings.")
-            column = column.cast("bigint" if whole else "string")
-        elif kind.startswith("timestamp"):
-            column = f.unix_micros(column.cast("timestamp"))
+            columns.append(_as_id(raw, column, kind, ours, keep_na_ids).alias(ours))
+        elif ours == "timestamp":
+            columns.append(_as_time(column, kind).alias(ours))
+            report.time_unit = "us" if kind in ("date", "timestamp", "timestamp_ntz") else None
         else:
-            column = column.cast("bigint" if whole else "double")
-        columns.append(column.alias(ours))
+            columns.append(column.cast("double").alias(ours))
+    if "timestamp" in found:
+        times = raw.groupBy("_metadata.file_path").agg(f.count(f"`{found['timestamp']}`").alias("times"))
+        without = times.filter("times = 0").first()
+        if without is not None and times.count() > 1:
+            raise ValueError(
+                f"{without[0]} has no times in the column {found['timestamp']!r}, but other files have; correct it, or pass "
+                'timestamp="" to read every history in the order of rows.'
+            )
+    else:
+        notes.append(no_times_note(names))
+    report.note(notes)
     if "row" in raw.columns:
         return raw.select(*columns, f.col("row").cast("bigint").alias("place"))
     files = sorted(row[0] for row in raw.select("_metadata.file_path").distinct().collect())
@@ -168,28 +202,88 @@ def _read(spark: "SparkSession", source: str, names: dict[str, str | None], *, w
     return raw.select(*columns, place.alias("place"))
 
 
-def _clean(log: "DataFrame", report: FilterReport, on_bad_rows: str) -> "DataFrame":
+def _as_id(raw: "DataFrame", column: "Column", kind: str, name: str, keep_na: bool) -> "Column":
+    """`data.ids.as_ids` for a column of Spark: bigint or string, null where the id is missing."""
     from pyspark.sql import functions as f
 
-    good = f.lit(True)
-    for name in log.columns:
-        good = good & f.col(name).isNotNull()
-    if dict(log.dtypes).get("rating") == "double":
-        good = good & ~f.isnan("rating")
-    if "timestamp" in log.columns:
-        middle = log.select(f.percentile_approx("timestamp", 0.5)).first()[0]
-        report.time_unit = None if middle is None else time_unit(middle)
-        good = good & f.coalesce(f.col("timestamp").between(0, latest_time(report.time_unit)), f.lit(False))
-        if dict(log.dtypes)["timestamp"] == "double":
-            whole = log.filter(good & (f.col("timestamp") != f.floor("timestamp"))).isEmpty()
-            log = log.withColumn("timestamp", f.col("timestamp").cast("bigint")) if whole else log
-    bad = log.filter(~good).count()
-    if bad and on_bad_rows == "fail":
+    if kind in ("tinyint", "smallint", "int", "bigint"):
+        return column.cast("bigint")
+    if kind == "decimal(20,0)":  # UInt64
+        return column.cast("string")
+    if kind in ("float", "double"):
+        number = f.nanvl(column.cast("double"), f.lit(None))
+        largest = raw.select(f.max(f.abs(number))).first()[0]
+        if largest is not None and largest > EXACT[pl.Float32 if kind == "float" else pl.Float64]:
+            raise ValueError(
+                f"the {name} ids are floats up to {largest:.0f}, whose last digits are lost; write them as integers."
+            )
+        return f.when(number == f.floor(number), number).cast("bigint")
+    if kind == "string":
+        missing = ["", *([] if keep_na else MISSING_IDS)]
+        return f.when(~f.btrim(column, f.lit(BLANKS)).isin(missing), column)
+    raise ValueError(f"column of {name} ids has type {kind}; ids may be integers or strings.")
+
+
+def _as_time(column: "Column", kind: str) -> "Column":
+    """Numbers, or microseconds since 1970, as `data.times.as_times` has them, whatever the time zone of the session."""
+    from pyspark.sql import functions as f
+
+    if kind == "timestamp":
+        return f.unix_micros(column)
+    if kind in ("date", "timestamp_ntz"):
+        days = f.unix_date(column.cast("date")).cast("bigint") * 86_400_000_000
+        if kind == "date":
+            return days
+        seconds = (f.hour(column) * 3600 + f.minute(column) * 60).cast("bigint") * 1_000_000
+        return days + seconds + (f.date_part(f.lit("SECOND"), column) * 1_000_000).cast("bigint")
+    if kind == "string":
+        raise ValueError("the times are texts, which are not read on Spark; write the log with partition_log first.")
+    return column.cast("bigint" if kind in ("tinyint", "smallint", "int", "bigint") else "double")
+
+
+def _read_floats_as_integers(log: "DataFrame", name: str, report: FilterReport) -> "DataFrame":
+    """`data.ids.Codes.read_floats_as_integers` for a column of Spark."""
+    from pyspark.sql import functions as f
+
+    if dict(log.dtypes)[name] != "string":
+        return log
+    is_float = f.col(name).rlike(FLOAT)
+    first = log.filter(is_float).orderBy("place").select(name).first()
+    text = f.when(is_float, f.regexp_replace(name, r"\.0+$", "")).otherwise(f.col(name))
+    number = text.try_cast("bigint")
+    if first is None or not log.filter(~f.coalesce(number.cast("string") == text, f.lit(False))).isEmpty():
+        return log
+    largest = log.filter(is_float).select(f.max(f.abs(number))).first()[0]
+    if largest > EXACT[pl.Float64]:
         raise ValueError(
-            f"{report.source}: {bad} rows without a usable user, item, rating or time. Correct the log, or pass "
-            'on_bad_rows="skip" to drop and count them.'
+            f"ids such as '{first[0]}' are floats up to {largest}, whose last digits are lost; write them as integers."
         )
-    report.bad_rows = bad
+    report.note([floats_note(name, first[0])])
+    return log.withColumn(name, text).localCheckpoint()
+
+
+def _clean(log: "DataFrame", report: FilterReport, bad: BadRows) -> "DataFrame":
+    from pyspark.sql import functions as f
+
+    usable = {name: f.col(name).isNotNull() for name in ("user", "item", "rating", "timestamp") if name in log.columns}
+    if "rating" in usable:
+        usable["rating"] &= ~f.isnan("rating")
+    if "timestamp" in usable:
+        middle = log.select(f.percentile_approx("timestamp", 0.5)).first()[0]
+        if report.time_unit is None and middle is not None:
+            report.time_unit = time_unit(middle)
+        usable["timestamp"] = f.coalesce(f.col("timestamp").between(0, latest_time(report.time_unit)), f.lit(False))
+    good, reason = f.lit(True), f.lit(None)
+    for name, here in reversed(usable.items()):
+        good, reason = good & here, f.when(~here, f"no usable {name}").otherwise(reason)
+    if dict(log.dtypes).get("timestamp") == "double":
+        whole = log.filter(good & (f.col("timestamp") != f.floor("timestamp"))).isEmpty()
+        log = log.withColumn("timestamp", f.col("timestamp").cast("bigint")) if whole else log
+    counts = log.filter(~good).groupBy(reason.alias("reason")).count().collect()
+    total = sum(row["count"] for row in counts)
+    for row in sorted(counts):
+        described = f"{report.source}: {total} rows without a usable user, item, rating or time"
+        bad.add(row["reason"], row["count"], described)
     return log.filter(good)
 
 
@@ -262,14 +356,16 @@ def partition_log(
         raise ValueError(f"num_partitions is {num_partitions}; it may be 1 or more.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = open_log(source, **columns)
-    if with_rating and not log.has_rating:
-        raise ValueError(f"with_rating is given, but {log.name} has no rating known; name its column with rating=…")
+    if with_rating:
+        log.require_rating("with_rating is given")
     numeric = ["rating"] * with_rating + ["timestamp"] * log.has_timestamp
     writers: dict[int, pq.ParquetWriter] = {}
     first = 0
     scratch = tempfile.TemporaryDirectory(prefix=".blossomrec-", dir=folder.parent, ignore_cleanup_errors=True)
     with scratch, atomic_folder(folder) as built:
-        for batch in clean_batches(log, numeric, Interactions(Path(scratch.name)), on_bad_rows):
+        for batch in clean_batches(
+            log, numeric, Interactions(Path(scratch.name), BadRows(skip=on_bad_rows == "skip"))
+        ):
             place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
             batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
             first += batch.height

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,8 @@ REPORT_FILE = "filters.json"
 class FilterReport:
     """
     `steps` holds [name, interactions, users, items] left after each filter; `repeat_share` is that of
-    [`~blossomrec_hf.data.repeat_share`].
+    [`~blossomrec_hf.data.repeat_share`]; `bad_row_reasons` counts the `bad_rows` by reason; `notes` are sentences on how
+    the log was read.
     """
 
     source: str
@@ -30,13 +32,22 @@ class FilterReport:
     licence: str | None = None
     repeat_share: float | None = None
     steps: list[list] = field(default_factory=list)
+    bad_row_reasons: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def read(self, interactions: int) -> None:
-        """Notes how many interactions came in. Raises `ValueError` if none did."""
+    def note(self, sentences: Iterable[str]) -> None:
+        """Puts sentences on how the log is read on the log and into the report."""
+        for sentence in sentences:
+            logger.warning("%s: %s", self.source, sentence)
+            self.notes.append(sentence)
+
+    def read(self, interactions: int, bad_row_reasons: Mapping[str, int]) -> None:
+        """Notes how many interactions came in, and why rows were skipped. Raises `ValueError` if none did."""
         self.interactions_read = interactions
-        logger.info("read %d interactions, skipped %d bad rows", interactions, self.bad_rows)
+        self.bad_row_reasons, self.bad_rows = dict(bad_row_reasons), sum(bad_row_reasons.values())
+        logger.info("read %d interactions, skipped %d bad rows%s", interactions, self.bad_rows, self._reasons())
         if not interactions:
-            skipped = f" ({self.bad_rows} bad rows skipped)" if self.bad_rows else ""
+            skipped = f" ({self.bad_rows} bad rows skipped{self._reasons()})" if self.bad_rows else ""
             raise ValueError(f"{self.source} holds no interaction{skipped}; a log needs at least one.")
 
     def add(self, name: str, interactions: int, users: int, items: int) -> None:
@@ -55,6 +66,10 @@ class FilterReport:
         self.repeat_share = repeat_share(dataset)
         logger.info("%.1f %% of the test targets already occur in their user's history", 100 * self.repeat_share)
 
+    def _reasons(self) -> str:
+        counts = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(self.bad_row_reasons.items()))
+        return f": {counts}" if counts else ""
+
     def save(self, folder: Path) -> None:
         """Writes `filters.json`."""
         (folder / REPORT_FILE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
@@ -69,5 +84,7 @@ class FilterReport:
         lines = [
             f"{self.interactions_read:,} interactions read from {self.source} ({self.bad_rows:,} bad rows skipped)."
         ]
+        lines += [f"Bad rows{self._reasons()}."] if self.bad_row_reasons else []
+        lines += [f"Note: {note}." for note in self.notes]
         lines += [f"After {name}: {n:,} interactions, {u:,} users, {i:,} items." for name, n, u, i in self.steps]
         return "\n".join(lines)

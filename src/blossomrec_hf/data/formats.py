@@ -1,154 +1,171 @@
-"""The file formats that logs come in: how each is recognised, and how it becomes a lazy frame of our columns."""
+"""The file formats that logs come in: how each is recognised, and how it is read in batches of our columns."""
 
 import ast
-import csv
-import difflib
-import gzip
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
+from .columns import OURS, Names, find_columns
+from .delimited import DelimitedFile
+from .ids import Codes
+from .text_files import BadRows, first_lines, read_lines
 
-OURS = ("user", "item", "rating", "timestamp")
-Names = dict[str, str | None]  # our column -> the name asked for; "" for a timestamp means file order
 
-_NO_SEPARATOR = "\x01"  # reads a line whole; no text file of the formats below holds it
-
-# The names by which logs call their columns, most telling first; matched without regard to case.
-_USUAL = {
-    "user": (
-        "user_id", "userid", "user", "uid", "reviewerid", "username", "user_name", "customer_id", "visitorid", "steamid",
-    ),
-    "item": (
-        "item_id", "itemid", "item", "iid", "movieid", "movie_id", "parent_asin", "asin", "video_id", "business_id",
-        "product_id", "productid", "location_id", "venue_id", "venueid", "app_id", "track_id", "artist_id", "isbn",
-    ),
-    "rating": ("rating", "overall", "stars", "score", "is_click", "hours"),
-    "timestamp": ("timestamp", "unixreviewtime", "time_ms", "time", "ts", "datetime", "date", "event_time", "utctime"),
-}  # fmt: skip
+BATCH_ROWS = 1 << 20
 
 
 @dataclass
 class Part:
     """
-    One file (or frame) of a log. `frame` has our columns, and `row`, the line of its file, where lines do not follow
-    from rows. `reopen` makes the frame of a corrected copy of a delimited file, whose fields `separator` parts.
+    One file (or frame) of a log.
+
+    Args:
+        name (`str`): of the file, for people.
+        types: our columns that it has, and their types.
+        read: gives the columns asked for, batch by batch, and `row`, the number of the line (of a table: of the row). Rows
+            that are not of the format go to the `BadRows`.
+        row_word (`str`): what `row` counts.
     """
 
-    frame: pl.LazyFrame
     name: str
-    columns: tuple[str, ...]
-    first_line: int = 1
+    types: Mapping[str, pl.DataType]
+    read: Callable[[Sequence[str], BadRows], Iterator[pl.DataFrame]]
     row_word: str = "line"
-    separator: str | None = None
-    reopen: Callable[[Path], pl.LazyFrame] | None = None
 
 
-def find_columns(columns: Sequence[str], names: Names, where: str) -> dict[str, str]:
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Makes errors of Polars about the file `name` a sentence."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        if isinstance(error, OSError) and name in str(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(f"{name} can not be read to its end ({reason[0]}); is it complete and of this format?") from error
+
+
+def table(frame: pl.LazyFrame, name: str, names: Names, notes: list[str]) -> Part:
     """
-    Our columns -> those of a log, by the names asked for or the usual ones.
+    A table as a part of a log.
 
     Raises:
-        `ValueError`: a name that is asked for is not there, or none is known to be the user or the item.
+        `ValueError`: see [`~data.columns.find_columns`]; a table that cannot be read.
     """
-    found = {}
-    plain = {name.lower().split(":")[0].strip(): name for name in reversed(columns)}
-    for ours, usual in _USUAL.items():
-        asked = names.get(ours)
-        if asked is None:
-            match = next((plain[name] for name in usual if name in plain), None)
-        elif asked in columns or not asked:
-            match = asked or None
-        else:
-            near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
-            hint = (
-                f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
-            )
-            raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
-        if match is None and ours in ("user", "item"):
-            near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
-            hint = f" Near matches: {', '.join(map(repr, near))}." if near else ""
-            raise ValueError(
-                f"{where} has no column known to hold the {ours}; it has {', '.join(map(repr, columns))}.{hint} Name it with "
-                f"{ours}=…"
-            )
-        if match is not None:
-            found[ours] = match
-    return found
+    with reading(name):
+        schema = frame.collect_schema()
+    found = find_columns(schema.names(), names, name, notes)
+    ours = frame.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
+
+    def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
+        first = 0
+        with reading(name):
+            for batch in ours.select(wanted).collect_batches(chunk_size=BATCH_ROWS):
+                yield batch.with_columns(row=pl.int_range(first, first + batch.height))
+                first += batch.height
+
+    return Part(name, {ours: schema[theirs] for ours, theirs in found.items()}, read, row_word="row")
 
 
-def named(frame: pl.LazyFrame, found: dict[str, str], extra: Iterable[str] = ()) -> pl.LazyFrame:
-    """`frame` with the columns that `find_columns` found, under our names."""
-    return frame.select(*(pl.col(theirs).alias(ours) for ours, theirs in found.items()), *extra)
+def _text_part(
+    path: Path, types: Mapping[str, pl.DataType], batches: Callable[[BadRows], Iterator[pl.LazyFrame]]
+) -> Part:
+    def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
+        with reading(str(path)):
+            for batch in batches(bad):
+                yield batch.select("row", *wanted).collect()
+
+    return Part(str(path), types, read)
 
 
-def first_lines(path: Path, count: int) -> list[str]:
-    """
-    The first lines of a text file, gzip or not, blank ones left out.
-
-    Raises:
-        `OSError`: a gzip file that is none or is cut off.
-    """
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    with opened as file:
-        try:
-            lines = [file.readline(1 << 20).decode("utf-8", "replace").rstrip("\r\n") for _ in range(count)]
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise OSError(f"{path} is no complete gzip file ({error}); fetch it again.") from error
-    return [line.lstrip("\ufeff") for line in lines if line.strip()] or [""]
-
-
-def _lines(path: Path) -> pl.LazyFrame:
-    """Every line that is not blank, and its number from 1."""
-    frame = pl.scan_csv(
-        path, has_header=False, separator=_NO_SEPARATOR, quote_char=None, infer_schema=False,
-        row_index_name="row", row_index_offset=1, new_columns=["line"],
-    )  # fmt: skip
-    return frame.filter(pl.col("line").str.strip_chars() != "")
+def _strings(columns: Sequence[str]) -> dict[str, pl.DataType]:
+    return dict.fromkeys(columns, pl.String())
 
 
 def _fields(path: Path, separator: str, columns: Sequence[str]) -> Part:
-    """Lines without header, fields parted by `separator` in the order of `columns`; columns not ours stay unread."""
-    fields = pl.col("line").str.splitn(separator, len(columns) + 1).struct
-    kept = {name: f"field_{number}" for number, name in enumerate(columns) if name in OURS}
-    values = (fields.field(field).str.strip_chars().replace("", None).alias(name) for name, field in kept.items())
-    return Part(_lines(path).select("row", *values), str(path), tuple(kept))
+    """Lines without header and quotes, fields in the order of `columns`, of which those not ours have no name."""
+    kept = {name: f"field_{number}" for number, name in enumerate(columns) if name}
+    fields = pl.col("line").str.splitn(separator, len(columns)).struct
+    values = [fields.field(field).str.strip_chars().alias(name) for name, field in kept.items()]
+
+    def batches(bad: BadRows) -> Iterator[pl.LazyFrame]:
+        for lines in read_lines(path):
+            count = lines["line"].str.count_matches(separator, literal=True) + 1
+            for problem, wrong in (("more", count > len(columns)), ("fewer", count < len(columns))):
+                if wrong.any():
+                    place = int(wrong.arg_true()[0])
+                    problem += " fields than its format has"
+                    where = f"{path}, line {lines['row'][place]}: {problem} ({count[place]}, not {len(columns)})"
+                    bad.add(problem, int(wrong.sum()), where)
+            yield lines.lazy().filter(count == len(columns)).select("row", *values)
+
+    return _text_part(path, _strings(kept), batches)
 
 
-def _words(path: Path) -> pl.LazyFrame:
-    """The `user` that begins each line, and the other words as the list `item`."""
+def _words(lines: pl.DataFrame) -> pl.DataFrame:
+    """The words of each line as a list."""
     words = pl.col("line").str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ")
-    return _lines(path).select("row", words.list.first().alias("user"), words.list.slice(1).alias("item"))
+    return lines.select("row", words.alias("words"))
 
 
-def _pairs(path: Path, names: Names) -> Part:
-    only = pl.when(pl.col("item").list.len() == 1).then(pl.col("item").list.first())
-    return Part(_words(path).with_columns(only.alias("item")), str(path), ("user", "item"))
+def _pairs(path: Path, names: Names, notes: list[str]) -> Part:
+    only = pl.when(pl.col("words").list.len() == 2).then(pl.col("words").list.last())
+    values = (pl.col("words").list.first().alias("user"), only.alias("item"))
+    return _text_part(
+        path, _strings(("user", "item")), lambda _: (_words(lines).lazy().select("row", *values) for lines in read_lines(path))
+    )  # fmt: skip
 
 
-def _sequences(path: Path, names: Names) -> Part:
-    return Part(_words(path).explode("item"), str(path), ("user", "item"))
+def _sequences(path: Path, names: Names, notes: list[str]) -> Part:
+    """A user and all items of the user a line."""
+
+    def batches(bad: BadRows) -> Iterator[pl.LazyFrame]:
+        seen = Codes()
+        for lines in read_lines(path):
+            words = _words(lines).with_columns(user=pl.col("words").list.first())
+            size = seen.size
+            codes = pl.Series(seen.encode(words["user"]))
+            if seen.size - size < len(codes):
+                again = int(((codes < size) | ~codes.is_first_distinct()).arg_true()[0])
+                raise ValueError(
+                    f"{path}, line {words['row'][again]}: the user {words['user'][again]!r} begins an earlier line as well, "
+                    "but a line of this format is a user and all items of this user; if the lines are items without a "
+                    'user, pass format="item-sequences".'
+                )
+            yield words.lazy().select("row", "user", pl.col("words").list.slice(1).alias("item")).explode("item")
+
+    return _text_part(path, _strings(("user", "item")), batches)
 
 
-def _delimited(path: Path, names: Names, separator: str) -> Part:
-    header = next(csv.reader([first_lines(path, 1)[0]], delimiter=separator))
-    found = find_columns(header, names, str(path))
-
-    def reopen(file: Path) -> pl.LazyFrame:
-        frame = pl.scan_csv(
-            file, separator=separator, quote_char='"' if separator == "," else None, infer_schema=False,
-            row_index_name="row", row_index_offset=2,
-        )  # fmt: skip
-        return named(frame, found, ["row"])
-
-    return Part(reopen(path), str(path), tuple(found), separator=separator, reopen=reopen)
+def _item_sequences(path: Path, names: Names, notes: list[str]) -> Part:
+    """The items of one user a line; the users are called after their lines."""
+    values = ("row", pl.col("row").cast(pl.String).alias("user"), pl.col("words").alias("item"))
+    return _text_part(
+        path, _strings(("user", "item")),
+        lambda _: (_words(lines).lazy().select(*values).explode("item") for lines in read_lines(path)),
+    )  # fmt: skip
 
 
-def _headless_csv(path: Path, names: Names) -> Part:
+def _delimited(path: Path, names: Names, notes: list[str], separator: str) -> Part:
+    file = DelimitedFile(path, separator, quoting=separator == ",")
+    found = find_columns(file.columns, names, str(path), notes)
+    places = {ours: file.columns.index(theirs) for ours, theirs in found.items()}
+
+    def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
+        with reading(str(path)):
+            for batch in file.read([places[name] for name in wanted], bad):
+                yield batch.select("row", *(pl.col(str(places[name])).alias(name) for name in wanted))
+
+    return Part(str(path), _strings(found), read)
+
+
+def _headless_csv(path: Path, names: Names, notes: list[str]) -> Part:
     """Amazon's ratings: user, item, rating, time in the 2014 edition; item, user, rating, time in that of 2018."""
     rows = [line.split(",") for line in first_lines(path, 50)]
     user = max(
@@ -161,63 +178,75 @@ def _headless_csv(path: Path, names: Names) -> Part:
 _AMAZON_USER = re.compile(r"A[0-9A-Z]{11,}")  # an item, an ASIN, has ten characters
 
 
-def _json_lines(path: Path, names: Names) -> Part:
-    try:
-        header = list(json.loads(first_lines(path, 1)[0]))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line 1 is no JSON object ({error}).") from error
-    found = find_columns(header, names, str(path))
+def _json_lines(path: Path, names: Names, notes: list[str]) -> Part:
+    first = _json(first_lines(path, 1)[0])
+    if first is None:
+        raise ValueError(f"{path}, line 1 is no JSON object; a log has one a line.")
+    found = find_columns(list(first), names, str(path), notes)
     escaped = {ours: theirs.replace("\\", "\\\\").replace("'", "\\'") for ours, theirs in found.items()}
     values = [pl.col("line").str.json_path_match(f"$['{theirs}']").alias(ours) for ours, theirs in escaped.items()]
-    return Part(_lines(path).select("row", *values), str(path), tuple(found))
+    return _text_part(
+        path, _strings(found), lambda _: (lines.lazy().select("row", *values) for lines in read_lines(path))
+    )
 
 
-def _python_lines(path: Path, names: Names) -> Part:
+def _json(line: str) -> dict | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _python_lines(path: Path, names: Names, notes: list[str]) -> Part:
     """UCSD's Steam: a Python dict a line, which no JSON reader takes."""
-    found = find_columns(list(_literal(first_lines(path, 1)[0])), names, str(path))
-    structure = pl.Struct(dict.fromkeys(found, pl.String))
+    found = find_columns(list(_literal(first_lines(path, 1)[0])), names, str(path), notes)
 
     def parse(line: str) -> dict[str, str | None]:
         row = _literal(line)
         return {ours: None if row.get(theirs) is None else str(row[theirs]) for ours, theirs in found.items()}
 
-    rows = pl.col("line").map_elements(parse, return_dtype=structure)
-    return Part(_lines(path).select("row", rows.alias("line")).unnest("line"), str(path), tuple(found))
+    rows = pl.col("line").map_elements(parse, return_dtype=pl.Struct(_strings(found)))
+    return _text_part(
+        path, _strings(found),
+        lambda _: (lines.lazy().select("row", rows.alias("line")).unnest("line") for lines in read_lines(path)),
+    )  # fmt: skip
 
 
 def _literal(line: str) -> dict:
     try:
         row = ast.literal_eval(line)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 
 
-def _parquet(path: Path, names: Names) -> Part:
-    frame = pl.scan_parquet(path)
-    found = find_columns(frame.collect_schema().names(), names, str(path))
-    return Part(named(frame, found), str(path), tuple(found), first_line=0, row_word="row")
-
-
-def _foursquare(path: Path, names: Names) -> Part:
+def _foursquare(path: Path, names: Names, notes: list[str]) -> Part:
     part = _fields(path, "\t", ("user", "item", "", "", "", "", "", "timestamp"))
-    time = pl.col("timestamp").str.to_datetime("%a %b %d %H:%M:%S %z %Y", strict=False, time_unit="us")
-    part.frame = part.frame.with_columns(time)
+    fields = part.read
+
+    def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
+        time = pl.col("timestamp").str.to_datetime("%a %b %d %H:%M:%S %z %Y", strict=False, time_unit="us")
+        for batch in fields(wanted, bad):
+            yield batch.with_columns(time) if "timestamp" in wanted else batch
+
+    part.types, part.read = {**part.types, "timestamp": pl.Datetime("us", "UTC")}, read
     return part
 
 
-FORMATS: dict[str, Callable[[Path, Names], Part]] = {
-    "csv": lambda path, names: _delimited(path, names, ","),
-    "tsv": lambda path, names: _delimited(path, names, "\t"),
-    "parquet": _parquet,
+FORMATS: dict[str, Callable[[Path, Names, list[str]], Part]] = {
+    "csv": lambda path, names, notes: _delimited(path, names, notes, ","),
+    "tsv": lambda path, names, notes: _delimited(path, names, notes, "\t"),
+    "parquet": lambda path, names, notes: table(pl.scan_parquet(path, glob=False), str(path), names, notes),
     "jsonl": _json_lines,
     "pairs": _pairs,  # SASRec: "user item" a line
     "sequences": _sequences,  # S3Rec: "user item item …" a line
-    "recbole": lambda path, names: _delimited(path, names, "\t"),
-    "ml-100k": lambda path, names: _fields(path, "\t", OURS),
-    "ml-1m": lambda path, names: _fields(path, "::", OURS),
+    "item-sequences": _item_sequences,  # gSASRec: "item item …" a line
+    "recbole": lambda path, names, notes: _delimited(path, names, notes, "\t"),
+    "ml-100k": lambda path, names, notes: _fields(path, "\t", OURS),
+    "ml-1m": lambda path, names, notes: _fields(path, "::", OURS),
     "amazon-csv": _headless_csv,
-    "gowalla": lambda path, names: _fields(path, "\t", ("user", "timestamp", "", "", "item")),
+    "gowalla": lambda path, names, notes: _fields(path, "\t", ("user", "timestamp", "", "", "item")),
     "foursquare": _foursquare,
     "python-lines": _python_lines,
 }
@@ -235,11 +264,7 @@ def sniff(path: Path, names: Names) -> str:
         return "parquet"
     lines = first_lines(path, 20)
     if lines[0].startswith("{"):
-        try:
-            json.loads(lines[0])
-            return "jsonl"
-        except json.JSONDecodeError:
-            return "python-lines"
+        return "python-lines" if _json(lines[0]) is None else "jsonl"
     if suffix == "inter":
         return "recbole"
     if any(names.values()) or suffix == "tsv":
@@ -264,26 +289,3 @@ def sniff(path: Path, names: Names) -> str:
         f"{path} is of no format known by its look (first line {lines[0][:80]!r}); name it with format=, one of "
         f"{', '.join(FORMATS)}, or name its columns with user=… and item=…"
     )
-
-
-def without_ragged_lines(path: Path, separator: str, target: Path) -> tuple[int, int]:
-    """
-    Copies a delimited file without the rows that have more fields than its header.
-
-    Returns:
-        the line of the first such row, and how many there were.
-    """
-    opened = gzip.open(path, "rt", newline="") if path.suffix == ".gz" else open(path, newline="", encoding="utf-8")
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    first = count = 0
-    with opened as source, open(target, "w", newline="", encoding="utf-8") as copy:
-        rows = csv.reader(source, delimiter=separator, quoting=quoting)
-        writer = csv.writer(copy, delimiter=separator, quoting=quoting, quotechar=None if quoting else '"')
-        width = len(header := next(rows))
-        writer.writerow(header)
-        for row in rows:
-            if len(row) > width:
-                first, count = first or rows.line_num, count + 1
-            else:
-                writer.writerow(row)
-    return first, count

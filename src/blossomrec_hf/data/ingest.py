@@ -1,6 +1,6 @@
 """A log, batch by batch, into three columns on disk: user code, item code, time, in file order."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,57 +8,16 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
-import polars.selectors as cs
 from tqdm import tqdm
 
-from .formats import Part, without_ragged_lines
+from .formats import Part
+from .ids import Codes, as_ids, floats_note, id_type
 from .readers import Log
+from .text_files import BadRows
+from .times import as_numbers, as_times, latest_time, time_unit
 
 
-BATCH_ROWS = 1 << 20
-_YEAR_2100 = 4_102_444_800  # in seconds
-_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-
-class Codes:
-    """Raw ids -> codes 0, 1, 2 … in the order they are first seen."""
-
-    def __init__(self) -> None:
-        self._known: pl.DataFrame | None = None
-        self.size = 0
-
-    def encode(self, ids: pl.Series) -> np.ndarray:
-        """uint32 codes of a batch of ids; ids never seen before are appended."""
-        batch = pl.DataFrame({"id": ids})
-        if self._known is not None and self._known.schema["id"] != ids.dtype:
-            raise ValueError(
-                f"the ids of {ids.name}s are {self._known.schema['id']} in one file and {ids.dtype} in another; ids may be "
-                "integers or strings, not a mixture."
-            )
-        if self._known is None:
-            self._known = pl.DataFrame({"id": ids[:0], "code": pl.Series([], dtype=pl.UInt32)})
-        new = batch.select(pl.col("id").unique(maintain_order=True)).join(
-            self._known, on="id", how="anti", maintain_order="left"
-        )
-        if new.height:
-            new = new.with_columns(code=pl.int_range(self.size, self.size + new.height, dtype=pl.UInt32))
-            self._known = pl.concat([self._known, new], rechunk=True)
-            self.size += new.height
-        return batch.join(self._known, on="id", how="left", maintain_order="left")["code"].to_numpy()
-
-    def ids(self) -> pl.Series:
-        """The raw ids by code: Int64 where every one is an integer (text: a plainly written one), else String."""
-        if self._known is None:
-            return pl.Series("id", [], dtype=pl.Int64)
-        return as_integers(self._known["id"])
-
-
-def as_integers(ids: pl.Series) -> pl.Series:
-    """Text ids as Int64 if every one is a plainly written integer (no leading zeros), else as they are."""
-    if ids.dtype != pl.String:
-        return ids
-    numbers = ids.cast(pl.Int64, strict=False)
-    return numbers if (numbers.cast(pl.String) == ids).fill_null(False).all() else ids
+_CHUNK_ROWS = 1 << 22
 
 
 @dataclass
@@ -66,13 +25,35 @@ class Interactions:
     """The columns of a log on disk under `folder`, in file order, and what its codes stand for."""
 
     folder: Path
+    bad: BadRows = field(default_factory=BadRows)
     rows: int = 0
     users: Codes = field(default_factory=Codes)
     items: Codes = field(default_factory=Codes)
     time_dtype: np.dtype | None = None
     time_unit: str | None = None
-    bad_rows: int = 0
     below_rating: int = 0
+
+    def read_floats_as_integers(self, known_items: Container[str] = ()) -> list[str]:
+        """
+        Merges text ids such as "100.0" with the integers that they name, see [`~data.ids.Codes`].
+
+        Args:
+            known_items: items of the vocabulary that stay as they are.
+
+        Returns:
+            a sentence for each column that changed.
+        """
+        notes = []
+        for name, codes, known in (("user", self.users, ()), ("item", self.items, known_items)):
+            if (changed := codes.read_floats_as_integers(known)) is None:
+                continue
+            example, new_codes = changed
+            column = np.memmap(self.folder / f"log_{name}.bin", np.uint32, "r+")
+            for start in range(0, column.size, _CHUNK_ROWS):
+                column[start : start + _CHUNK_ROWS] = new_codes[column[start : start + _CHUNK_ROWS]]
+            column.flush()
+            notes.append(floats_note(name, example))
+        return notes
 
 
 def ingest(
@@ -83,16 +64,17 @@ def ingest(
 
     Raises:
         `ValueError`: while `on_bad_rows="fail"`, a row without a usable user, item, rating (if `min_rating` asks for it)
-            or time (negative, or past the year 2100), or with too many fields; the message names file and line. Ids that
-            are integers in one file and strings in another.
+            or time (negative, or past the year 2100), or with too many or too few fields; the message names file and
+            line. Ids that are integers in one file and strings in another, floats that have lost digits, times of
+            several units.
         `OSError`: a compressed file that ends early.
     """
-    result = Interactions(folder)
+    result = Interactions(folder, BadRows(skip=on_bad_rows == "skip"))
     numeric = ["rating"] * (min_rating is not None) + ["timestamp"] * log.has_timestamp
     with ExitStack() as stack:
         paths = (folder / f"log_{name}.bin" for name in ("user", "item", "time"))
         users, items, times = (stack.enter_context(open(path, "wb")) for path in paths)
-        for batch in clean_batches(log, numeric, result, on_bad_rows):
+        for batch in clean_batches(log, numeric, result):
             if min_rating is not None:
                 height = batch.height
                 batch = batch.filter(pl.col("rating") >= min_rating)
@@ -112,122 +94,83 @@ def ingest(
     return result
 
 
-def clean_batches(log: Log, numeric: list[str], result: Interactions, on_bad_rows: str) -> Iterator[pl.DataFrame]:
+def clean_batches(log: Log, numeric: list[str], result: Interactions) -> Iterator[pl.DataFrame]:
     """
     The good rows of a log, batch by batch, with `user`, `item` and the columns `numeric` in their final types. Bad rows
-    and what the times are like are noted in `result`, whose folder may be written to.
+    and what the times are like are noted in `result`.
     """
+    types = {
+        name: id_type({part.name: part.types[name] for part in log.parts}, name) for name in ("user", "item")
+    }  # fmt: skip
+    times = _Times(log.time_format, result)
     with tqdm(desc="read", unit=" rows", unit_scale=True, disable=None) as bar:
         for part in log.parts:
-            line = part.first_line
-            for batch in _batches(part, numeric, result, on_bad_rows):
-                yield _clean(batch, line, part, numeric, result, on_bad_rows)
-                line += batch.height
+            times.part = part
+            for batch in part.read(("user", "item", *numeric), result.bad):
+                columns = [as_ids(batch[name], dtype, keep_na=log.keep_na_ids) for name, dtype in types.items()]
+                if "rating" in numeric:
+                    columns.append(as_numbers(batch["rating"]))
+                if "timestamp" in numeric:
+                    columns.append(times.read(batch["timestamp"]))
+                yield _good_rows(batch, pl.DataFrame(columns), part, result)
                 bar.update(batch.height)
 
 
-def _batches(part: Part, numeric: list[str], result: Interactions, on_bad_rows: str) -> Iterator[pl.DataFrame]:
-    """The rows of a part, batch by batch; only the columns that are needed are read."""
-    rows = 0
-    try:
-        for batch in _needed(part.frame, numeric).collect_batches(chunk_size=BATCH_ROWS):
-            yield batch
-            rows += batch.height
-    except (pl.exceptions.PolarsError, OSError) as error:
-        if part.reopen is None or "more fields" not in str(error):
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(
-                f"{part.name} can not be read to its end ({str(error).splitlines()[0]}). Is it complete, UTF-8 and of this format?"
-            ) from error
-        corrected = result.folder / "corrected"
-        line, count = without_ragged_lines(Path(part.name), part.separator, corrected)
-        if on_bad_rows == "fail":
-            raise ValueError(
-                f"{part.name}, line {line}: more fields than the header has. Correct the file, or pass "
-                'on_bad_rows="skip" to drop and count such rows.'
-            ) from error
-        result.bad_rows += count
-        yield from _needed(part.reopen(corrected), numeric).slice(rows).collect_batches(chunk_size=BATCH_ROWS)
-        corrected.unlink()
+class _Times:
+    """The times of a log, which have one unit in all of its files."""
+
+    def __init__(self, time_format: str | None, result: Interactions) -> None:
+        self.time_format, self.result = time_format, result
+        self.part: Part | None = None
+        self._first: tuple[str, bool] | None = None  # the file, and whether its times are dates
+        self._checked: set[str] = set()
+
+    def read(self, column: pl.Series) -> pl.Series:
+        """
+        The times of a batch as numbers; null where there is none from 0 to the year 2100.
+
+        Raises:
+            `ValueError`: another unit than in the files before, or see [`~data.times.as_times`].
+        """
+        name = self.part.name
+        times, are_dates = as_times(column, self.time_format, name)
+        if times.null_count() < len(times):
+            unit = "us" if are_dates else time_unit(times.median())
+            if self._first is None:
+                self._first = (name, are_dates)
+                self.result.time_unit = unit
+                self.result.time_dtype = np.dtype(np.float64 if times.dtype.is_float() else np.int64)
+            first, first_are_dates = self._first
+            if are_dates != first_are_dates or (name not in self._checked and unit != self.result.time_unit):
+                raise ValueError(
+                    f"{name} has times in {_words(unit, are_dates)}, but {first} in "
+                    f"{_words(self.result.time_unit, first_are_dates)}; write all times in one unit."
+                )
+            self._checked.add(name)
+        return times.set(~times.is_between(0, latest_time(self.result.time_unit)), None)
 
 
-def _needed(frame: pl.LazyFrame, numeric: list[str]) -> pl.LazyFrame:
-    return frame.select(pl.col("user", "item", *numeric), cs.by_name("row", require_all=False))
+def _words(unit: str, are_dates: bool) -> str:
+    return "dates" if are_dates else unit
 
 
-def _clean(
-    batch: pl.DataFrame, first: int, part: Part, numeric: list[str], result: Interactions, on_bad_rows: str
-) -> pl.DataFrame:
-    """`batch` with its columns in their final types and without bad rows."""
-    clean = batch.with_columns(
-        *(_as_id(batch, name) for name in ("user", "item")),
-        *(_as_number(batch[name]).alias(name) for name in numeric),
-    )
-    checks = {name: pl.col(name).is_null() for name in ("user", "item", *numeric)}
-    if "timestamp" in numeric:
-        time = clean["timestamp"]
-        if result.time_dtype is None and time.len() > time.null_count():
-            result.time_dtype = np.dtype(np.float64 if time.dtype.is_float() else np.int64)
-            result.time_unit = time_unit(time.drop_nulls().median())
-        checks["timestamp"] |= ~pl.col("timestamp").is_between(0, latest_time(result.time_unit))
-    bad = clean.select(pl.any_horizontal(*checks.values()).fill_null(True)).to_series()
-    count = int(bad.sum())
-    if not count:
+def _good_rows(batch: pl.DataFrame, clean: pl.DataFrame, part: Part, result: Interactions) -> pl.DataFrame:
+    """`clean`, the final columns of `batch`, without bad rows."""
+    nulls = {column.name: column.is_null() for column in clean if column.null_count()}
+    if not nulls:
         return clean
-    if on_bad_rows == "fail":
-        row = int(bad.arg_true()[0])
-        wrong = [name for name, check in checks.items() if clean[row].select(check.fill_null(True)).item()]
-        line = clean["row"][row] if "row" in clean.columns else first + row
-        values = ", ".join(f"{name} {batch[name][row]!r}" for name in wrong)
-        raise ValueError(
-            f"{part.name}, {part.row_word} {line}: not a usable {' or '.join(wrong)} ({values}). "
-            "An interaction has a user, an item, a time from 0 to the year 2100 if the log has times, and a number as rating "
-            'if min_rating asks for it. Correct the file, or pass on_bad_rows="skip" to drop and count such rows.'
-        )
-    result.bad_rows += count
+    bad = pl.DataFrame(nulls).select(pl.any_horizontal(pl.all())).to_series()
+    place = int(bad.arg_true()[0])
+    wrong = [name for name, null in nulls.items() if null[place]]
+    values = ", ".join(f"{name} {batch[name][place]!r}" for name in wrong)
+    first = (
+        f"{part.name}, {part.row_word} {batch['row'][place]}: not a usable {' or '.join(wrong)} ({values}). "
+        "An interaction has a user, an item, a time from 0 to the year 2100 if the log has times, and a number as rating if "
+        "min_rating asks for it; empty, NA, NULL, nan and None are missing ids, unless keep_na_ids is given"
+    )
+    counted = pl.Series(bad)
+    for name, null in nulls.items():
+        if count := int((null & counted).sum()):
+            result.bad.add(f"no usable {name}", count, first)
+            counted &= ~null
     return clean.filter(~bad)
-
-
-def _as_id(batch: pl.DataFrame, name: str) -> pl.Expr:
-    dtype = batch.schema[name]
-    if dtype.is_integer():
-        return pl.col(name).cast(pl.Int64)
-    if dtype.is_float():  # pandas turns integers with a gap into floats
-        column = pl.col(name)
-        return pl.when(column == column.round()).then(column).cast(pl.Int64, strict=False)
-    if dtype in (pl.Categorical, pl.Enum, pl.String):
-        return pl.col(name).cast(pl.String)
-    if dtype == pl.Null:
-        return pl.col(name).cast(pl.String)
-    raise ValueError(f"column of {name} ids has type {dtype}; ids may be integers or strings, not a mixture.")
-
-
-def _as_number(column: pl.Series) -> pl.Series:
-    """Numbers stay; dates and texts of dates become microseconds since 1970; what can not be read becomes null."""
-    if column.dtype in (pl.Datetime, pl.Date):
-        return column.cast(pl.Datetime("us")).to_physical()
-    text = column.dtype == pl.String
-    column = column.str.strip_chars() if text else column
-    whole = column.cast(pl.Int64, strict=False) if text or column.dtype.is_integer() else None
-    if whole is not None and whole.null_count() == column.null_count():
-        return whole
-    number = column.cast(pl.Float64, strict=False)
-    if text and number.null_count() == column.len():
-        return column.str.to_datetime(strict=False, time_unit="us", time_zone="UTC").to_physical()
-    whole = number.cast(pl.Int64, strict=False)
-    return whole if (whole == number).fill_null(True).all() else number
-
-
-def time_unit(median: float) -> str:
-    """The unit in which a log's middle time lies before the year 2100; counters (1, 2, 3 …) count as seconds."""
-    return next((unit for unit, scale in _UNITS.items() if median <= _YEAR_2100 * scale), "ns")
-
-
-def units_per_second(median: float) -> int:
-    """How many of a log's time units a second has, by its middle time."""
-    return _UNITS[time_unit(median)]
-
-
-def latest_time(unit: str | None) -> int:
-    """The start of the year 2100: what is later is no time of an interaction."""
-    return _YEAR_2100 * _UNITS[unit or "s"]

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import polars as pl
 
 from ..utils.files import recover_folder
 from . import known_sets
-from .formats import FORMATS, Names, Part, find_columns, named, sniff
+from .columns import Names, no_times_note
+from .formats import FORMATS, Part, sniff, table
+from .times import check_time_type
 
 
 logger = logging.getLogger(__name__)
@@ -18,21 +20,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Log:
-    """A log to be read in one pass, part after part."""
+    """A log to be read in one pass, part after part; `notes` are sentences on how it is read, for its user."""
 
     parts: list[Part]
     name: str
     format: str
     licence: str | None = None
     titles: Path | None = None
-
-    @property
-    def has_rating(self) -> bool:
-        return all("rating" in part.columns for part in self.parts)
+    time_format: str | None = None
+    keep_na_ids: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def has_timestamp(self) -> bool:
-        return all("timestamp" in part.columns for part in self.parts)
+        return "timestamp" in self.parts[0].types
+
+    def require_rating(self, asked: str) -> None:
+        """Raises `ValueError` if a part has no rating; `asked` is the argument that needs one."""
+        for part in self.parts:
+            if "rating" not in part.types:
+                raise ValueError(f"{asked}, but {part.name} has no rating known; name its column with rating=…")
+            dtype = part.types["rating"]
+            if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)):
+                raise ValueError(f"{asked}, but the ratings of {part.name} have type {dtype}; they may be numbers.")
 
 
 def open_log(
@@ -43,6 +53,8 @@ def open_log(
     item: str | None = None,
     timestamp: str | None = None,
     rating: str | None = None,
+    time_format: str | None = None,
+    keep_na_ids: bool = False,
 ) -> Log:
     """
     Opens a log without reading it.
@@ -52,19 +64,25 @@ def open_log(
             (`ml-1m`, … see [`~data.known_sets.KNOWN`]), downloaded once; a folder of `Dataset.save_to_disk` or the id
             of a data set on the Hub (its split `train`); a Polars or pandas frame, a pyarrow table or a `Dataset`.
         format (`str`, *optional*): found out by looking if not given. `csv`, `tsv`, `parquet`, `jsonl` and `recbole` name
-            their columns; `pairs` (user item), `sequences` (user item item …), `ml-100k` (`u.data`), `ml-1m` (`::`),
+            their columns; `pairs` (user item), `sequences` (user item item …, a user a line), `item-sequences` (item
+            item …, never found out: the users are the numbers of the lines), `ml-100k` (`u.data`), `ml-1m` (`::`),
             `amazon-csv` (ratings without header, 2014 or 2018), `gowalla`, `foursquare` and `python-lines` (Steam) do
             not need to. Each may be gzip-compressed (`.gz`), Parquet aside.
         user, item, timestamp, rating (`str`, *optional*): the names of the columns; the usual ones are found without.
             `timestamp=""` leaves times unread, so that file order counts.
+        time_format (`str`, *optional*): how texts of times are written, as for `strftime` (`"%d/%m/%Y %H:%M"`). Numbers
+            and ISO 8601 are read without it.
+        keep_na_ids (`bool`): read texts such as `NA`, `NULL`, `nan` and `None` as ids. They are missing ids otherwise.
 
     Raises:
         `FileNotFoundError`: nothing is there; for a public set that can not be fetched, where to put it by hand.
-        `ValueError`: an empty file, a column that is not there (with near matches), an unknown format.
+        `ValueError`: an empty or damaged file, a column that is not there (with near matches), an unknown format, files
+            with and without times.
     """
     names: Names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
+    options: dict[str, Any] = {"time_format": time_format, "keep_na_ids": keep_na_ids}
     if not isinstance(source, (str, Path)):
-        return _frame_log(_as_polars(source), names, "source")
+        return _table_log(_as_polars(source), names, "source", options)
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}; it may be one of {', '.join(sorted(FORMATS))}.")
     path = Path(source)
@@ -73,17 +91,50 @@ def open_log(
         known = known_sets.KNOWN[str(source)]
         folder = known_sets.fetch(str(source))
         files, name, format = [folder / known.log], str(source), known.format
-        licence, titles = known.licence, folder / known.titles if known.titles else None
+        options |= {"licence": known.licence, "titles": folder / known.titles if known.titles else None}
     elif (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _frame_log(_as_polars(_stored_dataset(str(source))), names, str(source))
+        return _table_log(_as_polars(_stored_dataset(str(source))), names, str(source), options)
     else:
-        files, name, licence, titles = _files(path), path.name, None, None  # a card needs no folder of ours
+        files, name = _files(path), path.name  # a card needs no folder of ours
     for file in files:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty; a log needs at least one interaction.")
-    format = format or sniff(files[0], names)
+    notes: list[str] = []
+    if format is None:
+        format = sniff(files[0], names)
+        if format == "sequences":
+            notes.append(
+                'each line is read as a user and the items of this user; format="item-sequences" is without users'
+            )
+    if format == "item-sequences" and len(files) > 1:
+        raise ValueError(
+            f"source is {len(files)} files, but the users of item-sequences are the numbers of their lines; join the files."
+        )
     logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
-    return Log([FORMATS[format](file, names) for file in files], name, format, licence, titles)
+    parts = [FORMATS[format](file, names, notes) for file in files]
+    return _log(parts, name, format, names, notes, options)
+
+
+def _table_log(frame: pl.LazyFrame, names: Names, name: str, options: dict[str, Any]) -> Log:
+    notes: list[str] = []
+    return _log([table(frame, name, names, notes)], name, "table", names, notes, options)
+
+
+def _log(
+    parts: list[Part], name: str, format: str, names: Names, notes: list[str], options: dict[str, Any]
+) -> Log:  # fmt: skip
+    timed = [part for part in parts if "timestamp" in part.types]
+    if timed and len(timed) < len(parts):
+        without = next(part for part in parts if part not in timed)
+        raise ValueError(
+            f"{without.name} has no column known to be the time, but {timed[0].name} has; name the column with timestamp=…, "
+            'or pass timestamp="" to read every history in the order of rows.'
+        )
+    for part in timed:
+        check_time_type(part.types["timestamp"], part.name)
+    if not timed:
+        notes.append(no_times_note(names))
+    return Log(parts, name, format, notes=list(dict.fromkeys(notes)), **options)
 
 
 def _files(path: Path) -> list[Path]:
@@ -135,8 +186,3 @@ def _as_polars(source: Any) -> pl.LazyFrame:
     raise ValueError(
         f"source is a {type(source).__name__}; it may be a path, a Polars or pandas frame, a pyarrow table or a Dataset."
     )
-
-
-def _frame_log(frame: pl.LazyFrame, names: Names, name: str) -> Log:
-    found = find_columns(frame.collect_schema().names(), names, name)
-    return Log([Part(named(frame, found), name, tuple(found), first_line=0, row_word="row")], name, "table")

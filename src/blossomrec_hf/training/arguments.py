@@ -173,6 +173,16 @@ class LogArguments:
     timestamp: str | None = field(
         default=None, metadata={"help": "The name of the column of times; the usual names are found without."}
     )
+    time_format: str | None = field(
+        default=None,
+        metadata={"help": "How texts of times are written, as for strftime; left out, numbers and ISO 8601 are read."},
+    )
+    keep_na_ids: bool = field(
+        default=False, metadata={"help": "Read NA, NULL, nan and None as ids; they are missing ids otherwise."}
+    )
+    on_bad_rows: str = field(
+        default="fail", metadata={"help": "What to do about rows that cannot be read: fail or skip."}
+    )
     k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
     titles: str | None = field(
         default=None,
@@ -210,6 +220,9 @@ class LogArguments:
             user=self.user,
             item=self.item,
             timestamp=self.timestamp,
+            time_format=self.time_format,
+            keep_na_ids=self.keep_na_ids,
+            on_bad_rows=self.on_bad_rows,
             k_core=self.k_core,
             tokenizer=tokenizer,
         )

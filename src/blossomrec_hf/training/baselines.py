@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.ingest import units_per_second
 from ..data.splits import event_batches, part_lengths
+from ..data.times import units_per_second
 from .held_out import HeldOutItems, entries_of
 from .histories import NUM_SPECIAL_TOKENS, HistoryStore, to_device
 

@@ -1,0 +1,84 @@
+"""Which columns of a log are ours, by the names that logs use."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+
+OURS = ("user", "item", "rating", "timestamp")
+Names = dict[str, str | None]  # our column -> the name asked for; "" for a timestamp means file order
+
+# The names by which logs call their columns, most specific first. Case, spaces and the signs _ - . do not count.
+_USUAL = {
+    "user": (
+        "user_id", "user", "uid", "reviewer_id", "user_name", "customer_id", "visitor_id", "steam_id",
+    ),
+    "item": (
+        "item_id", "item", "iid", "movie_id", "parent_asin", "asin", "video_id", "business_id", "product_id",
+        "location_id", "venue_id", "app_id", "track_id", "artist_id", "article_id", "isbn",
+    ),
+    "rating": ("rating", "overall", "stars", "score", "is_click", "hours"),
+    "timestamp": (
+        "timestamp", "unix_review_time", "time_ms", "time", "ts", "datetime", "date", "event_time", "utc_time",
+        "event_timestamp", "event_datetime", "event_date", "event_ts", "timestamp_s", "timestamp_ms", "timestamp_us",
+        "timestamp_ns", "unix_time", "unix_timestamp", "epoch", "created_at", "created", "created_time", "created_date",
+        "creation_time", "creation_date", "t_dat", "order_time", "order_date", "order_datetime", "order_timestamp",
+        "order_purchase_timestamp", "purchase_time", "purchase_date", "purchased_at", "transaction_time",
+        "transaction_date", "invoice_date", "review_time", "review_date", "rating_time", "rating_date",
+        "rating_timestamp", "rated_at", "checkin_time", "click_time", "view_time", "watched_at", "listened_at",
+        "played_at", "read_at", "visited_at", "occurred_at", "date_time", "date_added", "server_time", "local_time",
+    ),
+}  # fmt: skip
+
+
+def find_columns(columns: Sequence[str], names: Names, where: str, notes: list[str]) -> dict[str, str]:
+    """
+    Our columns -> those of a log, by the names asked for or the usual ones.
+
+    Args:
+        notes: gets a sentence if several columns have a usual name.
+
+    Raises:
+        `ValueError`: a name that is asked for is not there, or none is known to be the user or the item.
+    """
+    found = {}
+    plain = {_plain(name): name for name in reversed(columns)}
+    for ours, usual in _USUAL.items():
+        asked = names.get(ours)
+        if asked is None:
+            matches = list(dict.fromkeys(plain[key] for key in map(_plain, usual) if key in plain))
+            match = matches[0] if matches else None
+            if len(matches) > 1:
+                others = " and ".join(map(repr, matches[1:]))
+                notes.append(
+                    f"the {ours} is read from the column {match!r}, not from {others}; name another with {ours}=…"
+                )
+        elif asked in columns or not asked:
+            match = asked or None
+        else:
+            near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
+            )
+            raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
+        if match is None and ours in ("user", "item"):
+            near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
+            hint = f" Near matches: {', '.join(map(repr, near))}." if near else ""
+            raise ValueError(
+                f"{where} has no column known to hold the {ours}; it has {', '.join(map(repr, columns))}.{hint} Name it with "
+                f"{ours}=…"
+            )
+        if match is not None:
+            found[ours] = match
+    return found
+
+
+def no_times_note(names: Names) -> str:
+    """The sentence for the report if a log is read without times."""
+    if names["timestamp"] == "":
+        return "no times are read: every history is in the order of rows"
+    return "no column of times is used: every history is in the order of rows; name a column with timestamp=… if there is one"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_.-]+", "", name.lower().split(":")[0])

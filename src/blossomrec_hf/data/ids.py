@@ -1,0 +1,155 @@
+"""Raw ids of users and items: which are missing, which type they have, and the codes that stand for them on disk."""
+
+from collections.abc import Container, Mapping
+
+import numpy as np
+import polars as pl
+
+
+# What programs write where there is no value: pandas, R, JavaScript, databases.
+MISSING_IDS = (
+    "NA", "Na", "na", "N/A", "n/a", "#N/A", "<NA>", "NULL", "Null", "null", "NaN", "Nan", "NAN", "nan", "None", "NONE",
+    "none", "\\N",
+)  # fmt: skip
+BLANKS = " \t\n\v\f\r"
+FLOAT = r"^-?\d+\.0+$"  # an integer that is written as a float
+EXACT = {pl.Float32: 1 << 24, pl.Float64: 1 << 53}  # a float names every integer up to here
+
+
+def id_type(types: Mapping[str, pl.DataType], name: str) -> pl.DataType:
+    """
+    The type of ids that all files of a log share: Int64, or String.
+
+    Args:
+        types: the type of the column in each file.
+        name: `"user"` or `"item"`, for errors.
+
+    Raises:
+        `ValueError`: a type that is no id's, or integers in one file and strings in another.
+    """
+    kinds: dict[type, str] = {}
+    for where, dtype in types.items():
+        if dtype.is_integer() or dtype.is_float():
+            # Integers above 2**63 are text, as they are in text files. Files with smaller ones follow.
+            kinds.setdefault(pl.UInt64 if dtype in (pl.UInt64, pl.UInt128, pl.Int128) else pl.Int64, where)
+        elif dtype in (pl.String, pl.Categorical, pl.Enum):
+            kinds.setdefault(pl.String, where)
+        elif dtype != pl.Null:
+            raise ValueError(f"{where}: the column of {name} ids has type {dtype}; ids may be integers or strings.")
+    if pl.String in kinds and len(kinds) > 1:
+        numbers = next(where for kind, where in kinds.items() if kind != pl.String)
+        raise ValueError(
+            f"the ids of {name}s are integers in {numbers} and strings in {kinds[pl.String]}; ids may be integers or "
+            "strings, not a mixture: write both files with one type."
+        )
+    return pl.Int64() if list(kinds) == [pl.Int64] else pl.String()
+
+
+def as_ids(column: pl.Series, dtype: pl.DataType, *, keep_na: bool = False) -> pl.Series:
+    """
+    The ids of a column; those that are missing are null.
+
+    Args:
+        dtype: of the result, from [`id_type`].
+        keep_na (`bool`): whether texts such as "NA" are ids.
+
+    Raises:
+        `ValueError`: floats too large to name an integer exactly.
+    """
+    if column.dtype.is_float():
+        largest = column.abs().fill_nan(None).max()
+        if largest is not None and largest > EXACT[type(column.dtype)]:
+            raise ValueError(
+                f"the {column.name} ids are floats up to {largest:.0f}, whose last digits are lost; write them as integers."
+            )
+        column = column.set(column != column.round(), None).cast(pl.Int64, strict=False)
+    if column.dtype.is_integer():
+        return column.cast(dtype)
+    column = column.cast(pl.String)
+    missing = column.str.strip_chars(BLANKS).is_in(["", *([] if keep_na else MISSING_IDS)])
+    return column.set(missing, None) if missing.any() else column
+
+
+class Codes:
+    """Raw ids -> codes 0, 1, 2 … in the order in which they are first seen."""
+
+    def __init__(self) -> None:
+        self._known: pl.DataFrame | None = None
+        self.size = 0
+
+    def encode(self, ids: pl.Series) -> np.ndarray:
+        """uint32 codes of a batch of ids, all batches of one type; new ids are appended."""
+        batch = pl.DataFrame({"id": ids})
+        if self._known is None:
+            self._known = pl.DataFrame({"id": ids[:0], "code": pl.Series([], dtype=pl.UInt32)})
+        new = batch.select(pl.col("id").unique(maintain_order=True)).join(
+            self._known, on="id", how="anti", maintain_order="left"
+        )
+        if new.height:
+            new = new.with_columns(code=pl.int_range(self.size, self.size + new.height, dtype=pl.UInt32))
+            self._known = pl.concat([self._known, new], rechunk=True)
+            self.size += new.height
+        return batch.join(self._known, on="id", how="left", maintain_order="left")["code"].to_numpy()
+
+    def ids(self) -> pl.Series:
+        """The raw ids by code: Int64 where every one is an integer (text: a plainly written one), else String."""
+        if self._known is None:
+            return pl.Series("id", [], dtype=pl.Int64)
+        return as_integers(self._known["id"])
+
+    def read_floats_as_integers(self, known: Container[str] = ()) -> tuple[str, np.ndarray] | None:
+        """
+        Takes text ids such as "100.0", which pandas writes for integers in a column with gaps, for the integers that
+        they name, if every id is an integer or such a float.
+
+        Args:
+            known: ids that stay as they are, if one of them is such a float.
+
+        Returns:
+            one of the floats, and the new code of each code (uint32); `None` where nothing changes.
+        """
+        ids = self.ids()
+        integers = floats_as_integers(ids, known)
+        if integers is None:
+            return None
+        example = ids.filter(ids.str.contains(FLOAT))[0]
+        codes = Codes()
+        new_codes = codes.encode(integers)
+        self._known, self.size = codes._known, codes.size
+        return example, new_codes
+
+
+def floats_note(name: str, example: str) -> str:
+    """The sentence about `Codes.read_floats_as_integers` for the report."""
+    return f"the {name} ids are floats with whole values such as '{example}': they are read as integers"
+
+
+def as_integers(ids: pl.Series) -> pl.Series:
+    """Text ids as Int64 if every one is a plainly written integer (no leading zeros), else as they are."""
+    if ids.dtype != pl.String:
+        return ids
+    numbers = ids.cast(pl.Int64, strict=False)
+    return numbers if (numbers.cast(pl.String) == ids).fill_null(False).all() else ids
+
+
+def floats_as_integers(ids: pl.Series, known: Container[str] = ()) -> pl.Series | None:
+    """
+    Text ids as integers, as [`Codes.read_floats_as_integers`] describes it; `None` where they stay as they are.
+
+    Raises:
+        `ValueError`: a float too large to name an integer exactly.
+    """
+    if ids.dtype != pl.String:
+        return None
+    floats = ids.str.contains(FLOAT)
+    if not floats.any():
+        return None
+    integers = as_integers(ids.str.replace(r"\.0+$", "").set(~floats, None).fill_null(ids))
+    if integers.dtype == pl.String or any(text in known for text in ids.filter(floats)):
+        return None
+    if integers.filter(floats).abs().max() > EXACT[pl.Float64]:
+        raise ValueError(
+            f"ids such as '{ids.filter(floats)[0]}' are floats up to {integers.filter(floats).abs().max()}, whose last "
+            "digits are lost; write them as integers."
+        )
+    return integers

@@ -1,0 +1,112 @@
+"""Times of events: numbers, dates and texts of dates become numbers, and what could be read in two ways is an error."""
+
+import polars as pl
+
+
+_YEAR_2100 = 4_102_444_800  # in seconds
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_ISO_DATE = r"^\s*\d{4}[-/]\d"
+_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M%#z")
+
+
+def check_time_type(dtype: pl.DataType, where: str) -> None:
+    """Raises `ValueError` for a column that cannot be times."""
+    if not (dtype.is_numeric() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Datetime, pl.Date, pl.Null)):
+        raise ValueError(
+            f"{where}: the column of times has type {dtype}; times may be numbers, dates or texts. Name another with "
+            'timestamp=…, or pass timestamp="" to take the order of rows.'
+        )
+
+
+def as_times(column: pl.Series, time_format: str | None, where: str) -> tuple[pl.Series, bool]:
+    """
+    The times of a column as Int64 or, with fractions, Float64, and whether they are dates, in microseconds since 1970
+    (UTC if they name no time zone). What cannot be read is null.
+
+    Args:
+        time_format (`str`, *optional*): how texts and integers are written, as for `strftime` ("%d/%m/%Y %H:%M"). ISO
+            8601 and numbers are read without.
+        where (`str`): the file, for errors.
+
+    Raises:
+        `ValueError`: dates that are not written as ISO 8601, without `time_format`, or another one.
+    """
+    if column.dtype in (pl.Datetime, pl.Date):
+        return column.cast(pl.Datetime("us")).to_physical(), True
+    if time_format is not None:
+        return _formatted(column, time_format, where), True
+    if column.dtype in (pl.Categorical, pl.Enum):
+        column = column.cast(pl.String)
+    numbers = as_numbers(column)
+    if column.dtype != pl.String or numbers.null_count() < len(column):
+        return numbers, False
+    dates = _iso_dates(column)
+    other = column.filter(column.str.contains(r"\d\D+\d") & ~column.str.contains(_ISO_DATE))
+    if dates.null_count() == len(dates) and len(other):
+        raise ValueError(
+            f"{where}: the time {other[0]!r} is neither a number nor a date as ISO 8601 writes it (2019-02-01 18:30:00); pass "
+            'its format, such as time_format="%d/%m/%Y %H:%M" or "%m/%d/%Y %H:%M".'
+        )
+    return dates, True
+
+
+def as_numbers(column: pl.Series) -> pl.Series:
+    """Numbers, or texts of numbers, as Int64 if all are whole, else Float64; what is none is null."""
+    text = column.dtype == pl.String
+    column = column.str.strip_chars() if text else column
+    if text or column.dtype.is_integer():
+        whole = column.cast(pl.Int64, strict=False)
+        if whole.null_count() == column.null_count():
+            return whole
+    number = column.cast(pl.Float64, strict=False).fill_nan(None)
+    whole = number.cast(pl.Int64, strict=False)
+    return whole if (whole == number).fill_null(True).all() else number
+
+
+def _iso_dates(text: pl.Series) -> pl.Series:
+    """Texts of dates as ISO 8601 writes them, also with slashes, and with the words UTC or GMT at their end."""
+    text = text.str.strip_chars().str.replace(r"\s*(?:Z|UTC|GMT)$", "")
+    text = text.set(~text.str.contains(_ISO_DATE), None)
+    text = text.str.replace_all("/", "-", literal=True).str.replace("T", " ", literal=True)
+    dates = pl.Series(text.name, [], pl.Int64).extend_constant(None, len(text))
+    for form in _FORMATS:
+        unread = dates.is_null() & text.is_not_null()
+        if not unread.any():
+            break
+        dates = dates.fill_null(_parsed(text.set(~unread, None), form))
+    return dates
+
+
+def _parsed(text: pl.Series, form: str) -> pl.Series:
+    zone = "UTC" if "z" in form else None
+    return text.str.to_datetime(form, strict=False, time_unit="us", time_zone=zone).to_physical()
+
+
+def _formatted(column: pl.Series, time_format: str, where: str) -> pl.Series:
+    try:
+        dates = _parsed(column.cast(pl.String).str.strip_chars(), time_format)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(
+            f"time_format is {time_format!r}, which is no format ({str(error).splitlines()[0]})."
+        ) from error
+    if dates.null_count() == len(dates) > column.null_count():
+        raise ValueError(
+            f"{where}: time_format is {time_format!r}, but the times look like {column.drop_nulls()[0]!r}; pass the format "
+            "in which they are written."
+        )
+    return dates
+
+
+def time_unit(median: float) -> str:
+    """The unit in which a log's middle time lies before the year 2100; counters (1, 2, 3 …) count as seconds."""
+    return next((unit for unit, scale in UNITS.items() if median <= _YEAR_2100 * scale), "ns")
+
+
+def units_per_second(median: float) -> int:
+    """How many of a log's time units a second has, by its middle time."""
+    return UNITS[time_unit(median)]
+
+
+def latest_time(unit: str | None) -> int:
+    """The start of the year 2100: what is later is no time of an event."""
+    return _YEAR_2100 * UNITS[unit or "s"]
