@@ -1,5 +1,6 @@
 """Public sets by name, fetched from a server of the test's own."""
 
+import gzip
 import hashlib
 import io
 import logging
@@ -60,7 +61,7 @@ def test_fetched_once_with_titles_and_licence(publisher, tmp_path, caplog):
 
 def test_a_wrong_checksum_is_not_kept(publisher, tmp_path):
     publisher["served"] += b"!"
-    with pytest.raises(ValueError, match="has the checksum"):
+    with pytest.raises(ValueError, match="has the checksum .*it was removed"):
         build_sequences("ml-1m")
     assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
     publisher["served"] = archive()
@@ -92,6 +93,47 @@ def test_without_a_published_checksum_the_first_download_is_the_measure(publishe
     (folder / "ml-1m.zip").write_bytes(archive() + b"!")
     with pytest.raises(ValueError, match="another edition"):
         known_sets.fetch("ml-1m")
+
+
+@pytest.mark.parametrize("damage", ["page", "cut off", "empty", "other member", "damaged member", "gzip"])
+def test_a_damaged_download_is_not_kept(publisher, tmp_path, monkeypatch, damage):
+    """Neither is its checksum, where the publisher states none."""
+    known = known_sets.KNOWN["ml-1m"]
+    log, text = (
+        ("ratings.csv.gz", gzip.compress(b"user,item\n1,20\n1,10\n")) if damage == "gzip" else (known.log, archive())
+    )
+    format = "csv" if damage == "gzip" else known.format
+    url = known.url.replace("ml-1m.zip", log) if damage == "gzip" else known.url
+    monkeypatch.setitem(known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, log, format, "free"))
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w") as file:
+        file.writestr("readme", "moved")
+    publisher["served"] = {
+        "page": b"<html>Moved</html>",
+        "cut off": text[:-30],
+        "empty": b"",
+        "other member": other.getvalue(),
+        "damaged member": text.replace(b"1::20::5::30", b"1::21::5::30"),
+        "gzip": text[:-5],
+    }[damage]
+    with pytest.raises(ValueError, match="ml-1m/.* is damaged or another edition .*; it was removed"):
+        build_sequences("ml-1m")
+    assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
+    publisher["served"] = text
+    dataset, tokenizer = build_sequences("ml-1m")
+    assert set(tokenizer.decode_items(dataset["input_ids"][0])) == {10, 20}
+
+
+def test_a_page_in_place_of_a_log_is_not_kept(publisher, tmp_path, monkeypatch):
+    known = known_sets.KNOWN["ml-1m"]
+    url = known.url.replace("ml-1m.zip", "ratings_Beauty.csv")
+    monkeypatch.setitem(
+        known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, "ratings_Beauty.csv", "amazon-csv", "free")
+    )
+    publisher["served"] = b"<html>\n<p>Not here, sorry.\n</html>\n"
+    with pytest.raises(ValueError, match="ratings_Beauty.csv is damaged or another edition"):
+        build_sequences("ml-1m")
+    assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
 
 
 def test_every_known_set_is_described():

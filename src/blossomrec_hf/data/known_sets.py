@@ -5,17 +5,22 @@ import logging
 import os
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..utils.files import atomic_write
+from .formats import FORMATS
+from .text_files import BadRows, is_gzip, read_blocks
 
 
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 30  # seconds without a byte
+_DAMAGED = (ValueError, OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         `FileNotFoundError`: it is not there and can not be fetched; the message says where to put it.
-        `ValueError`: a wrong checksum; the file is not kept.
+        `ValueError`: a wrong checksum or a damaged file; it is not kept.
     """
     known = KNOWN[name]
     folder = cache_folder() / name
@@ -101,16 +106,29 @@ def fetch(name: str) -> Path:
         try:
             with atomic_write(download) as partial:
                 _download(known.url, partial)
-        except OSError as error:  # URLError and timeouts are OSErrors
+        except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
             raise FileNotFoundError(
                 f"{name} could not be fetched from {known.url} ({error}). Fetch it by other means, put it at {download}, and "
                 "run this again."
             ) from error
-    _verify(download, known.md5)
-    if download.suffix == ".zip":
-        with zipfile.ZipFile(download) as archive:
-            for member in filter(None, (known.log, known.titles)):
-                archive.extract(member, folder)  # `.complete`, written last, says that all of it is here
+    try:
+        _check_digest(download, known.md5)
+        if download.suffix == ".zip":
+            with zipfile.ZipFile(download) as archive:
+                for member in filter(None, (known.log, known.titles)):
+                    archive.extract(member, folder)  # `.complete`, written last, says that all of it is here
+        if known.md5 is None:
+            _check_content(folder / known.log, known.format)
+            _noted(download).write_text(_digest(download, "sha256"))
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine, such as a full disk
+            raise
+        for path in (download, *(folder / part for part in (known.log, known.titles) if part)):
+            path.unlink(missing_ok=True)
+        raise ValueError(
+            f"{download} is damaged or another edition ({error}); it was removed. Run this again to fetch it from {known.url}, "
+            "or put it there by hand."
+        ) from error
     logger.warning("%s: %s", name, known.licence)
     (folder / ".complete").touch()
     return folder
@@ -127,18 +145,27 @@ def _download(url: str, target: Path) -> None:
             raise OSError(f"{file.tell()} of {size} bytes came")
 
 
-def _verify(download: Path, md5: str | None) -> None:
-    """Against the publisher's checksum, or the one noted at the first download."""
-    noted = download.with_name(download.name + ".sha256")
-    if md5 is None and not noted.is_file():
-        noted.write_text(_digest(download, "sha256"))
+def _noted(download: Path) -> Path:
+    return download.with_name(download.name + ".sha256")
+
+
+def _check_digest(download: Path, md5: str | None) -> None:
+    """Compares with the publisher's checksum, or with the one noted at the first download."""
+    if md5 is None and not _noted(download).is_file():
         return
-    found, wanted = (_digest(download, "md5"), md5) if md5 else (_digest(download, "sha256"), noted.read_text())
+    found, wanted = (
+        (_digest(download, "md5"), md5) if md5 else (_digest(download, "sha256"), _noted(download).read_text())
+    )
     if found != wanted:
-        download.unlink()
-        raise ValueError(
-            f"{download} has the checksum {found}, not {wanted}: damaged or another edition; it was removed."
-        )
+        raise ValueError(f"it has the checksum {found}, not {wanted}")
+
+
+def _check_content(log: Path, format: str) -> None:
+    """Reads a log without a known checksum: to its end if it is compressed, else its first rows."""
+    next(FORMATS[format](log, {}, []).read(("user", "item"), BadRows()), None)
+    if is_gzip(log):
+        for _ in read_blocks(log):
+            pass
 
 
 def _digest(path: Path, algorithm: str) -> str:
