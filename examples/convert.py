@@ -17,7 +17,9 @@ from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
-from blossomrec_hf.conversion import from_authors, read_checkpoint, to_authors
+from blossomrec_hf.conversion import from_authors, to_authors
+from blossomrec_hf.recbole import read_checkpoint
+from blossomrec_hf.utils.files import atomic_files, atomic_write, require_folder
 
 
 @dataclass
@@ -52,9 +54,12 @@ def main() -> None:
 def convert(args: ConversionArguments) -> None:
     if args.model is not None:
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
-        torch.save({"state_dict": to_authors(model)}, args.output_file)
+        state = to_authors(model)
+        with atomic_write(args.output_file) as partial:
+            torch.save({"state_dict": state}, partial)
         print(args.output_file)
         return
+    require_folder(args.output_dir)
     state, settings = read_checkpoint(args.checkpoint)
     asked = {"num_attention_heads": args.num_attention_heads, "hidden_act": args.hidden_act}
     model = from_authors(state, **settings | {name: value for name, value in asked.items() if value is not None})
@@ -64,8 +69,10 @@ def convert(args: ConversionArguments) -> None:
         items = Path(args.items).read_text("utf-8").splitlines()
         if len(items) != num_items:
             raise ValueError(f"`items` {args.items} has {len(items)} lines, the checkpoint {num_items} items.")
-    model.save_pretrained(args.output_dir)
-    BlossomRecTokenizer.from_items(items).save_pretrained(args.output_dir)
+    tokenizer = BlossomRecTokenizer.from_items(items)
+    with atomic_files(args.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(args.output_dir)
 
 

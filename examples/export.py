@@ -18,6 +18,7 @@ import torch
 from blossomrec_hf import BlossomRecForSequentialRecommendation
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from blossomrec_hf.export import export_onnx, export_program
+from blossomrec_hf.utils.files import atomic_files, require_folder
 
 
 @exit_on_error()
@@ -28,12 +29,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.suffix not in (".onnx", ".pt2"):
         parser.error(f"--output is {args.output}; it must end in .onnx or .pt2")
+    if args.output.is_dir():
+        parser.error(f"--output is {args.output}, which is a folder; give the name of a file")
+    require_folder(args.output.parent)
     model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.output.suffix == ".onnx":
-        export_onnx(model, args.output)
-    else:
-        torch.export.save(export_program(model), args.output)
+    with atomic_files(args.output.parent) as folder:  # large ONNX weights are a file of their own
+        if args.output.suffix == ".onnx":
+            export_onnx(model, folder / args.output.name)
+        else:
+            torch.export.save(export_program(model), folder / args.output.name)
     print(f"Wrote {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
 
 

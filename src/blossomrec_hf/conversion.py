@@ -8,7 +8,6 @@ compressor's last bias moves the scores of all blocks alike and chooses nothing;
 
 import re
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -30,44 +29,6 @@ AUTHORS_CONSTANTS = {
 _LAYER = "trm_encoder.layer.{}."
 _SPARSE = _LAYER + "blossom_attention.sparse_attention."
 _UNUSED = re.compile(r".*\.(compress_mem_kv|v_intrablock_positions|v_compress\..*|k_compress\.3\.bias|rotary_emb\..*)")
-# Modules whose objects a RecBole checkpoint holds beside its weights, and which are not needed to read those.
-_IGNORED_MODULES = ("recbole.", "yaml.", "numpy.", "collections.")
-
-
-class _StandIn:
-    """Stands for a pickled object: takes its state and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def read_checkpoint(path: str | PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """
-    The weights of a `.pth` file, and of RecBole's settings those that shape the model. Nothing in the file is run:
-    pickled objects of RecBole are replaced by empty ones.
-
-    Raises:
-        ValueError: for a file that holds objects of other code, or no weights.
-    """
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    foreign = [name for name in names if not name.startswith(_IGNORED_MODULES)]
-    if foreign:
-        raise ValueError(
-            f"{path} holds objects that only running code could read ({', '.join(sorted(foreign)[:5])}). Who trusts it "
-            "saves its weights alone: `torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')`."
-        )
-    stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in names]
-    with torch.serialization.safe_globals(stand_ins):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else {}
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not state:
-        raise ValueError(f"{path} holds no weights; it must be a checkpoint of RecBole or a `state_dict`.")
-    config = checkpoint.get("config") if isinstance(checkpoint, Mapping) else None
-    settings = getattr(config, "final_config_dict", None) or getattr(config, "__dict__", {})
-    names = {"n_heads": "num_attention_heads", "hidden_act": "hidden_act", "layer_norm_eps": "layer_norm_eps"}
-    names["hidden_dropout_prob"] = "hidden_dropout_prob"
-    return state, {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
 
 
 def _refuse_another_model(state: Mapping[str, torch.Tensor]) -> None:
@@ -107,7 +68,16 @@ def from_authors(
         ValueError: for a checkpoint of another model, or one that would not be the same function.
     """
     _refuse_another_model(state)
-    state = dict(state)
+    try:
+        return _from_authors(dict(state), num_attention_heads, settings)
+    except (KeyError, IndexError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        problem = f"it lacks `{error.args[0]}`" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"`state` has not the weights of the authors' BlossomRec: {problem}.") from error
+
+
+def _from_authors(
+    state: dict[str, torch.Tensor], num_attention_heads: int, settings: dict[str, Any]
+) -> BlossomRecForSequentialRecommendation:
     if "item_embedding.weight" not in state or _SPARSE.format(0) + "to_qkv.weight" not in state:
         raise ValueError("`state` holds no weights of the authors' BlossomRec (no `item_embedding`, or no `to_qkv`).")
     embedding = state.pop("item_embedding.weight")
@@ -259,4 +229,4 @@ def to_authors(model: BlossomRecForSequentialRecommendation) -> dict[str, torch.
     return theirs
 
 
-__all__ = ["from_authors", "read_checkpoint", "to_authors"]
+__all__ = ["from_authors", "to_authors"]

@@ -45,10 +45,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        for folder, _, names in os.walk(partial):
-            for name in names:
-                flush_to_disk(Path(folder, name))
-            flush_to_disk(Path(folder))
+        _flush_folder(partial)
         _replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,6 +53,39 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise
     flush_to_disk(path.parent)
     remove_folder(_former(path))
+
+
+@contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    Yields a new folder to write files into, and moves each into `folder` at the end of the block; other files there stay.
+
+    If the block raises, nothing has changed in `folder`. A kill at the end leaves some of the new files, each complete.
+
+    Raises:
+        ValueError: if `folder` is a file.
+        OSError: if the disk is full, or a file cannot be written for another reason.
+    """
+    folder = Path(os.path.realpath(folder))
+    require_folder(folder)
+    partial = partial_path(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush_folder(partial)
+        folder.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+        flush_to_disk(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            flush_to_disk(Path(parent, name))
+        flush_to_disk(Path(parent))
 
 
 def _former(path: Path) -> Path:
@@ -124,6 +154,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 __all__ = [
+    "atomic_files",
     "atomic_folder",
     "atomic_write",
     "recover_folder",
