@@ -503,6 +503,16 @@ def test_unknown_keywords_are_refused(keyword, value):
         model.model(x, labels=x)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("pad_token_id", 3), ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 10000.0})]
+)
+def test_what_was_set_after_the_configuration_was_made_is_checked(name, value):
+    changed = config()
+    setattr(changed, name, value)
+    with pytest.raises(ValueError, match=f"`{name}"):
+        BlossomRecForSequentialRecommendation(changed)
+
+
 def test_keywords_without_effect_are_accepted():
     """`None`, and what `Trainer`, `peft` and the collators of `transformers` send along."""
     model, x = recommender(), torch.tensor([[5, 6, 7, 8]])

@@ -137,7 +137,7 @@ class BlossomRecConfig(PreTrainedConfig):
             # `transformers` would refuse to go on without leave to run that.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -159,7 +159,8 @@ class BlossomRecConfig(PreTrainedConfig):
         """Whether items of the history are excluded from recommendations by default, see `repeat_share`."""
         return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises `ValueError` for every value that does not fit, naming the argument and what it may be."""
         for name in (
             "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size compress_stride "
             "compress_block_size selection_block_size num_selected_blocks short_term_block_size short_term_window"

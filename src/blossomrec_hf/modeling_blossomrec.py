@@ -104,6 +104,10 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _no_split_modules = ["BlossomRecLayer"]
     _supports_attention_backend = True
 
+    def __init__(self, config: BlossomRecConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()  # its attributes may have been set since it was made
+        super().__init__(config, *args, **kwargs)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("torch."):

@@ -1,4 +1,3 @@
-import peft
 import pytest
 import torch
 from checkpoint_cases import small_tokenizer
@@ -190,6 +189,7 @@ def as_own_class(model):
 
 
 def with_lora(model):
+    peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
 
 
