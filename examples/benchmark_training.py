@@ -6,8 +6,8 @@ Times what a training run spends its time on, beside the obvious way to do it, i
     python examples/benchmark_training.py --what padding --data ml-1m/interactions.txt --max_length 1000
     python examples/benchmark_training.py --what epoch --data ml-1m/interactions.txt --tokens 65536 --bf16
 
-`cross_entropy`: forward and backward of the full softmax, `plain` (all logits at once), `torch` (in chunks) and `liger`
-(fused chunks, on a GPU with liger-kernel). Prints median seconds, peak MiB above what lies in memory before (the
+`cross_entropy`: forward and backward of the full softmax, `plain` (all logits at once), `torch` (in chunks), `triton` (our
+fused kernels, which never write the logits) and `liger` (fused chunks, on a GPU with liger-kernel). Prints median seconds, peak MiB above what lies in memory before (the
 gradients included), and the largest differences from the same in float64, made in chunks: of the loss, and of the
 gradients relative to the largest gradient.
 
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000, help="cross_entropy: the catalogue")
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "liger"])
+    parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "triton", "liger"])
     parser.add_argument("--data", help="padding, epoch: a log; left out, the built-in data set")
     parser.add_argument("--workers", type=int, default=2, help="epoch: processes that make batches")
     parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="epoch: no CUDA graphs")
@@ -267,8 +267,8 @@ def main() -> None:
     parser.add_argument("--attention_types", default="blossom")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args()
-    if unknown := set(args.implementations) - {"plain", "torch", "liger"}:
-        parser.error(f"--implementations has {', '.join(unknown)}; it may name plain, torch, liger")
+    if unknown := set(args.implementations) - {"plain", "torch", "triton", "liger"}:
+        parser.error(f"--implementations has {', '.join(unknown)}; it may name plain, torch, triton, liger")
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     print(f"{machine}; {versions}; {'bf16 autocast' if args.bf16 else 'float32'}")

@@ -16,7 +16,7 @@ ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
 OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
-CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "liger")
+CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 MAX_REPEAT_SHARE = 0.01  # up to here, seen items are excluded by default
 
@@ -55,9 +55,9 @@ class BlossomRecConfig(PreTrainedConfig):
         max_position_embeddings (`int`): read by scaled `rope_type`s only; the length of a history is not limited.
         objective (`str`): the training loss, at every position: `"cross_entropy"` (full softmax over the catalogue) or,
             against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`.
-        cross_entropy_implementation (`str`): what computes the full softmax over a catalogue whose logits do not fit at
-            once: `"torch"`, `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, which is `"liger"`
-            on a GPU where it is installed. Value and gradients are the same.
+        cross_entropy_implementation (`str`): what computes the full softmax: `"torch"`, `"triton"` (fused kernels that
+            never write the logits), `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, the fastest
+            that the device, the precision and the hidden size allow. Value and gradients are the same.
         num_negatives (`int`): how many items are drawn for those; at most the number of items.
         negative_sampling (`str`): `"uniform"`, `"popularity"` or `"in_batch"` (targets of other positions).
         shared_negatives (`bool`): the same drawn items for all positions of a batch, or drawn for each.

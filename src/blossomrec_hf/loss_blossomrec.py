@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from .ops_triton_cross_entropy import fused_cross_entropy, why_unsupported
+
 
 NUM_SPECIAL_IDS = 2  # [PAD] and [UNK] stand before the items
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits alive at a time, 128 MiB and 1 GiB in float32
@@ -53,8 +55,8 @@ def cross_entropy(
     implementation: str = "auto",
 ) -> torch.Tensor:
     """
-    Full-softmax cross-entropy over the items, at every position that has a target. Beyond `MAX_LOGITS` they are made,
-    and their gradients with them, some positions at a time.
+    Full-softmax cross-entropy over the items, at every position that has a target. Fused kernels never write the logits;
+    elsewhere, beyond `MAX_LOGITS`, they are computed for some positions at a time, and the gradients with them.
 
     Args:
         hidden_states: `[T, hidden_size]`.
@@ -62,16 +64,23 @@ def cross_entropy(
         targets: vocabulary ids `[T]`, −100 for none.
         num_items_in_batch: what the sum is divided by: the number of targets in all batches and processes of the
             step. Their number in this batch where it is `None`.
-        implementation: what makes the chunks: `"torch"`, `"liger"` (the fused kernel of `liger-kernel`) or `"auto"`,
-            which is `"liger"` on a GPU where it is installed and a chunk is needed. Value and gradients are the same.
+        implementation: `"triton"` (our kernels), `"torch"`, `"liger"` (the chunks of `liger-kernel`) or `"auto"`: on a GPU
+            in half precision `"triton"`, if it supports the hidden size; else `"torch"`, or `"liger"` where chunks are
+            needed on a GPU and it is installed. Value and gradients are the same.
 
     Returns:
         a scalar, float32 or better.
 
     Raises:
-        ValueError: for `"liger"` where it is not installed, off a GPU, and in float64, which it does not have.
+        ValueError: for `"triton"` and `"liger"` where they cannot compute the input.
     """
     targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
+    if _takes_triton(hidden_states, implementation):
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        total = fused_cross_entropy(hidden_states, weight, targets, NUM_SPECIAL_IDS)
+        return _mean(total, targets, num_items_in_batch)
     rows = max(1, MAX_LOGITS.get(weight.device.type, MAX_LOGITS["cuda"]) // weight.shape[0])
     if hidden_states.shape[0] > rows or (implementation == "liger" and hidden_states.shape[0]):
         if torch.is_autocast_enabled(hidden_states.device.type):
@@ -84,6 +93,26 @@ def cross_entropy(
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = nn.functional.cross_entropy(logits, targets, reduction="sum")
     return _mean(total, targets, num_items_in_batch)
+
+
+def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
+    """Whether `implementation` (see `cross_entropy`) means our kernels for these hidden states."""
+    if implementation not in ("auto", "triton") or not hidden_states.shape[0]:
+        return False
+    device, dtype = hidden_states.device.type, hidden_states.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if implementation == "auto":
+        return device == "cuda" and supports_fused(dtype, hidden_states.shape[1])
+    reason = why_unsupported(device, dtype, hidden_states.shape[1])
+    if reason is not None:
+        raise ValueError(f'`implementation` is "triton", but {reason}; it may also be "auto", "torch" or "liger".')
+    return True
+
+
+def supports_fused(dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether `"auto"` computes the full softmax by our kernels on a GPU, and so never has its logits in memory."""
+    return dtype in (torch.float16, torch.bfloat16) and why_unsupported("cuda", dtype, hidden_size) is None
 
 
 def _mean(total: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -111,7 +140,7 @@ def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[
     if reason is not None:
         if implementation == "auto":
             return None
-        raise ValueError(f'`implementation` is "liger", but {reason}; it may also be "auto" or "torch".')
+        raise ValueError(f'`implementation` is "liger", but {reason}; it may also be "auto", "torch" or "triton".')
     return liger_fused_linear_cross_entropy
 
 

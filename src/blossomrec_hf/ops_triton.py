@@ -22,10 +22,10 @@ from .ops_triton_launch import Layout, Sizes, check, short_tile
 # Part of the operations' names: two versions of this package in one process must not replace each other's. It is that
 # of the package, which this file cannot import where it travels with a checkpoint; a test compares them.
 VERSION = "0.1.0"
-_NAMESPACE = "blossomrec_hf_" + VERSION.replace(".", "_")
+NAMESPACE = "blossomrec_hf_" + VERSION.replace(".", "_")
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -147,7 +147,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor,
     saved: list[Tensor],
@@ -301,7 +301,7 @@ def blossom_attention(
 # The functions of `ops_reference.py` one by one.
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::windows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::windows", mutates_args=())
 def _windows(k: Tensor, position: Tensor, cu_seqlens: Tensor, max_seqlen: int, stride: int) -> Tensor:
     """`[T // stride, G, l, d]`, those of history i from row `cu_seqlens[i] // stride` on."""
     layout = Layout(k, k.shape[1], cu_seqlens, max_seqlen, _only(stride=stride, length=position.shape[1]), 1.0)
@@ -314,7 +314,7 @@ def _(k, position, cu_seqlens, max_seqlen, stride):
     return k.new_empty(k.shape[0] // stride, *position.shape)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::windows_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::windows_backward", mutates_args=())
 def _windows_backward(grad: Tensor, cu_seqlens: Tensor, max_seqlen: int, stride: int, num_tokens: int) -> Tensor:
     _, groups, length, width = grad.shape
     k = grad.new_empty(num_tokens, groups, width)
@@ -369,7 +369,7 @@ def compress(k: Tensor, position: Tensor, mlp: nn.Module, cu_seqlens: Tensor, *,
     return mlp(windows.flatten(2))[row.clamp(max=num_rows - 1)]
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::select", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
 def _select(
     mean_q: Tensor, c: Tensor, cu_seqlens: Tensor, max_seqlen: int, block: int, selected: int, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -391,7 +391,7 @@ def _(mean_q, c, cu_seqlens, max_seqlen, block, selected, threshold):
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::select_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::select_backward", mutates_args=())
 def _select_backward(
     grad: Tensor,
     mean_q: Tensor,
@@ -472,7 +472,7 @@ def select(
     return Selection(blocks, pi)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::stream", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::stream", mutates_args=())
 def _stream(
     q: Tensor,
     k: Tensor,
@@ -499,7 +499,7 @@ def _(q, k, v, blocks, factor, cu_seqlens, max_seqlen, sizes, scaling):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::stream_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::stream_backward", mutates_args=())
 def _stream_backward(
     grad: Tensor,
     q: Tensor,

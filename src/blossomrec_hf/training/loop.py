@@ -33,7 +33,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data import TokenBudgetSampler
 from ..hub import push_run
-from ..loss_blossomrec import MAX_LOGITS
+from ..loss_blossomrec import MAX_LOGITS, supports_fused
 from ..upload_blossomrec import ensure_repo
 from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
@@ -287,16 +287,20 @@ class TrainingLoop:
     def _can_be_graphed(self) -> bool:
         """
         Whether a step is one pass on one GPU with nothing that talks to other processes or to the CPU: the gradients'
-        exchange of DDP and FSDP does, as do the scaler of fp16 and the fused kernel for logits that do not fit at once
-        (which take longer than their launches anyway).
+        exchange of DDP and FSDP does, as do the scaler of fp16 and the chunks of logits that do not fit at once (which
+        take longer than their launches anyway).
         """
         args, accelerator = self.args, self.accelerator
         alone = accelerator.num_processes == 1 and args.gradient_accumulation_steps == 1 and not self._sharded
         on_gpu = accelerator.device.type == "cuda" and accelerator.scaler is None
         config = self.bare_model.config
-        logits = args.tokens_per_step * config.vocab_size if config.objective == "cross_entropy" else 0
-        short = logits <= MAX_LOGITS["cuda"]
-        return args.cuda_graphs and alone and on_gpu and short
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, self.bare_model.dtype)
+        at_once = (
+            config.objective != "cross_entropy"
+            or args.tokens_per_step * config.vocab_size <= MAX_LOGITS["cuda"]
+            or (config.cross_entropy_implementation == "auto" and supports_fused(dtype, config.hidden_size))
+        )
+        return args.cuda_graphs and alone and on_gpu and at_once
 
     # -- the plan ----------------------------------------------------------------------------------
 
