@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from blossomrec_hf.attention_blossomrec import BlossomCompressor
 from blossomrec_hf.ops_reference import Ops, straight_through
+
+
+class Compressor(nn.Module):
+    """A compressor of given learned positions `[G, l, d]` and MLP."""
+
+    forward = BlossomCompressor.forward
+
+    def __init__(self, position: torch.Tensor, mlp: nn.Module) -> None:
+        super().__init__()
+        self.position, self.mlp = position, mlp
 
 
 @dataclass
@@ -50,6 +61,10 @@ class Case:
             tensor.requires_grad_()
 
     @property
+    def compressor(self) -> Compressor:
+        return Compressor(self.tensors["position"], self.mlp)
+
+    @property
     def num_windows(self) -> int:
         return sum(n // self.stride for n in self.lengths)
 
@@ -83,7 +98,7 @@ def run(ops: Ops, case: Case, selection=None) -> dict[str, torch.Tensor]:
     """
     t, scaling = case.tensors, case.width**-0.5
     where = {"max_seqlen": case.max_seqlen, "scaling": scaling}
-    compressed = ops.compress(t["k"], t["position"], case.mlp, case.cu_seqlens, stride=case.stride)
+    compressed = ops.compress(t["k"], case.compressor, case.cu_seqlens, stride=case.stride)
     own = ops.select(
         t["q"],
         compressed,

@@ -123,7 +123,7 @@ def sharp_choices(model, row: torch.Tensor) -> list[torch.Tensor | None]:
             for f in (attention.q_proj, attention.k_proj)
         )
         compressor = attention.compressor
-        c = TORCH_OPS.compress(k, compressor.position, compressor.mlp, offsets, stride=config.compress_stride)
+        c = TORCH_OPS.compress(k, compressor, offsets, stride=config.compress_stride)
         pi = TORCH_OPS.select(
             q,
             c,

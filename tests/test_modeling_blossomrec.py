@@ -366,6 +366,60 @@ def test_packed_training_step_compiles_without_graph_breaks(attention_type):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("attention_types", [["blossom", "full"], ["long_term", "short_term"]])
+def test_padded_training_step_compiles_without_graph_breaks(attention_types):
+    model = recommender(attention_types=attention_types, hidden_dropout_prob=0.0).train()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = padded(histories(40, 3, 60), "anywhere")
+    labels = torch.randint(2, 60, ids.shape)  # at padding too, where they are no targets
+    gradients, losses = [], []
+    for function in (model, step):
+        model.zero_grad()
+        loss = function(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+
+
+def test_padded_inference_compiles_without_graph_breaks():
+    model = recommender()
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    ids, mask = padded([*histories(40, 3), torch.empty(0, dtype=torch.long)], "anywhere")
+    outputs = {"logits_to_keep": 2, "output_hidden_states": True, "output_selection": True}
+    expected, found = (function(ids, attention_mask=mask, **outputs) for function in (model, step))
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(found.selections, expected.selections)
+    base = torch.compile(model.model, fullgraph=True, backend="eager")
+    states = [
+        function(ids, attention_mask=mask, last_only=True).last_hidden_state[:2] for function in (model.model, base)
+    ]
+    torch.testing.assert_close(*states)
+
+
+def test_an_exported_program_takes_padding_of_any_kind():
+    model = recommender(attention_types=["blossom", "full"])
+    ids, mask = padded(histories(40, 3, 9), "left")
+    program = torch.export.export(model, (ids,), {"attention_mask": mask}).module()
+    for side in ("left", "right", "anywhere"):
+        new, mask = padded(histories(40, 1, 22), side)
+        assert new.shape == ids.shape
+        found, expected = program(new, attention_mask=mask).logits, model(new, attention_mask=mask).logits
+        torch.testing.assert_close(found, expected)
+
+
+def test_attentions_of_padded_input_under_compilation():
+    model = recommender(attn_implementation="eager")
+    ids, mask = padded(histories(9, 3), "anywhere")
+    expected, found = (
+        function(ids, attention_mask=mask, output_attentions=True).attentions
+        for function in (model, torch.compile(model, backend="eager"))
+    )
+    torch.testing.assert_close(found, expected)
+
+
 # Saving, growing
 
 

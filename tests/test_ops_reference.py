@@ -85,7 +85,7 @@ def test_reference_follows_the_definition_query_by_query(trial):
 
 def run_reference(case: Case) -> dict:
     t, where = case.tensors, {"max_seqlen": case.max_seqlen, "scaling": case.width**-0.5}
-    compressed = REFERENCE_OPS.compress(t["k"], t["position"], case.mlp, case.cu_seqlens, stride=case.stride)
+    compressed = REFERENCE_OPS.compress(t["k"], case.compressor, case.cu_seqlens, stride=case.stride)
     selection = REFERENCE_OPS.select(
         t["q"],
         compressed,

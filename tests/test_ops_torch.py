@@ -53,7 +53,7 @@ def test_the_last_position_of_one_history(length):
         results = []
         for ops, q in ((REFERENCE_OPS, t["q"]), (ONE_OPS, t["q"][-1:])):
             qkv, offsets = (q, t["k"], t["v"]), case.cu_seqlens
-            c = ops.compress(t["k"], t["position"], case.mlp, offsets, stride=case.stride)
+            c = ops.compress(t["k"], case.compressor, offsets, stride=case.stride)
             selected = ops.select(q, c, offsets, threshold=1e-10, **blocks, **where)
             long = ops.attend_selected(*qkv, selected.block_indices, None, offsets, block_size=case.block, **where)
             outs = [long, ops.attend_short(*qkv, offsets, **short, **where), ops.attend_full(*qkv, offsets, **where)]

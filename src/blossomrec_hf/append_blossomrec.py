@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .cache_blossomrec import BlossomRecCache, BlossomRecCacheLayer, roomy
-from .modules_blossomrec import WeightsFingerprint
+from .modules_blossomrec import WeightsFingerprint, has_plain_compressor
 from .ops_reference import Selection, locate, rotate
 from .ops_torch import _gather, _in_slices, best_blocks, short_places
 from .ops_triton_append import attend_events, block_windows, store_events
@@ -193,17 +193,17 @@ class Append:
         shape = (rows, groups, self.capacity // self.config.selection_block_size, width)
         layer.block_keys = _grown(layer.block_keys, shape, wide, self.device)
         if self.num_blocks:
-            windows = self._windows(layer, module.compressor.position)
-            mean = module.compressor.mlp(windows.flatten(3)).mean(1, dtype=wide)  # [n, G, d]
+            mean = self._compressed(layer, module.compressor).mean(1, dtype=wide)  # [n, G, d]
             row, index = self.blocks.unbind(1)
             layer.block_keys[row, :, index] = mean.detach()
 
-    def _windows(self, layer: BlossomRecCacheLayer, learned: torch.Tensor) -> torch.Tensor:
-        """The windows `[n, b / s, G, l, d]` of the new blocks, with their learned positions."""
+    def _compressed(self, layer: BlossomRecCacheLayer, compressor: nn.Module) -> torch.Tensor:
+        """The compressed keys `[n, b / s, G, d]` of the new blocks."""
         block, stride = self.config.selection_block_size, self.config.compress_stride
         if self.fused:
-            return block_windows(layer.states, learned, self.blocks, block=block, stride=stride)
-        groups, length, width = learned.shape
+            windows = block_windows(layer.states, compressor.position, self.blocks, block=block, stride=stride)
+            return compressor.mlp(windows.flatten(3))
+        groups, length, width = compressor.position.shape
         end = torch.arange(stride, block + stride, stride, device=self.device)[:, None, None]
         inside = torch.arange(-length, 0, device=self.device)
         row, index = self.blocks[:, :, None].unbind(1)
@@ -212,7 +212,7 @@ class Append:
         first = (row * groups + group) * self.capacity  # [n, G]
         slot = first[:, None, :, None] + place.clamp(min=0)
         keys = _gather(layer.states.view(-1, 2 * width), slot)[..., :width]
-        return keys.masked_fill((place < 0)[..., None], 0) + learned
+        return compressor(keys.masked_fill((place < 0)[..., None], 0))
 
     def attend(
         self,
@@ -369,6 +369,8 @@ def _has_kernels(module: nn.Module, x: torch.Tensor) -> bool:
     config = module.config
     implementation = config._attn_implementation
     if implementation != "blossom_triton" and not (implementation == "blossom" and x.is_cuda):
+        return False
+    if not has_plain_compressor(module):
         return False
     reason = why_unsupported(
         x.device.type,

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .append_blossomrec import Append
 from .configuration_blossomrec import BlossomRecConfig
+from .modules_blossomrec import has_plain_compressor
 from .ops_reference import REFERENCE_OPS, Ops, Selection, rotate, straight_through
 from .ops_torch import LAST_OPS, ONE_OPS, TORCH_OPS, short_places
 from .ops_triton import blossom_attention
@@ -56,9 +57,7 @@ def _attention(
     if module.attention_type == "full":
         streams.append(ops.attend_full(q, k, v, **where, **probs_kwargs))
     if module.attention_type in ("blossom", "long_term"):
-        compressed = ops.compress(
-            k, module.compressor.position, module.compressor.mlp, cu_seqlens, stride=config.compress_stride
-        )
+        compressed = ops.compress(k, module.compressor, cu_seqlens, stride=config.compress_stride)
         selection = ops.select(
             q,
             compressed,
@@ -119,6 +118,8 @@ def blossom_torch_attention_forward(module, query, key, value, attention_mask=No
 def _why_no_triton(module: "BlossomAttention", query: torch.Tensor) -> str | None:
     """Why the kernels cannot compute this layer; `None` where they can."""
     config = module.config
+    if not has_plain_compressor(module):
+        return "the compressor is offloaded, quantized or adapted, and the kernels read its weights themselves"
     return why_unsupported(
         query.device.type,
         query.dtype,
@@ -138,9 +139,14 @@ def blossom_triton_attention_forward(
     layers are PyTorch's own fused attention, as in `blossom_torch`.
 
     Raises:
-        ValueError: where there are no kernels for the device, the dtype or a size.
+        ValueError: where there are no kernels for the device, the dtype or a size, or for weights that are offloaded,
+            quantized or adapted.
     """
     config = module.config
+    if not has_plain_compressor(module):
+        raise ValueError(
+            f"`blossom_triton` cannot compute this layer: {_why_no_triton(module, query)}; use `blossom`."
+        )
     if module.attention_type == "full" or query.shape[2] == 0:
         where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "scaling": scaling}
         where |= {"gates": gates, "position_embeddings": position_embeddings}
@@ -197,6 +203,10 @@ class BlossomCompressor(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(length * width, length * width), nn.ReLU(), nn.Linear(length * width, width, bias=False)
         )
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows of keys `[..., G, l, d]` → compressed keys `[..., G, d]`."""
+        return self.mlp((windows + self.position).flatten(-2))
 
 
 class BlossomGate(nn.Linear):

@@ -13,6 +13,7 @@ from torch import nn
 from .attention_blossomrec import BlossomAttention, rotate
 from .loss_blossomrec import NUM_SPECIAL_IDS
 from .modeling_blossomrec import BlossomRecForSequentialRecommendation, BlossomRecLayer
+from .modules_blossomrec import has_plain_compressor, is_plain
 
 
 class HistoryScorer(nn.Module):
@@ -23,10 +24,18 @@ class HistoryScorer(nn.Module):
 
     Args:
         model: it is put in evaluation mode; its weights are shared.
+
+    Raises:
+        ValueError: the model is offloaded, quantized or has adapters.
     """
 
     def __init__(self, model: BlossomRecForSequentialRecommendation) -> None:
         super().__init__()
+        attentions = [layer.self_attn for layer in model.model.layers]
+        if not is_plain(model.lm_head) or not all(map(has_plain_compressor, attentions)):
+            raise ValueError(
+                "`model` is offloaded, quantized or adapted; load the checkpoint without that to export it."
+            )
         self.model = model.eval()
         config = model.config
         powers = [config.power_law_base**i for i in range(40)] if config.power_law_base > 1 else [1]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .modules_blossomrec import digest, tensor_state
+from .modules_blossomrec import digest, plain_weight, tensor_state
 from .utils.files import atomic_write, write_json
 
 
@@ -78,7 +78,7 @@ class ItemIndex:
             ImportError: FAISS is not installed.
         """
         _require_faiss()
-        weight = model.get_output_embeddings().weight.detach()
+        weight = plain_weight(model.get_output_embeddings()).detach()
         items = weight[_SPECIAL:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
             raise ValueError("`model` has item embeddings that are not finite; an index of them finds nothing.")
@@ -136,7 +136,7 @@ class ItemIndex:
                 "with `ItemIndex.build(model).save(folder)`."
             )
         index = cls(faiss.read_index(str(folder / INDEX_FILE)), fingerprint, probes=probes)
-        index.check(model.get_output_embeddings().weight)
+        index.check(plain_weight(model.get_output_embeddings()))
         return index
 
     def check(self, weight: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin, require_loadable
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, given_targets, next_item_targets, sampled_loss
-from .modules_blossomrec import check_inference
+from .modules_blossomrec import check_inference, dense_weight
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories
 from .recommendation_blossomrec import RecommendationMixin
@@ -271,6 +271,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 self.config.vocab_size,
                 cu_seqlens_k=cu_seq_lens_k,
                 max_seqlen_k=max_length_k,
+                drop_padding=past_key_values is not None or cache is not None or bool(use_cache),
             )
         training = self.training if training is None else training
         cache = past_key_values if cache is None else cache
@@ -285,7 +286,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 "`output_selection=True`, which tell of all positions."
             )
         keep = None
-        if last_only and packed.position.shape[0]:
+        if last_only and packed.position.shape[0] and packed.lengths is None:
             one = packed.cu_seqlens.shape[0] == 2 and not torch.compiler.is_compiling()
             keep = slice(-1, None) if one else (packed.cu_seqlens[1:] - 1).clamp(min=0)
         position = packed.position if append is None else append.position
@@ -477,6 +478,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             labels_are_counted=num_items_in_batch is not None and not shifted,
             cu_seqlens_k=cu_seq_lens_k,
             max_seqlen_k=max_length_k,
+            drop_padding=cache is not None or bool(use_cache),
         )
         append = None
         if cache is not None or use_cache:
@@ -494,12 +496,13 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
         loss = logits = None
         if labels is not None:
-            labels = packed.pack(labels)
+            labels = packed.pack(labels, padding=-100)
             targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
+            weight = dense_weight(self.lm_head)
             if self.config.objective == "cross_entropy":
                 loss = cross_entropy(
                     hidden_states,
-                    self.lm_head.weight,
+                    weight,
                     targets,
                     num_items_in_batch,
                     implementation=self.config.cross_entropy_implementation,
@@ -508,7 +511,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
                 loss = sampled_loss(
                     self.config.objective,
                     hidden_states,
-                    self.lm_head.weight,
+                    weight,
                     targets,
                     num_items_in_batch,
                     item_counts=self.item_counts,

@@ -58,6 +58,62 @@ def check_inference(model: nn.Module) -> None:
             )
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """
+    Whether a linear layer is what its `weight` says: not offloaded, quantized or adapted. Else only its `forward` has
+    the right answer.
+    """
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    return not (linear.weight.is_meta or hasattr(linear.weight, "__tensor_flatten__"))
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor:
+    """
+    The weight of a layer, where it may be read.
+
+    Raises:
+        ValueError: the layer is offloaded, quantized or adapted.
+    """
+    if not is_plain(linear):
+        raise ValueError(
+            f"`index` needs the item embedding itself, which cannot be read from a {type(linear).__qualname__} that is "
+            "offloaded, quantized or adapted; leave out `index`."
+        )
+    return linear.weight
+
+
+def dense_weight(linear: nn.Linear) -> torch.Tensor:
+    """
+    The weight `[out_features, in_features]` that a layer without bias multiplies with, with its gradient. If it is
+    offloaded, quantized or adapted, it is computed by the layer's `forward`.
+    """
+    if is_plain(linear):
+        return linear.weight
+    weight = getattr(linear, "weight", None)
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
+    return linear(torch.eye(linear.in_features, dtype=dtype, device=execution_device(linear))).T
+
+
+def has_plain_compressor(attention: nn.Module) -> bool:
+    """Whether the weights of an attention layer's compressor may be read (or it has none)."""
+    compressor = getattr(attention, "compressor", None)
+    if compressor is None:
+        return True
+    return not compressor.position.is_meta and is_plain(compressor.mlp[0]) and is_plain(compressor.mlp[2])
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """The device that a model's input goes to, also where `accelerate` keeps its weights elsewhere."""
+    for module in _modules(model):
+        for hook in _hooks(module):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
+    for tensor in model.parameters():
+        return tensor.device
+    return torch.device("cpu")
+
+
 class WeightsFingerprint(NamedTuple):
     """
     What identifies the weights that hidden states depend on.
@@ -120,7 +176,7 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
     layers, items = [], []
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor) and value.is_meta:
-            value = _offloaded(model, name)
+            value = offloaded_tensor(model, name)
         if name == "item_embedding.weight":
             items.append((name, value[:num_items]))
         elif name != "item_counts":
@@ -128,7 +184,7 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
     return WeightsFingerprint(digest(layers), digest(items), num_items)
 
 
-def _offloaded(model: nn.Module, name: str) -> torch.Tensor:
+def offloaded_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """A weight that `accelerate` has moved to the CPU or to disk."""
     module, _, weight = name.rpartition(".")
     for hook in _hooks(model.get_submodule(module)):

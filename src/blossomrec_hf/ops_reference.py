@@ -61,28 +61,25 @@ def power_law_distances(num_blocks: int, window: int, base: int) -> list[int]:
     return sorted(distances)
 
 
-def compress(
-    k: torch.Tensor, position: torch.Tensor, mlp: nn.Module, cu_seqlens: torch.Tensor, *, stride: int
-) -> torch.Tensor:
+def compress(k: torch.Tensor, compressor: nn.Module, cu_seqlens: torch.Tensor, *, stride: int) -> torch.Tensor:
     """
     Compressed keys `[W, G, d]`, one a complete window, histories end to end (long-term stream, split and compress).
 
     Args:
         k: keys `[T, G, d]`.
-        position: learned position inside a window, `[G, l, d]`.
-        mlp: maps `[..., l·d]` to `[..., d]`.
+        compressor: maps windows `[..., G, l, d]` to `[..., G, d]`; `compressor.position` `[G, l, d]` is the learned
+            position inside a window.
         stride: s; window j ends at position (j + 1)·s − 1 and covers the l positions up to there.
     """
-    length = position.shape[1]
+    length = compressor.position.shape[1]
     windows = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
         padded = torch.cat([k.new_zeros(length, *k.shape[1:]), k[start:end]])
         for j in range((end - start) // stride):
             last = length + (j + 1) * stride
-            window = padded[last - length : last].transpose(0, 1) + position
-            windows.append(mlp(window.flatten(1)))
+            windows.append(compressor(padded[last - length : last].transpose(0, 1)))
     if not windows:  # the compressor still takes part, so that its gradients exist
-        return mlp((k.new_zeros(0, *position.shape) + position).flatten(2))
+        return compressor(k.new_zeros(0, *compressor.position.shape))
     return torch.stack(windows)
 
 

@@ -115,19 +115,17 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def compress(
-    k: torch.Tensor, position: torch.Tensor, mlp: nn.Module, cu_seqlens: torch.Tensor, *, stride: int
-) -> torch.Tensor:
+def compress(k: torch.Tensor, compressor: nn.Module, cu_seqlens: torch.Tensor, *, stride: int) -> torch.Tensor:
     """As `ops_reference.compress`, with `T // stride` rows: those after the last complete window mean nothing."""
-    num_tokens, length = k.shape[0], position.shape[1]
+    num_tokens, length = k.shape[0], compressor.position.shape[1]
     ends = torch.div(cu_seqlens.diff(), stride, rounding_mode="floor").cumsum(0)
     window = torch.arange(num_tokens // stride, device=k.device)
     history = torch.searchsorted(ends, window, right=True).clamp(max=cu_seqlens.shape[0] - 2)
     last = (window - nn.functional.pad(ends, (1, 0))[history] + 1) * stride
     inside = (last - length)[:, None] + torch.arange(length, device=k.device)
     token = (inside + cu_seqlens[history, None]).clamp(0, max(num_tokens - 1, 0))
-    windows = _gather(k, token).masked_fill((inside < 0)[..., None, None], 0.0).transpose(1, 2) + position
-    return mlp(windows.flatten(2))
+    windows = _gather(k, token).masked_fill((inside < 0)[..., None, None], 0.0)
+    return compressor(windows.transpose(1, 2))
 
 
 def select(
@@ -492,13 +490,13 @@ LAST_OPS = Ops(compress, last_select, last_attend_selected, last_attend_short, l
 # where everything lies. A single query reads all keys in less time than small operations need to name a few.
 
 
-def one_compress(k, position, mlp, cu_seqlens, *, stride):
+def one_compress(k, compressor, cu_seqlens, *, stride):
     """As `compress`, with no row after the last complete window."""
-    complete, length = k.shape[0] // stride * stride, position.shape[1]
+    complete, length = k.shape[0] // stride * stride, compressor.position.shape[1]
     if complete == 0:
         return k.new_zeros(0, k.shape[1], k.shape[2])
     windows = nn.functional.pad(k[:complete], (0, 0, 0, 0, length - stride, 0)).unfold(0, length, stride)
-    return mlp((windows.transpose(2, 3) + position).flatten(2))
+    return compressor(windows.transpose(2, 3))
 
 
 def one_select(q, c, cu_seqlens, *, max_seqlen, num_selected_blocks, block_size, stride, threshold, scaling):

@@ -355,18 +355,18 @@ def _first_rows(cu_seqlens: Tensor, size: int) -> Tensor:
     return nn.functional.pad(blocks, (1, 0))
 
 
-def compress(k: Tensor, position: Tensor, mlp: nn.Module, cu_seqlens: Tensor, *, stride: int) -> Tensor:
+def compress(k: Tensor, compressor: nn.Module, cu_seqlens: Tensor, *, stride: int) -> Tensor:
     """As `ops_reference.compress`, with `T // stride` rows: those after the last complete window mean nothing."""
     check(k)
     num_rows = k.shape[0] // stride
     if num_rows == 0:
-        return mlp((k.new_zeros(0, *position.shape) + position).flatten(2))
-    windows = _windows(k, position, cu_seqlens, k.shape[0], stride)
+        return compressor(k.new_zeros(0, *compressor.position.shape))
+    windows = _windows(k, compressor.position, cu_seqlens, k.shape[0], stride)
     first = _first_rows(cu_seqlens, stride)
     row = torch.arange(num_rows, device=k.device)
     history = (torch.searchsorted(first, row, right=True) - 1).clamp(max=first.shape[0] - 2)
     row = torch.div(cu_seqlens[history], stride, rounding_mode="floor") + row - first[history]
-    return mlp(windows.flatten(2))[row.clamp(max=num_rows - 1)]
+    return compressor.mlp(windows.flatten(2))[row.clamp(max=num_rows - 1)]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())

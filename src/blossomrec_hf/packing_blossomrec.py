@@ -22,6 +22,8 @@ class PackedHistories(NamedTuple):
         cu_seqlens: offsets, `[S + 1]`.
         max_seqlen: length of the longest history.
         shape: `(B, L)` of the input.
+        lengths: items of each history `[S]`, if padding follows them in the history itself: a compiled graph has no
+            shapes that depend on values. All attention is causal, so that no item sees the padding.
     """
 
     token: torch.Tensor | None
@@ -29,14 +31,28 @@ class PackedHistories(NamedTuple):
     cu_seqlens: torch.Tensor
     max_seqlen: int
     shape: tuple[int, int]
+    lengths: torch.Tensor | None = None
 
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, L, …]` → `[T, …]`."""
+    def pack(self, x: torch.Tensor, padding: float | None = None) -> torch.Tensor:
+        """`[B, L, …]` → `[T, …]`, with the value `padding` (if given) where padding remains."""
         x = x.flatten(0, 1)
-        return x if self.token is None else x.index_select(0, self.token)
+        x = x if self.token is None else x.index_select(0, self.token)
+        return x if padding is None else self._fill(x, padding)
+
+    def _fill(self, x: torch.Tensor, value: float) -> torch.Tensor:
+        if self.lengths is None:
+            return x
+        padding = self.position >= self.lengths.repeat_interleave(self.shape[1], output_size=self.position.shape[0])
+        return x.masked_fill(padding.view(-1, *[1] * (x.dim() - 1)), value)
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """The place behind the last item of each history, `[S]`."""
+        return self.cu_seqlens[1:] if self.lengths is None else self.cu_seqlens[:-1] + self.lengths
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, …]` → `[B, L, …]`, zero at padding."""
+        """`[T, …]` → `[B, L, …]` on the device of the input, zero at padding."""
+        x = self._fill(x.to(self.cu_seqlens.device), 0)
         if self.token is not None:
             x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.token, x)
         return x.unflatten(0, self.shape)
@@ -47,13 +63,16 @@ class PackedHistories(NamedTuple):
         token = torch.arange(batch * length, device=x.device) if self.token is None else self.token
         row, column = token // length, token % length
         query, key = (row[:, None] == row).nonzero(as_tuple=True)
+        x = self._fill(x.transpose(0, 1), 0).transpose(0, 1)
+        x = self._fill(x.permute(2, 0, 1), 0).permute(1, 2, 0)
         out = x.new_zeros(batch, length, length, x.shape[0])
         out = out.index_put((row[query], column[query], column[key]), x[:, query, key].T)
         return out.permute(0, 3, 1, 2)
 
     def last(self, x: torch.Tensor, n: int) -> torch.Tensor:
         """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero where a history is shorter."""
-        place = self.cu_seqlens[1:, None] + torch.arange(-n, 0, device=x.device)
+        x = x.to(self.cu_seqlens.device)
+        place = self.ends[:, None] + torch.arange(-n, 0, device=x.device)
         outside = place < self.cu_seqlens[:-1, None]
         if not x.shape[0]:
             return x.new_zeros(*place.shape, *x.shape[1:])
@@ -72,6 +91,7 @@ def pack_histories(
     labels_are_counted: bool = False,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_k: int | None = None,
+    drop_padding: bool = False,
 ) -> PackedHistories:
     """
     Turns any input that the model accepts into packed histories.
@@ -84,6 +104,7 @@ def pack_histories(
         labels: `[B, L]`, checked for ids outside the vocabulary.
         labels_are_counted: warn if padded rows have labels that `Trainer` counts as targets and the model does not.
         cu_seqlens_k, max_seqlen_k: a repetition of `cu_seqlens` and `max_seqlen`.
+        drop_padding: drop the padding inside a compiled graph too, which then has a break here.
 
     Raises:
         ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Values
@@ -146,6 +167,11 @@ def pack_histories(
         )
     elif max_seqlen is None:
         max_seqlen = length
+    if not values_known and real is not None and not drop_padding:
+        order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices  # items first
+        first = torch.arange(batch + 1, device=device) * length
+        token, position = (order + first[:-1, None]).flatten(), torch.arange(length, device=device).repeat(batch)
+        return PackedHistories(token, position, first, length, tuple(shape), real.sum(1))
     token = None
     if real is not None and num_tokens == batch * length:
         position = torch.arange(length, device=device).repeat(batch)

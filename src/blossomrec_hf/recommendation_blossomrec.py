@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
 from .loss_blossomrec import NUM_SPECIAL_IDS
-from .modules_blossomrec import check_inference
+from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, plain_weight
 
 
 logger = logging.get_logger(__name__)
@@ -62,9 +63,10 @@ def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 
 def rank_items(
     states: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     top_k: int,
     *,
+    all_scores: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
     candidates: torch.Tensor | None = None,
     popular: torch.Tensor | None = None,
@@ -77,6 +79,7 @@ def rank_items(
     Args:
         states: `[S, hidden_size]`, what each history ends in.
         weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] are never chosen.
+        all_scores: `[S, vocab_size]`, in place of the products of `states` and `weight`; changed in place.
         excluded: ids `[S, E]` that a row does not get; ids below the first item (padding) mean nothing.
         candidates: ids to choose from, `[C]` or, for each row, `[S, C]`; ids below the first item mean nothing.
         popular: `[S]` bool, the rows that are ranked by `item_counts` `[vocab_size]` instead.
@@ -95,12 +98,12 @@ def rank_items(
         own, candidates = candidates, None
     # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
     with torch.autocast(states.device.type, enabled=False):
-        if own is not None and own.shape[1] * GATHER_COST < weight.shape[0]:
+        if own is not None and all_scores is None and own.shape[1] * GATHER_COST < weight.shape[0]:
             scores, ids = _rank_own(states, weight, top_k, excluded, own, popular, counts)
         else:
             if candidates is not None:
                 candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
-            scores, ids = _rank_shared(states, weight, top_k, excluded, candidates, own, popular, counts)
+            scores, ids = _rank_shared(states, weight, all_scores, top_k, excluded, candidates, own, popular, counts)
     if bool(scores[:, :1].isnan().any()):  # whatever is not a number comes first
         raise ValueError(
             "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
@@ -111,10 +114,11 @@ def rank_items(
     return ids.masked_fill(scores == -torch.inf, -1), scores
 
 
-def _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, counts):
+def _rank_shared(states, weight, all_scores, top_k, excluded, candidates, allowed, popular, counts):
     """All rows over the same items, a chunk of them at a time, with the best so far."""
     device, num_rows = states.device, states.shape[0]
-    num_items = weight.shape[0] - NUM_SPECIAL_IDS if candidates is None else candidates.shape[0]
+    vocab_size = weight.shape[0] if all_scores is None else all_scores.shape[1]
+    num_items = vocab_size - NUM_SPECIAL_IDS if candidates is None else candidates.shape[0]
     size = min(MAX_SCORES.get(device.type, 2**26) // max(num_rows, 1), MAX_CHUNK.get(device.type, 2**16))
     size = max(size, 2**10, top_k)
     scores, ids = states.new_empty(num_rows, 0), torch.empty(num_rows, 0, dtype=torch.long, device=device)
@@ -127,7 +131,10 @@ def _rank_shared(states, weight, top_k, excluded, candidates, allowed, popular, 
             chosen = slice(start + NUM_SPECIAL_IDS, stop + NUM_SPECIAL_IDS)
         else:
             chosen = candidates[start:stop]
-        found = _products(states, weight[chosen].to(states.dtype))
+        if all_scores is None:
+            found = _products(states, weight[chosen].to(states.dtype))
+        else:
+            found = all_scores[:, chosen]
         if counts is not None:
             found = torch.where(popular[:, None], counts[chosen], found)
         if keep is not None:
@@ -267,8 +274,8 @@ class RecommendationMixin:
         index: Any | None = None,
     ) -> RecommendationOutput:
         """
-        The `top_k` best next items of each history, ties to the lower id. Scored in float32 or better; [PAD] and [UNK]
-        are never recommended. Dropout is never applied, and no module's mode is changed: threads may share a model,
+        The `top_k` best next items of each history, ties to the lower id. Scored in float32 or better, but by a head
+        that is quantized, offloaded or adapted as its `forward` does; [PAD] and [UNK] are never recommended. Dropout is never applied, and no module's mode is changed: threads may share a model,
         even one in training mode.
 
         Args:
@@ -303,7 +310,7 @@ class RecommendationMixin:
             raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalogue.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}; it must be at least 1, or None for whole histories.")
-        device = self.get_output_embeddings().weight.device
+        device = self._input_device()
         input_ids = as_ids("input_ids", input_ids, 0, device, vocab_size)
         if input_ids.dim() != 2:
             raise ValueError(
@@ -376,12 +383,15 @@ class RecommendationMixin:
         candidates = self._checked("candidate_ids", candidate_ids, batch)
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
+    def _input_device(self) -> torch.device:
+        head = self.get_output_embeddings()
+        return head.weight.device if is_plain(head) else execution_device(self)
+
     def _checked(self, name: str, ids: Any, batch: int) -> torch.Tensor | None:
         """Ids for all histories `[C]` or for each `[B, C]`, as int64 beside the embedding."""
         if ids is None:
             return None
-        weight = self.get_output_embeddings().weight
-        ids = as_ids(name, ids, -1, weight.device, weight.shape[0])
+        ids = as_ids(name, ids, -1, self._input_device(), self.config.vocab_size)
         if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != batch):
             raise ValueError(
                 f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list a history "
@@ -400,29 +410,38 @@ class RecommendationMixin:
         index: Any | None,
     ) -> RecommendationOutput:
         """What `recommend_from_states` returns, of ids that are `_checked`."""
-        weight = self.get_output_embeddings().weight
-        states, vocab_size = states.to(weight.device), weight.shape[0]
+        head = self.get_output_embeddings()
+        weight = head.weight if is_plain(head) else None
+        states, vocab_size = states.to(self._input_device()), self.config.vocab_size
         excluded = [ids.expand(states.shape[0], -1) for ids in excluded if ids is not None]
         excluded = torch.cat(excluded, 1) if excluded else None
+        item_counts = self.item_counts
+        if item_counts.is_meta:
+            item_counts = offloaded_tensor(self.base_model, "item_counts").to(states.device)
         if index is not None and candidates is None:
-            index.check(weight)
+            index.check(plain_weight(head))
             count = max(INDEX_FETCH * top_k, MIN_FETCH)
             if excluded is not None:
                 count += excluded.shape[1]
             count = min(count, vocab_size - NUM_SPECIAL_IDS)
             candidates = index.search(states, count)
             if empty is not None and bool(empty.any()):
-                popular = top_of_rows(self.item_counts[None, NUM_SPECIAL_IDS:].float(), count)[1] + NUM_SPECIAL_IDS
+                popular = top_of_rows(item_counts[None, NUM_SPECIAL_IDS:].float(), count)[1] + NUM_SPECIAL_IDS
                 candidates = torch.where(empty[:, None], popular, candidates)
-        item_ids, scores = rank_items(
-            states,
-            weight,
-            top_k,
-            excluded=excluded,
-            candidates=candidates,
-            popular=empty,
-            item_counts=self.item_counts,
-        )
+        rank = partial(rank_items, top_k=top_k, item_counts=item_counts)
+        if weight is not None:
+            item_ids, scores = rank(states, weight, excluded=excluded, candidates=candidates, popular=empty)
+        else:  # all scores of some histories at a time, computed by the module
+            size = max(1, MAX_SCORES.get(states.device.type, 2**26) // vocab_size)
+            ranked = []
+            for start in range(0, max(states.shape[0], 1), size):
+                rows = slice(start, start + size)
+                all_scores = head(states[rows]).to(device=states.device, dtype=torch.float32)
+                own = candidates[rows] if candidates is not None and candidates.dim() == 2 else candidates
+                of_rows = {"excluded": excluded, "popular": empty}
+                of_rows = {name: None if x is None else x[rows] for name, x in of_rows.items()}
+                ranked.append(rank(states[rows], None, all_scores=all_scores, candidates=own, **of_rows))
+            item_ids, scores = (torch.cat(parts) for parts in zip(*ranked))
         if min_score is not None:
             low = scores < min_score if empty is None else (scores < min_score) & ~empty[:, None]
             item_ids, scores = item_ids.masked_fill(low, -1), scores.masked_fill(low, -torch.inf)

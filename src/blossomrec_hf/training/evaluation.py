@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from ..configuration_blossomrec import MAX_REPEAT_SHARE
+from ..modules_blossomrec import dense_weight
 from ..recommendation_blossomrec import top_of_rows
 from .held_out import HeldOutItems, entries_of
 from .histories import NUM_SPECIAL_TOKENS, budget_batches, to_device
@@ -390,7 +391,7 @@ def last_item_scores(
     with autocast():
         hidden_states = model.base_model(**batch).last_hidden_state[0]
     last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]
-    return nn.functional.linear(last.float(), model.get_output_embeddings().weight.float())
+    return nn.functional.linear(last.float(), dense_weight(model.get_output_embeddings()).float())
 
 
 def add_double_ranks(
