@@ -14,7 +14,6 @@ popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's ite
 
 import logging
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from blossomrec_hf.training import (
     parse_arguments,
     rank_by_scores,
     rank_held_out_items,
+    set_up_logging,
 )
 from blossomrec_hf.utils.files import write_json
 
@@ -81,7 +81,7 @@ class EvaluationArguments:
 @exit_on_error()
 def main() -> None:
     log_args, args = parse_arguments(LogArguments, EvaluationArguments, description=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import yaml
 from torch.utils.data import ConcatDataset
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
@@ -27,13 +28,18 @@ from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.training import (
     LogArguments,
+    LogLinesCallback,
     RankingCollator,
     SequentialRecommendationTrainer,
     add_items,
+    check_tracker,
     freeze_all_but_items,
     parse_arguments,
     read_item_vectors,
+    sample_users,
+    set_up_logging,
 )
+from blossomrec_hf.training.progress import on_terminal
 
 
 DEFAULTS = {
@@ -49,6 +55,7 @@ DEFAULTS = {
     "load_best_model_at_end": True,
     "metric_for_best_model": "ndcg@10",
     "report_to": "none",
+    "disable_tqdm": not on_terminal(),
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 TRAIN_ONLY = ("all", "embeddings", "new_items", "lora")
@@ -63,6 +70,7 @@ class FineTuneArguments:
         default=None, metadata={"help": "The folder of a trained model, or a Hub id; left out, a new small model."}
     )
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
+    eval_users: int = field(default=0, metadata={"help": "Validate on a fixed sample of this many users; 0: on all."})
     train_only: str = field(
         default="all",
         metadata={
@@ -112,6 +120,9 @@ def main() -> None:
     log_args, args, training_args = parse_arguments(
         LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
     )
+    set_up_logging()
+    for tracker in training_args.report_to:
+        check_tracker(tracker, get_available_reporting_integrations())
     set_seed(training_args.seed)
 
     old_titles = None
@@ -141,7 +152,9 @@ def main() -> None:
     if model.config.repeat_share is None:
         model.config.repeat_share = log_args.repeat_share(dataset)
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
-    train_view = split(dataset, "train")
+    train_view, validation_view = split(dataset, "train"), split(dataset, "validation")
+    if args.eval_users:
+        validation_view = sample_users(validation_view, args.eval_users)
     if (old_log := args.old_log()) is not None:
         print(f"Old users are learned from as well: {old_log.data or 'the built-in data set'}.")
         train_view = ConcatDataset([train_view, split(old_log.build(tokenizer)[0], "train")])
@@ -162,9 +175,12 @@ def main() -> None:
         training_args,
         data_collator=RankingCollator(max_length=args.max_length),
         train_dataset=train_view,
-        eval_dataset=split(dataset, "validation"),
+        eval_dataset=validation_view,
         processing_class=tokenizer,
     )
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLinesCallback())
     if trainer.is_world_process_zero():
         write_item_metadata(training_args.output_dir, titles)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -12,8 +12,6 @@ A shard appears complete or not at all: after a kill, the same command goes on w
 
 import hashlib
 import json
-import logging
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from datasets import Dataset, disable_progress_bars
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
-from blossomrec_hf.training import LogArguments, parse_arguments
+from blossomrec_hf.training import LogArguments, parse_arguments, set_up_logging
 from blossomrec_hf.training.histories import budget_batches
 from blossomrec_hf.training.progress import progress_bar
 from blossomrec_hf.utils.files import atomic_write, recover_writes, require_folder
@@ -130,7 +128,7 @@ def fingerprint(
 @exit_on_error()
 def main() -> None:
     log_args, args = parse_arguments(LogArguments, RecommendArguments, description=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    set_up_logging()
     disable_progress_bars()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)

@@ -9,9 +9,7 @@ All options: `python examples/train.py --help`.
 """
 
 import json
-import logging
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -33,6 +31,7 @@ from blossomrec_hf.training import (
     evaluate,
     parse_arguments,
     save_arguments,
+    set_up_logging,
 )
 
 
@@ -112,9 +111,7 @@ def main() -> None:
     log_args, model_args, args, output_args = parse_arguments(
         LogArguments, ModelArguments, LoopArguments, OutputArguments, description=__doc__, built_in=BUILT_IN
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("accelerate", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    set_up_logging()
 
     dataset, tokenizer = log_args.build()
     titles = log_args.item_titles(tokenizer)
@@ -144,9 +141,8 @@ def main() -> None:
         callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
     )
     accelerator = loop.accelerator
-    accelerator.print(
-        f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights on {accelerator.device}"
-    )
+    size = f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights"
+    accelerator.print(f"{size} on {accelerator.device}", flush=True)
     result = loop.run()
     if accelerator.is_main_process:
         save_arguments(f"{args.output_dir}/run.yaml", log_args, model_args, args, output_args)

@@ -45,9 +45,9 @@ def test_what_cannot_be_compared_is_named(run_example, tmp_path):
         repeated = np.zeros(len(users), bool)
         np.savez(tmp_path / folder / "ranks.npz", **common, repeated=repeated, model=ranks, model_unseen=ranks)
     for arguments, status, words in (
-        (("--reports", tmp_path / "c"), 1, "c has no ranks.npz; examples/evaluate.py writes it"),
-        (("--reports", tmp_path / "a", tmp_path / "b"), 1, "b is of other users than"),
-        (("--reports", tmp_path / "a", tmp_path / "d"), 1, "one excludes seen items and one does not"),
+        (("--reports", tmp_path / "c"), 2, "c has no ranks.npz; examples/evaluate.py writes it"),
+        (("--reports", tmp_path / "a", tmp_path / "b"), 2, "b is of other users than"),
+        (("--reports", tmp_path / "a", tmp_path / "d"), 2, "one excludes seen items and one does not"),
         (("--reports", tmp_path / "a"), 2, "--second is other; the reports are of model"),
     ):
         told = run_example(

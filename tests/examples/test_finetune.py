@@ -68,10 +68,17 @@ def test_titles_of_old_and_new_items_stand_beside_the_model(run_example, tmp_pat
         "user,item\n" + "".join(f"u,{item}\nv,{item}\n" for item in (100, 101, 7, 139, 8))
     )
     (tmp_path / "titles.csv").write_text("item,title\n7,a new one\n139,the right one\n9,not in the log\n")
-    run_example(
+    arguments = (
         "finetune.py", "--model", tmp_path / "old", "--data", tmp_path / "new.csv", "--titles", tmp_path / "titles.csv",
-        "--output_dir", tmp_path / "run", "--max_steps", 1, "--use_cpu", "true",
+        "--output_dir", tmp_path / "run", "--max_steps", 1, "--use_cpu", "true", "--eval_users", 1,
     )  # fmt: skip
+    assert "`report_to` is 'no_tracker'" in run_example(
+        *arguments, "--report_to", "no_tracker", status=2, field="stderr"
+    )
+    log = run_example(*arguments, field="stderr")
+    # Where there is no terminal: a line for the validation, one for the test, and no bars.
+    assert [line.split(":")[0] for line in log.splitlines() if line.startswith("Epoch")] == ["Epoch 1, step 1"] * 2
+    assert "it/s" not in log and "\r" not in log
     assert read_item_metadata(tmp_path / "run").rows() == [
         (101, "an old one", 3),
         (139, "the right one", 41),

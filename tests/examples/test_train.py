@@ -49,10 +49,13 @@ def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_examp
 
 def test_titles_stay_beside_the_model(run_example, log_file, tmp_path):
     (tmp_path / "titles.csv").write_text("item,title\n3,Three\n7,Seven\n99,not in the log\n")
-    run_example(
+    told = run_example(
         "train.py", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
-        "--titles", tmp_path / "titles.csv",
+        "--titles", tmp_path / "titles.csv", field="stderr",
     )  # fmt: skip
+    # Under nohup, or in the log of a cluster: one line per evaluation, and no bars.
+    assert re.search(r"^Epoch 1, step \d+, \d+ s: loss [\d.]+, validation ndcg@10 [\d.]+ ", told, re.MULTILINE)
+    assert "it/s" not in told and "\r" not in told
     titles, tokenizer = read_item_metadata(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
     assert dict(titles.select("title", "input_id").rows()) == {
         "Three": tokenizer.encode_items([3])[0],
@@ -79,6 +82,7 @@ def test_bad_arguments_are_named(run_example, log_file, tmp_path):
         (("--item", "movie"), "movie"),
         (("--tokens_per_step", 10), "max_tokens is 10"),
         (("--config_overrides", misspelt), "objectiv"),
+        (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is not installed or not known"),
     ):
         run = ("train.py", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
         error = run_example(*run, status=2, field="stderr")

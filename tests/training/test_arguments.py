@@ -13,6 +13,7 @@ from blossomrec_hf.training import (
     read_results,
     save_arguments,
 )
+from blossomrec_hf.training import arguments as arguments_module
 
 
 def parse(monkeypatch, *words, **options):
@@ -93,3 +94,10 @@ def test_a_file_that_is_no_list_of_results_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="no list of results"):
         append_result(path, configuration={}, seed=0, commit=None)
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_any_work(monkeypatch):
+    monkeypatch.setattr(arguments_module, "get_available_trackers", lambda: ["tensorboard"])
+    LoopArguments(report_to="tensorboard")
+    with pytest.raises(ValueError, match=r"`report_to` is 'mlflow', .*`pip install mlflow`.* tensorboard or none\.$"):
+        LoopArguments(report_to="mlflow")

@@ -1,5 +1,7 @@
 import json
+import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from small_cases import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import split
-from blossomrec_hf.training import HeldOutItems, LoopArguments, TrainingLoop, evaluate, train
+from blossomrec_hf.training import HeldOutItems, LoopArguments, TrainingLoop, evaluate, progress, sample_users, train
 from blossomrec_hf.training import loop as loop_module
 from blossomrec_hf.training.arguments import COMPILE_STEPS
 
@@ -210,6 +212,43 @@ def test_a_metric_may_be_asked_for_whatever_the_log(log, tmp_path, name):
     result = train(model, split(log[0], "train"), split(log[0], "validation"), args=args)
     figures = evaluate(model, split(log[0], "validation"), max_length=20, all_and_unseen=True, progress=False)
     assert result.best_metric == pytest.approx(figures[name], abs=1e-6)
+
+
+def test_without_a_terminal_there_is_a_line_for_each_evaluation_and_each_minute(log, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="blossomrec_hf")
+    loop = make_loop(log, tmp_path, num_train_epochs=3, logging_steps=1000)
+    loop.run()
+    told = [record.message for record in caplog.records]
+    evaluations = [line for line in told if line.startswith("Epoch ")]
+    assert [line.split(",")[0] for line in evaluations] == ["Epoch 1", "Epoch 2", "Epoch 3"]
+    written = [line for line in lines(loop) if "validation_ndcg@10" in line]
+    for line, values in zip(evaluations, written, strict=True):
+        assert f"step {values['step']}, " in line and f"validation ndcg@10 {values['validation_ndcg@10']:.4f}" in line
+        assert 3 < float(re.search(r"loss ([\d.]+)", line)[1]) < 5
+    assert not any(line.startswith("Training: ") for line in told)  # all of it took less than a minute
+
+    caplog.clear()
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)  # each step and batch takes longer
+    make_loop(log, tmp_path / "slow", num_train_epochs=1, eval_tokens=200).run()
+    told = [record.message for record in caplog.records]
+    steps = len(loop.plan_epoch(0))
+    assert [line.split(" (")[0] for line in told if line.startswith("Training")] == [
+        f"Training: {step} of {steps}" for step in range(1, steps + 1)
+    ]
+    assert sum(line.startswith("Evaluating: ") for line in told) > 1
+
+
+def test_validates_on_a_fixed_sample_of_users(log, tmp_path):
+    view = split(log[0], "validation")
+    loops = [make_loop(log, tmp_path / str(seed), eval_users=7, seed=seed, num_train_epochs=1) for seed in (1, 2)]
+    assert loops[0].held_out.user_ids == loops[1].held_out.user_ids == sample_users(view, 7)["user_id"]
+    assert sorted(loops[0].held_out.user_ids) == loops[0].held_out.user_ids  # in the order of the log
+    result = loops[0].run()
+    expected = evaluate(loops[0].bare_model, sample_users(list(view), 7), max_length=20, progress=False)
+    assert result.best_metric == pytest.approx(expected["ndcg@10"], abs=1e-6)
+    assert len(make_loop(log, tmp_path / "all", eval_users=1000).held_out) == len(view)
+    with pytest.raises(ValueError, match="`eval_users` must be 0 or more, got -1"):
+        arguments(tmp_path, eval_users=-1)
 
 
 def test_without_validation_the_last_weights_are_kept(log, tmp_path):

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from checkpoint_cases import small_tokenizer
@@ -12,7 +14,13 @@ from transformers import (
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, packing_blossomrec
 from blossomrec_hf.data import PackingCollator, PaddingCollator, split
-from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer, evaluate
+from blossomrec_hf.training import (
+    LogLinesCallback,
+    RankingCollator,
+    SequentialRecommendationTrainer,
+    evaluate,
+    progress,
+)
 
 
 def training_arguments(tmp_path, **changes):
@@ -106,6 +114,32 @@ def test_trains_to_the_best_and_saves_it(log, tmp_path):
     trainer.train()
     assert trainer.state.best_metric > before + 0.1
     assert evaluate(trainer.model, view, progress=False)["ndcg@10"] == pytest.approx(trainer.state.best_metric)
+
+
+def test_without_a_terminal_log_lines_take_the_place_of_bars(log, tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="blossomrec_hf")
+    trainer = SequentialRecommendationTrainer(
+        make_model(),
+        training_arguments(tmp_path, num_train_epochs=2, eval_strategy="epoch", metric_for_best_model="ndcg@10"),
+        train_dataset=split(log[0], "train"),
+        eval_dataset=split(log[0], "validation"),
+        callbacks=[LogLinesCallback()],
+    )
+    trainer.train()
+    told = [record.message for record in caplog.records]
+    values = [entry["eval_ndcg@10"] for entry in trainer.state.log_history if "eval_ndcg@10" in entry]
+    steps = trainer.state.max_steps // 2
+    for number, (line, value) in enumerate(zip(told, values, strict=True), start=1):
+        assert line.startswith(f"Epoch {number}, step {number * steps}: loss ")
+        assert line.endswith(f", eval_ndcg@10 {value:.4f}")
+
+    caplog.clear()
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)  # each step and batch takes longer than a minute
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    told = [record.message for record in caplog.records]
+    assert sum(line.startswith("Training: ") for line in told) == steps
+    assert sum(line.startswith("Evaluating: ") for line in told) == -(-60 // 7)
 
 
 # What plain `transformers.Trainer` makes of the model

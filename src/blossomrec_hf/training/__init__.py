@@ -1,15 +1,16 @@
 """Training and evaluation."""
 
-from .arguments import LogArguments, LoopArguments, parse_arguments, save_arguments
+from .arguments import LogArguments, LoopArguments, check_tracker, parse_arguments, save_arguments
 from .baselines import LastItemNeighbours, PopularityScores, RecentPopularity, UserFrequentItems
-from .callbacks import LoopCallback, SelectionWatch, draw_selection, selection_statistics
+from .callbacks import LogLinesCallback, LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .environment import describe_environment
 from .evaluation import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
-from .held_out import HeldOutItems
+from .held_out import HeldOutItems, sample_users
 from .histories import HistoryStore
 from .loop import TrainingLoop, TrainingResult, train
 from .metrics import per_user_metrics, ranking_metrics
 from .new_items import add_items, freeze_all_but_items, read_item_vectors
+from .progress import set_up_logging
 from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
@@ -20,6 +21,7 @@ __all__ = [
     "HistoryStore",
     "LastItemNeighbours",
     "LogArguments",
+    "LogLinesCallback",
     "LoopArguments",
     "LoopCallback",
     "ModelScores",
@@ -35,6 +37,7 @@ __all__ = [
     "add_items",
     "append_result",
     "bootstrap_means",
+    "check_tracker",
     "describe_environment",
     "describe_evaluation",
     "draw_selection",
@@ -50,7 +53,9 @@ __all__ = [
     "ranking_metrics",
     "read_item_vectors",
     "read_results",
+    "sample_users",
     "save_arguments",
     "selection_statistics",
+    "set_up_logging",
     "train",
 ]

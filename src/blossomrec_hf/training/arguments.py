@@ -1,13 +1,14 @@
 """The arguments of the training loop and of the examples, from the command line or a file."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
+from accelerate.tracking import get_available_trackers
 from datasets import Dataset
 from transformers import HfArgumentParser
 
@@ -96,6 +97,10 @@ class LoopArguments:
     )
 
     eval_epochs: int = field(default=1, metadata={"help": "Epochs from one validation to the next."})
+    eval_users: int = field(
+        default=0,
+        metadata={"help": "Validate on a fixed sample of this many users, the same in every run; 0: on all."},
+    )
     eval_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time in evaluation."})
     metric_for_best_model: str = field(
         default="ndcg@10",
@@ -115,7 +120,9 @@ class LoopArguments:
     save_steps: int = field(
         default=0, metadata={"help": "Also write one every so many steps, inside an epoch; 0: no."}
     )
-    report_to: str = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ..., or none."})
+    report_to: str = field(
+        default="none", metadata={"help": "tensorboard, trackio, wandb, mlflow, ..., or none; it must be installed."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Where to; left out, the name of the output directory."}
@@ -137,12 +144,22 @@ class LoopArguments:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_tokens", "logging_steps"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "patience", "save_seconds", "save_steps", "max_grad_norm", "weight_decay"):
+        for name in (
+            "warmup_steps",
+            "patience",
+            "eval_users",
+            "save_seconds",
+            "save_steps",
+            "max_grad_norm",
+            "weight_decay",
+        ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0 or more and below 1")
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1")
         self._require("mixed_precision", self.mixed_precision in (None, "no", "bf16", "fp16"), "no, bf16 or fp16")
+
+        check_tracker(self.report_to, [str(tracker) for tracker in get_available_trackers()])
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -151,6 +168,18 @@ class LoopArguments:
     def that_shape_the_weights(self) -> dict[str, Any]:
         """The arguments that must be the same for a run to be continued."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE_ON_RESUME}
+
+
+def check_tracker(report_to: str, available: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: if `report_to` is a tracker that is not among the `available` ones.
+    """
+    if report_to not in ("none", "all", *available):
+        raise ValueError(
+            f"`report_to` is {report_to!r}, which is not installed or not known: install it (`pip install {report_to}`), or "
+            f"give {', '.join(available)}{' or ' if available else ''}none."
+        )
 
 
 @dataclass

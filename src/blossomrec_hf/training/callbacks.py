@@ -1,6 +1,7 @@
 """What to watch while a model trains."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,18 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .evaluation import evaluating
 from .histories import HistoryStore, budget_batches
+from .progress import LogLines
 
 
 if TYPE_CHECKING:
     from .loop import TrainingLoop
+
+
+logger = logging.getLogger(__name__)
 
 
 class LoopCallback:
@@ -31,6 +37,43 @@ class LoopCallback:
 
     def on_end(self, loop: "TrainingLoop") -> None:
         """After the last step, with the best weights in place."""
+
+
+class LogLinesCallback(TrainerCallback):
+    """
+    Log lines in place of the bars of `Trainer`, for output that is no terminal: one per evaluation, and one a minute in
+    between.
+    """
+
+    def __init__(self) -> None:
+        self.training = self.evaluation = None
+        self.loss = float("nan")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        sizes = {"total": state.max_steps, "initial": state.global_step}
+        self.training = LogLines(description="Training", enabled=state.is_world_process_zero, **sizes)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.loss = float(logs["loss"])
+            self.training.set_postfix({"loss": f"{self.loss:.4f}"})
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, *, eval_dataloader: Any, **kwargs: Any) -> None:
+        if self.evaluation is None:
+            total = len(eval_dataloader) if has_length(eval_dataloader) else 0
+            self.evaluation = LogLines(total=total, description="Evaluating", enabled=state.is_world_process_zero)
+        self.evaluation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, float], **kwargs: Any) -> None:
+        self.evaluation = None
+        if state.is_world_process_zero:
+            wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+            found = {name: value for name, value in metrics.items() if name.endswith(f"_{wanted}")}
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            logger.info("Epoch %.4g, step %d: loss %.4f, %s", state.epoch or 0, state.global_step, self.loss, figures)
 
 
 class SelectionWatch(LoopCallback, TrainerCallback):

@@ -119,6 +119,17 @@ class HeldOutItems:
         return negatives.reshape(len(self.targets), number)
 
 
+def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 0) -> Dataset | list[Mapping]:
+    """
+    `number` rows of a view of [`~blossomrec_hf.data.split`], in their order; all if it has no more. The same seed and
+    number of rows give the same sample.
+    """
+    if len(rows) <= number:
+        return rows
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), number, replace=False))
+    return rows.select(chosen) if hasattr(rows, "select") else [rows[int(row)] for row in chosen]
+
+
 def entries_of(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     The entries of some rows of a ragged array: int64 [entries] twice, the place in `rows` and the index of each.

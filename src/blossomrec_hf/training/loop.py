@@ -2,15 +2,12 @@
 
 import json
 import logging
-import math
 import signal
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,18 +15,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from huggingface_hub import CommitInfo
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    get_scheduler,
-)
-from transformers.training_args import OptimizerNames
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..data import TokenBudgetSampler
 from ..hub import push_run
@@ -41,47 +31,14 @@ from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
 from .evaluation import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from .graphs import GraphedPass
-from .held_out import HeldOutItems
+from .held_out import HeldOutItems, sample_users
 from .histories import IGNORE_INDEX, HistoryStore
-from .progress import progress_bar
+from .optimizer import make_optimizer
+from .progress import on_terminal, progress_bar
+from .state import LoopState, TrainingResult
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class LoopState:
-    """Where a run is. All of it is in every checkpoint."""
-
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    best_metric: float = -math.inf
-    best_step: int = 0
-    best_epoch: int = 0
-    evaluations_since_best: int = 0
-    seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-@dataclass
-class TrainingResult:
-    """
-    How a run ended: steps and epochs done, seconds of training (validation included), the best value of
-    `metric_for_best_model` and when it was reached.
-    """
-
-    steps: int
-    epochs: int
-    seconds: float
-    best_metric: float
-    best_step: int
-    best_epoch: int
 
 
 def train(
@@ -148,38 +105,6 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     )
 
 
-def make_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
-    """
-    AdamW, fused where the device has it, or an optimizer of `transformers` by its name there. Only matrices decay: not
-    biases, norms and item embeddings.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if args.optim == "adamw":
-        return torch.optim.AdamW(
-            groups,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            fused=all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters),
-        )
-    # What `Trainer` reads of its arguments; a real TrainingArguments would reset the state of Accelerate.
-    settings = SimpleNamespace(
-        optim=OptimizerNames(args.optim),
-        optim_args=None,
-        optim_target_modules=None,
-        learning_rate=args.learning_rate,
-        adam_beta1=args.adam_beta1,
-        adam_beta2=args.adam_beta2,
-        adam_epsilon=args.adam_epsilon,
-    )
-    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(settings, model)
-    return optimizer_class(groups, **settings)
-
-
 class TrainingLoop:
     """
     The parts of [`train`], for those who want to replace one; same arguments. `run()` does everything. On a GPU, what a
@@ -234,7 +159,10 @@ class TrainingLoop:
         self.held_out = (
             validation_view
             if validation_view is None or isinstance(validation_view, HeldOutItems)
-            else HeldOutItems.from_rows(validation_view, max_length=args.max_length)
+            else HeldOutItems.from_rows(
+                sample_users(validation_view, args.eval_users) if args.eval_users else validation_view,
+                max_length=args.max_length,
+            )
         )
 
         if self.held_out is not None and model.config.repeat_share is None:
@@ -283,6 +211,7 @@ class TrainingLoop:
                 self._forward_backward, self._parameters, max_tokens=args.tokens_per_step, max_length=longest
             )
         self._stop_requested = False
+        self._last_loss = float("nan")
 
     def _can_be_graphed(self) -> bool:
         """
@@ -486,17 +415,24 @@ class TrainingLoop:
         Writes the means since the last log. Inside an epoch, the only place where the CPU waits for the device.
         """
         self._raise_if_not_finite()
-        steps = self.state.step - self._last_log_step
-        loss = self.accelerator.reduce(self._loss_sum, reduction="sum").item() / steps
+        self._last_loss = self._mean_loss()
         self._write(
-            loss=loss,
+            loss=self._last_loss,
             grad_norm=self._grad_norm.item(),
             learning_rate=self.scheduler.get_last_lr()[0],
             items_per_second=round(self._items_since_log / (time.perf_counter() - self._last_log_time)),
             seconds=round(self.state.seconds, 3),
         )
-        self.bar.set_postfix({"loss": f"{loss:.3f}", **self._best_in_bar()}, refresh=False)
+        self.bar.set_postfix({"loss": f"{self._last_loss:.3f}", **self._best_in_bar()}, refresh=False)
         self._reset_sums()
+
+    def _mean_loss(self) -> float:
+        """The mean loss of the steps since the last log, or of those before it where there is none."""
+        if self.state.step == self._last_log_step:
+            return self._last_loss
+        return self.accelerator.reduce(self._loss_sum, reduction="sum").item() / (
+            self.state.step - self._last_log_step
+        )
 
     def _write(self, **values: float) -> None:
         self.metrics_file.write(step=self.state.step, epoch=self.state.epoch, **values)
@@ -533,7 +469,6 @@ class TrainingLoop:
             max_tokens=args.eval_tokens,
             all_and_unseen=args.metric_for_best_model.endswith((ALL_SUFFIX, UNSEEN_SUFFIX)),
             accelerator=self.accelerator,
-            progress=False,
         )
         values = {f"validation_{name}": value for name, value in metrics.items()}
         for callback in self.callbacks:
@@ -551,6 +486,15 @@ class TrainingLoop:
         else:
             state.evaluations_since_best += 1
         self.bar.set_postfix(self._best_in_bar(), refresh=False)
+        loss = self._mean_loss()
+        if self.accelerator.is_main_process and not on_terminal():
+            name, value = args.metric_for_best_model, metrics[args.metric_for_best_model]
+            best = f"{state.best_metric:.4f} in epoch {state.best_epoch}"
+            logger.info(
+                "Epoch %d, step %d, %.0f s: loss %.4f, validation %s %.4f (best %s), learning rate %.3g",
+                *(state.epoch, state.step, state.seconds, loss, name, value, best),
+                self.scheduler.get_last_lr()[0],
+            )
         return metrics
 
     # -- the run's folder --------------------------------------------------------------------------

@@ -1,20 +1,86 @@
-"""Progress bars that stay out of logs."""
+"""Progress of long work: a bar on a terminal, plain log lines elsewhere."""
 
+import logging
 import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 
-def progress_bar(*, total: int, description: str, enabled: bool = True, initial: int = 0, leave: bool = True) -> tqdm:
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 60.0  # from one line to the next
+_CHATTY = ("accelerate", "httpx", "matplotlib", "datasets")
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal, where a bar can be drawn (and `TQDM_DISABLE` is not set)."""
+    return sys.stderr.isatty() and os.environ.get("TQDM_DISABLE", "").lower() not in ("1", "true", "yes", "on")
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
     """
-    A `tqdm` bar, silent when `enabled` is false, when standard error is not a terminal, or when `TQDM_DISABLE` is set.
+    Sets up the log of a command: lines of this package from `level` on to standard error, warnings of its libraries, and
+    no bars of theirs where standard error is no terminal.
     """
-    silent = not enabled or os.environ.get("TQDM_DISABLE", "").lower() in ("1", "true", "yes", "on")
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        leave=leave,
-        dynamic_ncols=True,
-        disable=True if silent else None,
-    )
+    from datasets import disable_progress_bars
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("blossomrec_hf").setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not on_terminal():
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+
+
+class LogLines:
+    """
+    Stands in for a `tqdm` bar where there is no terminal: `update` writes a line to the log if the last is a minute old.
+    """
+
+    def __init__(self, *, total: int, description: str, enabled: bool = True, initial: int = 0):
+        self.total, self.description, self.enabled = total, description, enabled
+        self.done = self.initial = initial
+        self.postfix: dict[str, Any] = {}
+        self.started = self.last_line = time.monotonic()
+
+    def __enter__(self) -> "LogLines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_postfix(self, values: Mapping[str, Any], refresh: bool = True) -> None:
+        """What the next line ends with."""
+        self.postfix = dict(values)
+
+    def update(self, number: int = 1) -> None:
+        """Counts `number` more as done."""
+        self.done += number
+        now = time.monotonic()
+        if not self.enabled or now - self.last_line < LOG_SECONDS:
+            return
+        self.last_line = now
+        left = (now - self.started) / max(self.done - self.initial, 1) * (self.total - self.done)
+        parts = [
+            f"{self.done} of {self.total} ({self.done / max(self.total, 1):.0%})",
+            f"about {left / 60:.0f} min left",
+        ]
+        logger.info("%s: %s", self.description, ", ".join([*parts, *(f"{k} {v}" for k, v in self.postfix.items())]))
+
+
+def progress_bar(
+    *, total: int, description: str, enabled: bool = True, initial: int = 0, leave: bool = True
+) -> tqdm | LogLines:
+    """
+    The progress of `total` steps, to be used in a `with` statement: a `tqdm` bar on a terminal, a log line a minute
+    elsewhere, nothing if not `enabled`.
+    """
+    if not on_terminal():
+        return LogLines(total=total, description=description, enabled=enabled, initial=initial)
+    return tqdm(total=total, initial=initial, desc=description, leave=leave, dynamic_ncols=True, disable=not enabled)
