@@ -256,3 +256,10 @@ def test_power_law_refuses_where_it_cannot_see_padding():
     layer = decoder.model.layers[0].self_attn
     with pytest.raises(ValueError, match="padding"):
         AttentionInterface()["power_law"](layer, *torch.randn(3, 1, 4, 8, 4), None)
+
+
+@pytest.mark.parametrize("unknown", ["softcap", "s_aux"])
+def test_power_law_refuses_what_it_does_not_have(unknown):
+    heads, mask = torch.randn(3, 1, 4, 8, 4), torch.ones(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"`power_law` has no `{unknown}`"):
+        AttentionInterface()["power_law"](llama().model.layers[0].self_attn, *heads, mask, **{unknown: 30.0})

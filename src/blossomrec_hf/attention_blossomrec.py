@@ -385,6 +385,9 @@ def power_law_attention_forward(
         raise ValueError(
             f"`power_law` has no dropout on attention probabilities; set `attention_dropout` ({dropout}) to 0."
         )
+    for name in ("softcap", "s_aux"):  # capped logits, attention sinks
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`power_law` has no `{name}`, which this model asks for; use a model without it.")
     config = module.config
     block_size = getattr(config, "short_term_block_size", 8)
     window = getattr(config, "short_term_window", 1)
