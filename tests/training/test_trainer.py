@@ -16,8 +16,10 @@ from blossomrec_hf import BlossomRecForSequentialRecommendation, packing_blossom
 from blossomrec_hf.data import PackingCollator, PaddingCollator, split
 from blossomrec_hf.training import (
     LogLinesCallback,
+    LoopArguments,
     RankingCollator,
     SequentialRecommendationTrainer,
+    TrainingLoop,
     evaluate,
     progress,
 )
@@ -242,6 +244,18 @@ def test_smoothing_does_not_replace_another_objective(tmp_path):
     arguments = training_arguments(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match='`label_smoothing_factor` is 0.1.*"gbce".*set it to 0'):
         SequentialRecommendationTrainer(make_model(objective="gbce", num_negatives=8), arguments)
+
+
+def test_a_class_that_cannot_be_loaded_is_refused_before_training(log, tmp_path):
+    class Own(BlossomRecForSequentialRecommendation):
+        pass
+
+    model = Own(make_model().config)
+    SequentialRecommendationTrainer(model, training_arguments(tmp_path))  # saves nothing
+    with pytest.raises(ValueError, match="Own` is defined in a script, a notebook or a function"):
+        SequentialRecommendationTrainer(model, training_arguments(tmp_path, save_strategy="epoch"))
+    with pytest.raises(ValueError, match="Own` is defined in a script, a notebook or a function"):
+        TrainingLoop(model, split(log[0], "train"), args=LoopArguments(output_dir=str(tmp_path)))
 
 
 def test_neftune_adds_the_noise_that_any_model_gets(tmp_path):

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from ..checkpoint_blossomrec import require_loadable
 from ..data import TokenBudgetSampler
 from ..hub import push_run
 from ..loss_blossomrec import MAX_LOGITS, supports_fused
@@ -123,6 +124,7 @@ class TrainingLoop:
         accelerator: Accelerator | None = None,
     ):
         check_metric(args.metric_for_best_model)
+        require_loadable(type(model))
         self.args = args
         self.tokenizer = tokenizer
         self.callbacks = list(callbacks)

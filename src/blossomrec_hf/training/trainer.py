@@ -12,6 +12,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..checkpoint_blossomrec import require_loadable
 from ..configuration_blossomrec import MAX_REPEAT_SHARE
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
@@ -54,13 +55,16 @@ class SequentialRecommendationTrainer(Trainer):
     `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included.
 
     Raises:
-        ValueError: for label smoothing of another objective than `"cross_entropy"`, which it would replace.
+        ValueError: for label smoothing of another objective than `"cross_entropy"`, which it would replace, and for a
+            model of a class that no checkpoint can name: one defined in a script, a notebook or a function.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("data_collator", RankingCollator())
         kwargs.setdefault("compute_metrics", ranking_compute_metrics())
         super().__init__(*args, **kwargs)
+        if self.args.save_strategy != "no":
+            require_loadable(type(self.model))
         objective = getattr(self.model.config, "objective", "cross_entropy")
         if self.args.label_smoothing_factor != 0 and objective != "cross_entropy":
             raise ValueError(
