@@ -7,58 +7,11 @@ import io
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_reader import parse
 
 from blossomrec_hf.data import build_sequences, delimited, text_files
 from blossomrec_hf.data.delimited import DelimitedFile
 from blossomrec_hf.data.text_files import BadRows
-
-
-def parse(text: str, separator: str, quoting: bool, width: int) -> tuple[list[tuple[int, list[str]]], int]:
-    """The rows of `width` fields, each with its line, and the number of other rows; one character after the other."""
-
-    def field(place: int) -> tuple[str, int] | None:
-        if not (quoting and text[place : place + 1] == '"'):
-            end = place
-            while text[end] not in (separator, "\n"):
-                end += 1
-            return text[place:end], end
-        value, place = "", place + 1
-        while place < len(text):
-            if text[place] != '"':
-                value, place = value + text[place], place + 1
-            elif text[place : place + 2] == '""':
-                value, place = value + '"', place + 2
-            else:
-                return value, place + 1
-        return None
-
-    def row(place: int) -> tuple[list[str], int] | None:
-        fields = []
-        while (found := field(place)) is not None:
-            fields.append(found[0])
-            place = found[1]
-            if text[place] == "\n":
-                fields[-1] = fields[-1].removesuffix("\r")
-                return fields, place + 1
-            if text[place : place + 2] == "\r\n":
-                return fields, place + 2
-            if text[place] != separator:
-                return None
-            place += 1
-        return None
-
-    text = text if text.endswith("\n") else text + "\n"
-    good, bad, place = [], 0, 0
-    while place < len(text):
-        line = text.count("\n", 0, place)
-        found = row(place)
-        end = text.index("\n", place) + 1 if found is None else found[1]
-        if found is not None and len(found[0]) == width:
-            good.append((line, found[0]))
-        elif text[place:end].strip(" \t\n\v\f\r"):
-            bad += 1
-        place = end
-    return good, bad
 
 
 def read(path, separator: str, quoting: bool, bad: BadRows) -> list[tuple[int, list[str]]]:

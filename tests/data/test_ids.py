@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_reader import spelled
 
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.filters import FilterReport
@@ -155,11 +156,6 @@ def test_text_ids_against_plain_python(rows, keep):
     rows = [(user.strip(), item.strip()) if not user.strip() else (user, item) for user, item in rows]
     good = [row for row in rows if not missing & set(row)]
 
-    def spelled(texts: list[str]) -> list:
-        """All as integers if that is what they are; else as they are."""
-        whole = [text.split(".")[0] if "." in text and not text.split(".")[1].strip("0") else text for text in texts]
-        return [int(text) for text in whole] if all(_is_integer(text) for text in whole) else texts
-
     expected: dict = {}
     for user, item in zip(spelled([user for user, _ in good]), spelled([item for _, item in good])):
         expected.setdefault(user, []).append(item)
@@ -169,7 +165,3 @@ def test_text_ids_against_plain_python(rows, keep):
             build_sequences(log, on_bad_rows="skip", keep_na_ids=keep)
     else:
         assert histories(*build_sequences(log, on_bad_rows="skip", keep_na_ids=keep)) == expected
-
-
-def _is_integer(text: str) -> bool:
-    return text.lstrip("-").isdigit() and str(int(text)) == text

@@ -3,12 +3,14 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .columns import OURS, Names, find_columns
 from .delimited import DelimitedFile
@@ -40,10 +42,16 @@ class Part:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Makes errors of Polars about the file `name` a sentence."""
+    """Makes errors of Polars and Arrow about the file `name` a sentence."""
     try:
         yield
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        pa.ArrowException,
+        UnicodeError,
+        OSError,
+    ) as error:
         if isinstance(error, OSError) and name in str(error):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
@@ -60,17 +68,44 @@ def table(frame: pl.LazyFrame, name: str, names: Names, notes: list[str]) -> Par
     """
     with reading(name):
         schema = frame.collect_schema()
+    return _table_part(
+        name, schema, names, notes, lambda columns: frame.select(columns).collect_batches(chunk_size=BATCH_ROWS)
+    )  # fmt: skip
+
+
+def _table_part(
+    name: str,
+    schema: pl.Schema,
+    names: Names,
+    notes: list[str],
+    batches: Callable[[Sequence[str]], Iterable[pl.DataFrame]],
+) -> Part:
     found = find_columns(schema.names(), names, name, notes)
-    ours = frame.select(pl.col(theirs).alias(ours) for ours, theirs in found.items())
 
     def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
         first = 0
         with reading(name):
-            for batch in ours.select(wanted).collect_batches(chunk_size=BATCH_ROWS):
-                yield batch.with_columns(row=pl.int_range(first, first + batch.height))
+            for batch in batches(list({found[ours] for ours in wanted})):
+                row = pl.int_range(first, first + batch.height).alias("row")
+                yield batch.select(row, *(pl.col(found[ours]).alias(ours) for ours in wanted))
                 first += batch.height
 
     return Part(name, {ours: schema[theirs] for ours, theirs in found.items()}, read, row_word="row")
+
+
+def _parquet(path: Path, names: Names, notes: list[str]) -> Part:
+    """By Arrow, because Polars panics at some damaged files."""
+
+    def batches(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                batch.validate(full=True)
+                yield pl.from_arrow(pa.Table.from_batches([batch]).replace_schema_metadata(None))
+
+    with reading(str(path)), pq.ParquetFile(path) as file:
+        str(file.schema_arrow)  # raises if a name is not UTF-8, at which Polars panics
+        schema = pl.from_arrow(file.schema_arrow.remove_metadata().empty_table()).schema
+    return _table_part(str(path), schema, names, notes, batches)
 
 
 def _text_part(
@@ -129,6 +164,9 @@ def _sequences(path: Path, names: Names, notes: list[str]) -> Part:
         seen = Codes()
         for lines in read_lines(path):
             words = _words(lines).with_columns(user=pl.col("words").list.first())
+            if len(alone := words.filter(pl.col("words").list.len() == 1)):
+                bad.add("a user and no item", len(alone), f"{path}, line {alone['row'][0]}: a user and no item")
+            words = words.filter(pl.col("words").list.len() > 1)
             size = seen.size
             codes = pl.Series(seen.encode(words["user"]))
             if seen.size - size < len(codes):
@@ -179,15 +217,20 @@ _AMAZON_USER = re.compile(r"A[0-9A-Z]{11,}")  # an item, an ASIN, has ten charac
 
 
 def _json_lines(path: Path, names: Names, notes: list[str]) -> Part:
-    first = _json(first_lines(path, 1)[0])
-    if first is None:
+    columns = _keys(path, _json)
+    if not columns:
         raise ValueError(f"{path}, line 1 is no JSON object; a log has one a line.")
-    found = find_columns(list(first), names, str(path), notes)
+    found = find_columns(columns, names, str(path), notes)
     escaped = {ours: theirs.replace("\\", "\\\\").replace("'", "\\'") for ours, theirs in found.items()}
     values = [pl.col("line").str.json_path_match(f"$['{theirs}']").alias(ours) for ours, theirs in escaped.items()]
     return _text_part(
         path, _strings(found), lambda _: (lines.lazy().select("row", *values) for lines in read_lines(path))
     )
+
+
+def _keys(path: Path, parse: Callable[[str], dict | None]) -> list[str]:
+    """The keys of the first lines, of which some may lack one."""
+    return list(dict.fromkeys(str(key) for line in first_lines(path, 100) for key in parse(line) or {}))
 
 
 def _json(line: str) -> dict | None:
@@ -200,7 +243,7 @@ def _json(line: str) -> dict | None:
 
 def _python_lines(path: Path, names: Names, notes: list[str]) -> Part:
     """UCSD's Steam: a Python dict a line, which no JSON reader takes."""
-    found = find_columns(list(_literal(first_lines(path, 1)[0])), names, str(path), notes)
+    found = find_columns(_keys(path, _literal), names, str(path), notes)
 
     def parse(line: str) -> dict[str, str | None]:
         row = _literal(line)
@@ -237,7 +280,7 @@ def _foursquare(path: Path, names: Names, notes: list[str]) -> Part:
 FORMATS: dict[str, Callable[[Path, Names, list[str]], Part]] = {
     "csv": lambda path, names, notes: _delimited(path, names, notes, ","),
     "tsv": lambda path, names, notes: _delimited(path, names, notes, "\t"),
-    "parquet": lambda path, names, notes: table(pl.scan_parquet(path, glob=False), str(path), names, notes),
+    "parquet": _parquet,
     "jsonl": _json_lines,
     "pairs": _pairs,  # SASRec: "user item" a line
     "sequences": _sequences,  # S3Rec: "user item item …" a line

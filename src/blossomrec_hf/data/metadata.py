@@ -9,6 +9,8 @@ import polars as pl
 from transformers.utils import cached_file
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from .formats import reading
+from .text_files import read_blocks
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
         vocabulary order; items without a title have none here, either.
 
     Raises:
-        `ValueError`: no column known to hold the item id or the title.
+        `ValueError`: no column known to hold the item id or the title; a damaged file.
     """
     frame = source if isinstance(source, pl.DataFrame) else _read(source)
     plain = {name.lower().split(":")[0]: name for name in reversed(frame.columns)}
@@ -59,30 +61,19 @@ def _read(source: Any) -> pl.DataFrame:
         return pl.from_pandas(source)
     path = Path(source)
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if suffix == "parquet":
-        return pl.read_parquet(path)
-    if suffix in ("json", "jsonl", "ndjson"):
-        return pl.read_ndjson(path, infer_schema_length=1000)
-    if path.name == "movies.dat" or suffix == "dat":
-        lines = pl.DataFrame({"line": path.read_text("iso-8859-1").splitlines()})
-        fields = pl.col("line").str.splitn("::", 3).struct
-        return lines.select(
-            fields.field("field_0").alias("item_id"),
-            fields.field("field_1").alias("title"),
-            fields.field("field_2").alias("genres"),
-        )
-    if path.name == "u.item":
-        lines = pl.DataFrame({"line": path.read_text("iso-8859-1").splitlines()})
-        fields = pl.col("line").str.splitn("|", 3).struct
-        return lines.select(fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"))
-    separator = "," if suffix == "csv" else "\t"
-    return pl.read_csv(
-        path,
-        separator=separator,
-        quote_char='"' if separator == "," else None,
-        infer_schema=False,
-        encoding="utf8-lossy",
-    )
+    with reading(str(path)):
+        if suffix == "parquet":
+            return pl.read_parquet(path, glob=False)
+        text = b"".join(read_blocks(path))
+        if suffix in ("json", "jsonl", "ndjson"):
+            return pl.read_ndjson(text, infer_schema_length=1000)
+        if suffix == "dat" or path.name == "u.item":
+            lines = pl.DataFrame({"line": text.decode("iso-8859-1").splitlines()})
+            fields = pl.col("line").str.splitn("|" if path.name == "u.item" else "::", 3).struct
+            return lines.select(fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"))
+        separator = "," if suffix == "csv" else "\t"
+        quote = '"' if separator == "," else None
+        return pl.read_csv(text, separator=separator, quote_char=quote, infer_schema=False, encoding="utf8-lossy")
 
 
 def write_item_metadata(folder: str | Path, metadata: pl.DataFrame | None) -> None:

@@ -13,8 +13,8 @@ import polars as pl
 
 BLOCK_BYTES = 1 << 25
 LONGEST_ROW = 1 << 24  # bytes
-_LARGEST_EXPANSION = 200  # of a gzip file; logs reach about 20
-_EXPANSION_CHECKED_FROM = 1 << 26  # bytes
+LARGEST_EXPANSION = 200  # of a gzip file; logs reach about 20
+EXPANSION_CHECKED_FROM = 1 << 26  # bytes
 BOM = b"\xef\xbb\xbf"
 
 
@@ -79,7 +79,7 @@ def first_lines(path: Path, count: int) -> list[str]:
 
 def read_blocks(path: Path, start: int = 0) -> Iterator[bytes]:
     """The bytes of a file from `start` on, decompressed, in blocks of `BLOCK_BYTES`."""
-    largest = max(path.stat().st_size * _LARGEST_EXPANSION, _EXPANSION_CHECKED_FROM) if is_gzip(path) else None
+    largest = max(path.stat().st_size * LARGEST_EXPANSION, EXPANSION_CHECKED_FROM) if is_gzip(path) else None
     total = 0
     with open_text(path) as file:
         try:
@@ -88,7 +88,7 @@ def read_blocks(path: Path, start: int = 0) -> Iterator[bytes]:
                 total += len(block)
                 if largest is not None and total > largest:
                     raise ValueError(
-                        f"{path} expands to more than {_LARGEST_EXPANSION} times its size, as no log does; unpack it "
+                        f"{path} expands to more than {LARGEST_EXPANSION} times its size, as no log does; unpack it "
                         "with gunzip if it is one."
                     )
                 yield block
