@@ -4,7 +4,9 @@ import os
 import re
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .checkpoint_blossomrec import require_loadable
 from .manifest_blossomrec import CONFIG_NAMES, update_manifest
@@ -17,7 +19,40 @@ SELECTION_GRADIENTS = ("straight_through", "none")
 OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+# The numbers that a `rope_type` needs, in addition to `rope_theta`.
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_INT32 = 2**31 - 1
+_WHOLE_NUMBERS = {
+    "vocab_size": (3, _INT32),  # [PAD], [UNK] and an item
+    "hidden_size": (2, 2**20),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 2**19),
+    "num_key_value_heads": (1, 2**19),
+    "intermediate_size": (1, _INT32),
+    "compress_block_size": (1, _INT32),
+    "compress_stride": (1, _INT32),
+    "selection_block_size": (1, _INT32),
+    "num_selected_blocks": (1, _INT32),
+    "short_term_block_size": (1, _INT32),
+    "short_term_window": (1, _INT32),
+    "power_law_base": (2, _INT32),
+    "max_position_embeddings": (1, _INT32),
+    "num_negatives": (1, _INT32),
+}
+_NUMBERS = {
+    "hidden_dropout_prob": (0, 1, "[0, 1)"),
+    "importance_threshold": (0, 1, "[0, 1)"),
+    "gbce_calibration": (0, 1, "[0, 1]"),
+    "initializer_range": (0, 1000, "[0, 1000]"),
+    "layer_norm_eps": (0, 1, "[0, 1]"),
+    "repeat_share": (0, 1, "[0, 1]"),
+}
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 MAX_REPEAT_SHARE = 0.01  # up to here, seen items are excluded by default
 
 
@@ -118,6 +153,7 @@ class BlossomRecConfig(PreTrainedConfig):
     eos_token_id: int | None = None
 
     def __post_init__(self, **kwargs) -> None:
+        self._check_types()
         if _is_newer(self.blossomrec_version, VERSION):
             raise ValueError(
                 f"This checkpoint was saved by blossomrec-hf {self.blossomrec_version}, here is {VERSION}: "
@@ -139,6 +175,23 @@ class BlossomRecConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BlossomRecConfig":
+        """
+        As in `transformers`.
+
+        Raises:
+            ValueError: for a damaged file, and for every value that does not fit.
+            OSError: where there is no such file, or it is no JSON.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+            raise ValueError(
+                f"The configuration of {os.fspath(pretrained_model_name_or_path)} is damaged ({type(error).__name__}: "
+                f"{error}); download it with `force_download=True`, or save the model again."
+            ) from error
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
         As in `transformers`; also writes the hash of the file to the manifest of the folder.
@@ -159,20 +212,62 @@ class BlossomRecConfig(PreTrainedConfig):
         """Whether items of the history are excluded from recommendations by default, see `repeat_share`."""
         return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE
 
+    def _check_types(self) -> None:
+        """What a damaged or edited config.json can have in the place of a number, before anything is computed from it."""
+        for name, (least, most) in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if name == "num_key_value_heads" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"`{name}` is {_short(value)}; it must be a whole number of {least} to {most}.")
+        for name, (least, most, interval) in _NUMBERS.items():
+            value = getattr(self, name)
+            if name == "repeat_share" and value is None:
+                continue
+            inside = _is_number(value) and least <= value <= most
+            if not inside or (value == least and interval[0] == "(") or (value == most and interval[-1] == ")"):
+                raise ValueError(f"`{name}` is {_short(value)}; it must be a number in {interval}.")
+        for name in ("attention_bias", "shared_negatives", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {_short(getattr(self, name))}; it must be True or False.")
+        biases = self.gate_initial_bias
+        if not isinstance(biases, list | tuple) or len(biases) != 2 or not all(map(_is_number, biases)):
+            raise ValueError(
+                f"`gate_initial_bias` is {_short(biases)}; it must be two numbers, for the long-term and the short-term gate."
+            )
+        if not isinstance(self.attention_types, str | list | tuple):
+            raise ValueError(
+                f"`attention_types` is {_short(self.attention_types)}; it must be a word or a list of words."
+            )
+        _check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
+        dtype = self.dtype
+        if not (dtype is None or isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype in _DTYPES)):
+            raise ValueError(f"`dtype` is {_short(dtype)}; it must be one of {', '.join(map(repr, _DTYPES))}.")
+        if not isinstance(self.blossomrec_version, str | None):
+            raise ValueError(
+                f"`blossomrec_version` is {_short(self.blossomrec_version)}; it must be text such as '0.1.0'."
+            )
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if rope is None:
+            return
+        if not isinstance(rope, dict):
+            raise ValueError(f"`rope_parameters` is {_short(rope)}; it must be a dictionary or None.")
+        kind = rope.get("rope_type", "default")
+        _check_choice("rope_parameters['rope_type']", kind, tuple(_ROPE_NUMBERS))
+        for name in ("rope_theta", *_ROPE_NUMBERS[kind]):
+            value = rope.get(name, self.default_theta if name == "rope_theta" else None)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(f"`rope_parameters[{name!r}]` is {_short(value)}; it must be a number above 0.")
+
     def check(self) -> None:
         """Raises `ValueError` for every value that does not fit, naming the argument and what it may be."""
-        for name in (
-            "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size compress_stride "
-            "compress_block_size selection_block_size num_selected_blocks short_term_block_size short_term_window"
-        ).split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least 1.")
-        if not isinstance(self.vocab_size, int) or self.vocab_size < 3:
-            raise ValueError(
-                f"`vocab_size` is {self.vocab_size!r}; it counts [PAD], [UNK] and the items, so at least 3."
-            )
-        if (self.pad_token_id, self.unk_token_id) != (0, 1):
+        self._check_types()
+        _check_choice("model_type", self.model_type, (type(self).model_type,))
+        special = (self.pad_token_id, self.unk_token_id)
+        if special != (0, 1) or not all(type(token_id) is int for token_id in special):
             raise ValueError(
                 f"`pad_token_id` and `unk_token_id` are {self.pad_token_id!r} and {self.unk_token_id!r}; BlossomRec's "
                 "vocabulary has [PAD] at 0 and [UNK] at 1."
@@ -197,21 +292,6 @@ class BlossomRecConfig(PreTrainedConfig):
                 f"`selection_block_size` ({self.selection_block_size}) must be a multiple of `compress_stride` "
                 f"({self.compress_stride})."
             )
-        if not isinstance(self.power_law_base, int) or self.power_law_base < 2:
-            raise ValueError(f"`power_law_base` is {self.power_law_base!r}; it must be a whole number of at least 2.")
-        if not 0 <= self.importance_threshold < 1:
-            raise ValueError(
-                f"`importance_threshold` is {self.importance_threshold!r}; a probability, it must lie in [0, 1)."
-            )
-        if self.repeat_share is not None and not 0 <= self.repeat_share <= 1:
-            raise ValueError(f"`repeat_share` is {self.repeat_share!r}; it must lie in [0, 1], or be None.")
-        if not 0 <= self.hidden_dropout_prob < 1:
-            raise ValueError(f"`hidden_dropout_prob` is {self.hidden_dropout_prob!r}; it must lie in [0, 1).")
-        if len(self.gate_initial_bias) != 2:
-            raise ValueError(
-                f"`gate_initial_bias` is {self.gate_initial_bias!r}; it holds two numbers, for the long-term and the "
-                "short-term gate."
-            )
         if len(self.attention_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`attention_types` names {len(self.attention_types)} layers, `num_hidden_layers` is "
@@ -227,9 +307,6 @@ class BlossomRecConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.vocab_size - 2}, the number of items."
             )
-        if not 0 <= self.gbce_calibration <= 1:
-            raise ValueError(f"`gbce_calibration` is {self.gbce_calibration!r}; it must lie in [0, 1].")
-        _check_choice("rope_parameters['rope_type']", self.rope_parameters["rope_type"], ROPE_TYPES)
 
 
 def _is_newer(saved: str | None, here: str) -> bool:
@@ -238,9 +315,18 @@ def _is_newer(saved: str | None, here: str) -> bool:
     return [int(number) for number in numbers[0]] > [int(number) for number in numbers[1]]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"`{name}` is {_short(value)}; it must be one of {', '.join(map(repr, choices))}.")
 
 
 __all__ = ["BlossomRecConfig"]

@@ -137,7 +137,7 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
             if isinstance(error, (OSError, ImportError)):
                 raise
             raise ValueError(
-                f"The tokenizer of {os.fspath(path)} cannot be read: {error}. Download it with `force_download=True`, or "
+                f"The tokenizer of {os.fspath(path)} cannot be read: {' '.join(str(error).split())}. Download it with `force_download=True`, or "
                 "save it again."
             ) from error
         if check_files:
