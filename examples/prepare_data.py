@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets import disable_progress_bars, load_from_disk
 
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error
-from blossomrec_hf.data import build_sequences, split_by_time, split_by_user
+from blossomrec_hf.data import build_sequences, hold_out_nothing, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
 from blossomrec_hf.data.known_sets import KNOWN
@@ -62,9 +62,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep_na_ids", action="store_true", help="NA, NULL, nan and None are ids, not missing ones")
     parser.add_argument(
         "--split",
-        choices=("leave_one_out", "time", "user"),
+        choices=("leave_one_out", "time", "user", "none"),
         default="leave_one_out",
-        help="what is held out: each user's last items, a time, or users",
+        help="what is held out: each user's last items, a time, users, or nothing",
     )
     parser.add_argument(
         "--validation_from", type=float, help="--split time: first time of validation, in the log's unit"
@@ -115,6 +115,8 @@ def build(args: argparse.Namespace, folder: Path) -> None:
         # Only the ends differ, but a folder on disk has to hold them: it is written again, and takes the other's place.
         if args.split == "time":
             dataset = split_by_time(dataset, args.validation_from, args.test_from)
+        elif args.split == "none":
+            dataset = hold_out_nothing(dataset)
         else:
             dataset = split_by_user(dataset, validation=args.validation_users, test=args.test_users, seed=args.seed)
         with atomic_folder(folder) as split:

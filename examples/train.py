@@ -4,20 +4,24 @@ Trains a BlossomRec model on a log of interactions, evaluates it by full ranking
     accelerate launch examples/train.py           # the built-in data set, a few minutes of a CPU
     python examples/train.py --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
     python examples/train.py --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
+    python examples/train.py --data shop.csv --output_dir runs/shop --refit   # for use: runs/shop/refit knows all events
 
 All options: `python examples/train.py --help`.
 """
 
 import json
+import logging
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from datasets import Dataset
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.command_line import exit_on_error
-from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.data import has_users, hold_out_nothing, item_counts, split
 from blossomrec_hf.data.metadata import write_item_metadata
 from blossomrec_hf.hub import write_card, write_summary
 from blossomrec_hf.training import (
@@ -27,13 +31,18 @@ from blossomrec_hf.training import (
     SelectionWatch,
     TrainingLoop,
     append_result,
+    check_refit_folder,
     describe_environment,
     evaluate,
     parse_arguments,
+    refit,
+    refit_folder,
     save_arguments,
     set_up_logging,
 )
 
+
+logger = logging.getLogger("blossomrec_hf.train")
 
 # Small enough for two CPU cores and the few minutes that the built-in data set is meant for.
 BUILT_IN = {
@@ -93,6 +102,13 @@ class OutputArguments:
     eval_negatives: int = field(
         default=0, metadata={"help": "Also rank test items beside so many drawn ones, as others do (100); 0: no."}
     )
+    refit: bool = field(
+        default=False,
+        metadata={
+            "help": "Afterwards, also train a new model on all events, validation and test included: with the same "
+            "schedule, up to the epoch that was the best. It goes to refit/ in the output directory."
+        },
+    )
     watch: bool = field(
         default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
     )
@@ -113,75 +129,114 @@ def main() -> None:
     )
     set_up_logging()
 
+    if output_args.refit:
+        check_refit_folder(args)
     dataset, tokenizer = log_args.build()
     titles = log_args.item_titles(tokenizer)
+    model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset))
+    config = model.config
 
-    # The same weights on every process; the loop seeds what has to differ.
-    set_seed(args.seed)
-    types = model_args.attention_types
-    settings = asdict(model_args)
-    attn_implementation = settings.pop("attn_implementation")
-    settings |= {"attention_types": types[0] if len(types) == 1 else types}
-    settings |= json.loads(settings.pop("config_overrides"))
-    settings.setdefault("repeat_share", log_args.repeat_share(dataset))
-    config = BlossomRecConfig(vocab_size=len(tokenizer), **settings)
-    model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
-    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
-
-    validation_view = split(dataset, "validation", max_length=args.max_length)
-    test_view = split(dataset, "test", max_length=args.max_length)
-    if output_args.eval_negatives:  # who has met every item is told now, not after the training
-        HeldOutItems.from_rows(test_view).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
+    # A log of which nobody has a held-out item is trained on to the last epoch.
+    views: dict[str, Dataset | None] = {"validation": None, "test": None}
+    for part in views:
+        if has_users(dataset, part):
+            views[part] = split(dataset, part, max_length=args.max_length)
+        else:
+            logger.warning("No user has an item to predict for %s: there are no such figures.", part)
+    if (
+        output_args.eval_negatives and views["test"] is not None
+    ):  # who has met every item is told now, not after the training
+        HeldOutItems.from_rows(views["test"]).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
+    train_view = split(dataset, "train", max_length=args.max_length)
     loop = TrainingLoop(
         model,
-        split(dataset, "train", max_length=args.max_length),
-        validation_view,
+        train_view,
+        views["validation"],
         args=args,
         tokenizer=tokenizer,
-        callbacks=[SelectionWatch(validation_view)] if output_args.watch else [],
+        callbacks=[SelectionWatch(views["validation"] or train_view)] if output_args.watch else [],
     )
     accelerator = loop.accelerator
     size = f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights"
     accelerator.print(f"{size} on {accelerator.device}", flush=True)
     result = loop.run()
-    if accelerator.is_main_process:
-        save_arguments(f"{args.output_dir}/run.yaml", log_args, model_args, args, output_args)
-        write_item_metadata(args.output_dir, titles)
-
-    figures = evaluate(
-        model,
-        test_view,
-        ks=output_args.eval_ks,
-        max_tokens=args.eval_tokens,
-        num_negatives=output_args.eval_negatives,
-        all_and_unseen=output_args.all_and_unseen,
-        accelerator=accelerator,
-    )
-    if not accelerator.is_main_process:
-        return
-
-    print(f"\n{result.epochs} epochs in {result.seconds:.0f} s; the best was epoch {result.best_epoch}, ", end="")
-    print(f"validation {args.metric_for_best_model} {result.best_metric:.4f}. Saved in {args.output_dir}.")
-    print(f"{config.repeat_share:.1%} of the test targets already occur in their user's history: ", end="")
-    print(f"{'seen items are' if config.exclude_seen else 'nothing is'} excluded from the ranking.")
-    print_figures(figures, output_args.eval_ks, exclude_seen=config.exclude_seen)
-    # The saved model, because a sharded one answers only when all processes ask.
-    model = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
-    print_recommendations(model, tokenizer, test_view[0], args.max_length)
+    figures = {}
+    if views["test"] is not None:
+        figures["test"] = evaluate(
+            model,
+            views["test"],
+            ks=output_args.eval_ks,
+            max_tokens=args.eval_tokens,
+            num_negatives=output_args.eval_negatives,
+            all_and_unseen=output_args.all_and_unseen,
+            accelerator=accelerator,
+        )
+    if result.best_figures:
+        figures["validation"] = result.best_figures
 
     configuration = {**asdict(log_args), **asdict(model_args), **args.that_shape_the_weights()}
     for name in ("eval_negatives", "all_and_unseen"):
         if value := getattr(output_args, name):
             configuration[name] = value
-    run = {"seed": configuration.pop("seed"), "configuration": configuration, "test": figures}
+    run = {"seed": configuration.pop("seed"), "configuration": configuration, **figures}
     run |= {"repeat_share": config.repeat_share, "exclude_seen": config.exclude_seen}
-    run |= {"training": asdict(result), **describe_environment()}
-    if output_args.results_json is not None:
-        append_result(output_args.results_json, **run)
-    write_summary(args.output_dir, run)
-    write_card(args.output_dir)
-    if args.push_to_hub:
-        print(f"\nPushed: {loop.push_to_hub().commit_url}")
+    run |= {"training": result.summary(), **describe_environment()}
+
+    def keep(folder: Path | str, run: dict) -> None:
+        """Writes what goes with a model: arguments, titles, summary and card."""
+        save_arguments(f"{folder}/run.yaml", log_args, model_args, args, output_args)
+        write_item_metadata(folder, titles)
+        write_summary(folder, run)
+        shown = run.get("test", run.get("validation", {}))
+        ks = [int(name.removeprefix("recall@")) for name in shown if re.fullmatch(r"recall@\d+", name)]
+        write_card(folder, name=Path(args.output_dir).resolve().name, k=10 if 10 in ks or not ks else max(ks))
+
+    if accelerator.is_main_process:
+        print(f"\n{result.epochs} epochs in {result.seconds:.0f} s", end="")
+        if result.best_metric is not None:
+            print(f"; the best was epoch {result.best_epoch}, validation ", end="")
+            print(f"{args.metric_for_best_model} {result.best_metric:.4f}", end="")
+        print(f". Saved in {args.output_dir}.")
+        if "test" in figures:
+            print(f"{config.repeat_share:.1%} of the test targets already occur in their user's history: ", end="")
+            print(f"{'seen items are' if config.exclude_seen else 'nothing is'} excluded from the ranking.")
+            print_figures(figures["test"], output_args.eval_ks, exclude_seen=config.exclude_seen)
+        # The saved model, because a sharded one answers only when all processes ask.
+        saved = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
+        print_recommendations(saved, tokenizer, (views["test"] or train_view)[0], args.max_length)
+        if output_args.results_json is not None:
+            append_result(output_args.results_json, **run)
+        keep(args.output_dir, run)
+
+    folder = Path(args.output_dir)
+    if output_args.refit:
+        everything, folder = hold_out_nothing(dataset), refit_folder(args)
+        model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share)
+        refitted = refit(
+            model, split(everything, "train", max_length=args.max_length), result, args=args, tokenizer=tokenizer
+        )
+        if accelerator.is_main_process:
+            run.pop("test", None)
+            run |= {"configuration": {**configuration, "refit": True}, "training": refitted.summary(), "refit": True}
+            keep(folder, run)
+            print(f"\nA new model, trained on all events for {refitted.epochs} epochs: {folder}.")
+    if args.push_to_hub and accelerator.is_main_process:
+        print(f"\nPushed: {loop.push_to_hub(folder).commit_url}")
+
+
+def new_model(
+    model_args: ModelArguments, seed: int, dataset: Dataset, vocab_size: int, repeat_share: float
+) -> BlossomRecForSequentialRecommendation:
+    """A model with the weights of `seed`, the same on every process, and the item frequencies of the training events."""
+    settings = asdict(model_args)
+    attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
+    settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
+    settings |= json.loads(settings.pop("config_overrides"))
+    config = BlossomRecConfig(vocab_size=vocab_size, **settings)
+    set_seed(seed)  # the loop seeds what has to differ between processes
+    model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
+    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, vocab_size)))
+    return model
 
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
@@ -198,7 +253,7 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
 
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     """Ten items for one user; where users do not repeat items, none of the whole history."""
-    history = torch.tensor([row["seen_ids"]], device=model.device)
+    history = torch.tensor([row.get("seen_ids", row["input_ids"])], device=model.device)
     recommended = model.recommend(history, top_k=min(10, len(tokenizer) - 2), max_length=max_length)
     found = recommended.item_ids[0] >= 0
     items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()

@@ -92,6 +92,18 @@ def test_where_users_repeat_items_nothing_is_masked_and_repeats_stand_apart():
     assert "cannot show both" in told(lambda: model_card([run(), repeats], name="shop"), ValueError)
 
 
+def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
+    first = run()
+    refit = {**first, "validation": first["test"], "refit": True}
+    del refit["test"]
+    text = model_card(refit, name="shop").text
+    assert "validation figures" in text and "0.2000" in text and "It has no test figures." in text
+    nothing = {name: value for name, value in first.items() if name != "test"}
+    card = model_card(nothing, name="shop")
+    assert "nothing was measured" in card.text and not card.data.eval_results
+    assert metadata_errors(str(card), "model") == []
+
+
 def test_layers_of_several_kinds_are_told_in_their_order():
     (group,) = group_runs([run(types=["short_term", "short_term", "blossom", "blossom", "short_term"])])
     assert group.label == "2 × short_term, then 2 × blossom, then 1 × short_term"

@@ -283,7 +283,8 @@ def model_card(
         for kind, suffix in suffixes.items()
         if all(group.values(f"recall@{k}{suffix}") for group in groups)
     }
-    if not suffixes:
+    measured = any(part in run for group in groups for run in group.runs for part in ("test", "validation"))
+    if measured and not suffixes:
         raise ValueError(f"`results` holds no recall@{k} for all of its runs; `k` must be one of their cut-offs.")
     if dataset_name is None:
         data = groups[0].get("data")
@@ -296,7 +297,8 @@ def model_card(
         license=license,
         tags=["sequential-recommendation", "recommender-systems", "blossomrec"],
         model_name=name,
-        eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)],
+        eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)]
+        or None,
     )
     text = [f"# {name}", "", _what_it_is(models), ""]
     text += ["## Use", "", "```python", "from transformers import pipeline", ""]
@@ -307,8 +309,11 @@ def model_card(
         "`revision=` to a commit that you have read.",
         "",
     ]
-    text += ["## Results", "", *_results_table(groups, suffixes, k), ""]
-    text += [_how_measured(groups, dataset_name, suffixes), ""]
+    if measured:
+        text += ["## Results", "", *_results_table(groups, suffixes, k), ""]
+        text += [_how_measured(groups, dataset_name, suffixes), ""]
+    else:
+        text += ["## Results", "", "None: no user of the log had an item held out, so nothing was measured.", ""]
     if published:
         text += ["Published by others, each with its own training and not measured here:", ""]
         text += [f"| model | Recall@{k} | NDCG@{k} | protocol | source |", "|---|---|---|---|---|"]
@@ -418,6 +423,11 @@ def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Seque
         )
     if any(len(group.runs) > 1 for group in groups):
         text += "Means over seeds, ± their standard deviation. "
+    if any(run.get("refit") for group in groups for run in group.runs):
+        return text + (
+            "These are figures of a first run, which chose the number of epochs. The weights are those of a new model, "
+            "trained for as many epochs on all events, the validation and test items included. It has no test figures."
+        )
     return text + "The weights are those of the best validation figure of each run."
 
 
@@ -497,9 +507,10 @@ def write_summary(folder: str | Path, run: Mapping[str, Any]) -> Path:
     the log, only the name of its file is kept.
 
     Args:
-        run: `configuration`, `seed`, `test` or `validation` (the figures), `exclude_seen` (whether the figures without a
-            suffix exclude seen items) and, if known, `repeat_share`, `training`, `versions`, `device`, `commit` and
-            `command`, as in a results file of `examples/train.py`.
+        run: `configuration`, `seed`, `test` or `validation` (the figures; neither where nothing was held out),
+            `exclude_seen` (whether the figures without a suffix exclude seen items) and, if known, `refit` (whether the
+            weights are those of a new model, trained on all events), `repeat_share`, `training`, `versions`, `device`,
+            `commit` and `command`, as in a results file of `examples/train.py`.
     """
     configuration = dict(run["configuration"])
     for name in ("data", "titles"):

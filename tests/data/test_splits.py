@@ -9,6 +9,8 @@ from datasets import Dataset, load_from_disk
 
 from blossomrec_hf.data import (
     build_sequences,
+    has_users,
+    hold_out_nothing,
     item_counts,
     repeat_share,
     split,
@@ -121,6 +123,18 @@ def test_by_user():
     for part in ("validation", "test"):
         assert rows[part]["input_ids"][0] == [2, 3, 4] and rows[part]["target_ids"][0] == [5]
     assert item_counts(dataset, 6).tolist() == [0, 0] + [len(users[0])] * 4
+
+
+def test_nothing_is_held_out(dataset):
+    assert [has_users(dataset, part) for part in ("train", "validation", "test")] == [True] * 3
+    everything = hold_out_nothing(dataset)
+    assert split(everything, "train")[:] == {
+        "user_id": ["a", "b"], "input_ids": [[2, 3, 2, 4, 5], [2, 3]], "target_ids": [[], []]
+    }  # fmt: skip
+    assert item_counts(everything, 6).tolist() == [0, 0, 3, 3, 1, 1]
+    assert [has_users(everything, part) for part in ("train", "validation", "test")] == [True, False, False]
+    by_user = split_by_user(dataset, validation=0.4, test=0.4)
+    assert hold_out_nothing(by_user)[:] == everything[:]
 
 
 def test_splits_survive_saving(dataset, tmp_path):

@@ -4,7 +4,7 @@ import re
 from example_cases import SMALL_MODEL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from blossomrec_hf.data import build_sequences, repeat_share
+from blossomrec_hf.data import build_sequences, hold_out_nothing, repeat_share
 from blossomrec_hf.data.metadata import read_item_metadata
 from blossomrec_hf.hub import train_command
 
@@ -66,7 +66,7 @@ def test_titles_stay_beside_the_model(run_example, log_file, tmp_path):
 def test_drawn_items_are_ranked_too(run_example, log_file, tmp_path):
     printed = run_example(
         "train.py", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
-        "--eval_negatives", 5, "--results_json", tmp_path / "results.json",
+        "--eval_negatives", 5, "--results_json", tmp_path / "results.json", "--refit",
     )  # fmt: skip
     (result,) = json.loads((tmp_path / "results.json").read_text())
     test = result["test"]
@@ -74,6 +74,33 @@ def test_drawn_items_are_ranked_too(run_example, log_file, tmp_path):
     assert test["recall@5_uni5"] > test["recall@5"] and test["recall@10_uni5"] == 1  # of six items in all
     command = train_command(result).replace("\\\n", "").split()  # wherever its lines break
     assert command[-4:] == ["--eval_negatives", "5", "--seed", "42"]
+
+    # The refit beside it: a model of all events, whose card has the first run's validation figures and no others.
+    refitted = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "refit")
+    assert refitted.model.item_counts.sum() == sum(build_sequences(log_file)[0]["test_end"])
+    summary = json.loads((tmp_path / "run" / "refit" / "training_summary.json").read_text())
+    assert (
+        summary["validation"] == result["validation"] and "test" not in summary and "--refit" in train_command(summary)
+    )
+    card = (tmp_path / "run" / "refit" / "README.md").read_text()
+    assert "validation figures" in card and f"{result['validation']['ndcg@10']:.4f}" in card
+    assert "new model, trained for as many epochs on all events" in card.replace("\n", " ")
+    assert f"{test['ndcg@10']:.4f}" not in card
+    assert "\n# run\n" in card  # the name of the run, not of its folder
+
+
+def test_a_log_of_which_nobody_has_a_held_out_item_is_trainable(run_example, log_file, tmp_path):
+    dataset, tokenizer = build_sequences(log_file)
+    hold_out_nothing(dataset).save_to_disk(tmp_path / "data")
+    tokenizer.save_pretrained(tmp_path / "data")
+    printed = run_example(
+        "train.py", *SMALL_MODEL, "--data", tmp_path / "data", "--output_dir", tmp_path / "run", "--num_train_epochs", 2,
+    )  # fmt: skip
+    assert "2 epochs in" in printed and "best" not in printed and "ndcg" not in printed
+    assert "nothing was measured" in (tmp_path / "run" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.model.item_counts.sum() == sum(dataset["test_end"])
+    assert model.config.repeat_share > 0.01  # of the latest events
 
 
 def test_bad_arguments_are_named(run_example, log_file, tmp_path):

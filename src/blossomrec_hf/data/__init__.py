@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from .build import build_sequences
 from .cluster import build_sequences_on_spark, partition_log
-from .splits import item_counts, repeat_share, split, split_by_leave_one_out, split_by_time, split_by_user
+from .splits import (
+    has_users,
+    hold_out_nothing,
+    item_counts,
+    repeat_share,
+    split,
+    split_by_leave_one_out,
+    split_by_time,
+    split_by_user,
+)
 from .synthetic import generate_log, generate_titles
 
 
@@ -46,6 +55,8 @@ __all__ = [
     "build_sequences_on_spark",
     "generate_log",
     "generate_titles",
+    "has_users",
+    "hold_out_nothing",
     "item_counts",
     "partition_log",
     "repeat_share",

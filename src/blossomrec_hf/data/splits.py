@@ -58,7 +58,7 @@ def split(
             "%s: %d of %d targets never seen in training, dropped", part, (targets - known).sum(), targets.sum()
         )
         targets = known
-    rows = np.flatnonzero((lengths >= 2) if part == "train" else (lengths >= 1) & (targets >= 1))
+    rows = np.flatnonzero(_rows_of(part, lengths, targets))
     if len(rows) < len(dataset):
         logger.warning(
             "%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset)
@@ -92,6 +92,21 @@ def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
         others = _numbers(dataset, "part") != PARTS.index(part)
         history, target = np.where(others, 0, history), np.where(others, 0, target)
     return history, target - history
+
+
+def hold_out_nothing(dataset: Dataset) -> Dataset:
+    """`dataset` with all events of all users in training, and none for validation and test."""
+    return _with_ends(dataset, *[_history_lengths(dataset)] * 3)
+
+
+def has_users(dataset: Dataset, part: Literal["train", "validation", "test"]) -> bool:
+    """Whether any user has enough events for `part`, so that [`split`] gives a view of it."""
+    return bool(_rows_of(part, *part_lengths(dataset, part)).any())
+
+
+def _rows_of(part: str, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """bool [users]: who has enough events for `part`, see [`part_lengths`]."""
+    return lengths >= 2 if part == "train" else (lengths >= 1) & (targets >= 1)
 
 
 def repeat_share(dataset: Dataset) -> float:

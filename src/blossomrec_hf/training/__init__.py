@@ -7,12 +7,14 @@ from .environment import describe_environment
 from .evaluation import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
 from .held_out import HeldOutItems, sample_users
 from .histories import HistoryStore
-from .loop import TrainingLoop, TrainingResult, train
+from .loop import TrainingLoop, train
 from .metrics import per_user_metrics, ranking_metrics
 from .new_items import add_items, freeze_all_but_items, read_item_vectors
 from .progress import set_up_logging
+from .refit import check_refit_folder, refit, refit_folder
 from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
+from .state import TrainingResult
 from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
 
 
@@ -37,6 +39,7 @@ __all__ = [
     "add_items",
     "append_result",
     "bootstrap_means",
+    "check_refit_folder",
     "check_tracker",
     "describe_environment",
     "describe_evaluation",
@@ -53,6 +56,8 @@ __all__ = [
     "ranking_metrics",
     "read_item_vectors",
     "read_results",
+    "refit",
+    "refit_folder",
     "sample_users",
     "save_arguments",
     "selection_statistics",

@@ -67,6 +67,19 @@ def keep_only(parent: Path, prefix: str, *kept: int) -> None:
             remove_folder(folder)
 
 
+def refuse_unfinished(path: Path) -> None:
+    """
+    Raises:
+        ValueError: if the last checkpoint in the folder of a run is one of an unfinished run.
+    """
+    for _, folder in numbered_folders(path, "checkpoint")[-1:]:
+        if not json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["finished"]:
+            raise ValueError(
+                f"`output_dir` {path} holds an unfinished run ({folder.name}): pass `resume` to go on with it, or another "
+                "folder."
+            )
+
+
 class RunFolder:
     """
     The folder of a run: `run.json`, what the run is; `checkpoint-N`, all that it needs to go on after step N; `best-N`, the
@@ -112,11 +125,7 @@ class RunFolder:
                 accelerator.load_state(folder)
                 logger.info("Resumed from %s.", folder)
                 return True
-            if not saved["finished"]:
-                raise ValueError(
-                    f"`output_dir` {self.path} holds an unfinished run ({folder.name}): pass `resume` to go on with it, "
-                    "or another folder."
-                )
+            refuse_unfinished(self.path)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             keep_only(self.path, "checkpoint")

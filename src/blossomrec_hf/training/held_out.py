@@ -56,11 +56,15 @@ class HeldOutItems:
         self.seen_offsets = np.searchsorted(pairs // stride, np.arange(len(distinct_targets) + 1))
 
     @classmethod
-    def from_rows(cls, rows: Dataset | Sequence[Mapping], *, max_length: int | None = None) -> "HeldOutItems":
+    def from_rows(
+        cls, rows: Dataset | Sequence[Mapping], *, max_length: int | None = None, num_users: int | None = None
+    ) -> "HeldOutItems":
         """
         Reads a validation or test view: `user_id`, `input_ids`, `target_ids` and `seen_ids` (the whole uncut history;
-        where a row has none, it is `input_ids`). `max_length` is how many of its latest items the model reads.
+        where a row has none, it is `input_ids`). `max_length` is how many of its latest items the model reads;
+        `num_users` takes a fixed sample, see [`sample_users`].
         """
+        rows = rows if num_users is None else sample_users(rows, num_users)
         columns = getattr(rows, "column_names", None)
         first = rows[0] if len(rows) else {}
         seen_column = "seen_ids" if "seen_ids" in (first or columns or ()) else "input_ids"

@@ -5,8 +5,8 @@ import logging
 import signal
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
 from .evaluation import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from .graphs import GraphedPass
-from .held_out import HeldOutItems, sample_users
+from .held_out import HeldOutItems
 from .histories import IGNORE_INDEX, HistoryStore
 from .optimizer import make_optimizer
 from .progress import on_terminal, progress_bar
-from .state import LoopState, TrainingResult
+from .state import LoopState, TrainingResult, on_sigterm
 
 
 logger = logging.getLogger(__name__)
@@ -108,8 +108,9 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
 
 class TrainingLoop:
     """
-    The parts of [`train`], for those who want to replace one; same arguments. `run()` does everything. On a GPU, what a
-    forward and backward pass does is recorded once: with `cuda_graphs=False`, hooks and settings may change in between.
+    The parts of [`train`], for those who want to replace one; same arguments, and `stop_epoch`: the epoch after which the
+    run ends, whereas its schedule is that of `args.num_train_epochs`. `run()` does everything. On a GPU, what a forward and
+    backward pass does is recorded once: with `cuda_graphs=False`, hooks and settings may change in between.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class TrainingLoop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[LoopCallback] = (),
         accelerator: Accelerator | None = None,
+        stop_epoch: int | None = None,
     ):
         check_metric(args.metric_for_best_model)
         require_loadable(type(model))
-        self.args = args
+        self.args, self.stop_epoch = args, stop_epoch
         self.tokenizer = tokenizer
         self.callbacks = list(callbacks)
         self.accelerator = accelerator or make_accelerator(args)
@@ -161,12 +163,8 @@ class TrainingLoop:
         self.held_out = (
             validation_view
             if validation_view is None or isinstance(validation_view, HeldOutItems)
-            else HeldOutItems.from_rows(
-                sample_users(validation_view, args.eval_users) if args.eval_users else validation_view,
-                max_length=args.max_length,
-            )
+            else HeldOutItems.from_rows(validation_view, max_length=args.max_length, num_users=args.eval_users or None)
         )
-
         if self.held_out is not None and model.config.repeat_share is None:
             model.config.repeat_share = self.held_out.repeat_share  # travels with the model
         self.state = LoopState()
@@ -279,9 +277,9 @@ class TrainingLoop:
         started = time.perf_counter() - state.seconds
 
         with (
-            self._noting_sigterm(),
+            on_sigterm(self._request_stop),
             progress_bar(
-                total=self.total_steps(),
+                total=min(self.total_steps(), (self.stop_epoch or args.num_train_epochs) * len(self.plan_epoch(0))),
                 initial=state.step,
                 description="Training",
                 enabled=self.accelerator.is_main_process,
@@ -302,9 +300,7 @@ class TrainingLoop:
                 if self._finished() or self._agreed(time.perf_counter() - self._last_save >= args.save_seconds):
                     self.save_checkpoint()
         self._finish()
-        return TrainingResult(
-            state.step, state.epoch, state.seconds, state.best_metric, state.best_step, state.best_epoch
-        )
+        return TrainingResult.of(state)
 
     def training_step(self, rows: np.ndarray) -> None:
         """One update of the weights from the histories `rows`. Never waits for the device."""
@@ -391,7 +387,7 @@ class TrainingLoop:
     def _finished(self) -> bool:
         args, state = self.args, self.state
         return (
-            state.epoch >= args.num_train_epochs
+            state.epoch >= min(args.num_train_epochs, self.stop_epoch or args.num_train_epochs)
             or state.step == args.max_steps
             or (args.patience > 0 and state.evaluations_since_best >= args.patience)
         )
@@ -480,7 +476,7 @@ class TrainingLoop:
         )
         if metrics[args.metric_for_best_model] > state.best_metric:
             state.best_metric = metrics[args.metric_for_best_model]
-            state.best_step, state.best_epoch = state.step, state.epoch
+            state.best_step, state.best_epoch, state.best_figures = state.step, state.epoch, metrics
             state.evaluations_since_best = 0
             with atomic_folder_of_all(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
                 self._save_model(folder)
@@ -522,6 +518,7 @@ class TrainingLoop:
                 "checksum": zlib.crc32(self.histories.items.numpy(), zlib.crc32(self.histories.lengths)),
             },
             "processes": {"number": self.accelerator.num_processes},
+            "schedule": {"stop_epoch": self.stop_epoch},
         }
 
     def _save_model(self, folder: Path) -> None:
@@ -556,15 +553,15 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def push_to_hub(self) -> CommitInfo | None:
+    def push_to_hub(self, folder: Path | None = None) -> CommitInfo | None:
         """
-        Uploads the run's folder once it is finished: best model, tokenizer, card, summary; on the main process. See
-        [`~blossomrec_hf.hub.push_run`].
+        Uploads the run's folder (or another, such as that of its refit) once it is finished: best model, tokenizer, card,
+        summary; on the main process. See [`~blossomrec_hf.hub.push_run`].
         """
         if not self.accelerator.is_main_process:
             return None
         return push_run(
-            self.output_dir,
+            folder or self.output_dir,
             self._repository,
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
@@ -573,20 +570,8 @@ class TrainingLoop:
 
     # -- signals and processes ---------------------------------------------------------------------
 
-    @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
-            self._stop_requested = True
-
-        try:
-            previous = signal.signal(signal.SIGTERM, note)
-        except ValueError:  # Not in the main thread: whoever runs the loop there handles signals.
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    def _request_stop(self) -> None:
+        self._stop_requested = True
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so."""
