@@ -1,6 +1,7 @@
 """New events of cached histories: where in a `BlossomRecCache` they go, and how they attend to all that is there."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from .cache_blossomrec import BlossomRecCache, BlossomRecCacheLayer, roomy
 from .modules_blossomrec import WeightsFingerprint, has_plain_compressor
 from .ops_reference import Selection, locate, rotate
-from .ops_torch import _gather, _in_slices, best_blocks, short_places
+from .ops_torch import _gather, _in_slices, best_blocks, is_half_on_cpu, short_places
 from .ops_triton_append import attend_events, block_windows, store_events
 from .ops_triton_launch import Sizes, why_unsupported
 
@@ -247,18 +248,22 @@ class Append:
                 short=module.attention_type != "long_term",
             )
         q = rotate(q, *position_embeddings)[0].transpose(0, 1)
-        if module.attention_type == "full":
-            return self._attend_full(layer, q, module.scaling)[None], None
-        selection, streams = None, []
-        if module.attention_type != "short_term":
+        selection, streams, dtype = None, [], q.dtype
+        if module.attention_type in ("blossom", "long_term"):
             selection = self._select(layer, q, module.scaling)
-            streams.append(self._attend_selected(layer, q, selection.block_indices, module.scaling))
-        if module.attention_type != "long_term":
-            streams.append(self._attend_at(layer, q, *self.short_slots, module.scaling))
+        wide = is_half_on_cpu(q)  # as the whole history is computed
+        q = q.float() if wide else q
+        with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+            if module.attention_type == "full":
+                streams.append(self._attend_full(layer, q, module.scaling))
+            if selection is not None:
+                streams.append(self._attend_selected(layer, q, selection.block_indices, module.scaling))
+            if module.attention_type in ("blossom", "short_term"):
+                streams.append(self._attend_at(layer, q, *self.short_slots, module.scaling))
         if gates is None:
-            return streams[0][None], selection
+            return streams[0][None].to(dtype), selection
         long_gate, short_gate = gates[0].to(q.dtype)[..., None].unbind(2)  # [T, H, 1] each
-        return (streams[0] * long_gate + streams[1] * short_gate)[None], selection
+        return (streams[0] * long_gate + streams[1] * short_gate)[None].to(dtype), selection
 
     def _select(self, layer: BlossomRecCacheLayer, q: torch.Tensor, scaling: float) -> Selection:
         c = layer.block_keys
@@ -296,7 +301,7 @@ class Append:
         states = layer.states.view(-1, layer.states.shape[-1])
 
         def attend(q, index, mask):
-            keys, values = _gather(states, index).chunk(2, -1)
+            keys, values = _gather(states, index).to(q.dtype).chunk(2, -1)
             return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
 
         groups = index.shape[1]
@@ -313,7 +318,7 @@ class Append:
             queries = _gather(q, token).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [N, G, H/G, size, d]
             mask = (place <= self.position[token][..., None])[:, None, None]
             mask = mask.expand(-1, 1, queries.shape[2], -1, -1).flatten(2, 3)
-            keys, values = states.chunk(2, -1)
+            keys, values = states.to(q.dtype).chunk(2, -1)
             out = nn.functional.scaled_dot_product_attention(
                 queries.flatten(2, 3), keys, values, attn_mask=mask, scale=scaling
             )

@@ -8,6 +8,8 @@ BlossomRec's attention layer, and the attention functions it is registered under
 - `"power_law"` is the short-term stream alone, for the decoders of `transformers`.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -16,7 +18,7 @@ from .append_blossomrec import Append
 from .configuration_blossomrec import BlossomRecConfig
 from .modules_blossomrec import has_plain_compressor
 from .ops_reference import REFERENCE_OPS, Ops, Selection, rotate, straight_through
-from .ops_torch import LAST_OPS, ONE_OPS, TORCH_OPS, short_places
+from .ops_torch import DENSE_MAX_LENGTH, LAST_OPS, ONE_OPS, TORCH_OPS, is_half_on_cpu, short_places
 from .ops_triton import blossom_attention
 from .ops_triton_launch import Sizes, why_unsupported
 
@@ -53,9 +55,7 @@ def _attention(
     q = rotate(query, *(query_embeddings or position_embeddings))[0].transpose(0, 1)
     k, v = rotate(key, *position_embeddings)[0].transpose(0, 1), value[0].transpose(0, 1)
     where = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "scaling": scaling}
-    selection, streams = None, []
-    if module.attention_type == "full":
-        streams.append(ops.attend_full(q, k, v, **where, **probs_kwargs))
+    selection, streams, dtype = None, [], v.dtype
     if module.attention_type in ("blossom", "long_term"):
         compressed = ops.compress(k, module.compressor, cu_seqlens, stride=config.compress_stride)
         selection = ops.select(
@@ -67,42 +67,35 @@ def _attention(
             threshold=config.importance_threshold,
             **where,
         )
-        factor = None  # one in value
-        if config.selection_gradient == "straight_through" and torch.is_grad_enabled():
-            factor = straight_through(selection.importance)
-        streams.append(
-            ops.attend_selected(
-                q,
-                k,
-                v,
-                selection.block_indices,
-                factor,
-                block_size=config.selection_block_size,
-                **where,
-                **probs_kwargs,
+    # On a CPU, sums in half precision depend on the shape of the batch, and so would the selection of the next layer.
+    wide = ops is not REFERENCE_OPS and is_half_on_cpu(v)
+    if module.training and torch.is_grad_enabled() and max_seqlen <= DENSE_MAX_LENGTH:  # where it would take longer
+        wide = False
+    if wide:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        if module.attention_type == "full":
+            streams.append(ops.attend_full(q, k, v, **where, **probs_kwargs))
+        if selection is not None:
+            factor = None  # one in value
+            if config.selection_gradient == "straight_through" and torch.is_grad_enabled():
+                factor = straight_through(selection.importance)
+            blocks = {"block_size": config.selection_block_size}
+            streams.append(
+                ops.attend_selected(q, k, v, selection.block_indices, factor, **blocks, **where, **probs_kwargs)
             )
-        )
-    if module.attention_type in ("blossom", "short_term"):
-        streams.append(
-            ops.attend_short(
-                q,
-                k,
-                v,
-                block_size=config.short_term_block_size,
-                window=config.short_term_window,
-                base=config.power_law_base,
-                **where,
-                **probs_kwargs,
-            )
-        )
+        if module.attention_type in ("blossom", "short_term"):
+            blocks = {"block_size": config.short_term_block_size, "window": config.short_term_window}
+            blocks["base"] = config.power_law_base
+            streams.append(ops.attend_short(q, k, v, **blocks, **where, **probs_kwargs))
     outs, probs = zip(*streams) if probs_kwargs else (streams, None)
     if gates is None:
-        return outs[0][None], selection, probs and probs[0]
+        return outs[0][None].to(dtype), selection, probs and probs[0]
     long_gate, short_gate = gates[0].to(v.dtype).unbind(-1)  # [T, H] each
     out = outs[0] * long_gate[..., None] + outs[1] * short_gate[..., None]
     if probs is not None:
         probs = probs[0] * long_gate.T[..., None] + probs[1] * short_gate.T[..., None]
-    return out[None], selection, probs
+    return out[None].to(dtype), selection, probs
 
 
 def eager_attention_forward(module, query, key, value, attention_mask=None, **kwargs):

@@ -81,7 +81,8 @@ class BlossomRecCache(Cache):
     The cache of a BlossomRec model (see the top of this file); `model(..., use_cache=True)` makes one.
 
     - Rows of new events are padded on any side, by `attention_mask` or [PAD]; a history may have none. Their logits
-      come back in the shape of the input, and are those of the whole history computed at once (up to rounding).
+      come back in the shape of the input, and are those of the whole history computed at once, up to rounding (in
+      half precision a block that scores nearly the same as another may be selected in its place; see `recommend`).
     - It works in evaluation mode and carries no gradients.
     - Events cannot be dropped from the *beginning* of a history: positions, windows and blocks are counted from there.
       Cut `item_ids` and begin a new cache.

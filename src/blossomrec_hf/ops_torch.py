@@ -31,6 +31,11 @@ SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 DENSE_MAX_LENGTH = 256
 
 
+def is_half_on_cpu(x: torch.Tensor) -> bool:
+    """Whether `x` has half precision on a CPU, where float32 attends: sums then depend on nothing but the history."""
+    return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+
+
 class _Rows(NamedTuple):
     """Tokens laid out in rows of one block each, every history beginning a new row."""
 

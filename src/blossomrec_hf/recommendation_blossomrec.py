@@ -278,6 +278,11 @@ class RecommendationMixin:
         that is quantized, offloaded or adapted as its `forward` does; [PAD] and [UNK] are never recommended. Dropout is never applied, and no module's mode is changed: threads may share a model,
         even one in training mode.
 
+        In bfloat16 and float16, rounding may differ between a history alone, in a batch and in a cache, because matrix
+        products of other shapes sum in another order. A query whose blocks score nearly the same may then select
+        another block, and items of nearly equal scores may change places. On a CPU, attention sums in float32 and
+        such differences are rare; load the model in float32 to be free of them.
+
         Args:
             input_ids: vocabulary ids, `[B, L]` padded on any side or lists of different lengths; [UNK] is dropped and
                 counted. Raw ids go through `pipeline("sequential-recommendation")`.
