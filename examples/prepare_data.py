@@ -13,6 +13,7 @@ import argparse
 import logging
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from datasets import disable_progress_bars, load_from_disk
@@ -23,8 +24,9 @@ from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
 from blossomrec_hf.data.known_sets import KNOWN
 from blossomrec_hf.data.overview import describe, summary, write_report
+from blossomrec_hf.data.storage import check_output_dir
 from blossomrec_hf.hub import dataset_card, push_dataset
-from blossomrec_hf.utils.files import atomic_folder, recover_folder
+from blossomrec_hf.utils.files import atomic_folder
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,8 +87,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--split time needs --validation_from and --test_from")
     if len(parsed.k_core) > 2:
         parser.error("--k_core takes one number, or two: users and items")
-    if parsed.report is not None and parsed.report.suffix not in (".html", ".png"):
-        parser.error("--report takes a name that ends in .html or .png")
+    if parsed.report is not None:
+        if parsed.report.suffix not in (".html", ".png"):
+            parser.error("--report takes a name that ends in .html or .png")
+        if parsed.report.is_dir() or not parsed.report.absolute().parent.is_dir():
+            parser.error(
+                f"--report is {parsed.report}, which cannot be written: give the name of a file in a folder that exists"
+            )
+        if find_spec("matplotlib") is None:
+            parser.error("--report needs matplotlib: pip install blossomrec-hf[report]")
     return parsed
 
 
@@ -138,9 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
         disable_progress_bars()  # those of `datasets`; ours are silent by themselves
-    recover_folder(args.output_dir)
-    if args.output_dir.exists() and not args.overwrite:
-        raise ValueError(f"output_dir {str(args.output_dir)!r} is there already; pass --overwrite or another name.")
+    check_output_dir(args.output_dir, overwrite=args.overwrite)
     with atomic_folder(args.output_dir) as folder:
         build(args, folder)
 

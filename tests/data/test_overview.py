@@ -105,7 +105,7 @@ def test_the_command_builds_all(log, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     with pytest.raises(SystemExit, match="2"):
         prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out)])
-    assert "pass --overwrite" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out), "--overwrite"])
     assert len(load_from_disk(out)) == 100
 

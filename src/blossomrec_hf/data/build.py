@@ -95,6 +95,8 @@ def build_sequences(
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
+    if isinstance(titles, (str, Path)) and not Path(titles).is_file():
+        raise FileNotFoundError(f"titles {str(titles)!r} is no file; give the path of one, or a frame.")
     log = open_log(
         source, format=format, user=user, item=item, timestamp=timestamp, rating=rating,
         time_format=time_format, keep_na_ids=keep_na_ids,

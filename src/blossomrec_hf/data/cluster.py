@@ -372,7 +372,9 @@ def partition_log(
             for (shard,), rows in batch.partition_by("shard", as_dict=True, maintain_order=True).items():
                 table = rows.drop("shard").to_arrow()
                 if shard not in writers:
-                    writers[shard] = pq.ParquetWriter(built / f"part-{shard:05d}.parquet", table.schema)
+                    writers[shard] = pq.ParquetWriter(
+                        built / f"part-{shard:05d}.parquet", table.schema, write_page_checksum=True
+                    )
                 writers[shard].write_table(table.cast(writers[shard].schema))
         for writer in writers.values():
             writer.close()

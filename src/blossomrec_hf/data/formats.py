@@ -97,12 +97,12 @@ def _parquet(path: Path, names: Names, notes: list[str]) -> Part:
     """By Arrow, because Polars panics at some damaged files."""
 
     def batches(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
                 batch.validate(full=True)
                 yield pl.from_arrow(pa.Table.from_batches([batch]).replace_schema_metadata(None))
 
-    with reading(str(path)), pq.ParquetFile(path) as file:
+    with reading(str(path)), pq.ParquetFile(path, page_checksum_verification=True) as file:
         str(file.schema_arrow)  # raises if a name is not UTF-8, at which Polars panics
         schema = pl.from_arrow(file.schema_arrow.remove_metadata().empty_table()).schema
     return _table_part(str(path), schema, names, notes, batches)

@@ -89,10 +89,16 @@ def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     Refuses, before any work, an output folder that exists or that cannot be made.
 
     Raises:
-        ValueError: if `output_dir`, or one of its parents, is a file.
+        ValueError: if `output_dir`, or one of its parents, is a file, or if it has files that are no data set.
         FileExistsError: if `output_dir` exists and `overwrite` is not set.
     """
     require_folder(output_dir)
     recover_folder(output_dir)
     if output_dir.exists() and not overwrite:
-        raise FileExistsError(f"output_dir {str(output_dir)!r} is there already; pass overwrite=True or another name.")
+        raise FileExistsError(
+            f"output_dir {str(output_dir)!r} is there already; pass overwrite=True (--overwrite) or another name."
+        )
+    if output_dir.exists() and not (output_dir / "state.json").is_file() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} has files, but no data set that could be overwritten; give another name."
+        )
