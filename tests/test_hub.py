@@ -30,9 +30,10 @@ def folder(tmp_path):
     """A run's folder as `examples/train.py` leaves it."""
     small_model().save_pretrained(tmp_path)
     small_tokenizer().save_pretrained(tmp_path)
-    figures = {f"{name}@10{suffix}": 0.25 for name in ("recall", "ndcg") for suffix in ("", "_unseen")}
+    figures = {f"{name}@10{suffix}": 0.25 for name in ("recall", "ndcg") for suffix in ("", "_all")}
     configuration = {"data": "/home/ada/secret/log.csv", "attention_types": ["blossom"], "max_length": 50}
-    write_summary(tmp_path, {"configuration": configuration, "seed": 1, "test": figures, "device": "a machine"})
+    run = {"configuration": configuration, "seed": 1, "test": figures, "exclude_seen": True, "device": "a machine"}
+    write_summary(tmp_path, run)
     (tmp_path / "selection.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-7" / "optimizer.bin").write_bytes(b"x")

@@ -35,8 +35,13 @@ def test_model_tokenizer_card_and_summary_in_one_commit(local_hub, trainer, log)
     assert "training_args.bin" not in repository.head.files
     assert same_weights(AutoModelForCausalLM.from_pretrained("ada/out"), trainer.model.cpu())
     card = ModelCard.load("ada/out")
-    told = {result.metric_type: result for result in card.data.eval_results if "seen masked" in result.dataset_config}
-    assert told["recall@10"].metric_value == pytest.approx(figures["test_recall@10_unseen"], abs=1e-6)
+    # Users of the ring repeat items, so nothing is masked.
+    told = {
+        result.metric_type: result
+        for result in card.data.eval_results
+        if result.dataset_args["protocol"].endswith("nothing masked")
+    }
+    assert told["recall@10"].metric_value == pytest.approx(figures["test_recall@10"], abs=1e-6)
     assert told["recall@10"].dataset_name == "a ring" and told["recall@10"].dataset_split == "test"
     assert "`transformers.Trainer`" in card.text and "examples/train.py" not in card.text
 
