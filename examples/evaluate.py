@@ -24,6 +24,7 @@ from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecToken
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.training import (
+    PROTOCOL,
     HeldOutItems,
     HistoryStore,
     LastItemNeighbours,
@@ -134,7 +135,8 @@ def main() -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {**asdict(log_args), **asdict(args)}
-    write_json(folder / "evaluation.json", {"arguments": arguments, **describe_environment(), "reports": reports})
+    report = {"arguments": arguments, "protocol": PROTOCOL, **describe_environment(), "reports": reports}
+    write_json(folder / "evaluation.json", report)
     np.savez_compressed(
         folder / "ranks.npz",
         user_ids=np.array(held_out.user_ids),
@@ -150,13 +152,15 @@ def main() -> None:
     k = 10 if 10 in args.ks else max(args.ks)
     names = [name for name in next(iter(reports.values()))["metrics"] if re.match(rf"(recall|ndcg)@{k}(_|$)", name)]
     table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
-    (folder / "evaluation.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
     print(
         f"{len(held_out)} users, {len(counts) - 2} items; {held_out.repeat_share:.1%} of the held-out items already ",
         end="",
     )
-    print(f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users\n\n{table}")
+    print(
+        f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users\n\n{table}\n\n{PROTOCOL}"
+    )
 
 
 if __name__ == "__main__":

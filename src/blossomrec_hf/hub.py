@@ -411,7 +411,7 @@ def _how_measured(groups: Sequence[RunGroup], dataset_name: str, suffixes: Seque
     )
     if "_uni100" not in suffixes:
         text += " among all items"
-    text += ". "
+    text += ". Items of equal score share their ranks. The model does not see the time of the item to be found. "
     if "_unseen" in suffixes:
         text += "Masked means that items of the user's history are not ranked. "
     shares = dict.fromkeys(run["repeat_share"] for group in groups for run in group.runs if "repeat_share" in run)

@@ -12,13 +12,14 @@ from .metrics import per_user_metrics, ranking_metrics
 from .new_items import add_items, freeze_all_but_items, read_item_vectors
 from .progress import set_up_logging
 from .refit import check_refit_folder, refit, refit_folder
-from .report import bootstrap_means, describe_evaluation, markdown_table, paired_difference
+from .report import PROTOCOL, bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 from .state import TrainingResult
 from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
 
 
 __all__ = [
+    "PROTOCOL",
     "HeldOutItems",
     "HistoryStore",
     "LastItemNeighbours",

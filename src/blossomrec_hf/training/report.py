@@ -10,6 +10,10 @@ from .held_out import HeldOutItems
 from .metrics import DEFAULT_KS
 
 
+PROTOCOL = (
+    "Rank: 1 + items of a higher score + half of those of the same score. The models do not see the time of the event to be "
+    "predicted. Rules without a model: of equal counts, the item that is more popular in training comes first."
+)
 LENGTH_EDGES = (10, 20, 50, 100, 200, 500, 1000)
 
 
