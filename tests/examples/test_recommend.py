@@ -101,5 +101,5 @@ def test_recommendations_of_yesterday_are_not_kept(run_example, trained, tmp_pat
     run_example("recommend.py", *arguments(trained, log, folder))
     frame = pl.read_csv(log)
     frame.with_columns(item=pl.col("item").reverse()).write_csv(log)
-    error = run_example("recommend.py", *arguments(trained, log, folder), status=1, field="stderr")
+    error = run_example("recommend.py", *arguments(trained, log, folder), status=2, field="stderr")
     assert "made with another model, log or setting; choose another folder, or remove it" in error
