@@ -35,8 +35,20 @@ def _modules(module: nn.Module) -> list[nn.Module]:
     """`list(module.modules())` in another order and a fraction of the time."""
     found = [module]
     for module in found:
-        found += [child for child in module._modules.values() if child is not None]
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
     return found
+
+
+def _tensors(modules: list[nn.Module]) -> list[torch.Tensor]:
+    """The parameters and buffers of modules."""
+    found: list[torch.Tensor | None] = []
+    for module in modules:
+        if module._parameters:
+            found += module._parameters.values()
+        if module._buffers:
+            found += module._buffers.values()
+    return [x for x in found if x is not None]
 
 
 @torch.compiler.disable
@@ -153,8 +165,8 @@ def weights_fingerprint(model: nn.Module, num_items: int | None = None) -> Weigh
     """
     num_items = model.config.vocab_size if num_items is None else num_items
     known, modules = _WEIGHTS.get(model), _modules(model)
-    tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-    ids = [id(x) for x in (*modules, *tensors)]
+    tensors = _tensors(modules)
+    ids = [*map(id, modules), *map(id, tensors)]
     if known is not None and known.ids == ids:
         plain = known.plain
     else:
