@@ -12,22 +12,16 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
-from .manifest_blossomrec import CONFIG_NAMES, FINDING, check_manifest, code_files, inside, read_json, update_manifest
+from .manifest_blossomrec import (
+    CONFIG_NAMES,
+    FINDING,
+    check_manifest,
+    code_files,
+    inside,
+    read_json,
+    update_manifest,
+)
 from .upload_blossomrec import WEIGHTS, files_to_push, push_folder, short_card
-
-
-def require_loadable(saved: type) -> None:
-    """
-    Refuses to save what nobody could load: a checkpoint names the class of its parts, which must be found in a module.
-
-    Raises:
-        ValueError: for a class that is defined in a script, a notebook or a function.
-    """
-    if saved.__module__ == "__main__" or "<locals>" in saved.__qualname__:
-        raise ValueError(
-            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, where a saved checkpoint cannot "
-            "find it; move the class to a module of its own (a .py file) and import it from there."
-        )
 
 
 class CheckpointMixin:

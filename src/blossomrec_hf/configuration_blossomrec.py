@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .checkpoint_blossomrec import require_loadable
-from .manifest_blossomrec import CONFIG_NAMES, update_manifest
+from .manifest_blossomrec import CONFIG_NAMES, require_loadable, update_manifest
 
 
 VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint

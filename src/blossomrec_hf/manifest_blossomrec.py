@@ -172,3 +172,17 @@ def _remove_damaged_download(file: Path, digest: str) -> bool:
     file.unlink()
     blob.unlink()
     return True
+
+
+def require_loadable(saved: type) -> None:
+    """
+    Refuses to save what nobody could load: a checkpoint names the class of its parts, which must be found in a module.
+
+    Raises:
+        ValueError: for a class that is defined in a script, a notebook or a function.
+    """
+    if saved.__module__ == "__main__" or "<locals>" in saved.__qualname__:
+        raise ValueError(
+            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, where a saved checkpoint cannot "
+            "find it; move the class to a module of its own (a .py file) and import it from there."
+        )

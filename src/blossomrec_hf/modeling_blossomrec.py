@@ -18,9 +18,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .append_blossomrec import Append
 from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
 from .cache_blossomrec import BlossomRecCache
-from .checkpoint_blossomrec import CheckpointMixin, require_loadable
+from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, given_targets, next_item_targets, sampled_loss
+from .manifest_blossomrec import require_loadable
 from .modules_blossomrec import check_inference, dense_weight
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories

@@ -11,8 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from .checkpoint_blossomrec import require_loadable
-from .manifest_blossomrec import FINDING, TOKENIZER_NAMES, check_manifest, inside, update_manifest
+from .manifest_blossomrec import FINDING, TOKENIZER_NAMES, check_manifest, inside, require_loadable, update_manifest
 
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"

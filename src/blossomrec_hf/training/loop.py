@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from ..checkpoint_blossomrec import require_loadable
 from ..data import TokenBudgetSampler
 from ..hub import push_run
 from ..loss_blossomrec import MAX_LOGITS, supports_fused
+from ..manifest_blossomrec import require_loadable
 from ..upload_blossomrec import ensure_repo
 from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage

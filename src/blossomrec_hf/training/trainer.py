@@ -12,10 +12,10 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import HubStrategy
 
-from ..checkpoint_blossomrec import require_loadable
 from ..configuration_blossomrec import MAX_REPEAT_SHARE
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
+from ..manifest_blossomrec import require_loadable
 from ..upload_blossomrec import ensure_repo, push_folder
 from .environment import describe_environment
 from .evaluation import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
