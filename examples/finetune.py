@@ -6,27 +6,38 @@ Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint,
     python examples/finetune.py --model runs/ml-1m --data new-interactions.csv --train_only lora
     python examples/finetune.py --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
 
-A log with items that the checkpoint does not know makes its catalogue grow; the rows of the old items stay in place,
-new items begin at their mean or at given vectors. So that old users are not forgotten, the log that the checkpoint was
-trained on is learned from as well, where its run.yaml names one that is still there (`--replay none` does without;
-`benchmark_finetune.py` measures what that costs). All options of `TrainingArguments` are there: `python
-examples/finetune.py --help`.
+The new events of a known user continue the user's history: they are learned with the past in view. The earlier events
+are found in the logs that the checkpoint was trained on, where its run.yaml names some that are still there (`--replay`
+names another one, `--replay none` does without), and a share of them is learned again (`--replay_share`). The log may
+also be the earlier one and a week more: an event counts once. The last two of a user's new events are held out for
+validation and test, if there are at least four.
+
+The catalog grows by the items that the checkpoint does not know. The rows of the old items stay in place, and new items
+begin where their events place them (`initialize_from_events`) or at given vectors. All options of `TrainingArguments`
+are there: `python examples/finetune.py --help`. `benchmark_finetune.py` measures what fine-tuning achieves.
 """
 
+import logging
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
-from torch.utils.data import ConcatDataset
+from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
-from blossomrec_hf.data import item_counts, split
+from blossomrec_hf.data import split
+from blossomrec_hf.data.growth import add_item_counts, join_logs, read_histories, recode
 from blossomrec_hf.data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
+from blossomrec_hf.data.splits import part_lengths
 from blossomrec_hf.training import (
+    HistoryStore,
     LogArguments,
     LogLinesCallback,
     RankingCollator,
@@ -34,27 +45,39 @@ from blossomrec_hf.training import (
     add_items,
     check_tracker,
     freeze_all_but_items,
+    initialize_from_events,
     parse_arguments,
     read_item_vectors,
     sample_users,
+    save_arguments,
     set_up_logging,
 )
+from blossomrec_hf.training.fine_tuning import (
+    EVALUATIONS,
+    FINE_TUNING_DEFAULTS,
+    MIN_STEPS,
+    REPLAY_SHARE,
+    count_steps,
+    windows_to_learn,
+)
+from blossomrec_hf.training.histories import concatenate
 from blossomrec_hf.training.progress import on_terminal
 
 
+logger = logging.getLogger(__name__)
+
+NUM_SPECIAL = 2  # [PAD] and [UNK] come before the items
 DEFAULTS = {
+    **FINE_TUNING_DEFAULTS,
     "output_dir": "runs/finetuned",
-    "num_train_epochs": 10,
-    "per_device_train_batch_size": 64,
-    "per_device_eval_batch_size": 256,
-    "learning_rate": 1e-3,
-    "warmup_steps": 20,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
+    "eval_strategy": "steps",
+    "eval_steps": 1 / EVALUATIONS,  # of all steps
+    "save_strategy": "steps",
+    "save_steps": 1 / EVALUATIONS,
+    "logging_steps": 1 / EVALUATIONS,
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "ndcg@10",
-    "report_to": "none",
     "disable_tqdm": not on_terminal(),
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
@@ -67,7 +90,7 @@ class FineTuneArguments:
     """What to fine-tune, and how much of it."""
 
     model: str | None = field(
-        default=None, metadata={"help": "The folder of a trained model, or a Hub id; left out, a new small model."}
+        default=None, metadata={"help": "The folder of a trained model, or a Hub id; a new small model, if not given."}
     )
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
     eval_users: int = field(default=0, metadata={"help": "Validate on a fixed sample of this many users; 0: on all."})
@@ -82,16 +105,24 @@ class FineTuneArguments:
     item_vectors: str | None = field(
         default=None,
         metadata={
-            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; left out, at "
-            "the mean of the old ones."
+            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; left out, "
+            "where their events place them."
         },
     )
     replay: str = field(
         default="auto",
         metadata={
-            "help": "A log of old users to train on beside the new ones; auto: the one that `model` was trained on, if "
-            "it is there; none."
+            "help": "The earlier log, which the new one continues; auto: the logs that `model` was trained on, if they "
+            "are there; none."
         },
+    )
+    replay_share: float = field(
+        default=REPLAY_SHARE,
+        metadata={"help": "Of the events to learn, the share that are earlier ones: 0 or more and below 1."},
+    )
+    min_steps: int = field(
+        default=MIN_STEPS,
+        metadata={"help": "Steps at least: a small log is learned for more epochs than num_train_epochs."},
     )
 
     def __post_init__(self):
@@ -100,19 +131,34 @@ class FineTuneArguments:
         replay = self.replay not in ("auto", "none")
         if self.model is None and (self.train_only != "all" or self.item_vectors or replay):
             raise ValueError("`train_only`, `item_vectors` and `replay` are for a `model` that is there already.")
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(f"`replay_share` must be 0 or more and below 1, got {self.replay_share}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be 2 (an item and its next) or more, got {self.max_length}.")
 
-    def old_log(self) -> LogArguments | None:
-        """The log to replay, or none."""
-        if self.model is None or self.replay == "none":
-            return None
-        if self.replay != "auto":
-            return LogArguments(data=self.replay)
-        run = Path(self.model) / "run.yaml"
-        if not run.exists():
-            return None
-        trained = yaml.safe_load(run.read_text(encoding="utf-8"))
-        old = LogArguments(**{f.name: trained[f.name] for f in fields(LogArguments) if f.name in trained})
-        return old if old.data is None or Path(old.data).exists() else None
+
+def past_logs(model: str, replay: str) -> list[LogArguments]:
+    """The logs that a model was trained on, in order; one that is not there any more is reported."""
+    if replay == "none":
+        return []
+    if replay != "auto":
+        return [LogArguments(data=replay)]
+    run = Path(model) / "run.yaml"
+    if not run.exists():
+        return []
+    trained = yaml.safe_load(run.read_text(encoding="utf-8"))
+    log = LogArguments(**{f.name: trained[f.name] for f in fields(LogArguments) if f.name in trained})
+    earlier = past_logs(trained["model"], trained["replay"]) if trained.get("model") else []
+    if log.data is None or Path(log.data).exists():
+        return [*earlier, log]
+    logger.warning("%s, which %s was trained on, is not there: nothing of it is learned again.", log.data, model)
+    return earlier
+
+
+def held_out(dataset: Dataset, part: str) -> Dataset | None:
+    """The view of "validation" or "test"; `None` if no user has an item there."""
+    lengths, targets = part_lengths(dataset, part)
+    return split(dataset, part) if ((lengths > 0) & (targets > 0)).any() else None
 
 
 @exit_on_error()
@@ -125,9 +171,10 @@ def main() -> None:
         check_tracker(tracker, get_available_reporting_integrations())
     set_seed(training_args.seed)
 
-    old_titles = None
+    dataset, tokenizer = log_args.build()
+    old_log = old_titles = None
+    first_new = NUM_SPECIAL
     if args.model is None:
-        dataset, tokenizer = log_args.build()
         config = BlossomRecConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
@@ -136,30 +183,62 @@ def main() -> None:
             intermediate_size=128,
         )
         model = BlossomRecForSequentialRecommendation(config)
-        model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+        past_ends = [0] * len(dataset)
     else:
-        tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
+        log_tokenizer, tokenizer = tokenizer, load_checkpoint(BlossomRecTokenizer, args.model)
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
         old_titles = read_item_metadata(args.model)
-        log_tokenizer = log_args.build()[1]
-        log_items = log_tokenizer.decode_items(range(2, len(log_tokenizer)))
         first_new = len(tokenizer)
-        vectors = None if args.item_vectors is None else read_item_vectors(args.item_vectors)
+        vectors = {} if args.item_vectors is None else read_item_vectors(args.item_vectors)
+        log_items = log_tokenizer.decode_items(range(NUM_SPECIAL, len(log_tokenizer)))
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
-            print(f"{num_added} new items; the catalogue now holds {len(tokenizer) - 2}.")
-        dataset, _ = log_args.build(tokenizer)
-        model.item_counts.add_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+            print(f"{num_added} new items; the catalog now has {len(tokenizer) - NUM_SPECIAL}.")
+        new_log = recode(dataset, log_tokenizer, tokenizer)
+        if past := past_logs(args.model, args.replay):
+            print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
+            old_log = reduce(join_logs, (log.build(tokenizer)[0] for log in past))
+        else:
+            print("No earlier log is known (`--replay`); what it taught may be forgotten.")
+        dataset = join_logs(old_log, new_log)
+    model.item_counts.copy_(torch.as_tensor(add_item_counts(model.item_counts.numpy(), dataset, old_log)))
+    if args.model is not None:
+        if all(np.array(dataset["past_end"]) == list(map(len, read_histories(dataset)))):
+            print("The earlier log has every event of the new one: all of them are learned again.")
+            dataset = join_logs(None, new_log)
+        past_ends = dataset["past_end"]
     if model.config.repeat_share is None:
         model.config.repeat_share = log_args.repeat_share(dataset)
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
-    train_view, validation_view = split(dataset, "train"), split(dataset, "validation")
-    if args.eval_users:
-        validation_view = sample_users(validation_view, args.eval_users)
-    if (old_log := args.old_log()) is not None:
-        print(f"Old users are learned from as well: {old_log.data or 'the built-in data set'}.")
-        train_view = ConcatDataset([train_view, split(old_log.build(tokenizer)[0], "train")])
-    elif args.model is not None:
-        print("Nothing of the old users is learned from (`--replay`); their figures may fall.")
+
+    histories, train_ends = read_histories(dataset), part_lengths(dataset, "train")[0]
+    rows = windows_to_learn(
+        histories,
+        past_ends,
+        train_ends,
+        max_length=args.max_length,
+        replay_share=args.replay_share,
+        seed=training_args.seed,
+    )
+    if not rows:
+        raise ValueError(
+            f"`data` {log_args.data} has no event with another one of its user before it: nothing to learn."
+        )
+    if args.model is not None:
+        items = tokenizer.decode_items(range(first_new, len(tokenizer)))
+        to_place = [index for index, item in enumerate(items, start=first_new) if str(item) not in vectors]
+        trained = HistoryStore(*concatenate(history[:end] for history, end in zip(histories, train_ends) if end))
+        initialize_from_events(model.to(training_args.device), to_place, trained)
+    if training_args.max_steps <= 0:
+        training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
+    validation, test = held_out(dataset, "validation"), held_out(dataset, "test")
+    if validation is None:
+        logger.warning(
+            "No user has enough new events to hold some out: nothing is validated, the last weights are kept."
+        )
+        training_args.eval_strategy = IntervalStrategy.NO
+        training_args.load_best_model_at_end = False
+    elif args.eval_users:
+        validation = sample_users(validation, args.eval_users)
     if args.train_only in ("embeddings", "new_items"):
         freeze_all_but_items(model, 2 if args.train_only == "embeddings" else first_new)
     elif args.train_only == "lora":
@@ -174,8 +253,8 @@ def main() -> None:
         model,
         training_args,
         data_collator=RankingCollator(max_length=args.max_length),
-        train_dataset=train_view,
-        eval_dataset=validation_view,
+        train_dataset=rows,
+        eval_dataset=validation,
         processing_class=tokenizer,
     )
     if training_args.disable_tqdm:
@@ -183,14 +262,16 @@ def main() -> None:
         trainer.add_callback(LogLinesCallback())
     if trainer.is_world_process_zero():
         write_item_metadata(training_args.output_dir, titles)
+        save_arguments(Path(training_args.output_dir) / "run.yaml", log_args, args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if args.train_only == "lora":
         adapted.save_pretrained(Path(training_args.output_dir) / "adapter")
         trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
     trainer.save_model()
-    figures = trainer.evaluate(split(dataset, "test"), metric_key_prefix="test")
-    trainer.save_metrics("test", figures)
-    trainer.log_metrics("test", figures)
+    if test is not None:
+        figures = trainer.evaluate(test, metric_key_prefix="test")
+        trainer.save_metrics("test", figures)
+        trainer.log_metrics("test", figures)
 
 
 if __name__ == "__main__":

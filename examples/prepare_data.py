@@ -3,6 +3,7 @@ From an interaction log to item-id sequences, in one command.
 
     python examples/prepare_data.py ml-1m --output_dir data/ml-1m --report data/ml-1m.html
     python examples/prepare_data.py ratings.csv --min_rating 4 --k_core 5 --output_dir data/mine
+    python examples/prepare_data.py week.csv --tokenizer runs/mine --output_dir data/week
     python examples/prepare_data.py "clicks/*.parquet" --user uid --item sku --timestamp at --output_dir data/clicks
 
 The folder holds the Dataset (`datasets.load_from_disk`), the tokenizer (`BlossomRecTokenizer.from_pretrained`), item
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from datasets import disable_progress_bars, load_from_disk
 
-from blossomrec_hf.command_line import HelpFormatter, exit_on_error
+from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from blossomrec_hf.data import build_sequences, hold_out_nothing, split_by_time, split_by_user
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.formats import FORMATS
@@ -54,6 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--k_core", type=int, nargs="+", default=[1], help="least interactions a user and an item have"
     )
     parser.add_argument("--min_history", type=int, default=1, help="users with fewer events go")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or Hub id of a model whose item ids to use; items it lacks become [UNK]; the "
+        "log's own items, if not given",
+    )
     parser.add_argument("--max_history", type=int, help="the latest events of a user to keep; all, if not given")
     parser.add_argument(
         "--on_bad_rows", choices=("fail", "skip"), default="fail", help="what to do about rows that cannot be read"
@@ -117,6 +125,9 @@ def build(args: argparse.Namespace, folder: Path) -> None:
         time_format=args.time_format,
         keep_na_ids=args.keep_na_ids,
         titles=args.titles,
+        tokenizer=None
+        if args.tokenizer is None
+        else load_checkpoint(BlossomRecTokenizer, args.tokenizer, "tokenizer"),
         output_dir=folder,
         overwrite=True,
     )

@@ -120,6 +120,15 @@ def test_added_items_touch_nothing_old(tmp_path):
     assert len(loaded) == 6 and loaded.encode_items(["new5", "a b"]) == [4, 5]
 
 
+def test_digits_are_added_to_text_and_text_is_not_added_to_integers():
+    text, integers = BlossomRecTokenizer.from_items(["0-19-X", "7"]), BlossomRecTokenizer.from_items([7, 8])
+    assert text.add_items([7, 12, np.int64(13)]) == 2
+    assert text.decode_items([3, 4, 5]) == ["7", "12", "13"]
+    with pytest.raises(ValueError, match=r"text id '0-19-X', but the ids of this vocabulary are integers: give"):
+        integers.add_items([9, "10", "0-19-X"])
+    assert len(integers) == 4
+
+
 @pytest.mark.parametrize("items", [[1, "2"], ["1", 2], [1, 2.5], [True, False], [None]])
 def test_mixed_types_are_refused(items):
     with pytest.raises(ValueError, match="items holds"):

@@ -223,12 +223,30 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
         Appends raw ids to the vocabulary; those already there keep their id. Follow with
         `model.resize_token_embeddings(len(tokenizer))`.
 
-        The WordLevel vocabulary itself grows: `add_tokens` would match inside other ids (`xnew5y` contains `new5`).
+        A vocabulary of strings takes integers as their decimal digits: a log in which every id happens to be a number
+        is read as one of integers.
+
+        Args:
+            items: raw ids.
 
         Returns:
             `int`: how many of them were new.
+
+        Raises:
+            `ValueError`: a string, for a vocabulary of integers. Nothing is added then.
         """
+        items = items.tolist() if hasattr(items, "tolist") else list(items)
+        if self.item_type == "str":
+            is_integer = [hasattr(item, "__index__") and not isinstance(item, bool) for item in items]
+            items = [str(int(item)) if integer else item for item, integer in zip(items, is_integer)]
+        elif texts := [item for item in items if isinstance(item, str)]:
+            text = min(texts, key=str.isdecimal)  # the first that shows what is wrong, if there is one
+            raise ValueError(
+                f"`items` has the text id {text!r}, but the ids of this vocabulary are integers: give the new items "
+                "integer ids, or train a new model on a log whose ids are text."
+            )
         tokens = _to_tokens(items, self.item_type)
+        # The WordLevel vocabulary itself grows: `add_tokens` would match inside other ids (`xnew5y` contains `new5`).
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         before = len(vocab)
         for token in tokens:

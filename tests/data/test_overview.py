@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from datasets import Dataset, load_from_disk
 from huggingface_hub import DatasetCard, HfApi
+from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, split
@@ -127,6 +128,22 @@ def test_the_command_splits(log, tmp_path, how):
     else:
         assert len(split(dataset, "train")) + len(split(dataset, "validation")) + len(split(dataset, "test")) >= 98
     assert {path.name for path in tmp_path.iterdir()} == {"log.parquet", "out"}
+
+
+def test_the_command_builds_with_the_ids_of_a_model(tmp_path, capsys, caplog):
+    """A week of digits for a text catalog."""
+    tokenizer = BlossomRecTokenizer.from_items(["a-1", "12", "7"])
+    make_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "week.csv").write_text("user,item\nu,7\nu,12\nu,5\n")
+    arguments = [str(tmp_path / "week.csv"), "--output_dir", str(tmp_path / "out"), "--tokenizer"]
+    prepare_data.main([*arguments, str(tmp_path / "model")])
+    assert load_from_disk(tmp_path / "out")["input_ids"][:] == [[4, 3, tokenizer.unk_token_id]]
+    assert "1 of 3 items of the log are not in the tokenizer's vocabulary" in caplog.text
+    assert BlossomRecTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.main([*arguments, str(tmp_path / "nothing"), "--overwrite"])
+    assert "--tokenizer is" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path, capsys):

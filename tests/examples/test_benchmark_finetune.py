@@ -1,31 +1,49 @@
-import importlib.util
+"""How new items are measured, and that fine-tuning recommends them."""
 
 import numpy as np
-import polars as pl
 import pytest
-from example_cases import REPOSITORY
+from example_cases import load_example
+
+from blossomrec_hf.data import generate_log
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("grown", REPOSITORY / "examples" / "benchmark_finetune.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("benchmark_finetune.py")
 
 
-def test_old_and_new_log_share_no_event_and_no_new_item(example):
-    rng = np.random.default_rng()
-    log = pl.DataFrame({"user": rng.integers(0, 50, 3000), "item": (80 * rng.random(3000) ** 2).astype(int)})
-    events = example.read_events(log)
-    assert events.select("user", "item").sort("user", "item").equals(log.sort("user", "item"))
-    old, new = example.divide(events, 30, seed=1)
-    assert pl.concat([old, new]).sort("user", "timestamp").equals(events.sort("user", "timestamp"))
-    old_users, new_items = set(old["user"]), set(new["item"]) - set(old["item"])
-    assert 0 < len(old_users) < 50 and len(new_items) == 30
-    counts = dict(events["item"].value_counts().iter_rows())
-    assert max(counts[item] for item in new_items) <= min(counts[item] for item in set(old["item"]))
-    # An old user's part of the new log holds new items alone.
-    assert set(new.filter(pl.col("user").is_in(list(old_users)))["item"]) <= new_items
-    with pytest.raises(ValueError, match="`new_items` is 80"):
-        example.divide(events, 80, seed=1)
+def built_in_events(num_users: int) -> dict[str, np.ndarray]:
+    """The built-in data set; a user's time is the share of the history that is over: everybody has a late part."""
+    log = generate_log(num_users=num_users)
+    users, counts = np.unique(log["user"], return_counts=True)
+    return {
+        "item": np.unique(log["item"], return_inverse=True)[1].astype(np.int32),
+        "user": np.repeat(np.arange(len(users), dtype=np.int32), counts),
+        "time": np.concatenate([np.arange(1, count + 1) * 1_000_000 // count for count in counts]),
+    }
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_withheld_items_are_in_the_late_part_alone(example, seed):
+    events = built_in_events(100)
+    case = example.divide(events, new_share=0.1, least_events=20, late_share=0.1, seed=seed)
+    frequent = (np.bincount(events["item"]) >= 20).sum()
+    assert 0 < case.vocab_size - case.first_new <= round(frequent * 0.1)
+    past = np.concatenate([history[:length] for history, length in zip(case.histories, case.num_past)])
+    assert past.max() < case.first_new
+    total = sum(map(len, case.histories))
+    late = total - sum(case.num_past)
+    assert late == (events["time"] >= np.quantile(events["time"], 0.9)).sum()
+
+    learned_new, held_new, learned_old, held_old = (
+        case.places(new=new, learned=learned) for new in (True, False) for learned in (True, False)
+    )
+    places = learned_new + held_new + learned_old + held_old
+    assert len(set(places)) == len(places)
+    is_new = [case.histories[row][place] >= case.first_new for row, place in places]
+    assert is_new == [True] * len(learned_new + held_new) + [False] * len(learned_old + held_old)
+    assert all(case.num_past[row] <= place < case.num_learned[row] for row, place in learned_new + learned_old)
+    # All late events are predicted but the first of each new item, and those that begin a history.
+    occurring = {item for history, end in zip(case.histories, case.num_learned) for item in history[:end]}
+    firsts = sum(item >= case.first_new for item in occurring)
+    assert len(places) == late - firsts - sum(not length for length in case.num_past)

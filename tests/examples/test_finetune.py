@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -7,7 +8,9 @@ from checkpoint_cases import small_model, small_tokenizer
 from example_cases import write_log
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.data import build_sequences, item_counts, split
+from blossomrec_hf.data.growth import join_logs
 from blossomrec_hf.data.metadata import item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.training import evaluate
 
@@ -26,17 +29,17 @@ def check_the_adapter(before, after, folder):
 
 
 @pytest.mark.parametrize("train_only", ["all", "embeddings", "lora"])
-def test_new_items_are_learned_and_old_ones_kept(run_example, trained, tmp_path, train_only):
+def test_new_items_are_learned_and_old_ones_kept(run_example, log_file, trained, tmp_path, train_only):
     if train_only == "lora":
         pytest.importorskip("peft")
     new_log = write_log(tmp_path / "new.csv", num_users=60, num_items=75)
     printed = run_example(
         "finetune.py", "--model", trained[0], "--data", new_log, "--max_length", 20, "--output_dir", tmp_path / "run",
-        "--num_train_epochs", 3, "--train_only", train_only, "--use_cpu", "true", "--per_device_train_batch_size", 8,
+        "--max_steps", 20, "--train_only", train_only, "--use_cpu", "true", "--per_device_train_batch_size", 8,
         *(("--replay", "none") if train_only == "embeddings" else ()),
     )  # fmt: skip
-    assert ("Old users are learned from as well" in printed) == (train_only != "embeddings")
-    assert "15 new items; the catalogue now holds 75." in printed
+    assert ("Continues " in printed) == (train_only != "embeddings")
+    assert "15 new items; the catalog now has 75." in printed
 
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (trained[0], tmp_path / "run"))
     old_tokenizer, tokenizer = (AutoTokenizer.from_pretrained(path) for path in (trained[0], tmp_path / "run"))
@@ -46,10 +49,9 @@ def test_new_items_are_learned_and_old_ones_kept(run_example, trained, tmp_path,
     assert frozen == (train_only == "embeddings")
     old_rows_stay = torch.equal(before.model.item_embedding.weight, after.model.item_embedding.weight[:62])
     assert old_rows_stay == (train_only == "lora")
-    mean = before.model.item_embedding.weight[2:].mean(0)
-    assert (after.model.item_embedding.weight[62:] - mean).abs().max() > 1e-3
 
-    dataset, _ = build_sequences(new_log, tokenizer=tokenizer)
+    old_log = None if train_only == "embeddings" else build_sequences(log_file, tokenizer=tokenizer)[0]
+    dataset = join_logs(old_log, build_sequences(new_log, tokenizer=tokenizer)[0])
     expected = evaluate(after, split(dataset, "test"), max_length=20, progress=False)
     figures = json.loads((tmp_path / "run" / "test_results.json").read_text())
     assert {name: figures[f"test_{name}"] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -84,3 +86,88 @@ def test_titles_of_old_and_new_items_stand_beside_the_model(run_example, tmp_pat
         (139, "the right one", 41),
         (7, "a new one", AutoTokenizer.from_pretrained(tmp_path / "run").encode_items([7])[0]),
     ]
+
+
+def save_checkpoint(folder, tokenizer):
+    model = small_model(len(tokenizer) - 2)
+    model.item_counts.zero_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_events(path, events):
+    """(user, item, time) each"""
+    path.write_text("user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in events))
+    return path
+
+
+def test_a_week_of_digits_continues_a_text_log_and_counts_once(run_example, tmp_path):
+    """
+    The catalog has text, the week's ids are digits, and of 53 users many have fewer than three events in the week. The
+    earlier log is a folder that was prepared before the vocabulary grew.
+    """
+    rng = np.random.default_rng()
+    names = [f"B-{index}" for index in range(20)] + [str(index) for index in range(100, 120)]
+    old = [(user, name, time) for user in range(53) for time, name in enumerate(rng.choice(names, 6))]
+    week = [
+        (user, item, 10 + time) for user in range(53) for time, item in enumerate(rng.integers(100, 125, 1 + user % 5))
+    ]
+    write_events(tmp_path / "old.csv", old)
+    prepared, tokenizer = build_sequences(tmp_path / "old.csv", output_dir=tmp_path / "prepared")
+    save_checkpoint(tmp_path / "model", tokenizer)
+    write_events(tmp_path / "week.csv", week)
+    common = ("--use_cpu", "true", "--max_steps", 2, "--max_length", 20)
+
+    def finetune(model, log, output, replay):
+        folder = tmp_path / output
+        printed = run_example(
+            "finetune.py", "--model", tmp_path / model, "--data", tmp_path / log, "--replay", replay, "--output_dir",
+            folder, *common,
+        )  # fmt: skip
+        grown = BlossomRecTokenizer.from_pretrained(folder)
+        assert grown.item_type == "str" and grown.get_vocab().items() >= tokenizer.get_vocab().items()
+        counts = AutoModelForCausalLM.from_pretrained(folder).item_counts
+        return grown, {token: int(counts[index]) for token, index in grown.get_vocab().items()}, printed
+
+    grown, after_week, printed = finetune("model", "week.csv", "week", tmp_path / "prepared")
+    assert f"Continues {tmp_path / 'prepared'}." in printed
+    new = {str(item) for _, item, _ in week} - set(names)
+    assert set(grown.get_vocab()) == set(tokenizer.get_vocab()) | new
+
+    # The model was there before it counted anything: its counts are what the week adds.
+    past = build_sequences(tmp_path / "old.csv", tokenizer=grown)[0]
+    joined = join_logs(past, build_sequences(tmp_path / "week.csv", tokenizer=grown)[0])
+    added = item_counts(joined, len(grown)) - item_counts(past, len(grown))
+    assert after_week == {token: max(added[index], 0) for token, index in grown.get_vocab().items()}
+
+    # The log with the week in it, on the model that has learned both: nothing is new, and nothing counts again.
+    write_events(tmp_path / "whole.csv", old + week)
+    _, after_whole, printed = finetune("week", "whole.csv", "whole", "auto")
+    assert "The earlier log has every event of the new one" in printed
+    assert after_whole == after_week
+
+
+def test_text_for_a_catalog_of_integers_is_refused_in_one_sentence(run_example, tmp_path):
+    save_checkpoint(tmp_path / "model", BlossomRecTokenizer.from_items([100, 101, 102]))
+    write_events(tmp_path / "week.csv", [("u", item, time) for time, item in enumerate(["100", "X-1", "102", "100"])])
+    said = run_example(
+        "finetune.py", "--model", tmp_path / "model", "--data", tmp_path / "week.csv", "--output_dir",
+        tmp_path / "run", status=2, field="stderr",
+    )  # fmt: skip
+    assert said.splitlines()[-1].startswith(
+        "`items` has the text id 'X-1', but the ids of this vocabulary are integers"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_too_small_to_hold_anything_out_is_learned(run_example, tmp_path):
+    save_checkpoint(tmp_path / "model", BlossomRecTokenizer.from_items([100, 101, 102]))
+    write_events(tmp_path / "week.csv", [("u", 100, 1), ("u", 101, 2), ("v", 102, 1), ("v", 103, 2)])
+    said = run_example(
+        "finetune.py", "--model", tmp_path / "model", "--data", tmp_path / "week.csv", "--output_dir",
+        tmp_path / "run", "--min_steps", 10, "--use_cpu", "true", field="stderr",
+    )  # fmt: skip
+    assert "nothing is validated" in said
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "run"))
+    assert after.config.vocab_size == 6 and not torch.equal(before.lm_head.weight, after.lm_head.weight[:5])
+    assert not (tmp_path / "run" / "test_results.json").exists()

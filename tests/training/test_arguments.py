@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.training import (
     LogArguments,
@@ -61,8 +62,9 @@ def test_a_built_folder_is_read_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="k_core"):
         LogArguments(data=str(folder), k_core=5).build()
     tokenizer.add_items(["new"])
-    with pytest.raises(ValueError, match="another vocabulary"):
-        log.build(tokenizer)
+    assert log.build(tokenizer)[0].to_dict() == built.to_dict()  # the vocabulary has grown since
+    dataset, _ = log.build(BlossomRecTokenizer.from_items(["b", "c"]))
+    assert dataset["input_ids"][:] == [[1, 2], [1]]  # another vocabulary, without "a"
 
 
 def test_unknown_names_in_a_file_are_told(monkeypatch, tmp_path):

@@ -6,7 +6,14 @@ from safetensors.numpy import save_file
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
-from blossomrec_hf.training import add_items, freeze_all_but_items, read_item_vectors
+from blossomrec_hf.training import (
+    HistoryStore,
+    add_items,
+    freeze_all_but_items,
+    initialize_from_events,
+    read_item_vectors,
+)
+from blossomrec_hf.training.histories import concatenate
 
 
 def vectors_file(path, vectors):
@@ -32,6 +39,34 @@ def test_new_items_begin_where_they_are_told(tmp_path, name, tied):
     torch.testing.assert_close(model.lm_head.weight[:5], old)  # a vector for an old item changes nothing
     torch.testing.assert_close(model.lm_head.weight[5], old[2:].mean(0))
     assert add_items(model, tokenizer, [40, 50], vectors=vectors) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_items_begin_where_their_events_place_them(tied):
+    """
+    Two groups of 40 items whose vectors lie around opposite points; a history keeps to one group. Each of the new items 82
+    to 85 is met in one of the groups, 86 in no history, and 87 alone in one.
+    """
+    rng = np.random.default_rng(0)
+    model = make_model(88, tie_word_embeddings=tied).eval()
+    center = torch.randn(16)
+    groups = [np.arange(2, 42), np.arange(42, 82)]
+    with torch.no_grad():
+        for table in {model.lm_head.weight, model.model.item_embedding.weight}:
+            table[2:42], table[42:82] = center + 0.1 * torch.randn(40, 16), -center + 0.1 * torch.randn(40, 16)
+    histories = [rng.choice(groups[number % 2], 20) for number in range(100)] + [np.array([87])]
+    for number, history in enumerate(histories[:40]):
+        history[rng.integers(1, 19)] = 82 + number % 4  # 82 and 84 in the first group, 83 and 85 in the second
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    initialize_from_events(model, range(82, 88), HistoryStore(*concatenate(histories)), max_tokens=300)
+    for table in (model.lm_head.weight, model.model.item_embedding.weight):
+        similarity = torch.cosine_similarity(table[82:86], center[None])
+        assert (similarity * torch.tensor([1, -1, 1, -1])).min() > 0.9
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"lm_head.weight", "model.item_embedding.weight"}
+    for name in changed:
+        rows = (model.state_dict()[name] != before[name]).any(1)
+        assert rows.nonzero().flatten().tolist() == [82, 83, 84, 85]
 
 
 @pytest.mark.parametrize(

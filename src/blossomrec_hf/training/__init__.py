@@ -9,7 +9,7 @@ from .held_out import HeldOutItems, sample_users
 from .histories import HistoryStore
 from .loop import TrainingLoop, train
 from .metrics import per_user_metrics, ranking_metrics
-from .new_items import add_items, freeze_all_but_items, read_item_vectors
+from .new_items import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
 from .progress import set_up_logging
 from .refit import check_refit_folder, refit, refit_folder
 from .report import PROTOCOL, bootstrap_means, describe_evaluation, markdown_table, paired_difference
@@ -47,6 +47,7 @@ __all__ = [
     "draw_selection",
     "evaluate",
     "freeze_all_but_items",
+    "initialize_from_events",
     "markdown_table",
     "paired_difference",
     "parse_arguments",

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from ..command_line import HelpFormatter
 from ..data import build_sequences, generate_log, generate_titles, repeat_share
 from ..data.filters import FilterReport
+from ..data.growth import recode
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
 from ..data.storage import load_folder
@@ -226,23 +227,20 @@ class LogArguments:
 
     def build(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[Dataset, BlossomRecTokenizer]:
         """
-        The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]; a folder that it wrote is read
-        as it is.
+        The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder that it wrote is read
+        as it is; where its vocabulary is not the start of `tokenizer`'s, its items are looked up there
+        ([`~blossomrec_hf.data.growth.recode`]).
 
         Raises:
-            ValueError: for a built folder with a vocabulary other than `tokenizer`'s, or with filters still to apply.
+            ValueError: for a built folder with filters still to apply.
         """
         if self.data is not None:
             recover_folder(self.data)
         if self._is_built:
-            built = BlossomRecTokenizer.from_pretrained(self.data)
             if self.k_core > 1:
                 raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is built already; give the log instead.")
-            if tokenizer is not None and built.get_vocab() != tokenizer.get_vocab():
-                raise ValueError(
-                    f"`data` {self.data} was built with another vocabulary than the model's; give the log instead."
-                )
-            return load_folder(self.data), built
+            dataset, built = load_folder(self.data), BlossomRecTokenizer.from_pretrained(self.data)
+            return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
         return build_sequences(
             generate_log() if self.data is None else self.data,
             format=self.format,

@@ -1,16 +1,21 @@
-"""A catalogue that grows: new items in tokenizer and model, from their mean or from given vectors."""
+"""A catalog that grows: new items in tokenizer and model, with vectors that are given or follow from their events."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from .evaluation import evaluating
+from .histories import HistoryStore, budget_batches
+
+
+SHRINKAGE = 3.0  # events: the mean over n events counts n / (n + this), the mean over all items the rest
+RIDGE = 0.1  # penalty of the map from events to vectors, in units of the features' mean variance
 
 
 def add_items(
@@ -21,29 +26,30 @@ def add_items(
     vectors: Mapping[str, np.ndarray] | None = None,
 ) -> int:
     """
-    Adds those of `items` that the catalogue does not hold. The old items' rows stay as they are.
+    Adds the items that the catalog does not have yet. The rows of the old items stay as they are.
 
     Args:
         items: raw item ids.
-        vectors: where an item begins, float [hidden_size] by its raw id as text (see [`read_item_vectors`]); the
-            others, and all where it is left out, begin at the mean of the old items.
+        vectors: the initial vector of an item, float [hidden_size], by its raw id as text (see [`read_item_vectors`]).
+            Other new items start at the mean of the old ones; [`initialize_from_events`] places them better.
 
     Returns:
         how many were new.
 
     Raises:
-        ValueError: for a vector of another width than the model's, or one that is not finite. Nothing is changed then.
+        ValueError: for a vector of another width than the model's, or one that is not finite, and for ids that the
+            vocabulary cannot have (see [`BlossomRecTokenizer.add_items`]). Nothing is changed then.
     """
     first_new, width = len(tokenizer), model.config.hidden_size
     vectors = {} if vectors is None else vectors
     for item, vector in vectors.items():
         if vector.shape != (width,):
             raise ValueError(
-                f"`vectors` holds {vector.shape} for the item {item!r}, but the model's `hidden_size` is {width}: bring "
+                f"`vectors` has {vector.shape} for the item {item!r}, but the model's `hidden_size` is {width}: bring "
                 "the vectors to that width first, by PCA for example."
             )
         if not np.isfinite(vector).all():
-            raise ValueError(f"`vectors` holds numbers for the item {item!r} that are not finite.")
+            raise ValueError(f"`vectors` has numbers for the item {item!r} that are not finite; remove them.")
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -55,11 +61,107 @@ def add_items(
         ]
         if given:
             rows, values = zip(*given)
-            weights = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
             with torch.no_grad():
-                for weight in weights.values():
-                    weight[list(rows)] = torch.from_numpy(np.stack(values)).to(weight)
+                for table in _tables(model):
+                    table[list(rows)] = torch.from_numpy(np.stack(values)).to(table)
     return num_added
+
+
+@torch.no_grad()
+def initialize_from_events(
+    model: PreTrainedModel, item_ids: Sequence[int], histories: HistoryStore, *, max_tokens: int = 65536
+) -> None:
+    """
+    Initializes the vectors of new items from the events around theirs.
+
+    An item is described by the mean hidden state before its events, the mean vector of the next items, and its number
+    of events. A linear map from this description to the vector is fitted to the other items (ridge regression, an item
+    with n events weighted by n / (n + `SHRINKAGE`)) and applied to the new ones. The model reads the histories without
+    the new items. New items that no other item precedes or follows in a history are left as they are.
+
+    Args:
+        model: with rows for the new items already, see [`add_items`].
+        item_ids: vocabulary ids of the new items.
+        histories: all the histories to train on.
+        max_tokens: items that the model reads at a time.
+    """
+    if not len(item_ids):
+        return
+    before, after = _sum_contexts(model, np.asarray(item_ids), histories, max_tokens)
+    counts = before[:, -1:] + after[:, -1:]
+    features = torch.cat([_shrunk_means(before), _shrunk_means(after), counts.log1p()], 1)
+    weights = counts / (counts + SHRINKAGE)
+    is_new = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
+    is_new[list(item_ids)] = True
+    fitted = ~is_new & (counts[:, 0] > 0)
+    placed = is_new & (counts[:, 0] > 0)
+    if not (fitted.any() and placed.any()):
+        return
+    features = features / features[fitted].std(0, correction=0).clamp(min=1e-6)
+    share = weights[fitted] / weights[fitted].sum()
+    feature_mean = (share * features[fitted]).sum(0)
+    centered = features - feature_mean
+    gram = (share * centered[fitted]).T @ centered[fitted]
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    for table in _tables(model):
+        vectors = table[fitted].to(features.dtype)
+        mean = (share * vectors).sum(0)
+        slope = torch.linalg.solve(gram, (share * centered[fitted]).T @ (vectors - mean))
+        table[placed] = (mean + centered[placed] @ slope).to(table.dtype)
+
+
+def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights with a row per item: one where input and output are tied, else two."""
+    weights = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    return list({id(weight): weight for weight in weights}.values())
+
+
+def _sum_contexts(
+    model: PreTrainedModel, new_items: np.ndarray, histories: HistoryStore, max_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Two sums over the events of each item, float32 [vocab_size, hidden_size + 1]: of the hidden states before them, and
+    of the output vectors of the items after them. The last column is the number of terms.
+    """
+    lengths = histories.lengths
+    offsets = np.append(0, np.cumsum(lengths))
+    places = np.arange(offsets[-1]) + np.repeat(histories.starts - offsets[:-1], lengths)
+    items = histories.items.cpu().numpy()[places]
+    is_known = ~np.isin(items, new_items)
+    known_before = np.append(0, np.cumsum(is_known))
+    known_items, known_offsets = items[is_known], known_before[offsets]
+    begins, ends = (np.repeat(known_offsets[bounds], lengths) for bounds in (slice(None, -1), slice(1, None)))
+    last, following = known_before[:-1] - 1, known_before[1:]  # the known events around each event
+    has_last, has_following = last >= begins, following < ends
+
+    device = next(model.parameters()).device
+    output = model.get_output_embeddings().weight
+    sums = torch.zeros(2, model.config.vocab_size, model.config.hidden_size + 1, device=device)
+    store = HistoryStore(known_items, known_offsets).to(device)
+    rows = np.flatnonzero(store.lengths)
+    with evaluating(model):
+        for part in budget_batches(store.lengths[rows], max_tokens):
+            start, stop = known_offsets[rows[part][0]], known_offsets[rows[part][-1] + 1]
+            states = model.base_model(**store.pack(rows[part])).last_hidden_state[0].float()
+            vectors = output[torch.from_numpy(known_items[start:stop]).to(device).long()].float()
+            for total, values, place, exists in zip(
+                sums, (states, vectors), (last, following), (has_last, has_following)
+            ):
+                first, end = np.searchsorted(place, [start, stop])
+                events = first + np.flatnonzero(exists[first:end])
+                event_items, event_places = (
+                    torch.from_numpy(np.stack([items[events], place[events] - start])).to(device).long()
+                )
+                values = torch.nn.functional.pad(values, (0, 1), value=1.0)
+                total.index_add_(0, event_items, values[event_places])
+    return sums[0], sums[1]
+
+
+def _shrunk_means(sums: torch.Tensor) -> torch.Tensor:
+    """The means of [`_sum_contexts`] less that over all items, shrunk to 0 where an item has few events."""
+    totals, counts = sums[:, :-1], sums[:, -1:]
+    mean = totals.sum(0) / counts.sum().clamp(min=1)
+    return (totals - counts * mean) / (counts + SHRINKAGE)
 
 
 def read_item_vectors(path: str | Path) -> dict[str, np.ndarray]:
@@ -78,6 +180,8 @@ def read_item_vectors(path: str | Path) -> dict[str, np.ndarray]:
         return load_file(path)
     if path.suffix != ".parquet":
         raise ValueError(f"`path` is {path}; item vectors are read from .parquet or .safetensors.")
+    import polars as pl  # not needed to train
+
     table = pl.read_parquet(path)
     if missing := {"item", "vector"} - set(table.columns):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(table.columns)}.")
@@ -92,8 +196,7 @@ def freeze_all_but_items(model: PreTrainedModel, first_item: int) -> None:
     gradient of the rows before is set to zero, so an optimizer must not decay them.
     """
     model.requires_grad_(False)
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in tables.values():
+    for weight in _tables(model):
         weight.requires_grad_(True)
         if first_item > 2:
             weight.register_hook(lambda gradient: torch.cat([gradient[:first_item] * 0, gradient[first_item:]]))

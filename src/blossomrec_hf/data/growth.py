@@ -1,0 +1,167 @@
+"""A log that grows: sequences in another vocabulary, and new events after those of earlier logs."""
+
+import logging
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from datasets import Dataset
+
+from ..tokenization_blossomrec import BlossomRecTokenizer
+from .splits import item_counts, part_lengths
+
+
+logger = logging.getLogger(__name__)
+
+LEAST_TO_HOLD_OUT = 4  # new events of a user: two to learn from, one for validation, one for the test
+
+
+def recode(dataset: Dataset, source: BlossomRecTokenizer, target: BlossomRecTokenizer) -> Dataset:
+    """
+    A Dataset of [`build_sequences`] in another vocabulary, in memory; the same Dataset where no id changes.
+
+    Args:
+        dataset: encoded with `source`.
+        target: the vocabulary to encode with. Items that it lacks become `[UNK]`, and the log reports their number.
+    """
+    old, new = source.get_vocab(), target.get_vocab()
+    if old.items() <= new.items():
+        return dataset
+    ids = np.full(max(old.values()) + 1, target.unk_token_id, np.int32)
+    for token, index in old.items():
+        ids[index] = new.get(token, target.unk_token_id)
+    if unknown := len(old.keys() - new.keys()):
+        logger.warning("%d of %d items of the data are not in the vocabulary: [UNK]", unknown, len(old) - 2)
+
+    def recode_batch(table: pa.Table) -> pa.Table:
+        items, offsets = _flatten(table, "input_ids")
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[items]))
+        return table.set_column(table.column_names.index("input_ids"), "input_ids", lists)
+
+    return dataset.with_format("arrow").map(recode_batch, batched=True, keep_in_memory=True).with_format(None)
+
+
+def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
+    """
+    One row per user of either log: the events of `old`, then those that `new` adds.
+
+    An event of `new` that `old` has as well counts once, so `new` may be a week, or the whole log and a week more. With
+    times in both, it is the same item of the same user at the same time, and events are ordered by time (ties: `old`
+    first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it.
+
+    Args:
+        old, new: Datasets of [`build_sequences`] or of this function, with one vocabulary. Without `old`, all events
+            are new. User ids are compared as text where one log has integers and the other text.
+
+    Returns:
+        `Dataset`, in memory: the users of `new` in its order, then the others, with `user_id`, `input_ids`,
+        `timestamps` where both logs have them, `past_end` (int32, the number of events before the first new one) and
+        `train_end`, `validation_end`, `test_end`. The last two events of a user with at least `LEAST_TO_HOLD_OUT` new
+        ones are held out, for validation and test. All events of other users with new events are training. The
+        training part of a user without new events stays as it was, and nothing of it is evaluated.
+    """
+    if old is None:
+        rows = new.with_format("arrow")[:]
+        lengths = np.diff(_flatten(rows, "input_ids")[1])
+        rows = rows.select([name for name in ("user_id", "input_ids", "timestamps") if name in rows.column_names])
+        return _with_parts(rows, lengths, past=np.zeros_like(lengths), trained=lengths)
+    tables = [data.with_format("arrow")[:] for data in (old, new)]
+    timed = all("timestamps" in table.column_names for table in tables)
+    users = [pl.from_arrow(table["user_id"]).alias("id") for table in tables]
+    if users[0].dtype != users[1].dtype:
+        users = [ids.cast(pl.String) for ids in users]
+    known = pl.concat([users[1], users[0]]).unique(maintain_order=True).to_frame().with_row_index("user")
+    codes = [
+        ids.to_frame().join(known, on="id", how="left", maintain_order="left")["user"].to_numpy() for ids in users
+    ]
+    before, after = (_events(table, code, timed) for table, code in zip(tables, codes))
+    if before.schema != after.schema:  # one log has fractions of a second
+        before, after = (frame.cast({"time": pl.Float64}) for frame in (before, after))
+    after = _without_repeats(before, after, timed)
+    events = pl.concat([before.with_columns(is_new=False), after.with_columns(is_new=True)])
+    events = events.sort("user", *["time"] * timed, "is_new", maintain_order=True)
+    is_new = pl.col("is_new")
+    past = pl.when(is_new.any()).then(is_new.cast(pl.Int8).arg_max()).otherwise(pl.len())
+    totals = events.group_by("user", maintain_order=True).agg(pl.len(), past=past)
+    offsets = pa.array(np.append(0, totals["len"].cum_sum().to_numpy()), pa.int32())
+    columns = {
+        "user_id": known["id"].to_arrow(),
+        "input_ids": pa.ListArray.from_arrays(offsets, events["item"].to_arrow()),
+    }
+    if timed:
+        columns["timestamps"] = pa.ListArray.from_arrays(offsets, events["time"].to_arrow())
+    trained = np.zeros(len(known), np.int64)
+    trained[codes[0]] = part_lengths(old, "train")[0]
+    return _with_parts(pa.table(columns), totals["len"].to_numpy(), past=totals["past"].to_numpy(), trained=trained)
+
+
+def add_item_counts(counts: np.ndarray, dataset: Dataset, old: Dataset | None) -> np.ndarray:
+    """
+    The item frequencies of a model after it has learned `dataset`; no event counts twice.
+
+    Args:
+        counts: int64 [vocab_size], those that the model has.
+        dataset: what it learns, made by [`join_logs`] from `old` and new events.
+        old: what it learned before, if known. Otherwise, a log in which every item occurs at least as often as in
+            `counts` is taken to contain what the model learned before, and its counts replace the old ones; those of
+            another log are added.
+
+    Returns:
+        int64 [vocab_size].
+    """
+    learned = item_counts(dataset, len(counts))
+    if old is not None:
+        return np.maximum(counts + learned - item_counts(old, len(counts)), 0)
+    total = np.bincount(_flatten(dataset.with_format("arrow")[:], "input_ids")[0], minlength=len(counts))
+    if counts.any() and (total >= counts).all():
+        logger.warning(
+            "The log has every item at least as often as the model has learned it: nothing is counted twice."
+        )
+        return learned
+    return counts + learned
+
+
+def read_histories(dataset: Dataset) -> list[np.ndarray]:
+    """All events of each user, int32 [events]."""
+    items, offsets = _flatten(dataset.with_format("arrow")[:], "input_ids")
+    return np.split(items, offsets[1:-1])
+
+
+def _flatten(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of lists, and where each list begins; the last offset is the total."""
+    lists = table[column].combine_chunks()
+    return lists.flatten().to_numpy(), np.append(0, lists.value_lengths().to_numpy().cumsum())
+
+
+def _events(table: pa.Table, users: np.ndarray, timed: bool) -> pl.DataFrame:
+    """One row per event, in the order of the table: `user`, `item` and, if `timed`, `time`."""
+    items, offsets = _flatten(table, "input_ids")
+    times = {"time": _flatten(table, "timestamps")[0]} if timed else {}
+    return pl.DataFrame({"user": users.repeat(np.diff(offsets)), "item": items, **times})
+
+
+def _without_repeats(before: pl.DataFrame, after: pl.DataFrame, timed: bool) -> pl.DataFrame:
+    """The events of `after` that `before` does not have, see [`join_logs`]."""
+    if timed:
+        # The second event of a user with one item at one time repeats the second, not the first.
+        key = ["user", "item", "time"]
+        before, numbered = (frame.with_columns(number=pl.int_range(pl.len()).over(key)) for frame in (before, after))
+        return numbered.join(before, on=[*key, "number"], how="anti", maintain_order="left").drop("number")
+    before, after = (frame.with_columns(place=pl.int_range(pl.len()).over("user")) for frame in (before, after))
+    earlier = before.select("user", "place", known="item", length=pl.len().over("user"))
+    same = after.join(earlier, on=["user", "place"]).group_by("user")
+    same = same.agg(pl.col("length").first(), repeated=(pl.col("item") == pl.col("known")).sum())
+    repeats = same.filter(pl.col("repeated") == pl.col("length")).select("user", "length")
+    after = after.join(repeats, on="user", how="left", maintain_order="left")
+    return after.filter(pl.col("place") >= pl.col("length").fill_null(0)).drop("place", "length")
+
+
+def _with_parts(rows: pa.Table, lengths: np.ndarray, *, past: np.ndarray, trained: np.ndarray) -> Dataset:
+    """`rows` with the ends of the parts, see [`join_logs`]; `trained` is for users without new events."""
+    num_new = lengths.astype(np.int64) - past
+    held_out = np.where(num_new >= LEAST_TO_HOLD_OUT, 2, 0)
+    test_end = np.where(num_new > 0, lengths, trained)
+    ends = {"train_end": test_end - held_out, "validation_end": test_end - held_out // 2, "test_end": test_end}
+    for name, values in {"past_end": past, **ends}.items():
+        rows = rows.append_column(name, pa.array(values, pa.int32()))
+    return Dataset(rows)
