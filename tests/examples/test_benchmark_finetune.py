@@ -1,5 +1,7 @@
 """How new items are measured, and that fine-tuning recommends them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from example_cases import load_example
@@ -47,3 +49,33 @@ def test_withheld_items_are_in_the_late_part_alone(example, seed):
     occurring = {item for history, end in zip(case.histories, case.num_learned) for item in history[:end]}
     firsts = sum(item >= case.first_new for item in occurring)
     assert len(places) == late - firsts - sum(not length for length in case.num_past)
+
+
+@pytest.mark.slow
+def test_new_items_are_recommended_after_fine_tuning(example):
+    """
+    All late events of withheld items after the first: Recall@10 at least .8 of a model trained from scratch on the same
+    events. Those of old items: at least .99. Both trainings have fixed seeds;
+    seeds 1, 2 and 3 give ratios of 1.25, 1.50 and 7.88 for new items and of 1.02, 1.05 and 1.09 for old ones.
+    """
+    args = SimpleNamespace(
+        new_share=0.1, least_events=20, late_share=0.1, targets=1_500, max_length=64, hidden_size=32, dropout=0.1,
+        epochs=20, eval_epochs=5, learning_rate=5e-3, tokens_per_step=2048, min_steps=200,
+        variants=[example.DEFAULT_VARIANT],
+    )  # fmt: skip
+    events = built_in_events(300)
+    case = example.divide(events, new_share=0.1, least_events=20, late_share=0.1, seed=2)
+    figures = example.measure(events, args, seed=2)
+    print(figures)
+    weights = {
+        f"{'new' if new else 'old'}, {part}": min(len(case.places(new=new, learned=part == "learned")), args.targets)
+        for new in (True, False)
+        for part in ("learned", "held out")
+    }
+    for kind, least in (("new", 0.8), ("old", 0.99)):
+        parts = [f"{kind}, learned", f"{kind}, held out"]
+        retrained, fine_tuned = (
+            np.average([run[part] for part in parts], weights=[weights[part] for part in parts])
+            for run in (figures["retrained"], figures[example.DEFAULT_VARIANT])
+        )
+        assert retrained > 0.1 and fine_tuned >= least * retrained, kind
