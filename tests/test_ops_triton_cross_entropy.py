@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from blossomrec_hf import ops_triton_cross_entropy
 from blossomrec_hf.loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy
-from blossomrec_hf.ops_triton_cross_entropy import WIDTHS, why_unsupported
+from blossomrec_hf.ops_triton_cross_entropy import WIDTHS, _launch, why_unsupported
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,6 +51,15 @@ def test_special_ids_take_no_part_and_a_batch_without_targets_has_loss_zero():
     assert loss == 0 and not dhidden.any() and not dweight.any()
 
 
+def test_gradients_are_right_where_all_logits_are_far_below_zero():
+    hidden, weight, targets = draw(20, 30, 16)  # 30 items do not fill a tile
+    hidden, weight = hidden.abs() + 3, -weight.abs() - 2.5
+    assert (hidden @ weight.T).max() < -120  # exp(120) is infinite in float32
+    expected = loss_and_gradients(hidden.double(), weight.double(), targets, "torch")
+    for ours, theirs in zip(loss_and_gradients(hidden, weight, targets, "triton"), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_what_the_kernels_cannot_compute_is_refused_by_name():
     hidden, weight, targets = draw(4, 5, 24)
     with pytest.raises(
@@ -59,6 +69,18 @@ def test_what_the_kernels_cannot_compute_is_refused_by_name():
     hidden, weight, targets = draw(4, 5, 16)
     with pytest.raises(ValueError, match="no kernels for torch.float64"):
         cross_entropy(hidden.double(), weight.double(), targets, implementation="triton")
+
+
+def test_tiles_fit_the_shared_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(ops_triton_cross_entropy, "INTERPRETED", False)
+    for memory in (64, 99, 163, 227):  # KiB a program may use: compute capability 7.5, 8.6 to 12.0, 8.0, 9.0
+        for width in WIDTHS:
+            for kernel in ("normalization", "hidden", "weight"):
+                tile = _launch(kernel, width, torch.bfloat16, memory * 1024)
+                kept, streamed = ("BV", "BT") if kernel == "weight" else ("BT", "BV")
+                elements = (tile[kept] + tile["num_stages"] * tile[streamed]) * width + tile["BT"] * tile["BV"]
+                assert elements * 2 <= memory * 1024
+    assert _launch("normalization", 256, torch.bfloat16, 227 * 1024)["BT"] == 128  # what is fast stays so
 
 
 @pytest.mark.gpu

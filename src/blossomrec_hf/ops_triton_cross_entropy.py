@@ -5,6 +5,8 @@ Cut Cross-Entropy (Wijmans et al. 2024, arXiv 2411.09009). Nothing is added atom
 from run to run. Both directions are `torch.library` custom ops, so that `torch.compile` sees single nodes.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,8 @@ def _hidden_gradient_kernel(
         w = tl.load(w_ptr + v.to(tl.int64)[:, None] * D + d, mask=v[:, None] < num_items, other=0.0)
         p = tl.exp(tl.dot(x, tl.trans(w), input_precision="ieee") - lse[:, None])
         p = tl.where(v[None, :] == target[:, None], p - 1.0, p)
-        out += tl.dot(p.to(w.dtype), w, input_precision="ieee")  # behind the last item, vectors are zero
+        p = tl.where(v[None, :] < num_items, p, 0.0)  # may be infinite behind the last item, which times zero is NaN
+        out += tl.dot(p.to(w.dtype), w, input_precision="ieee")
     scale = tl.where(target >= 0, tl.load(scale_ptr), 0.0)
     tl.store(dx_ptr + place, (out * scale[:, None]).to(dx_ptr.dtype.element_ty), mask=inside[:, None])
 
@@ -107,20 +110,37 @@ def _weight_gradient_kernel(
     tl.store(dw_ptr + place, out, mask=v[:, None] < num_items)
 
 
-def _launch(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use; unlimited where kernels are interpreted."""
+    if INTERPRETED:
+        return 2**30
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 2**16)  # AMD's GPUs have 64 KiB and no such property
+
+
+def _launch(kernel: str, width: int, dtype: torch.dtype, shared_memory: int) -> dict[str, int]:
     """
     Tile sizes, warps and pipeline stages, the fastest of six for each kernel on an H100 (bfloat16, 65,536 positions, width
-    128 and 16,384 positions, width 256; 3,416 and 100,000 items).
+    128 and 16,384 positions, width 256; 3,416 and 100,000 items). Smaller tiles where they need more than
+    `shared_memory` bytes.
     """
-    if INTERPRETED or dtype == torch.float32:  # float32 takes twice the room, and has no fast products
-        return {"BT": 16, "BV": 32} if INTERPRETED else {"BT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}
+    if INTERPRETED:
+        return {"BT": 16, "BV": 32}
+    if dtype == torch.float32:  # takes twice the room, and has no fast products
+        return {"BT": 32, "BV": 32, "num_warps": 4, "num_stages": 1}
     wide = width > 128
     tiles = {
         "normalization": (128, 64, 4, 4),
         "hidden": (64, 64, 4, 3),
         "weight": (64, 128, 8, 3) if wide else (128, 128, 8, 2),
     }
-    return dict(zip(("BT", "BV", "num_warps", "num_stages"), tiles[kernel]))
+    for tile in (tiles[kernel], (64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)):
+        rows, columns, _, stages = tile
+        kept, streamed = (columns, rows) if kernel == "weight" else (rows, columns)
+        if ((kept + stages * streamed) * width + rows * columns) * dtype.itemsize <= shared_memory:
+            break
+    return dict(zip(("BT", "BV", "num_warps", "num_stages"), tile))
 
 
 def _items(weight: Tensor, num_special: int, dtype: torch.dtype) -> Tensor:
@@ -133,7 +153,7 @@ def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, num_special: int)
     num_positions, width = x.shape
     items = _items(weight, num_special, x.dtype)
     lse, picked = (torch.empty(num_positions, device=x.device, dtype=torch.float32) for _ in range(2))
-    launch = _launch("normalization", width, x.dtype)
+    launch = _launch("normalization", width, x.dtype, _shared_memory(x.device))
     grid = (triton.cdiv(num_positions, launch["BT"]),)
     _normalization_kernel[grid](x, items, targets, lse, picked, num_positions, len(items), D=width, **launch)
     return torch.where(targets >= 0, lse - picked, 0.0).sum(), lse
@@ -156,11 +176,11 @@ def _cross_entropy_backward(
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if needed[0]:
         dx = torch.empty_like(x)
-        launch = _launch("hidden", width, x.dtype)
+        launch = _launch("hidden", width, x.dtype, _shared_memory(x.device))
         grid = (triton.cdiv(num_positions, launch["BT"]),)
         _hidden_gradient_kernel[grid](x, items, targets, lse, scale, dx, *sizes, D=width, **launch)
     if needed[1]:
-        launch = _launch("weight", width, x.dtype)
+        launch = _launch("weight", width, x.dtype, _shared_memory(x.device))
         tiles, rows = triton.cdiv(len(items), launch["BV"]), triton.cdiv(num_positions, launch["BT"])
         splits = max(1, min(rows, triton.cdiv(MIN_PROGRAMS, tiles)))
         span = triton.cdiv(rows, splits) * launch["BT"]

@@ -1,10 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, ops_triton_cross_entropy
 from blossomrec_hf.training import HistoryStore, LoopArguments, TrainingLoop
 from blossomrec_hf.training.graphs import GraphedPass, StaticBatch
 
@@ -57,6 +58,22 @@ def test_room_is_for_the_batch_and_what_fills_it_up():
     assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([101]).pack([0]))
     assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 11).pack(np.arange(11)))
     assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 5).pack(np.arange(5)))
+
+
+def test_steps_of_a_large_catalog_are_captured_where_no_logits_are_written():
+    def can_be_graphed(implementation, hidden_size=32, **accelerator):
+        gpu = {"num_processes": 1, "device": torch.device("cuda"), "scaler": None, "mixed_precision": "bf16"}
+        model = make_model(cross_entropy_implementation=implementation, hidden_size=hidden_size)
+        model.config.vocab_size = 1_000_000
+        args = SimpleNamespace(cuda_graphs=True, gradient_accumulation_steps=1, tokens_per_step=65536)
+        accelerator = SimpleNamespace(**{**gpu, **accelerator})
+        loop = SimpleNamespace(args=args, accelerator=accelerator, bare_model=model, _sharded=False)
+        return TrainingLoop._can_be_graphed(loop)
+
+    if ops_triton_cross_entropy.triton is not None:
+        assert can_be_graphed("auto") and can_be_graphed("triton")
+    assert not can_be_graphed("torch") and not can_be_graphed("liger") and not can_be_graphed("auto", hidden_size=48)
+    assert not can_be_graphed("auto", mixed_precision="no") and not can_be_graphed("auto", num_processes=2)
 
 
 @pytest.mark.gpu

@@ -23,11 +23,12 @@ from ..tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write, recover_folder
 
 
-# What may differ between an interrupted run and its continuation, because the weights do not depend on it.
 # Compilation takes 8 s more than capturing alone (1 s where its results are on disk from an earlier run) and saves 5 ms a
 # step of 65,536 items (two layers, width 128; six layers, width 256, 16,384 items: 7 s, 3 ms; one H100, 2026-11-27).
 COMPILE_STEPS = 2_000
 
+# What may differ between an interrupted run and its continuation, because the weights do not depend on it (but for
+# rounding, which changes with how steps are executed).
 _FREE_ON_RESUME = (
     "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id "
     "hub_private_repo hub_revision torch_compile cuda_graphs".split()

@@ -227,7 +227,9 @@ class TrainingLoop:
         at_once = (
             config.objective != "cross_entropy"
             or args.tokens_per_step * config.vocab_size <= MAX_LOGITS["cuda"]
-            or (config.cross_entropy_implementation == "auto" and supports_fused(dtype, config.hidden_size))
+            or (
+                config.cross_entropy_implementation in ("auto", "triton") and supports_fused(dtype, config.hidden_size)
+            )
         )
         return args.cuda_graphs and alone and on_gpu and at_once
 

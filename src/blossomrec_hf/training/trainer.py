@@ -189,7 +189,8 @@ class SequentialRecommendationTrainer(Trainer):
         """
         For rows with items to predict: no loss, of these items (float64 [B, n, 4]) the ranks over all and over unseen
         items, whether the user's history has them, and whether the model excludes seen items by default (1, 0, or NaN
-        where its `repeat_share` is not known), and the items themselves (int64 [B, n], padded with −100). Other rows are evaluated as in `Trainer`.
+        where its `repeat_share` is not known), and the items themselves (int64 [B, n], padded with −100). Other rows are
+        evaluated as in `Trainer`.
         """
         if prediction_loss_only or "target_ids" not in inputs:
             inputs = {name: value for name, value in inputs.items() if name not in ("target_ids", "seen_ids")}
