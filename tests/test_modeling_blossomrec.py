@@ -528,6 +528,11 @@ def test_ids_outside_the_vocabulary_are_named(bad):
         model(x)
 
 
+def test_ids_and_labels_of_any_integer_type():
+    model, x = recommender(), torch.tensor([[5, 6, 7]])
+    assert model(x.int(), labels=x.short()).loss == model(x, labels=x).loss
+
+
 def test_labels_outside_the_vocabulary_are_named():
     with pytest.raises(ValueError, match="labels.*60"):
         recommender()(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 60]]))
@@ -603,6 +608,12 @@ def test_other_bad_input_is_named():
         model(x, labels=x[:, 1:])
     with pytest.raises(ValueError, match="`labels` has -7"):
         model(x, labels=x - 12)
+    for name, values in (("input_ids", x[0]), ("input_ids", x.double()), ("labels", x.double()), ("labels", x > 5)):
+        with pytest.raises(ValueError, match=f"`{name}` has shape .* and dtype .*; it must be `\\[B, L\\]`"):
+            model(**{"input_ids": x, name: values})
+    for number in (-1, torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match="`logits_to_keep` is"):
+            model(x, logits_to_keep=number)
     offsets = torch.tensor([0, 2, 4])
     with pytest.raises(ValueError, match="cu_seq_lens_k"):
         model(x, cu_seq_lens_q=offsets, cu_seq_lens_k=torch.tensor([0, 1, 4]))

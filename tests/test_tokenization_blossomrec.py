@@ -107,6 +107,9 @@ def test_no_recommendation_is_no_item():
     for outside in (-2, 4):
         with pytest.raises(ValueError, match=f"`ids` has {outside}; an id may be 0 to 3, or −1"):
             tokenizer.decode_items([2, outside])
+    for wrong in (2.0, None, "a"):
+        with pytest.raises(ValueError, match=f"`ids` has {wrong!r}; it must be whole numbers"):
+            tokenizer.decode_items([2, wrong])
 
 
 def test_added_items_touch_nothing_old(tmp_path):

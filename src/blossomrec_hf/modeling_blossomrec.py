@@ -455,7 +455,8 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             included.
 
         Raises:
-            ValueError: as `BlossomRecModel.forward`, for labels outside the vocabulary, and for labels with a cache.
+            ValueError: as `BlossomRecModel.forward`, for labels outside the vocabulary, for labels with a cache, and for
+                `logits_to_keep` below 0.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None:
@@ -466,6 +467,8 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
         _check_keywords(kwargs, position_ids, cu_seq_lens_q)
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be a number of positions, 0 for all.")
         if labels is not None and (cache is not None or use_cache):
             raise ValueError("`labels` cannot be combined with a cache; a loss needs the histories themselves.")
         packed = pack_histories(
@@ -497,7 +500,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
         loss = logits = None
         if labels is not None:
-            labels = packed.pack(labels, padding=-100)
+            labels = packed.pack(labels, padding=-100).long()
             targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
             weight = dense_weight(self.lm_head)
             if self.config.objective == "cross_entropy":

@@ -102,14 +102,16 @@ def pack_histories(
         position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
         cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
         labels: `[B, L]`, checked for ids outside the vocabulary.
-        labels_are_counted: warn if padded rows have labels that `Trainer` counts as targets and the model does not.
+        labels_are_counted: warn of labels that `Trainer` counts as targets and the model does not.
         cu_seqlens_k, max_seqlen_k: a repetition of `cu_seqlens` and `max_seqlen`.
         drop_padding: drop the padding inside a compiled graph too, which then has a break here.
 
     Raises:
-        ValueError: for ids outside the vocabulary and for offsets or positions that do not describe the input. Values
-            are not checked inside a compiled graph, nor while a CUDA graph is captured.
+        ValueError: for ids outside the vocabulary or not `[B, L]`, and for offsets or positions that do not describe the
+            input. Values are not checked inside a compiled graph, nor while a CUDA graph is captured.
     """
+    _check_ids("input_ids", inputs if inputs.dim() < 3 else None)
+    _check_ids("labels", labels)
     batch, length = shape = inputs.shape[:2]
     device = inputs.device
     if labels is not None and labels.shape != shape:
@@ -160,10 +162,10 @@ def pack_histories(
             cu_seqlens,
             length,
             max_seqlen,
-            real is None,
             vocab_size,
             cu_seqlens_k=cu_seqlens_k,
-            counted=real if labels_are_counted else None,
+            real=real,
+            labels_are_counted=labels_are_counted,
         )
     elif max_seqlen is None:
         max_seqlen = length
@@ -189,8 +191,15 @@ def pack_histories(
     return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
 
 
+def _check_ids(name: str, ids: torch.Tensor | None) -> None:
+    if ids is not None and (ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool):
+        raise ValueError(
+            f"`{name}` has shape {tuple(ids.shape)} and dtype {ids.dtype}; it must be `[B, L]`, vocabulary ids as int64."
+        )
+
+
 def _check_packing(
-    ids, labels, padding, cu_seqlens, length, max_seqlen, offsets_given, vocab_size, *, cu_seqlens_k, counted
+    ids, labels, padding, cu_seqlens, length, max_seqlen, vocab_size, *, cu_seqlens_k, real, labels_are_counted
 ) -> tuple[int, int]:
     """
     The checks of `pack_histories` that need values, read from the device all at once; the longest history, and how many
@@ -201,7 +210,7 @@ def _check_packing(
     facts = [
         *((zero, zero) if ids is None or ids.numel() == 0 else ids.aminmax()),
         *((zero, zero) if labels is None or labels.numel() == 0 else labels.masked_fill(labels == -100, 0).aminmax()),
-        zero if labels is None or counted is None else _num_counted_in_vain(labels, counted),
+        _num_counted_in_vain(labels, real, cu_seqlens) if labels is not None and labels_are_counted else zero,
         zero if cu_seqlens_k is None else (cu_seqlens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
         zero if padding is None else (padding == 0).sum(),
         cu_seqlens[0],
@@ -230,7 +239,7 @@ def _check_packing(
         )
     if num_padding:
         raise ValueError("`attention_mask` marks padding in packed input; leave padding out, or make it a history.")
-    if offsets_given and (first != 0 or last != length or shortest < 0):
+    if real is None and (first != 0 or last != length or shortest < 0):
         offsets = cu_seqlens.tolist()
         raise ValueError(
             "The offsets of packed histories (`cu_seq_lens_q`, or `position_ids` that are 0) must start at 0, never "
@@ -241,11 +250,17 @@ def _check_packing(
     return longest if max_seqlen is None else max_seqlen, last
 
 
-def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """How many labels `Trainer` counts (all but −100 and the first column) at which the model has no target."""
-    first = real & (real.cumsum(1) == 1)
-    no_target = first | ~real | (labels < NUM_SPECIAL_IDS)
-    return (no_target & (labels != -100))[:, 1:].sum()
+def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """
+    How many labels `Trainer` counts (all but −100 and the first column) at which the model has no target. `real` marks the
+    items of padded rows, and is `None` for packed ones, which have offsets.
+    """
+    if real is None:
+        no_target = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
+        no_target = no_target.index_fill_(1, cu_seqlens.clamp(0, labels.shape[1]), True)[:, :-1]
+    else:
+        no_target = ~real | (real.cumsum(1) == 1)
+    return ((no_target | (labels < NUM_SPECIAL_IDS)) & (labels != -100))[:, 1:].sum()
 
 
 def _short(values: list[int]) -> str:

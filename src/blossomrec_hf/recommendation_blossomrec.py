@@ -274,9 +274,9 @@ class RecommendationMixin:
         index: Any | None = None,
     ) -> RecommendationOutput:
         """
-        The `top_k` best next items of each history, ties to the lower id. Scored in float32 or better, but by a head
-        that is quantized, offloaded or adapted as its `forward` does; [PAD] and [UNK] are never recommended. Dropout is never applied, and no module's mode is changed: threads may share a model,
-        even one in training mode.
+        The `top_k` best next items of each history, ties to the lower id. They are scored in float32 or better, but by
+        a head that is quantized, offloaded or adapted as its `forward` does. [PAD] and [UNK] are never recommended.
+        Dropout is never applied, and no module's mode is changed: threads may share a model, even one in training mode.
 
         In bfloat16 and float16, rounding may differ between a history alone, in a batch and in a cache, because matrix
         products of other shapes sum in another order. A query whose blocks score nearly the same may then select

@@ -200,7 +200,7 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
             ids: one id, a sequence, an array or a tensor of any shape; nested input gives nested lists.
 
         Raises:
-            `ValueError`: an id outside −1 … `len(tokenizer) - 1`.
+            `ValueError`: an id outside −1 … `len(tokenizer) - 1`, or one that is no whole number.
         """
         if self._items_by_id is None:
             items: list[int | str | None] = [None] * (max(self.get_vocab().values()) + 1)
@@ -216,6 +216,10 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
                     f"`ids` has {ids}; an id may be 0 to {len(self._items_by_id) - 1}, or −1 for no recommendation."
                 )
             return None if ids == -1 else self._items_by_id[ids]
+        if not isinstance(ids, Iterable) or isinstance(ids, str):
+            raise ValueError(
+                f"`ids` has {ids!r}; it must be whole numbers from 0 to {len(self._items_by_id) - 1}, or −1."
+            )
         return [self.decode_items(index) for index in ids]
 
     def add_items(self, items: Iterable[int | str]) -> int:

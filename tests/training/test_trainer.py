@@ -194,23 +194,34 @@ COLLATORS = {
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_the_loss_is_the_mean_over_targets_with_any_collator(tmp_path, collator, batch_size, accumulation):
+def test_the_loss_is_the_mean_over_targets_with_any_collator(tmp_path, caplog, collator, batch_size, accumulation):
+    packing_blossomrec.logger.warning_once.cache_clear()
     model, rows = wide_model(), rows_of_lengths(2, 3, 5, 20)
     logits, targets = log_probabilities(model, rows)
     expected = torch.nn.functional.cross_entropy(logits[:, 2:], targets - 2).item()
     sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     losses = losses_of_one_step(Trainer, model, tmp_path, rows, COLLATORS[collator], **sizes)
     assert losses == pytest.approx((expected, expected), rel=1e-4)
+    assert "`labels`" not in caplog.text
 
 
-def test_labels_that_trainer_counts_in_vain_are_reported(tmp_path, caplog):
+def collate_left_padded(rows):
+    """The first item of a shorter history is not in the first column, which `Trainer` does not count."""
     tokenizer = small_tokenizer(60)
-    tokenizer.padding_side = (
-        "left"  # the first item of a shorter history is not in the first column, which is not counted
-    )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    tokenizer.padding_side = "left"
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+
+
+def collate_packed_with_all_labels(rows):
+    """The first items of all histories but the first one are labels, too."""
+    batch = DataCollatorWithFlattening()(rows)
+    return {**batch, "labels": batch["input_ids"]}
+
+
+@pytest.mark.parametrize("collate", [collate_left_padded, collate_packed_with_all_labels])
+def test_labels_that_trainer_counts_in_vain_are_reported(tmp_path, caplog, collate):
     packing_blossomrec.logger.warning_once.cache_clear()
-    losses_of_one_step(Trainer, wide_model(), tmp_path, rows_of_lengths(2, 3, 5, 20), collator)
+    losses_of_one_step(Trainer, wide_model(), tmp_path, rows_of_lengths(2, 3, 5, 20), collate)
     assert "`labels` has ids that are no targets" in caplog.text
 
 
