@@ -60,6 +60,23 @@ def test_gradients_are_right_where_all_logits_are_far_below_zero():
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_hidden_states_of_any_layout():
+    hidden, weight, targets = draw(20, 30, 16)
+    with torch.no_grad():
+        expected = cross_entropy(hidden, weight, targets, implementation="triton")
+        assert cross_entropy(hidden.T.contiguous().T, weight, targets, implementation="triton") == expected
+
+
+def test_under_autocast_products_have_its_dtype_and_gradients_that_of_the_weights():
+    hidden, weight, targets = draw(20, 30, 16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        actual = loss_and_gradients(hidden, weight, targets, "triton")
+    expected = loss_and_gradients(hidden.bfloat16(), weight, targets, "triton")
+    assert [x.dtype for x in actual] == [torch.float32] * 3
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs.float())
+
+
 def test_what_the_kernels_cannot_compute_is_refused_by_name():
     hidden, weight, targets = draw(4, 5, 24)
     with pytest.raises(
