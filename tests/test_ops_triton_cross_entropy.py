@@ -49,6 +49,8 @@ def test_special_ids_take_no_part_and_a_batch_without_targets_has_loss_zero():
     assert not dweight[:NUM_SPECIAL_IDS].any() and not dhidden[targets < 0].any()
     loss, dhidden, dweight = loss_and_gradients(hidden, weight, torch.full_like(targets, -100), "triton")
     assert loss == 0 and not dhidden.any() and not dweight.any()
+    loss, _, dweight = loss_and_gradients(hidden[:0], weight, targets[:0], "triton")  # no position at all
+    assert loss == 0 and not dweight.any()
 
 
 def test_gradients_are_right_where_all_logits_are_far_below_zero():
