@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -180,6 +180,8 @@ def test_gaps_in_pandas_integers_are_bad_rows():
 def test_mixed_ids_are_refused():
     with pytest.raises(ValueError, match="not a mixture"):
         build_sequences(pd.DataFrame({"user": [1, "a"], "item": [3, 4]}))
+    with pytest.raises(ValueError, match="a DatasetDict has to be one of its splits"):
+        build_sequences(DatasetDict(train=Dataset.from_dict({"user": [1], "item": [3]})))
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,91 @@ def test_the_file_that_has_no_ratings_is_named(tmp_path):
     (tmp_path / "b.csv").write_text("user,item\n1,c\n")
     with pytest.raises(ValueError, match="min_rating is 2, but .*b.csv has no rating known"):
         build_sequences(tmp_path, min_rating=2)
+
+
+def test_a_name_of_two_columns_is_refused(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user,item,item,note,note\n1,a,b,c,d\n")
+    with pytest.raises(ValueError, match="log.csv has 2 columns called 'item'.*; give each a name of its own"):
+        build_sequences(path)
+    path.write_text("user_id,item,User ID,note,note\n1,a,2,c,d\n")
+    dataset, _ = build_sequences(path)
+    assert dataset["user_id"] == [1]
+    assert "the user is read from the column 'user_id', not from 'User ID'" in dataset.info.description
+
+
+def test_an_event_is_no_header(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("1,10,100\n1,11,101\n")
+    with pytest.raises(ValueError, match="If its first row is an event, write the names of the columns above it"):
+        build_sequences(path)
+    dataset, _ = build_sequences(path, user="1", item="10", timestamp="100")
+    assert "the first row is read as the names of columns, though '1' is a number" in dataset.info.description
+
+
+@pytest.mark.parametrize("text", ["user;item\n1;2\n", "user;item;price\n1;2;3,5\n", "user|item\n1|2\n"])
+def test_another_separator_is_named(tmp_path, text):
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match="has no header of names separated by ',' .*; write the log with commas or tabs"
+    ):
+        build_sequences(path)
+
+
+def test_many_columns_are_named_in_one_short_sentence(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user,item\r1,2\r" * 5000)
+    with pytest.raises(ValueError, match="and 9981 more") as refused:
+        build_sequences(path)
+    assert len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["log.txt", "log.csv", "log"])
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_a_header_is_seen_whatever_the_file_is_called(tmp_path, name, separator):
+    """Two columns with a tab in between look like pairs otherwise, whose first event would be (user_id, item_id)."""
+    path = tmp_path / name
+    path.write_text("user_id,item_id\n1,a\n1,b\n".replace(",", separator))
+    assert events(*build_sequences(path)) == [["a", "b"]]
+
+
+@pytest.mark.parametrize("format", ["pairs", "sequences"])
+def test_a_header_is_no_event(tmp_path, format):
+    path = tmp_path / "log.txt"
+    path.write_text("user_id item_id\n1 2\n3 4\n")
+    for given in (None, format):
+        with pytest.raises(
+            ValueError, match="log.txt begins with names of columns .'user_id item_id'.*remove this line"
+        ):
+            build_sequences(path, format=given)
+
+
+def test_names_for_a_format_that_has_none(tmp_path):
+    """Its times can be left unread all the same."""
+    path = tmp_path / "ratings.dat"
+    path.write_text("1::a::5::20\n1::b::5::10\n")
+    assert events(*build_sequences(path)) == [["b", "a"]]
+    dataset, tokenizer = build_sequences(path, format="ml-1m", timestamp="")
+    assert events(dataset, tokenizer) == [["a", "b"]] and "timestamps" not in dataset.column_names
+    assert "no times are read" in dataset.info.description
+    with pytest.raises(
+        ValueError, match="item='sku' names a column, but the columns of the format ml-1m have no names"
+    ):
+        build_sequences(path, format="ml-1m", item="sku")
+
+
+@pytest.mark.parametrize(
+    "text, arguments, said",
+    [
+        ('{"session": 1, "events": [{"aid": 5, "ts": 7}]}', {"user": "session", "item": "events"}, "item 'events'"),
+        ('{"user": {"id": 1}, "item": 3}', {}, "user 'user'"),
+        ('{"user": 1, "item": 3, "time": {"$date": 7}}', {}, "timestamp 'time'"),
+        ("{u'user': ['a'], 'item': 3}", {}, "user 'user'"),
+    ],
+)
+def test_values_of_several_parts_are_no_ids(tmp_path, text, arguments, said):
+    path = tmp_path / "log.json"
+    path.write_text(text + "\n")
+    with pytest.raises(ValueError, match=f"log.json: the {said} may be a number or a text, not .*interaction a line"):
+        build_sequences(path, **arguments)

@@ -76,7 +76,7 @@ def test_damaged_text_is_read_as_plain_python_reads_it(tmp_path, format):
         try:
             dataset, tokenizer = build_sequences(path, format=format, on_bad_rows="skip")
         except ValueError as error:
-            # Refused as a whole: nothing good is left, a user with two lines, no time that is a number, a title as header.
+            # Refused as a whole: nothing good is left, a user with two lines, no time that is a number, lists, a title as header.
             assert "\n" not in str(error)
             wholly = (
                 "holds no interaction",
@@ -84,6 +84,7 @@ def test_damaged_text_is_read_as_plain_python_reads_it(tmp_path, format):
                 "is neither a number",
                 "no column",
                 "no JSON object",
+                "may be a number or a text",
             )
             assert any(words in str(error) for words in wholly), error
             return

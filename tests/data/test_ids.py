@@ -116,6 +116,19 @@ def test_pandas_columns_with_gaps():
 
 
 @pytest.mark.parametrize(
+    "name, text",
+    [
+        ("log.csv", "user,item\n7,1.23457E+12\n8,1.23457E+12\n"),  # 1234567890123 and another, by a spreadsheet
+        ("log.jsonl", '{"user": 7, "item": 12345678901234567890123}\n'),
+    ],
+)
+def test_numbers_with_an_exponent_are_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"ids such as '1.23\d+[eE]\+\d\d' are numbers with an exponent"):
+        build_sequences(tmp_path / name)
+
+
+@pytest.mark.parametrize(
     "ids", [pl.Series([2.0**53 + 2]), pl.Series([2.0**24 + 2], dtype=pl.Float32), pl.Series(["9007199254740994.0"])]
 )
 def test_floats_that_have_lost_digits_are_refused(ids):

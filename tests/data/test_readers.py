@@ -282,6 +282,13 @@ def test_titles(tmp_path, name, text):
     assert titles.select("item", "title", "input_id").rows() == [(2, "Amélie", 2), (1, "Toy Story (1995)", 3)]
 
 
+def test_titles_of_items_that_were_written_as_floats():
+    tokenizer = BlossomRecTokenizer.from_items([2, 100])
+    for ids in (["100.0", "2.0", "x"], [100.0, 2.0, 3.0]):
+        titles = item_metadata(pl.DataFrame({"item_id": ids, "title": ["A", "B", "C"]}), tokenizer)
+        assert titles.select("item", "title").rows() == [(2, "B"), (100, "A")]
+
+
 def test_titles_stand_beside_the_dataset(tmp_path):
     log = pl.DataFrame({"user": [1, 1], "item": ["a", "b"]})
     titles = pl.DataFrame({"item_id": ["b", "a", "c"], "title": ["B!", "A!", "C!"], "year": [1, 2, 3]})

@@ -37,7 +37,7 @@ def last_line(capsys) -> str:
     [
         ("log.csv", b"user,item\n1,2,3\n", "line 2: more fields than the header has"),
         ("log.csv", "user,item\n1,caf\xe9\n".encode("latin-1"), "line 2 is not UTF-8"),
-        ("log.csv", bytes(range(256)) * 9, "no column known to hold the user"),
+        ("log.csv", bytes(range(256)) * 9, "has no header of names"),
         ("log.csv", b'"user";"item"\n1;2\n', "has no header of names"),
         ("log.jsonl", b'{"user": 1, "item": 2}\n{"user": 1, ', "line 2: not a usable user or item"),
         ("log.jsonl", b"[" * 100_000, "no format known by its look"),

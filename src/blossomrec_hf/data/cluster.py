@@ -18,7 +18,7 @@ from ..utils.files import atomic_folder, recover_folder, require_folder
 from .build import NUM_SPECIAL, check_arguments
 from .columns import find_columns, no_times_note
 from .filters import FilterReport
-from .ids import BLANKS, EXACT, FLOAT, MISSING_IDS, as_integers, floats_note
+from .ids import BLANKS, EXACT, EXPONENT, FLOAT, MISSING_IDS, as_integers, exponent_error, floats_note
 from .ingest import Interactions, clean_batches
 from .readers import open_log
 from .storage import check_output_dir, load_folder, with_ends, write_dataset
@@ -247,6 +247,8 @@ def _read_floats_as_integers(log: "DataFrame", name: str, report: FilterReport) 
 
     if dict(log.dtypes)[name] != "string":
         return log
+    if (shortened := log.filter(f.col(name).rlike(EXPONENT)).select(name).first()) is not None:
+        raise exponent_error(shortened[0])
     is_float = f.col(name).rlike(FLOAT)
     first = log.filter(is_float).orderBy("place").select(name).first()
     text = f.when(is_float, f.regexp_replace(name, r"\.0+$", "")).otherwise(f.col(name))

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 OURS = ("user", "item", "rating", "timestamp")
@@ -39,14 +39,17 @@ def find_columns(columns: Sequence[str], names: Names, where: str, notes: list[s
         notes: gets a sentence if several columns have a usual name.
 
     Raises:
-        `ValueError`: a name that is asked for is not there, or none is known to be the user or the item.
+        `ValueError`: a name that is asked for is not there, none is known to be the user or the item, or two columns have
+            the name of one that is read.
     """
     found = {}
-    plain = {_plain(name): name for name in reversed(columns)}
+    plain: dict[str, list[str]] = {}
+    for name in columns:
+        plain.setdefault(_plain(name), []).append(name)
     for ours, usual in _USUAL.items():
         asked = names.get(ours)
         if asked is None:
-            matches = list(dict.fromkeys(plain[key] for key in map(_plain, usual) if key in plain))
+            matches = list(dict.fromkeys(name for key in map(_plain, usual) for name in plain.get(key, ())))
             match = matches[0] if matches else None
             if len(matches) > 1:
                 others = " and ".join(map(repr, matches[1:]))
@@ -57,20 +60,36 @@ def find_columns(columns: Sequence[str], names: Names, where: str, notes: list[s
             match = asked or None
         else:
             near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
-            hint = (
-                f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}."
-            )
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {_listed(columns)}."
             raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
         if match is None and ours in ("user", "item"):
             near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
-            hint = f" Near matches: {', '.join(map(repr, near))}." if near else ""
+            hint = f" Near matches: {_listed(near)}." if near else ""
+            hint += (
+                " If its first row is an event, write the names of the columns above it." if numbers(columns) else ""
+            )
             raise ValueError(
-                f"{where} has no column known to hold the {ours}; it has {', '.join(map(repr, columns))}.{hint} Name it with "
-                f"{ours}=…"
+                f"{where} has no column known to hold the {ours}; it has {_listed(columns)}.{hint} Name it with {ours}=…"
+            )
+        if match is not None and columns.count(match) > 1:
+            raise ValueError(
+                f"{where} has {columns.count(match)} columns called {match!r}, one of which would be read as the {ours}; give "
+                "each a name of its own."
             )
         if match is not None:
             found[ours] = match
     return found
+
+
+def is_header(names: Sequence[str]) -> bool:
+    """Whether the usual names of a user and of an item are among `names`."""
+    plain = set(map(_plain, names))
+    return all(not plain.isdisjoint(map(_plain, _USUAL[ours])) for ours in ("user", "item"))
+
+
+def numbers(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are numbers, as in a first row that is an event."""
+    return [name for name in names if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", name)]
 
 
 def no_times_note(names: Names) -> str:
@@ -78,6 +97,11 @@ def no_times_note(names: Names) -> str:
     if names["timestamp"] == "":
         return "no times are read: every history is in the order of rows"
     return "no column of times is used: every history is in the order of rows; name a column with timestamp=… if there is one"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+    return ", ".join(repr(name if len(name) <= 60 else name[:60] + "…") for name in columns[:20]) + more
 
 
 def _plain(name: str) -> str:

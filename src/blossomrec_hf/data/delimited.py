@@ -56,7 +56,7 @@ class DelimitedFile:
         start = len(BOM) if block.startswith(BOM) else 0
         while (header := self._syntax.row.match(block, start)) and not header[0].strip():
             start = header.end()
-        if header is None:
+        if header is None or separator.encode() not in header[0]:
             line = block[start : start + 80].decode("utf-8", "replace").splitlines()[:1]
             raise ValueError(
                 f"{path} has no header of names separated by {separator!r} (first line {''.join(line)!r}); write the log "

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .columns import OURS, Names, find_columns
+from .columns import OURS, Names, find_columns, is_header, numbers
 from .delimited import DelimitedFile
 from .ids import Codes
 from .text_files import BadRows, first_lines, read_lines
@@ -149,7 +149,17 @@ def _words(lines: pl.DataFrame) -> pl.DataFrame:
     return lines.select("row", words.alias("words"))
 
 
+def _check_no_header(path: Path) -> None:
+    first = first_lines(path, 1)[0]
+    if is_header(first.split()):
+        raise ValueError(
+            f"{path} begins with names of columns ({first[:80]!r}), which a format without names would read as an event; "
+            "remove this line, or separate the values by commas or tabs."
+        )
+
+
 def _pairs(path: Path, names: Names, notes: list[str]) -> Part:
+    _check_no_header(path)
     only = pl.when(pl.col("words").list.len() == 2).then(pl.col("words").list.last())
     values = (pl.col("words").list.first().alias("user"), only.alias("item"))
     return _text_part(
@@ -159,6 +169,7 @@ def _pairs(path: Path, names: Names, notes: list[str]) -> Part:
 
 def _sequences(path: Path, names: Names, notes: list[str]) -> Part:
     """A user and all items of the user a line."""
+    _check_no_header(path)
 
     def batches(bad: BadRows) -> Iterator[pl.LazyFrame]:
         seen = Codes()
@@ -193,6 +204,11 @@ def _item_sequences(path: Path, names: Names, notes: list[str]) -> Part:
 def _delimited(path: Path, names: Names, notes: list[str], separator: str) -> Part:
     file = DelimitedFile(path, separator, quoting=separator == ",")
     found = find_columns(file.columns, names, str(path), notes)
+    if odd := numbers(found.values()):
+        notes.append(
+            f"the first row is read as the names of columns, though {odd[0]!r} is a number; if it is an event, write the names "
+            "of the columns above it"
+        )
     places = {ours: file.columns.index(theirs) for ours, theirs in found.items()}
 
     def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
@@ -217,10 +233,7 @@ _AMAZON_USER = re.compile(r"A[0-9A-Z]{11,}")  # an item, an ASIN, has ten charac
 
 
 def _json_lines(path: Path, names: Names, notes: list[str]) -> Part:
-    columns = _keys(path, _json)
-    if not columns:
-        raise ValueError(f"{path}, line 1 is no JSON object; a log has one a line.")
-    found = find_columns(columns, names, str(path), notes)
+    found = _find_keys(path, _json, names, notes)
     escaped = {ours: theirs.replace("\\", "\\\\").replace("'", "\\'") for ours, theirs in found.items()}
     values = [pl.col("line").str.json_path_match(f"$['{theirs}']").alias(ours) for ours, theirs in escaped.items()]
     return _text_part(
@@ -228,9 +241,27 @@ def _json_lines(path: Path, names: Names, notes: list[str]) -> Part:
     )
 
 
-def _keys(path: Path, parse: Callable[[str], dict | None]) -> list[str]:
-    """The keys of the first lines, of which some may lack one."""
-    return list(dict.fromkeys(str(key) for line in first_lines(path, 100) for key in parse(line) or {}))
+def _find_keys(path: Path, parse: Callable[[str], dict | None], names: Names, notes: list[str]) -> dict[str, str]:
+    """
+    Our columns -> the keys of the first lines, of which some may lack one.
+
+    Raises:
+        `ValueError`: no keys, see [`~data.columns.find_columns`], or a list, an object or a truth value where an id or a
+            time belongs.
+    """
+    rows = [parse(line) or {} for line in first_lines(path, 100)]
+    keys = list(dict.fromkeys(str(key) for row in rows for key in row))
+    if not keys:
+        raise ValueError(f"{path}, line 1 is no JSON object; a log has one a line.")
+    found = find_columns(keys, names, str(path), notes)
+    for ours, theirs in found.items():
+        wrong = next((row[theirs] for row in rows if isinstance(row.get(theirs), (list, dict, bool))), None)
+        if wrong is not None and ours != "rating":
+            raise ValueError(
+                f"{path}: the {ours} {theirs!r} may be a number or a text, not {repr(wrong)[:60]}; write an "
+                "interaction a line."
+            )
+    return found
 
 
 def _json(line: str) -> dict | None:
@@ -243,7 +274,7 @@ def _json(line: str) -> dict | None:
 
 def _python_lines(path: Path, names: Names, notes: list[str]) -> Part:
     """UCSD's Steam: a Python dict a line, which no JSON reader takes."""
-    found = find_columns(_keys(path, _literal), names, str(path), notes)
+    found = _find_keys(path, _literal, names, notes)
 
     def parse(line: str) -> dict[str, str | None]:
         row = _literal(line)
@@ -293,6 +324,7 @@ FORMATS: dict[str, Callable[[Path, Names, list[str]], Part]] = {
     "foursquare": _foursquare,
     "python-lines": _python_lines,
 }
+WITH_NAMES = ("csv", "tsv", "parquet", "jsonl", "recbole", "python-lines")  # of their columns
 
 
 def sniff(path: Path, names: Names) -> str:
@@ -310,6 +342,9 @@ def sniff(path: Path, names: Names) -> str:
         return "python-lines" if _json(lines[0]) is None else "jsonl"
     if suffix == "inter":
         return "recbole"
+    for format, separator in (("tsv", "\t"), ("csv", ",")):
+        if is_header(lines[0].replace('"', "").split(separator)):
+            return format
     if any(names.values()) or suffix == "tsv":
         return "tsv" if lines[0].count("\t") >= max(1, lines[0].count(",")) else "csv"
     if suffix == "csv":

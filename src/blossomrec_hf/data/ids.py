@@ -13,6 +13,7 @@ MISSING_IDS = (
 )  # fmt: skip
 BLANKS = " \t\n\v\f\r"
 FLOAT = r"^-?\d+\.0+$"  # an integer that is written as a float
+EXPONENT = r"^-?\d\.\d+[eE]\+?\d+$"  # what a spreadsheet or a JSON reader makes of a large integer
 EXACT = {pl.Float32: 1 << 24, pl.Float64: 1 << 53}  # a float names every integer up to here
 
 
@@ -124,6 +125,12 @@ def floats_note(name: str, example: str) -> str:
     return f"the {name} ids are floats with whole values such as '{example}': they are read as integers"
 
 
+def exponent_error(example: str) -> ValueError:
+    return ValueError(
+        f"ids such as '{example}' are numbers with an exponent, whose last digits are lost; write them as integers."
+    )
+
+
 def as_integers(ids: pl.Series) -> pl.Series:
     """Text ids as Int64 if every one is a plainly written integer (no leading zeros), else as they are."""
     if ids.dtype != pl.String:
@@ -137,10 +144,12 @@ def floats_as_integers(ids: pl.Series, known: Container[str] = ()) -> pl.Series 
     Text ids as integers, as [`Codes.read_floats_as_integers`] describes it; `None` where they stay as they are.
 
     Raises:
-        `ValueError`: a float too large to name an integer exactly.
+        `ValueError`: a float too large to name an integer exactly, or one with an exponent.
     """
     if ids.dtype != pl.String:
         return None
+    if len(shortened := ids.filter(ids.str.contains(EXPONENT))):
+        raise exponent_error(shortened[0])
     floats = ids.str.contains(FLOAT)
     if not floats.any():
         return None

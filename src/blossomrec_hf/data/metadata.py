@@ -47,7 +47,9 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
             f"one {' or '.join(_TITLE)}."
         )
     frame = frame.rename({item: "item", title: "title"}).with_columns(
-        pl.col("item").cast(pl.Int64 if tokenizer.item_type == "int" else pl.String, strict=False)
+        pl.col("item").cast(pl.String).str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
+        if tokenizer.item_type == "int"
+        else pl.col("item").cast(pl.String, strict=False)
     )
     frame = frame.filter(pl.col("item").is_not_null() & pl.col("title").is_not_null()).unique("item", keep="first")
     ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)

@@ -11,7 +11,7 @@ import polars as pl
 from ..utils.files import recover_folder
 from . import known_sets
 from .columns import Names, no_times_note
-from .formats import FORMATS, Part, sniff, table
+from .formats import FORMATS, WITH_NAMES, Part, sniff, table
 from .times import check_time_type
 
 
@@ -112,6 +112,14 @@ def open_log(
         )
     logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
     parts = [FORMATS[format](file, names, notes) for file in files]
+    if format not in WITH_NAMES:
+        if asked := [f"{ours}={theirs!r}" for ours, theirs in names.items() if theirs]:
+            raise ValueError(
+                f"{asked[0]} names a column, but the columns of the format {format} have no names; leave it out."
+            )
+        if timestamp == "":
+            for part in parts:
+                part.types = {ours: dtype for ours, dtype in part.types.items() if ours != "timestamp"}
     return _log(parts, name, format, names, notes, options)
 
 
@@ -181,7 +189,8 @@ def _as_polars(source: Any) -> pl.LazyFrame:
             return pl.from_arrow(source).lazy()
     except Exception as error:
         raise ValueError(
-            f"source can not be read as a table ({error}); a column of ids may hold integers or strings, not a mixture."
+            f"source can not be read as a table ({error}); each column needs a name of its own and values of one type, not a "
+            "mixture, and a DatasetDict has to be one of its splits."
         ) from error
     raise ValueError(
         f"source is a {type(source).__name__}; it may be a path, a Polars or pandas frame, a pyarrow table or a Dataset."
