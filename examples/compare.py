@@ -29,8 +29,11 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], di
         path = Path(folder) / "ranks.npz"
         if not path.is_file():
             raise ValueError(f"`reports`: {folder} has no ranks.npz; examples/evaluate.py writes it.")
-        with np.load(path) as file:
-            files.append({name: file[name] for name in file.files})
+        try:
+            with np.load(path) as file:
+                files.append({name: file[name] for name in file.files})
+        except Exception as error:  # whatever a damaged file makes of the reader
+            raise ValueError(f"`reports`: {path} is damaged ({error}); run examples/evaluate.py again.") from error
         if missing := set(COMMON) - files[-1].keys():
             raise ValueError(f"`reports`: {path} lacks {', '.join(sorted(missing))}; run examples/evaluate.py again.")
         if not all(np.array_equal(files[0][name], files[-1][name]) for name in COMMON[:3]):

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from blossomrec_hf.conversion import from_authors, to_authors
+from blossomrec_hf.data.formats import reading
 from blossomrec_hf.recbole import read_checkpoint
 from blossomrec_hf.utils.files import atomic_files, atomic_write, require_folder
 
@@ -66,7 +67,8 @@ def convert(args: ConversionArguments) -> None:
     num_items = model.config.vocab_size - 2
     items: list[int] | list[str] = list(range(1, num_items + 1))
     if args.items is not None:
-        items = Path(args.items).read_text("utf-8").splitlines()
+        with reading(args.items):
+            items = Path(args.items).read_text("utf-8").splitlines()
         if len(items) != num_items:
             raise ValueError(f"`items` {args.items} has {len(items)} lines, the checkpoint {num_items} items.")
     tokenizer = BlossomRecTokenizer.from_items(items)

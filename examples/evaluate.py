@@ -15,7 +15,6 @@ popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's ite
 import logging
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -40,7 +39,7 @@ from blossomrec_hf.training import (
     rank_held_out_items,
     set_up_logging,
 )
-from blossomrec_hf.utils.files import write_json
+from blossomrec_hf.utils.files import atomic_files, require_folder, write_json
 
 
 @dataclass
@@ -83,6 +82,7 @@ class EvaluationArguments:
 def main() -> None:
     log_args, args = parse_arguments(LogArguments, EvaluationArguments, description=__doc__)
     set_up_logging()
+    require_folder(args.output_dir)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
 
@@ -99,17 +99,15 @@ def main() -> None:
             counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
             ranking["exclude_seen"] = args.exclude_seen
-        if args.exclude_seen is None:
-            if model.config.repeat_share is None:
-                model.config.repeat_share = log_args.repeat_share(dataset)
-            if ranking["exclude_seen"] not in (None, model.config.exclude_seen):
-                raise ValueError(
-                    f"`models`: {folder} and {args.models[0]} differ in whether seen items are excluded; give "
-                    "--exclude_seen true or --exclude_seen false for all of them."
-                )
-            ranking["exclude_seen"] = model.config.exclude_seen
+        if ranking["exclude_seen"] is None and model.config.repeat_share is None:
+            model.config.repeat_share = log_args.repeat_share(dataset)
         tokenizers.append(tokenizer)
         ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
+    if len(protocols := {of_model.exclude_seen for of_model in ranks.values()}) > 1:
+        raise ValueError(
+            "`models`: some exclude seen items and some do not; `--exclude_seen` decides for all of them."
+        )
+    (ranking["exclude_seen"],) = protocols
     training = HistoryStore.from_rows(split(dataset, "train"))
     device = {"device": accelerator.device}
     baselines = {"most popular": PopularityScores(counts, **device)}
@@ -134,27 +132,22 @@ def main() -> None:
             samples=args.samples,
             seed=args.seed,
         )
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     arguments = {**asdict(log_args), **asdict(args)}
     report = {"arguments": arguments, "protocol": PROTOCOL, **describe_environment(), "reports": reports}
-    write_json(folder / "evaluation.json", report)
-    np.savez_compressed(
-        folder / "ranks.npz",
-        user_ids=np.array(held_out.user_ids),
-        users=held_out.target_users,
-        repeated=held_out.repeated,
-        exclude_seen=ranking["exclude_seen"],
-        **{
-            f"{name}{suffix}": values
-            for name, of_name in ranks.items()
-            for suffix, values in of_name.by_suffix(all_and_unseen=args.all_and_unseen).items()
-        },
-    )
+    arrays = {
+        f"{name}{suffix}": values
+        for name, of_name in ranks.items()
+        for suffix, values in of_name.by_suffix(all_and_unseen=args.all_and_unseen).items()
+    }
+    arrays |= {"user_ids": np.array(held_out.user_ids), "users": held_out.target_users}
+    arrays |= {"repeated": held_out.repeated, "exclude_seen": ranking["exclude_seen"]}
     k = 10 if 10 in args.ks else max(args.ks)
     names = [name for name in next(iter(reports.values()))["metrics"] if re.match(rf"(recall|ndcg)@{k}(_|$)", name)]
     table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
-    (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
+    with atomic_files(args.output_dir) as folder:
+        write_json(folder / "evaluation.json", report)
+        np.savez_compressed(folder / "ranks.npz", **arrays)
+        (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
     print(
         f"{len(held_out)} users, {len(counts) - 2} items; {held_out.repeat_share:.1%} of the held-out items already ",

@@ -11,6 +11,7 @@ vocab_size]` of the next item (−inf for [PAD] and [UNK]); with ONNX Runtime:
 """
 
 import argparse
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -37,7 +38,11 @@ def main() -> None:
         if args.output.suffix == ".onnx":
             export_onnx(model, folder / args.output.name)
         else:
-            torch.export.save(export_program(model), folder / args.output.name)
+            program = (
+                BytesIO()
+            )  # where PyTorch writes this to a file itself, a full disk ends the process with SIGABRT
+            torch.export.save(export_program(model), program)
+            (folder / args.output.name).write_bytes(program.getbuffer())
     print(f"Wrote {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
@@ -47,6 +46,7 @@ from blossomrec_hf.training import (
     freeze_all_but_items,
     initialize_from_events,
     parse_arguments,
+    read_arguments,
     read_item_vectors,
     sample_users,
     save_arguments,
@@ -61,7 +61,8 @@ from blossomrec_hf.training.fine_tuning import (
     windows_to_learn,
 )
 from blossomrec_hf.training.histories import concatenate
-from blossomrec_hf.training.progress import can_draw_bars
+from blossomrec_hf.training.progress import on_terminal
+from blossomrec_hf.utils.files import require_folder
 
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ DEFAULTS = {
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "ndcg@10",
-    "disable_tqdm": not can_draw_bars(),
+    "disable_tqdm": not on_terminal(),
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 TRAIN_ONLY = ("all", "embeddings", "new_items", "lora")
@@ -126,8 +127,6 @@ class FineTuneArguments:
     )
 
     def __post_init__(self):
-        if self.eval_users < 0:
-            raise ValueError(f"`eval_users` must be 0 or more, got {self.eval_users}.")
         if self.train_only not in TRAIN_ONLY:
             raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
         replay = self.replay not in ("auto", "none")
@@ -148,7 +147,7 @@ def past_logs(model: str, replay: str) -> list[LogArguments]:
     run = Path(model) / "run.yaml"
     if not run.exists():
         return []
-    trained = yaml.safe_load(run.read_text(encoding="utf-8"))
+    trained = read_arguments(run, LogArguments)
     log = LogArguments(**{f.name: trained[f.name] for f in fields(LogArguments) if f.name in trained})
     earlier = past_logs(trained["model"], trained["replay"]) if trained.get("model") else []
     if log.data is None or Path(log.data).exists():
@@ -169,6 +168,7 @@ def main() -> None:
         LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
     )
     set_up_logging()
+    require_folder(training_args.output_dir)
     for tracker in training_args.report_to:
         check_tracker(tracker, get_available_reporting_integrations())
     set_seed(training_args.seed)

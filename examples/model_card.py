@@ -6,7 +6,6 @@ Makes the card of a model from what its training wrote; no figure in it comes fr
         --published model_cards/published-ml-1m.json --output model_cards/blossomrec-ml-1m.md
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import HfArgumentParser
 from blossomrec_hf.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.hub import model_card, write_card
 from blossomrec_hf.training import read_results
+from blossomrec_hf.utils.files import atomic_write, read_json
 
 
 @dataclass
@@ -52,13 +52,14 @@ def main() -> None:
     (args,) = parser.parse_args_into_dataclasses()
     options = {"dataset_name": args.dataset_name, "license": args.license}
     if args.published is not None:
-        options["published"] = json.loads(Path(args.published).read_text("utf-8"))
+        options["published"] = read_json(args.published, list)
     if args.folder is not None:
         path = write_card(args.folder, name=args.name, **options)
     else:
         path = Path(args.output)
         card = model_card(read_results(args.results), name=args.name or Path(args.results).stem, **options)
-        path.write_text(str(card), "utf-8")
+        with atomic_write(path) as partial:
+            partial.write_text(str(card), "utf-8")
     print(path)
 
 

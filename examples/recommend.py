@@ -24,6 +24,7 @@ from datasets import Dataset, disable_progress_bars
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
+from blossomrec_hf.data.formats import reading
 from blossomrec_hf.training import LogArguments, parse_arguments, set_up_logging
 from blossomrec_hf.training.histories import budget_batches
 from blossomrec_hf.training.progress import progress_bar
@@ -147,7 +148,9 @@ def main() -> None:
     own = list(enumerate(names))[accelerator.process_index :: accelerator.num_processes]
     done = 0
     for path in sorted(folder.glob("recommendations-*.parquet")):
-        if (pq.read_schema(path).metadata or {}).get(b"made_by") != made_by:
+        with reading(str(path)):
+            metadata = pq.read_schema(path).metadata or {}
+        if metadata.get(b"made_by") != made_by:
             raise ValueError(
                 f"`output_dir` {folder} has a shard, {path.name}, made with another model, log or setting; choose "
                 "another folder, or remove it."

@@ -12,7 +12,6 @@ All options: `python examples/train.py --help`.
 import json
 import logging
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -36,11 +35,13 @@ from blossomrec_hf.training import (
     describe_environment,
     evaluate,
     parse_arguments,
+    read_results,
     refit,
     refit_folder,
     save_arguments,
     set_up_logging,
 )
+from blossomrec_hf.utils.files import require_folder
 
 
 logger = logging.getLogger("blossomrec_hf.train")
@@ -130,6 +131,9 @@ def main() -> None:
     )
     set_up_logging()
 
+    require_folder(args.output_dir)
+    if output_args.results_json is not None:
+        read_results(output_args.results_json)  # what cannot be added to is refused before the training
     if output_args.refit:
         check_refit_folder(args)
     dataset, tokenizer = log_args.build()
@@ -208,7 +212,6 @@ def main() -> None:
         if output_args.results_json is not None:
             append_result(output_args.results_json, **run)
         keep(args.output_dir, run)
-        sys.stdout.flush()  # the refit takes as long again, and a file or a pipe would show nothing of it until then
 
     folder = Path(args.output_dir)
     if output_args.refit:

@@ -59,8 +59,10 @@ def test_the_hub_without_such_a_repository_or_out_of_reach(local_hub, monkeypatc
     [
         (ValueError("`k_core` is 0;\n  it must be at least 1."), "`k_core` is 0; it must be at least 1."),
         (OSError(28, "No space left on device", "out/file"), "No space left on device: out/file."),
+        (OSError(28, "No space left on device", "a", None, "out/a"), "No space left on device: a -> out/a."),
         (ConnectionError("The Hub could not be reached."), "The Hub could not be reached."),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), "[enforce fail] . PytorchStream"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640"), "[enforce fail at inline"),
         (Exception("No space left on device (os error 28)"), "No space left on device (os error 28)"),
         (ImportError("Writing ONNX needs `pip install blossomrec-hf[onnx]`."), "Writing ONNX needs"),
         (ValueError(), "ValueError"),

@@ -255,3 +255,11 @@ def test_damaged_files_are_refused_in_a_sentence(saved, name, content):
     (saved / "checkpoint_manifest.json").unlink()
     if (name, content) != ("tokenizer_config.json", "null"):
         assert "cannot be read" in refused(saved)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path):
+    """Without tokenizer_config.json, integer ids would become text."""
+    BlossomRecTokenizer.from_items([5, 7]).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="lacks tokenizer_config.json, which was saved with its other files"):
+        BlossomRecTokenizer.from_pretrained(tmp_path)

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 _ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 # Libraries have errors of their own for a disk that is full, with the words of the system in them; PyTorch has only this.
-_DISK_ERROR = re.compile("No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed")
+_DISK_ERROR = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed|enforce fail at inline_container"
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,7 +50,8 @@ def exit_on_error() -> Iterator[None]:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.strerror}{f': {error.filename}' if error.filename is not None else ''}."
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror.rstrip('.')}{f': {names}' if names else ''}."
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """Atomic writes of files, for the code that travels with a checkpoint; `utils/files.py` adds folders."""
 
+import errno
 import os
 import re
 import shutil
@@ -35,16 +36,28 @@ def remove_leftovers(path: Path) -> None:
     """Removes what killed writes of `path` left more than a day ago. A younger one may still be written to."""
     if not path.parent.is_dir():
         return
+
+    def is_old(file: Path) -> bool:
+        return file.stat().st_mtime < time.time() - LEFTOVER_SECONDS
+
     for child in partials(path.parent, path.name):
         with suppress(FileNotFoundError):  # another process was faster
-            if child.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+            if is_old(child) and all(map(is_old, child.rglob("*"))):
                 remove(child)
 
 
 def partials(folder: Path, name: str | None = None) -> list[Path]:
     """What is being written to `folder`, or was when a process was killed; with `name`, in the place of that alone."""
-    pattern = rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}"
-    return [child for child in folder.iterdir() if re.fullmatch(pattern, child.name, re.DOTALL)]
+    found = [(child, _name_of_partial(child.name)) for child in folder.iterdir()]
+    return [child for child, of in found if of is not None and name in (None, of)]
+
+
+def _name_of_partial(partial: str) -> str | None:
+    """What a hidden name of `partial_path` stands for, also if that was hidden itself; `None` for other names."""
+    name = None
+    while match := re.fullmatch(rf"\.(.+)\.[0-9a-f]{{8}}{re.escape(PARTIAL)}", name or partial, re.DOTALL):
+        name = match[1]
+    return name
 
 
 def remove(path: Path) -> None:
@@ -70,6 +83,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ValueError(f"`path` {path} is a folder; give the name of a file.")
+    if not path.parent.is_dir():  # some libraries have errors of their own for this
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     remove_leftovers(path)
     partial = partial_path(path)
     try:

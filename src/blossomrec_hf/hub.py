@@ -20,7 +20,7 @@ from .data.storage import load_folder
 from .manifest_blossomrec import MANIFEST_NAME, TOKENIZER_NAMES, check_manifest, code_files
 from .tokenization_blossomrec import BlossomRecTokenizer
 from .upload_blossomrec import REPO_PLACEHOLDER, ensure_repo, push_folder
-from .utils.files import atomic_write, write_json
+from .utils.files import atomic_write, read_json, write_json
 
 
 _COLUMNS = {
@@ -224,6 +224,10 @@ def group_runs(results: Sequence[Mapping[str, Any]]) -> list[RunGroup]:
     """The runs of a results file by what was run, baselines last, each group by seed."""
     groups: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for run in results:
+        if missing := {"configuration", "seed", "exclude_seen"} - run.keys():
+            raise ValueError(
+                f"`results` has a run without {', '.join(sorted(missing))}; give a file that `examples/train.py` wrote."
+            )
         how = {name: run.get(name) for name in ("implementation", "commit")}
         how["commit"] = how["commit"] and how["commit"][:10]
         settings = {**non_defaults(run["configuration"]), **how}
@@ -264,14 +268,18 @@ def model_card(
         name: of the model.
         dataset_name: what people call the data; left out, the name of the file.
         repo_id: where the model will be; `push_folder` fills it in.
-        published: others' figures to stand beside, `{"model", "recall@10", "ndcg@10", "source"}` each; not ours.
+        published: others' figures to stand beside, `{"model", "recall@10", "ndcg@10", "protocol", "source"}` each; not ours.
         pictures: names of pictures that lie beside the card.
         license: an identifier of the Hub, of the weights.
         k: the cut-off shown.
 
     Raises:
-        ValueError: for results without a run, and for figures that the runs do not have.
+        ValueError: for results without a run, for figures that the runs do not have, and for `published` figures without
+            the names of their model, protocol and source.
     """
+    for row in published:
+        if not isinstance(row, Mapping) or not {"model", "protocol", "source"} <= row.keys():
+            raise ValueError(f"`published` has {row!r}; each must have `model`, `protocol` and `source`.")
     groups = group_runs([results] if isinstance(results, Mapping) else results)
     if not groups:
         raise ValueError("`results` holds no run; give a file that `examples/train.py --results_json` wrote.")
@@ -538,9 +546,7 @@ def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -
     if not summary.exists():
         raise ValueError(f"`folder` {folder} has no {SUMMARY_FILE}, which `examples/train.py` writes at its end.")
     pictures = [picture for picture in PICTURES if (folder / picture).exists()]
-    card = model_card(
-        json.loads(summary.read_text("utf-8")), name=name or folder.resolve().name, pictures=pictures, **options
-    )
+    card = model_card(read_json(summary), name=name or folder.resolve().name, pictures=pictures, **options)
     path = folder / "README.md"
     with atomic_write(path) as partial:
         partial.write_text(str(card), "utf-8")

@@ -23,6 +23,7 @@ from .files_blossomrec import atomic_write
 MANIFEST_NAME = "checkpoint_manifest.json"
 CONFIG_NAMES = ("config.json", "generation_config.json")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # loading without one of them would guess
 # What says where to find a file, of the arguments of `from_pretrained`.
 FINDING = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 LENIENT = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
@@ -136,11 +137,11 @@ def check_manifest(
 
     Args:
         path: a folder, or the name of a repository.
-        names: the files to compare; all by default.
+        names: the files to compare; all by default. If given, those that loading needs must be there.
         revision: of the repository; the others are arguments of `from_pretrained`.
 
     Raises:
-        ValueError: for a file that is not the one saved; gives both hashes. A damaged download is removed from the cache.
+        ValueError: for a file that is not the one saved; gives both hashes; and for one that is missing. A damaged download is removed from the cache.
     """
     finding = {name: value for name, value in finding.items() if name in FINDING and value is not None}
     manifest = cached_file(path, MANIFEST_NAME, revision=revision, **finding, **LENIENT)
@@ -151,6 +152,11 @@ def check_manifest(
         if names is not None and name not in names:
             continue
         file = cached_file(path, name, revision=revision, **finding, **LENIENT)
+        if file is None and names is not None and name in NEEDED:
+            raise ValueError(
+                f"{os.fspath(path)} lacks {name}, which was saved with its other files; copy or download all of them, or "
+                "save them again."
+            )
         if file is None or (found := sha256(file)) == saved:
             continue
         message = f"{name} of {os.fspath(path)} is not the file that was saved: its SHA-256 is {found}, but "

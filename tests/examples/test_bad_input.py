@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from checkpoint_cases import change_byte, change_config, small_model, small_tokenizer
-from example_cases import REPOSITORY
+from example_cases import REPOSITORY, write_log
 from test_conversion import AuthorsModel
 
 
@@ -103,6 +103,20 @@ def test_an_output_that_cannot_be_made(run_here, theirs, checkpoint, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint", "theirs.pth"}
 
 
+def ends_with_a_full_disk(command):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line and "Writing model shards" not in line]
+    assert done.returncode == 2 and "File too large" in lines[-1] and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_full_disk_while_a_program_is_exported(checkpoint, tmp_path):
+    command = f"ulimit -f 8; exec {sys.executable} {REPOSITORY / 'examples' / 'export.py'} --model {checkpoint} "
+    ends_with_a_full_disk(command + f"--output {tmp_path / 'out' / 'model.pt2'}")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
 def test_a_full_disk(theirs, tmp_path):
     """As on a full disk, writes fail beyond some blocks; what was there before stays."""
@@ -110,9 +124,58 @@ def test_a_full_disk(theirs, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     command = f"ulimit -f 16; exec {sys.executable} {REPOSITORY / 'examples' / 'convert.py'} --checkpoint {theirs} "
     command += f"--num_attention_heads 4 --output_dir {tmp_path / 'out'}"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if line and "Writing model shards" not in line]
-    assert done.returncode == 2 and "File too large" in lines[-1] and "Traceback" not in done.stderr, done.stderr
+    ends_with_a_full_disk(command)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "theirs.pth"}
+
+
+@pytest.mark.parametrize("content", ["[", "[1]", "{}", '[{"seed": 1}]'])
+def test_a_card_of_a_damaged_file(run_here, tmp_path, content):
+    (tmp_path / "damaged.json").write_text(content)
+    results = REPOSITORY / "model_cards" / "blossomrec-ml-1m.json"
+    for options in (
+        ("--results", tmp_path / "damaged.json"),
+        ("--results", results, "--published", tmp_path / "damaged.json"),
+    ):
+        result = run_here("model_card.py", *options, "--output", tmp_path / "card.md")
+        is_one_sentence(result)
+    (tmp_path / "damaged.json").rename(tmp_path / "training_summary.json")
+    is_one_sentence(run_here("model_card.py", "--folder", tmp_path))
+    is_one_sentence(run_here("model_card.py", "--results", results, "--output", tmp_path), "is a folder")
+    is_one_sentence(run_here("model_card.py", "--results", results, "--output", tmp_path / "no" / "card.md"), "no")
+    assert [path.name for path in tmp_path.iterdir()] == ["training_summary.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY", b"text"])
+def test_damaged_ranks(run_here, tmp_path, content):
+    (tmp_path / "ranks.npz").write_bytes(content)
+    result = run_here("compare.py", "--reports", tmp_path, "--first", "a", "--second", "b")
+    is_one_sentence(result, "ranks.npz is damaged")
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "item_metadata.parquet", "vectors.parquet", "vectors.safetensors"])
+def test_damaged_files_beside_a_model(run_here, checkpoint, tmp_path, name):
+    (checkpoint / name).write_bytes(b"[1")
+    arguments = ["--model", checkpoint, "--data", write_log(tmp_path / "log.csv"), "--output_dir", tmp_path / "out"]
+    if name.startswith("vectors"):
+        arguments += ["--item_vectors", checkpoint / name]
+    code, error = run_here("finetune.py", *arguments)
+    assert code == 2 and name in error.splitlines()[-1], error
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_are_checked_before_the_work(run_here, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for script, options in (
+        ("evaluate.py", ["--models", checkpoint]),
+        ("finetune.py", ["--model", checkpoint]),
+        ("train.py", []),
+    ):
+        for place in (tmp_path / "file", tmp_path / "file" / "below"):
+            result = run_here(script, *options, "--data", "nowhere", "--output_dir", place)
+            is_one_sentence(result, "is a file; give another path")
+    out = ["--data", "nowhere", "--output_dir", tmp_path / "out", "--results_json"]
+    is_one_sentence(run_here("train.py", *out, tmp_path / "file"), "file is no JSON file")
+    is_one_sentence(run_here("train.py", *out, tmp_path), str(tmp_path))
+    is_one_sentence(run_here("convert.py", "--model", checkpoint, "--output_file", tmp_path / "no" / "x.pth"), "no")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint"}

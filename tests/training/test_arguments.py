@@ -93,7 +93,7 @@ def test_results_of_runs_that_end_together_are_all_kept(tmp_path):
 def test_a_file_that_is_no_list_of_results_is_left_alone(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="no list of results"):
+    with pytest.raises(ValueError, match="has a dict where a list must be"):
         append_result(path, configuration={}, seed=0, commit=None)
     assert json.loads(path.read_text()) == {"a": 1}
 
@@ -103,3 +103,22 @@ def test_a_tracker_that_is_not_installed_is_named_before_any_work(monkeypatch):
     LoopArguments(report_to="tensorboard")
     with pytest.raises(ValueError, match=r"`report_to` is 'mlflow', .*`pip install mlflow`.* tensorboard or none\.$"):
         LoopArguments(report_to="mlflow")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"a: [", "is no YAML file"),
+        (b"\xff\x00", "is no YAML file"),
+        (b"3", "has 3; it must have names and values"),
+        (b"data: 3", "has 3 for `data`"),
+        (b"max_length: [1]", r"has \[1\] for `max_length`"),
+        (b"max_length: true", "has True for `max_length`"),
+        (b"max_length: null", "has None for `max_length`"),
+        (b"k_core: {}", "has {} for `k_core`"),
+    ],
+)
+def test_a_damaged_file_of_arguments_is_named(monkeypatch, tmp_path, content, named):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"run.yaml {named}"):
+        parse(monkeypatch, "--config", tmp_path / "run.yaml")

@@ -1,9 +1,18 @@
 """What a run leaves on disk is whole or absent, on all processes together."""
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from blossomrec_hf.training.checkpoints import MetricsFile, atomic_folder_of_all, keep_only, numbered_folders
+from blossomrec_hf.training.checkpoints import (
+    RUN_FILE,
+    MetricsFile,
+    RunFolder,
+    keep_only,
+    numbered_folders,
+    written_by_all,
+)
+from blossomrec_hf.utils.files import atomic_folder
 
 
 def names(folder):
@@ -11,14 +20,14 @@ def names(folder):
 
 
 def write(folder, content):
-    with atomic_folder_of_all(folder, Accelerator(cpu=True)) as partial:
+    with written_by_all(atomic_folder, folder, Accelerator(cpu=True)) as partial:
         (partial / "a").write_text(content)
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_the_former_stays(tmp_path):
     write(tmp_path / "checkpoint-5", "first")
     with pytest.raises(OSError, match=r"checkpoint-5: No space left\. What was there before is whole"):
-        with atomic_folder_of_all(tmp_path / "checkpoint-5", Accelerator(cpu=True)) as partial:
+        with written_by_all(atomic_folder, tmp_path / "checkpoint-5", Accelerator(cpu=True)) as partial:
             (partial / "a").write_text("second")
             raise RuntimeError("No space left")
     assert names(tmp_path) == ["checkpoint-5"] and (tmp_path / "checkpoint-5" / "a").read_text() == "first"
@@ -43,3 +52,28 @@ def test_a_continued_log_drops_the_lines_after_its_step(tmp_path):
     path.write_text(path.read_text() + '{"step": 4')  # a kill cut the last line
     MetricsFile(path, enabled=True, step=2).write(step=3, again=True)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+
+
+@pytest.mark.parametrize("line", ["[", "[]", "{}", "3"])
+def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged in line 2"):
+        MetricsFile(path, enabled=True, step=3)
+
+
+@pytest.mark.parametrize("name", [RUN_FILE, "model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"no pickle"])
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, name, content):
+    def make():
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(2, 2)
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        return RunFolder(tmp_path, accelerator, {"processes": {"number": 1}})
+
+    make().save_checkpoint(3, 0, finished=False)
+    assert make().start(resume=True)
+    (tmp_path / "checkpoint-3" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint-3") as error:
+        make().start(resume=True)
+    assert len(str(error.value).splitlines()) == 1

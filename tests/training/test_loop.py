@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import same_weights
 from small_cases import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from blossomrec_hf import BlossomRecForSequentialRecommendation
 from blossomrec_hf.data import split
 from blossomrec_hf.training import HeldOutItems, LoopArguments, TrainingLoop, evaluate, progress, sample_users, train
 from blossomrec_hf.training import loop as loop_module
@@ -385,6 +387,27 @@ def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path):
         loop.run()
     assert [path.name for path in loop.output_dir.glob("checkpoint-*")] == ["checkpoint-5"]
     assert make_loop(log, tmp_path, save_steps=4, resume=True).run().epochs == 3
+
+
+def test_a_kill_while_the_model_gets_its_place_mixes_no_two_models(log, tmp_path, monkeypatch):
+    make_loop(log, tmp_path, num_train_epochs=1).run()
+    replace = os.replace
+
+    def replace_until_the_weights(source, target):
+        if Path(target) == tmp_path / "run" / "model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace_until_the_weights)
+        make_loop(log, tmp_path, num_train_epochs=2).run()
+    load = BlossomRecForSequentialRecommendation.from_pretrained
+    with pytest.raises(ValueError, match="is not the file that was saved"):
+        load(tmp_path / "run")
+    loop = make_loop(log, tmp_path, num_train_epochs=2, resume=True)
+    loop.run()
+    assert same_weights(load(tmp_path / "run"), loop.bare_model)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
 def test_long_runs_are_compiled_where_they_are_captured(log, tmp_path, monkeypatch):

@@ -283,3 +283,18 @@ def test_neftune_adds_the_noise_that_any_model_gets(tmp_path):
     model(torch.tensor([[0, 0, 5], [6, 7, 8]]))
     ids.remove()
     assert seen[2].shape == (2, 3)  # of the padded rows
+
+
+def test_nothing_of_a_checkpoint_remains_that_could_not_be_written(log, tmp_path, monkeypatch):
+    """A resumption of `Trainer` would pick it."""
+    trainer = SequentialRecommendationTrainer(
+        make_model(), training_arguments(tmp_path, save_strategy="epoch"), train_dataset=split(log[0], "train")
+    )
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train()
+    assert list(tmp_path.iterdir()) == []

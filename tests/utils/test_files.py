@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from blossomrec_hf.files_blossomrec import LEFTOVER_SECONDS, partial_path
+from blossomrec_hf.files_blossomrec import LEFTOVER_SECONDS, partial_path, partials
 from blossomrec_hf.utils.files import (
+    atomic_files,
     atomic_folder,
     atomic_write,
     recover_folder,
     recover_writes,
+    report_leftovers,
     require_folder,
     write_json,
 )
@@ -171,6 +173,7 @@ def test_leftovers_of_a_kill_go_after_a_day_and_at_once_where_one_process_writes
     young.write_text("half")
     long_ago = time.time() - LEFTOVER_SECONDS - 10
     for path in (old, other):
+        os.utime(path / "x", (long_ago, long_ago))
         os.utime(path, (long_ago, long_ago))
     mine = tmp_path / ".mine.partial"
     mine.write_text("not ours")
@@ -219,3 +222,51 @@ def test_many_writers_and_readers_at_once_find_one_whole_version(tmp_path, kind)
     assert len(files) == (1 if kind == "file" else 3)
     assert len({path.read_text() for path in files}) == 1 and len(files[0].read_text()) == 1000
     assert names(tmp_path) == ["target"]
+
+
+def test_files_are_put_beside_others_together_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(KeyboardInterrupt), atomic_files(folder) as partial:
+        (partial / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []  # nor is the folder that was not there before
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_files(folder) as partial:
+        (partial / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert [(folder / name).read_text() for name in names(folder)] == ["old", "old"]
+    with atomic_files(folder) as partial:
+        (partial / "a").write_text("new")
+        (partial / "c").write_text("new")
+        # Only there can a file be renamed into `folder`, if that is a file system of its own.
+        assert partial.parent == folder
+    assert [(name, (folder / name).read_text()) for name in names(folder)] == [
+        ("a", "new"),
+        ("b", "old"),
+        ("c", "new"),
+    ]
+
+
+def test_leftovers_of_writes_inside_of_writes_are_found(tmp_path):
+    inner = partial_path(partial_path(tmp_path / "data"))
+    inner.mkdir()
+    for name in ("other", ".data"):
+        partial_path(tmp_path / name).mkdir()
+    assert partials(tmp_path, "data") == [inner]
+
+
+def test_what_may_still_be_written_is_reported_and_what_cannot_be_is_removed(tmp_path, caplog):
+    long_ago = time.time() - LEFTOVER_SECONDS - 10
+    left = [partial_path(tmp_path / "data") for _ in range(2)]
+    for path in left:
+        path.mkdir()
+        (path / "events").write_text("x")
+    os.utime(left[0] / "events", (long_ago, long_ago))
+    for path in left:  # one of them is appended to, which is no change of the folder
+        os.utime(path, (long_ago, long_ago))
+    report_leftovers(tmp_path / "data")
+    assert names(tmp_path) == [left[1].name]
+    (message,) = caplog.messages
+    assert message.startswith(str(left[1])) and "running or was killed" in message

@@ -3,7 +3,6 @@
 import errno
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
-from ..utils.files import atomic_folder
+from ..utils.files import atomic_folder, make_scratch
 from . import partitions
 from .filters import FilterReport
 from .ingest import ingest
@@ -103,9 +102,7 @@ def build_sequences(
     )  # fmt: skip
     if min_rating is not None:
         log.require_rating(f"min_rating is {min_rating}")
-    if output_dir is not None:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=None if output_dir is None else output_dir.parent))
+    scratch = make_scratch(output_dir)
     try:
         report = FilterReport(log.name, log.format, licence=log.licence)
         report.note(log.notes)

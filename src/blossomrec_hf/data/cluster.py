@@ -2,8 +2,8 @@
 
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
-from ..utils.files import atomic_folder, recover_folder, require_folder
+from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
 from .build import NUM_SPECIAL, check_arguments
 from .columns import find_columns, no_times_note
 from .filters import FilterReport
@@ -131,8 +131,7 @@ def build_sequences_on_spark(
         if users.filter(~plain).isEmpty():
             rows = rows.withColumn("user_id", f.col("user_id").cast("bigint"))
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".blossomrec-", dir=output_dir.parent))
+    scratch = make_scratch(output_dir)
     try:
         rows.write.parquet(str((scratch / "rows").resolve()))
         with atomic_folder(output_dir) as built:
@@ -356,18 +355,18 @@ def partition_log(
         raise FileExistsError(f"folder {str(folder)!r} is there already; take another name.")
     if num_partitions < 1:
         raise ValueError(f"num_partitions is {num_partitions}; it may be 1 or more.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    report_leftovers(folder)
     log = open_log(source, **columns)
     if with_rating:
         log.require_rating("with_rating is given")
     numeric = ["rating"] * with_rating + ["timestamp"] * log.has_timestamp
     writers: dict[int, pq.ParquetWriter] = {}
     first = 0
-    scratch = tempfile.TemporaryDirectory(prefix=".blossomrec-", dir=folder.parent, ignore_cleanup_errors=True)
-    with scratch, atomic_folder(folder) as built:
-        for batch in clean_batches(
-            log, numeric, Interactions(Path(scratch.name), BadRows(skip=on_bad_rows == "skip"))
-        ):
+    with ExitStack() as stack:
+        scratch = make_scratch(folder)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        built = stack.enter_context(atomic_folder(folder))
+        for batch in clean_batches(log, numeric, Interactions(scratch, BadRows(skip=on_bad_rows == "skip"))):
             place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
             batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
             first += batch.height

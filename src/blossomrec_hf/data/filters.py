@@ -3,11 +3,12 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from datasets import Dataset
 
+from ..utils.files import read_json
 from .splits import repeat_share
 
 
@@ -76,9 +77,19 @@ class FilterReport:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FilterReport | None":
-        """The report of a built folder, or `None` where it has none."""
+        """
+        The report of a built folder, or `None` where it has none.
+
+        Raises:
+            ValueError: for a damaged file.
+        """
         path = Path(folder) / REPORT_FILE
-        return cls(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        values = read_json(path)
+        if values.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"{path} is damaged, or of another version; build the data set again.")
+        return cls(**values)
 
     def __str__(self) -> str:
         lines = [

@@ -9,6 +9,7 @@ import polars as pl
 from transformers.utils import cached_file
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.files import atomic_write
 from .formats import reading
 from .text_files import read_blocks
 
@@ -82,14 +83,18 @@ def write_item_metadata(folder: str | Path, metadata: pl.DataFrame | None) -> No
     """Writes `item_metadata.parquet` to a folder, made if need be, where there is anything to write."""
     if metadata is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        metadata.write_parquet(Path(folder) / METADATA_FILE)
+        with atomic_write(Path(folder) / METADATA_FILE) as partial:
+            metadata.write_parquet(partial)
 
 
 def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
     """The `item_metadata.parquet` of a folder, or of a repository of the Hub; `None` where it has none."""
     lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     path = cached_file(folder, METADATA_FILE, **lenient)
-    return None if path is None else pl.read_parquet(path)
+    if path is None:
+        return None
+    with reading(str(path)):
+        return pl.read_parquet(path, glob=False)
 
 
 def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
-from ..utils.files import recover_folder, require_folder
+from ..utils.files import recover_folder, report_leftovers, require_folder
 from .filters import FilterReport
 from .partitions import Partition, runs
 
@@ -79,14 +79,26 @@ def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport
 
 
 def load_folder(folder: str | Path) -> Dataset:
-    """The rows that `build_sequences` wrote to `folder`."""
+    """
+    The rows that `build_sequences` wrote to `folder`.
+
+    Raises:
+        ValueError: for a damaged folder.
+        OSError: if a file of it cannot be opened.
+    """
     recover_folder(folder)
-    return Dataset.load_from_disk(str(folder))
+    try:
+        return Dataset.load_from_disk(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise ValueError(f"The data set in {folder} is damaged ({error}); build it again.") from error
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     """
-    Refuses, before any work, an output folder that exists or that cannot be made.
+    Refuses, before any work, an output folder that exists or that cannot be made; reports what killed builds left next to
+    it.
 
     Raises:
         ValueError: if `output_dir`, or one of its parents, is a file, or if it has files that are no data set.
@@ -94,6 +106,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     """
     require_folder(output_dir)
     recover_folder(output_dir)
+    report_leftovers(output_dir)
     if output_dir.exists() and not overwrite:
         raise FileExistsError(
             f"output_dir {str(output_dir)!r} is there already; pass overwrite=True (--overwrite) or another name."

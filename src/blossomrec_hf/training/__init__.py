@@ -1,6 +1,6 @@
 """Training and evaluation."""
 
-from .arguments import LogArguments, LoopArguments, check_tracker, parse_arguments, save_arguments
+from .arguments import LogArguments, LoopArguments, check_tracker, parse_arguments, read_arguments, save_arguments
 from .baselines import LastItemNeighbours, PopularityScores, RecentPopularity, UserFrequentItems
 from .callbacks import LogLinesCallback, LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .environment import describe_environment
@@ -56,6 +56,7 @@ __all__ = [
     "rank_held_out_items",
     "ranking_compute_metrics",
     "ranking_metrics",
+    "read_arguments",
     "read_item_vectors",
     "read_results",
     "refit",

@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import polars as pl
 import yaml
@@ -289,7 +290,7 @@ def parse_arguments(
         built_in: defaults for the built-in data set, where no `data` is given.
 
     Raises:
-        ValueError: for a name in the file that is no argument.
+        ValueError: for a name in the file that is no argument, and a value of another type.
     """
     epilog = None
     if built_in:
@@ -303,7 +304,7 @@ def parse_arguments(
     known, _ = parser.parse_known_args()
     from_file = {}
     if known.config is not None:
-        from_file = yaml.safe_load(Path(known.config).read_text(encoding="utf-8")) or {}
+        from_file = read_arguments(known.config, *argument_classes)
         if unknown := sorted(set(from_file) - set(vars(known))):
             raise ValueError(
                 f"`config` {known.config} holds {', '.join(unknown)}, which are no arguments of this command."
@@ -313,6 +314,40 @@ def parse_arguments(
     parser.set_defaults(**from_file)
     *parsed, rest = parser.parse_args_into_dataclasses()
     return tuple(parsed)
+
+
+def read_arguments(path: str | Path, *argument_classes: type) -> dict[str, Any]:
+    """
+    What a YAML file of arguments has, by name.
+
+    Args:
+        argument_classes: the dataclasses of the arguments. A text may stand for a value of any type, as on the command line.
+
+    Raises:
+        ValueError: for a file that is no YAML or has something else than names and values, and for a value of a wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML file ({error}); write it again, or give another.") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} has {values!r}; it must have names and values of arguments.")
+    for argument_class in argument_classes:
+        for name, hint in get_type_hints(argument_class).items():
+            if name in values and not _may_be(values[name], hint):
+                wanted = hint.__name__ if isinstance(hint, type) else hint
+                raise ValueError(f"{path} has {values[name]!r} for `{name}`, which must be {wanted}.")
+    return values
+
+
+def _may_be(value: Any, hint: Any) -> bool:
+    """Whether a value, or the text that it is on the command line, is of an annotated type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(kind) or kind for kind in kinds]
+    if isinstance(value, str) or not all(isinstance(kind, type) for kind in kinds):
+        return True
+    return type(value) in kinds or (type(value) is int and float in kinds)
 
 
 def save_arguments(path: str | Path, *arguments: Any) -> None:

@@ -3,17 +3,17 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, load
 from transformers.utils import logging as transformers_logging
 
-from ..utils.files import atomic_folder, atomic_write, recover_writes, remove_folder, write_json
+from ..utils.files import atomic_folder, atomic_write, read_json, recover_writes, remove_folder, write_json
 from .environment import describe_environment
 
 
@@ -23,19 +23,24 @@ RUN_FILE = "run.json"
 
 
 @contextmanager
-def atomic_folder_of_all(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
+def written_by_all(
+    write: Callable[[Path], AbstractContextManager[Path]], folder: Path, accelerator: Accelerator
+) -> Iterator[Path]:
     """
-    [`~blossomrec_hf.utils.files.atomic_folder`] for a folder that all processes write to; each yields the same path.
+    An atomic write that all processes take part in; each yields the same path.
+
+    Args:
+        write: `atomic_folder` or `atomic_files` of `blossomrec_hf.utils.files`.
 
     Raises:
-        OSError: on every process, if one of them could not write (a full disk). Nothing is left of the folder then.
+        OSError: on every process, if one of them could not write (a full disk). Nothing is left of the write then.
     """
     with ExitStack() as stack:
         error: Exception | None = None
         shared: list[Any] = [None]
         if accelerator.is_main_process:
             try:
-                shared = [stack.enter_context(atomic_folder(folder))]
+                shared = [stack.enter_context(write(folder))]
             except (OSError, ValueError) as raised:
                 error = raised
         broadcast_object_list(shared)
@@ -73,11 +78,21 @@ def refuse_unfinished(path: Path) -> None:
         ValueError: if the last checkpoint in the folder of a run is one of an unfinished run.
     """
     for _, folder in numbered_folders(path, "checkpoint")[-1:]:
-        if not json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["finished"]:
+        if not _read_run(folder)["finished"]:
             raise ValueError(
                 f"`output_dir` {path} holds an unfinished run ({folder.name}): pass `resume` to go on with it, or another "
                 "folder."
             )
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What the `run.json` of a checkpoint has; a `ValueError` if it is damaged."""
+    run = read_json(folder / RUN_FILE)
+    parts = {name: value for name, value in run.items() if name != "finished"}
+    sound = isinstance(run.get("finished"), bool) and all(isinstance(part, dict) for part in parts.values())
+    if not sound or "number" not in parts.get("processes", ()):
+        raise ValueError(f"{folder / RUN_FILE} is damaged; remove {folder}, and begin anew.")
+    return run
 
 
 class RunFolder:
@@ -118,11 +133,11 @@ class RunFolder:
         checkpoints = numbered_folders(self.path, "checkpoint")
         if checkpoints:
             folder = checkpoints[-1][1]
-            saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            saved = _read_run(folder)
             if resume:
                 self._refuse_another_run(folder, saved)
                 self._report_another_execution(folder, saved)
-                accelerator.load_state(folder)
+                self._load_state(folder)
                 logger.info("Resumed from %s.", folder)
                 return True
             refuse_unfinished(self.path)
@@ -135,9 +150,24 @@ class RunFolder:
         accelerator.wait_for_everyone()
         return False
 
+    def _load_state(self, folder: Path) -> None:
+        """A `ValueError` for a damaged file. `load_state` would go on with another dropout if it is that of the random states."""
+        try:
+            random_states = folder / f"random_states_{self.accelerator.process_index}.pkl"
+            if random_states.exists():  # not where the processes have become more
+                load(random_states)
+            self.accelerator.load_state(folder)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of the readers
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"`resume`: {folder} is damaged ({reason}); remove it, and begin anew without `resume`."
+            ) from error
+
     def save_checkpoint(self, step: int, best_step: int, *, finished: bool) -> None:
         """Writes a checkpoint, then removes the one before and the models that were best before."""
-        with atomic_folder_of_all(self.path / f"checkpoint-{step}", self.accelerator) as folder:
+        with written_by_all(atomic_folder, self.path / f"checkpoint-{step}", self.accelerator) as folder:
             with quiet_libraries():
                 self.accelerator.save_state(folder)
             if self.accelerator.is_main_process:
@@ -219,10 +249,14 @@ class MetricsFile:
 
     def _lines_until(self, step: int) -> list[str]:
         lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            # A kill can cut the last line.
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            if not line.endswith("\n"):  # a kill can cut the last line
                 break
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.path} is damaged in line {len(lines) + 1}; remove that line.") from error
             lines.append(line)
         return lines
 

@@ -26,16 +26,17 @@ from ..hub import push_run
 from ..loss_blossomrec import MAX_LOGITS, supports_fused
 from ..manifest_blossomrec import require_loadable
 from ..upload_blossomrec import ensure_repo
+from ..utils.files import atomic_files, atomic_folder
 from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
-from .checkpoints import MetricsFile, RunFolder, atomic_folder_of_all, numbered_folders, quiet_libraries
+from .checkpoints import MetricsFile, RunFolder, numbered_folders, quiet_libraries, written_by_all
 from .evaluation import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from .graphs import GraphedPass
 from .held_out import HeldOutItems
 from .histories import IGNORE_INDEX, HistoryStore
 from .optimizer import make_optimizer
-from .progress import can_draw_bars, progress_bar
+from .progress import on_terminal, progress_bar
 from .state import LoopState, TrainingResult, on_sigterm
 
 
@@ -480,14 +481,15 @@ class TrainingLoop:
             state.best_metric = metrics[args.metric_for_best_model]
             state.best_step, state.best_epoch, state.best_figures = state.step, state.epoch, metrics
             state.evaluations_since_best = 0
-            with atomic_folder_of_all(self.output_dir / f"best-{state.step}", self.accelerator) as folder:
+            best = self.output_dir / f"best-{state.step}"
+            with written_by_all(atomic_folder, best, self.accelerator) as folder:
                 self._save_model(folder)
             self._folder.keep_best(state.best_step)
         else:
             state.evaluations_since_best += 1
         self.bar.set_postfix(self._best_in_bar(), refresh=False)
         loss = self._mean_loss()
-        if self.accelerator.is_main_process and not can_draw_bars():
+        if self.accelerator.is_main_process and not on_terminal():
             name, value = args.metric_for_best_model, metrics[args.metric_for_best_model]
             best = f"{state.best_metric:.4f} in epoch {state.best_epoch}"
             logger.info(
@@ -543,12 +545,8 @@ class TrainingLoop:
             set_model_state_dict(self.bare_model, best_model.state_dict(), options=options)
         elif self.average is not None:
             torch._foreach_copy_([p.data for p in self._parameters], self.average.averages)
-        with atomic_folder_of_all(self.output_dir / "final", self.accelerator) as folder:
+        with written_by_all(atomic_files, self.output_dir, self.accelerator) as folder:
             self._save_model(folder)
-        if self.accelerator.is_main_process:
-            for file in (self.output_dir / "final").iterdir():
-                file.replace(self.output_dir / file.name)
-            (self.output_dir / "final").rmdir()
         for callback in self.callbacks:
             callback.on_end(self)
         self.accelerator.wait_for_everyone()

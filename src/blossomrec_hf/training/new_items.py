@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
@@ -173,16 +174,22 @@ def read_item_vectors(path: str | Path) -> dict[str, np.ndarray]:
             tensor an item, named by it.
 
     Raises:
-        ValueError: for another kind of file, or a Parquet file without these columns.
+        ValueError: for another kind of file, a damaged one, or a Parquet file without these columns.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged, or no safetensors file ({error}); write it again.") from error
     if path.suffix != ".parquet":
         raise ValueError(f"`path` is {path}; item vectors are read from .parquet or .safetensors.")
     import polars as pl  # not needed to train
 
-    table = pl.read_parquet(path)
+    from ..data.formats import reading
+
+    with reading(str(path)):
+        table = pl.read_parquet(path, glob=False)
     if missing := {"item", "vector"} - set(table.columns):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; it has {', '.join(table.columns)}.")
     return {

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 
 
 LOCK_SECONDS = 30.0
@@ -52,10 +52,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}.") from error
-    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+    results = read_json(path, list)
+    if not all(isinstance(result, dict) for result in results):
         raise ValueError(f"{path} is no list of results.")
     return results

@@ -10,13 +10,14 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..configuration_blossomrec import MAX_REPEAT_SHARE
 from ..data import PaddingCollator
 from ..hub import push_run, write_card, write_summary
 from ..manifest_blossomrec import require_loadable
 from ..upload_blossomrec import ensure_repo, push_folder
+from ..utils.files import remove_folder
 from .environment import describe_environment
 from .evaluation import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
 from .held_out import HeldOutItems
@@ -89,6 +90,15 @@ class SequentialRecommendationTrainer(Trainer):
                 token=token or self.args.hub_token,
             )
             super().init_hf_repo(token, private)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`; if it fails, as on a full disk, nothing of the checkpoint remains that a resumption could pick."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.is_world_process_zero():
+                remove_folder(Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What `hub_strategy="every_save"` pushes: the checkpoint's model, where `Trainer` uploads all of `output_dir`."""

@@ -8,8 +8,10 @@ name back; whatever opens such a folder calls it first.
 
 import errno
 import json
+import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 # need is in a file that travels; it imports nothing but the standard library.
 from ..files_blossomrec import atomic_write, flush_to_disk, partial_path, partials, remove, remove_leftovers
 
+
+logger = logging.getLogger(__name__)
 
 _FORMER = ".former"
 
@@ -60,7 +64,9 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     """
     Yields a new folder to write files into, and moves each into `folder` at the end of the block; other files there stay.
 
-    If the block raises, nothing has changed in `folder`. A kill at the end leaves some of the new files, each complete.
+    If the block raises, nothing has changed in `folder`. A kill at the end leaves some of the new files, each complete. They
+    are moved in the order of their names: the manifest of a checkpoint before its configuration, tokenizer and weights, so
+    that a mixture of two checkpoints is refused.
 
     Raises:
         ValueError: if `folder` is a file.
@@ -68,17 +74,27 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     require_folder(folder)
-    partial = partial_path(folder)
+    recover_folder(folder)
+    is_new = not folder.exists()
+    files = (
+        folder / "files"
+    )  # inside, because `folder` may be a file system of its own, such as a volume of a container
+    partial = partial_path(files)
     partial.mkdir(parents=True)
+    remove_leftovers(files)
     try:
         yield partial
         _flush_folder(partial)
-        folder.mkdir(exist_ok=True)
         for path in sorted(partial.iterdir()):
             os.replace(path, folder / path.name)
         flush_to_disk(folder)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # another process has written to it
+                folder.rmdir()
+        raise
+    partial.rmdir()
 
 
 def _flush_folder(folder: Path) -> None:
@@ -147,6 +163,46 @@ def require_folder(path: str | os.PathLike) -> None:
             raise ValueError(f"The output folder {path} cannot be made because {place} is a file; give another path.")
 
 
+def report_leftovers(path: str | os.PathLike) -> None:
+    """Removes what writes of `path` left that were killed more than a day ago, and logs what is younger."""
+    path = Path(os.path.realpath(path))
+    remove_leftovers(path)
+    for partial in partials(path.parent, path.name) if path.parent.is_dir() else ():
+        logger.warning(
+            "%s is from another write of %s that is running or was killed. If none is running, you can remove it; a write "
+            "after a day does.",
+            *(partial, path),
+        )
+
+
+def make_scratch(path: str | os.PathLike | None) -> Path:
+    """
+    Makes a hidden folder next to `path`, on the same disk, for what a write of `path` needs meanwhile. The caller removes
+    it; after a kill, `report_leftovers` does. `None` is for the system's folder of temporary files.
+    """
+    if path is None:
+        return Path(tempfile.mkdtemp(prefix="blossomrec-"))
+    scratch = partial_path(Path(os.path.realpath(path)))
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """
+    The content of a JSON file, a `dict` or a `list`.
+
+    Raises:
+        ValueError: for a file that is no JSON, or has something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file ({error}); write it again, or give another.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} has a {type(content).__name__} where a {kind.__name__} must be; give another file.")
+    return content
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes a JSON file atomically. What JSON lacks becomes its `str`."""
     with atomic_write(path) as partial:
@@ -157,9 +213,12 @@ __all__ = [
     "atomic_files",
     "atomic_folder",
     "atomic_write",
+    "make_scratch",
+    "read_json",
     "recover_folder",
     "recover_writes",
     "remove_folder",
+    "report_leftovers",
     "require_folder",
     "write_json",
 ]
