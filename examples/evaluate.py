@@ -99,15 +99,17 @@ def main() -> None:
             counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
             ranking["exclude_seen"] = args.exclude_seen
-        if ranking["exclude_seen"] is None and model.config.repeat_share is None:
-            model.config.repeat_share = log_args.repeat_share(dataset)
+        if args.exclude_seen is None:
+            if model.config.repeat_share is None:
+                model.config.repeat_share = log_args.repeat_share(dataset)
+            if ranking["exclude_seen"] not in (None, model.config.exclude_seen):
+                raise ValueError(
+                    f"`models`: {folder} and {args.models[0]} differ in whether seen items are excluded; give "
+                    "--exclude_seen true or --exclude_seen false for all of them."
+                )
+            ranking["exclude_seen"] = model.config.exclude_seen
         tokenizers.append(tokenizer)
         ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
-    if len(protocols := {of_model.exclude_seen for of_model in ranks.values()}) > 1:
-        raise ValueError(
-            "`models`: some exclude seen items and some do not; `--exclude_seen` decides for all of them."
-        )
-    (ranking["exclude_seen"],) = protocols
     training = HistoryStore.from_rows(split(dataset, "train"))
     device = {"device": accelerator.device}
     baselines = {"most popular": PopularityScores(counts, **device)}

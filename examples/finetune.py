@@ -61,7 +61,7 @@ from blossomrec_hf.training.fine_tuning import (
     windows_to_learn,
 )
 from blossomrec_hf.training.histories import concatenate
-from blossomrec_hf.training.progress import on_terminal
+from blossomrec_hf.training.progress import can_draw_bars
 from blossomrec_hf.utils.files import require_folder
 
 
@@ -79,7 +79,7 @@ DEFAULTS = {
     "save_total_limit": 1,
     "load_best_model_at_end": True,
     "metric_for_best_model": "ndcg@10",
-    "disable_tqdm": not on_terminal(),
+    "disable_tqdm": not can_draw_bars(),
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
 TRAIN_ONLY = ("all", "embeddings", "new_items", "lora")
@@ -127,6 +127,8 @@ class FineTuneArguments:
     )
 
     def __post_init__(self):
+        if self.eval_users < 0:
+            raise ValueError(f"`eval_users` must be 0 or more, got {self.eval_users}.")
         if self.train_only not in TRAIN_ONLY:
             raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
         replay = self.replay not in ("auto", "none")

@@ -12,6 +12,7 @@ All options: `python examples/train.py --help`.
 import json
 import logging
 import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def main() -> None:
         if output_args.results_json is not None:
             append_result(output_args.results_json, **run)
         keep(args.output_dir, run)
+        sys.stdout.flush()  # the refit takes as long again, and a file or a pipe would show nothing of it until then
 
     folder = Path(args.output_dir)
     if output_args.refit:

@@ -38,6 +38,20 @@ def test_reports_models_and_baselines(run_example, trained, log_file, tmp_path):
         assert f"| {better:+.4f} ± " in next(line for line in told.splitlines() if line.startswith(f"| {name} |"))
 
 
+def test_models_of_both_protocols_need_a_decision(run_example, trained, log_file, tmp_path):
+    model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
+    assert not model.config.exclude_seen
+    model.config.repeat_share = 0.0
+    model.save_pretrained(tmp_path / "other")
+    BlossomRecTokenizer.from_pretrained(trained[0]).save_pretrained(tmp_path / "other")
+    command = ("evaluate.py", "--models", trained[0], tmp_path / "other", "--data", log_file, "--output_dir", tmp_path)
+    refused = run_example(*command, "--samples", 2, status=2, field="stderr")
+    assert "differ in whether seen items are excluded; give --exclude_seen true or --exclude_seen false" in refused
+    run_example(*command, "--samples", 2, "--exclude_seen", "false")
+    reports = json.loads((tmp_path / "evaluation.json").read_text())["reports"]
+    assert reports[str(trained[0])]["metrics"] == reports[str(tmp_path / "other")]["metrics"]
+
+
 def test_what_cannot_be_compared_is_named(run_example, tmp_path):
     for folder, users, excluded in (("a", [0, 1], False), ("b", [0, 1, 2], False), ("d", [0, 1], True)):
         (tmp_path / folder).mkdir()

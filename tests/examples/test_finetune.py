@@ -74,9 +74,11 @@ def test_titles_of_old_and_new_items_stand_beside_the_model(run_example, tmp_pat
         "finetune.py", "--model", tmp_path / "old", "--data", tmp_path / "new.csv", "--titles", tmp_path / "titles.csv",
         "--output_dir", tmp_path / "run", "--max_steps", 1, "--use_cpu", "true", "--eval_users", 1,
     )  # fmt: skip
-    assert "`report_to` is 'no_tracker'" in run_example(
-        *arguments, "--report_to", "no_tracker", status=2, field="stderr"
-    )
+    for wrong, named in (
+        (("--report_to", "no_tracker"), "`report_to` is 'no_tracker'"),
+        (("--eval_users", -1), "`eval_users` must be 0 or more, got -1."),
+    ):
+        assert named in run_example(*arguments, *wrong, status=2, field="stderr")
     log = run_example(*arguments, field="stderr")
     # Where there is no terminal: a line for the validation, one for the test, and no bars.
     assert [line.split(":")[0] for line in log.splitlines() if line.startswith("Epoch")] == ["Epoch 1, step 1"] * 2

@@ -1,7 +1,8 @@
-"""A bar on a terminal; elsewhere log lines, at least one a minute."""
+"""A bar on a terminal and in a notebook; elsewhere log lines, at least one a minute."""
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -35,6 +36,15 @@ def test_a_bar_on_a_terminal_alone(monkeypatch, terminal, switched_off):
         bar.update()
         bar.set_postfix({"loss": 1}, refresh=False)
     assert isinstance(bar, tqdm if terminal and not switched_off else LogLines)
+
+
+@pytest.mark.parametrize(("config", "kind"), [({"IPKernelApp": {}}, tqdm), ({}, LogLines)])
+def test_a_bar_in_a_notebook_whose_standard_error_is_no_terminal(monkeypatch, config, kind):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(config=config)))
+    with progress_bar(total=1, description="Work") as bar:
+        assert isinstance(bar, kind)
 
 
 def test_one_line_a_minute(clock, caplog):

@@ -127,7 +127,12 @@ def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 
     """
     `number` rows of a view of [`~blossomrec_hf.data.split`], in their order; all if it has no more. The same seed and
     number of rows give the same sample.
+
+    Raises:
+        ValueError: if `number` is below 1.
     """
+    if number < 1:
+        raise ValueError(f"`number` is {number}; it must be 1 or more.")
     if len(rows) <= number:
         return rows
     chosen = np.sort(np.random.default_rng(seed).choice(len(rows), number, replace=False))

@@ -36,7 +36,7 @@ from .graphs import GraphedPass
 from .held_out import HeldOutItems
 from .histories import IGNORE_INDEX, HistoryStore
 from .optimizer import make_optimizer
-from .progress import on_terminal, progress_bar
+from .progress import can_draw_bars, progress_bar
 from .state import LoopState, TrainingResult, on_sigterm
 
 
@@ -489,7 +489,7 @@ class TrainingLoop:
             state.evaluations_since_best += 1
         self.bar.set_postfix(self._best_in_bar(), refresh=False)
         loss = self._mean_loss()
-        if self.accelerator.is_main_process and not on_terminal():
+        if self.accelerator.is_main_process and not can_draw_bars():
             name, value = args.metric_for_best_model, metrics[args.metric_for_best_model]
             best = f"{state.best_metric:.4f} in epoch {state.best_epoch}"
             logger.info(

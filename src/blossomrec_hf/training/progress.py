@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain log lines elsewhere."""
+"""Progress of long work: a bar on a terminal and in a notebook, plain log lines elsewhere."""
 
 import logging
 import os
@@ -17,15 +17,22 @@ LOG_SECONDS = 60.0  # from one line to the next
 _CHATTY = ("accelerate", "httpx", "matplotlib", "datasets")
 
 
-def on_terminal() -> bool:
-    """Whether standard error is a terminal, where a bar can be drawn (and `TQDM_DISABLE` is not set)."""
-    return sys.stderr.isatty() and os.environ.get("TQDM_DISABLE", "").lower() not in ("1", "true", "yes", "on")
+def can_draw_bars() -> bool:
+    """Whether standard error is a terminal or this is a notebook, and `TQDM_DISABLE` is not set."""
+    switched_off = os.environ.get("TQDM_DISABLE", "").lower() in ("1", "true", "yes", "on")
+    return (sys.stderr.isatty() or _in_notebook()) and not switched_off
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this: its standard error is no terminal, and `tqdm` draws there all the same."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """
     Sets up the log of a command: lines of this package from `level` on to standard error, warnings of its libraries, and
-    no bars of theirs where standard error is no terminal.
+    no bars of theirs where none can be drawn.
     """
     from datasets import disable_progress_bars
 
@@ -33,14 +40,14 @@ def set_up_logging(level: int = logging.INFO) -> None:
     logging.getLogger("blossomrec_hf").setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    if not on_terminal():
+    if not can_draw_bars():
         disable_progress_bars()
         transformers_logging.disable_progress_bar()
 
 
 class LogLines:
     """
-    Stands in for a `tqdm` bar where there is no terminal: `update` writes a line to the log if the last is a minute old.
+    Takes the place of a `tqdm` bar where none can be drawn: `update` writes a line to the log if the last is a minute old.
     """
 
     def __init__(self, *, total: int, description: str, enabled: bool = True, initial: int = 0):
@@ -78,9 +85,9 @@ def progress_bar(
     *, total: int, description: str, enabled: bool = True, initial: int = 0, leave: bool = True
 ) -> tqdm | LogLines:
     """
-    The progress of `total` steps, to be used in a `with` statement: a `tqdm` bar on a terminal, a log line a minute
-    elsewhere, nothing if not `enabled`.
+    The progress of `total` steps, to be used in a `with` statement: a `tqdm` bar on a terminal and in a notebook, a
+    log line a minute elsewhere, nothing if not `enabled`.
     """
-    if not on_terminal():
+    if not can_draw_bars():
         return LogLines(total=total, description=description, enabled=enabled, initial=initial)
     return tqdm(total=total, initial=initial, desc=description, leave=leave, dynamic_ncols=True, disable=not enabled)
