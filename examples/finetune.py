@@ -7,9 +7,9 @@ Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint,
     python examples/finetune.py --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
 
 The new events of a known user continue the user's history: they are learned with the past in view. The earlier events
-are found in the logs that the checkpoint was trained on, where its run.yaml names some that are still there (`--replay`
-names another one, `--replay none` does without), and a share of them is learned again (`--replay_share`). The log may
-also be the earlier one and a week more: an event counts once. The last two of a user's new events are held out for
+are found in the logs that the checkpoint was trained on, where its logs.yaml or run.yaml names some that still exist
+(`--replay` names another one, `--replay none` does without), and a share of them is learned again (`--replay_share`). The
+log may also be the earlier one and a week more: an event counts once. The last two of a user's new events are held out for
 validation and test, if there are at least four.
 
 The catalog grows by the items that the checkpoint does not know. The rows of the old items stay in place, and new items
@@ -18,12 +18,15 @@ are there: `python examples/finetune.py --help`. `benchmark_finetune.py` measure
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
@@ -31,7 +34,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.command_line import exit_on_error, load_checkpoint
-from blossomrec_hf.data import split
+from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.data.growth import add_item_counts, join_logs, read_histories, recode
 from blossomrec_hf.data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.data.splits import part_lengths
@@ -62,11 +65,16 @@ from blossomrec_hf.training.fine_tuning import (
 )
 from blossomrec_hf.training.histories import concatenate
 from blossomrec_hf.training.progress import can_draw_bars
-from blossomrec_hf.utils.files import require_folder
+from blossomrec_hf.utils.files import atomic_write, require_folder
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 logger = logging.getLogger(__name__)
 
+LOGS_FILE = "logs.yaml"  # next to a fine-tuned model: the logs that it was trained on, in order
 NUM_SPECIAL = 2  # [PAD] and [UNK] come before the items
 DEFAULTS = {
     **FINE_TUNING_DEFAULTS,
@@ -141,27 +149,107 @@ class FineTuneArguments:
 
 
 def past_logs(model: str, replay: str) -> list[LogArguments]:
-    """The logs that a model was trained on, in order; one that is not there any more is reported."""
+    """The logs that a model was trained on, in order."""
     if replay == "none":
         return []
     if replay != "auto":
         return [LogArguments(data=replay)]
-    run = Path(model) / "run.yaml"
+    run, names = Path(model) / "run.yaml", {f.name for f in fields(LogArguments)}
     if not run.exists():
         return []
-    trained = read_arguments(run, LogArguments)
-    log = LogArguments(**{f.name: trained[f.name] for f in fields(LogArguments) if f.name in trained})
-    earlier = past_logs(trained["model"], trained["replay"]) if trained.get("model") else []
-    if log.data is None or Path(log.data).exists():
-        return [*earlier, log]
-    logger.warning("%s, which %s was trained on, is not there: nothing of it is learned again.", log.data, model)
-    return earlier
+    logs = [read_arguments(run, LogArguments)]
+    path = Path(model) / LOGS_FILE
+    if "replay" in logs[0] and path.exists():  # the run was one of this script
+        logs = read_arguments(path).get("logs")
+        if not isinstance(logs, list) or not all(
+            isinstance(log, dict) and isinstance(log.get("data"), str | None) for log in logs
+        ):
+            raise ValueError(f"{path} has no list of logs; give the earlier log with `replay`, or none.")
+    return [LogArguments(**{name: value for name, value in log.items() if name in names}) for log in logs]
+
+
+def save_logs(folder: str, logs: Sequence[LogArguments]) -> None:
+    """Writes which logs the model in `folder` was trained on, for [`past_logs`]."""
+    unique = [asdict(log) for number, log in enumerate(logs) if log not in logs[:number]]
+    with atomic_write(Path(folder) / LOGS_FILE) as partial:
+        partial.write_text(yaml.safe_dump({"logs": unique}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_past(logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTokenizer) -> Dataset | None:
+    """The events of the logs that `model` was trained on; a log that does not exist anymore is reported."""
+    past = []
+    for log in logs:
+        if log.data is None or Path(log.data).exists():
+            past.append(log)
+        else:
+            logger.warning(
+                "%s, which %s was trained on, does not exist: nothing of it is learned again.", log.data, model
+            )
+    if not past:
+        print("No earlier log is known (`--replay`); what it taught may be forgotten.")
+        return None
+    print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
+    return reduce(join_logs, (log.build(tokenizer)[0] for log in past))
+
+
+def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
+    config = BlossomRecConfig(
+        vocab_size=vocab_size, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, intermediate_size=128
+    )
+    return BlossomRecForSequentialRecommendation(config)
+
+
+def continue_past(model: BlossomRecForSequentialRecommendation, new_log: Dataset, old_log: Dataset | None) -> Dataset:
+    """The new events after the earlier ones, which the model's item frequencies now include."""
+    dataset = join_logs(old_log, new_log)
+    counts = model.item_counts.numpy()
+    if (np.array(dataset["past_end"]) < list(map(len, read_histories(dataset)))).any():
+        counts = add_item_counts(counts, dataset, old_log)
+    else:
+        print("The earlier log has every event of the new one: all of them are learned again.")
+        dataset = join_logs(None, new_log)
+        # A log that grew under its name has events that the model has not counted.
+        counts = np.maximum(counts, item_counts(dataset, len(counts)))
+    model.item_counts.copy_(torch.as_tensor(counts))
+    return dataset
 
 
 def held_out(dataset: Dataset, part: str) -> Dataset | None:
     """The view of "validation" or "test"; `None` if no user has an item there."""
     lengths, targets = part_lengths(dataset, part)
     return split(dataset, part) if ((lengths > 0) & (targets > 0)).any() else None
+
+
+def validation_users(dataset: Dataset, training_args: TrainingArguments, eval_users: int) -> Dataset | None:
+    """The users to validate on; without any, `training_args` no longer asks for a validation."""
+    validation = held_out(dataset, "validation")
+    if validation is None:
+        logger.warning(
+            "No user has enough new events to hold some out: nothing is validated, the last weights are kept."
+        )
+        training_args.eval_strategy = IntervalStrategy.NO
+        training_args.load_best_model_at_end = False
+        return None
+    return sample_users(validation, eval_users) if eval_users else validation
+
+
+def add_adapters(model: BlossomRecForSequentialRecommendation, rank: int) -> "PeftModel":
+    """Low-rank adapters in `model` itself, which stays what `Trainer` trains."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES))
+
+
+def require_another_folder(output_dir: str, model: str) -> None:
+    """
+    Raises:
+        ValueError: if the run would write into the folder of the model that it starts from.
+    """
+    if Path(output_dir).resolve() == Path(model).resolve():
+        raise ValueError(
+            f"`output_dir` {output_dir} is the folder of `model`, which a run that is interrupted would damage; give "
+            "another folder."
+        )
 
 
 @exit_on_error()
@@ -173,42 +261,26 @@ def main() -> None:
     require_folder(training_args.output_dir)
     for tracker in training_args.report_to:
         check_tracker(tracker, get_available_reporting_integrations())
+    if args.model is not None:
+        require_another_folder(training_args.output_dir, args.model)
     set_seed(training_args.seed)
 
     dataset, tokenizer = log_args.build()
-    old_log = old_titles = None
-    first_new = NUM_SPECIAL
+    past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL
     if args.model is None:
-        config = BlossomRecConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=1,
-            intermediate_size=128,
-        )
-        model = BlossomRecForSequentialRecommendation(config)
-        past_ends = [0] * len(dataset)
+        model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
+        model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
     else:
         log_tokenizer, tokenizer = tokenizer, load_checkpoint(BlossomRecTokenizer, args.model)
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
-        old_titles = read_item_metadata(args.model)
-        first_new = len(tokenizer)
+        old_titles, first_new = read_item_metadata(args.model), len(tokenizer)
         vectors = {} if args.item_vectors is None else read_item_vectors(args.item_vectors)
         log_items = log_tokenizer.decode_items(range(NUM_SPECIAL, len(log_tokenizer)))
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
             print(f"{num_added} new items; the catalog now has {len(tokenizer) - NUM_SPECIAL}.")
-        new_log = recode(dataset, log_tokenizer, tokenizer)
-        if past := past_logs(args.model, args.replay):
-            print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
-            old_log = reduce(join_logs, (log.build(tokenizer)[0] for log in past))
-        else:
-            print("No earlier log is known (`--replay`); what it taught may be forgotten.")
-        dataset = join_logs(old_log, new_log)
-    model.item_counts.copy_(torch.as_tensor(add_item_counts(model.item_counts.numpy(), dataset, old_log)))
-    if args.model is not None:
-        if all(np.array(dataset["past_end"]) == list(map(len, read_histories(dataset)))):
-            print("The earlier log has every event of the new one: all of them are learned again.")
-            dataset = join_logs(None, new_log)
+        past = past_logs(args.model, args.replay)
+        old_log = read_past(past, args.model, tokenizer)
+        dataset = continue_past(model, recode(dataset, log_tokenizer, tokenizer), old_log)
         past_ends = dataset["past_end"]
     if model.config.repeat_share is None:
         model.config.repeat_share = log_args.repeat_share(dataset)
@@ -234,23 +306,11 @@ def main() -> None:
         initialize_from_events(model.to(training_args.device), to_place, trained)
     if training_args.max_steps <= 0:
         training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
-    validation, test = held_out(dataset, "validation"), held_out(dataset, "test")
-    if validation is None:
-        logger.warning(
-            "No user has enough new events to hold some out: nothing is validated, the last weights are kept."
-        )
-        training_args.eval_strategy = IntervalStrategy.NO
-        training_args.load_best_model_at_end = False
-    elif args.eval_users:
-        validation = sample_users(validation, args.eval_users)
-    if args.train_only in ("embeddings", "new_items"):
-        freeze_all_but_items(model, 2 if args.train_only == "embeddings" else first_new)
-    elif args.train_only == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        freeze_all_but_items(model, first_new)
-        # The adapters are put into `model` itself, which stays what `Trainer` trains.
-        adapted = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=LORA_MODULES))  # fmt: skip
+    validation = validation_users(dataset, training_args, args.eval_users)
+    if args.train_only != "all":
+        freeze_all_but_items(model, NUM_SPECIAL if args.train_only == "embeddings" else first_new)
+    if args.train_only == "lora":
+        adapted = add_adapters(model, args.lora_rank)
         model.get_input_embeddings().requires_grad_(True)
 
     trainer = SequentialRecommendationTrainer(
@@ -272,7 +332,9 @@ def main() -> None:
         adapted.save_pretrained(Path(training_args.output_dir) / "adapter")
         trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
     trainer.save_model()
-    if test is not None:
+    if trainer.is_world_process_zero():
+        save_logs(training_args.output_dir, [*past, log_args])
+    if (test := held_out(dataset, "test")) is not None:
         figures = trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_metrics("test", figures)
         trainer.log_metrics("test", figures)

@@ -310,3 +310,9 @@ def test_movielens_with_times(name, separator, header, size):
     items = np.array(tokenizer.decode_items(range(2, len(tokenizer))))
     for row, history in zip(dataset.with_format("numpy"), expected.values()):
         assert list(zip(items[row["input_ids"] - 2].tolist(), row["timestamps"].tolist())) == history
+
+
+def test_text_that_is_not_how_an_integer_is_written_is_unknown_to_a_vocabulary_of_integers():
+    tokenizer = BlossomRecTokenizer.from_items([7, 8, 9])
+    log = pl.DataFrame({"user": ["u"] * 6, "item": ["007", "8", "+9", "7.0", "x", "9"]})
+    assert build_sequences(log, tokenizer=tokenizer)[0]["input_ids"][:] == [[1, 3, 1, 2, 1, 4]]

@@ -142,11 +142,38 @@ def test_a_week_of_digits_continues_a_text_log_and_counts_once(run_example, tmp_
     added = item_counts(joined, len(grown)) - item_counts(past, len(grown))
     assert after_week == {token: max(added[index], 0) for token, index in grown.get_vocab().items()}
 
-    # The log with the week in it, on the model that has learned both: nothing is new, and nothing counts again.
+    # The log with the week in it, on the model that has learned both: nothing is new, and nothing counts again. The
+    # model, which now lies elsewhere, still knows the logs of both runs. What it never counted, it does now.
     write_events(tmp_path / "whole.csv", old + week)
-    _, after_whole, printed = finetune("week", "whole.csv", "whole", "auto")
+    (tmp_path / "model").rename(tmp_path / "before")
+    (tmp_path / "week").rename(tmp_path / "model")
+    _, after_whole, printed = finetune("model", "whole.csv", "whole", "auto")
+    assert f"Continues {tmp_path / 'prepared'}, {tmp_path / 'week.csv'}." in printed
     assert "The earlier log has every event of the new one" in printed
-    assert after_whole == after_week
+    alone = join_logs(None, build_sequences(tmp_path / "whole.csv", tokenizer=grown)[0])
+    whole = item_counts(alone, len(grown))
+    assert after_whole == {token: max(after_week[token], whole[index]) for token, index in grown.get_vocab().items()}
+
+
+def test_a_log_that_grew_under_its_name_is_counted_and_a_model_is_not_overwritten(run_example, tmp_path):
+    """The log that the first run learned has one more user and item when the second run reads it."""
+    save_checkpoint(tmp_path / "model", BlossomRecTokenizer.from_items([100, 101, 102]))
+    log, common = tmp_path / "log.csv", ("--max_steps", 1, "--use_cpu", "true", "--max_length", 20)
+    events = [("u", 100, 1), ("u", 101, 2)]
+    for model, output, more in (("model", "first", []), ("first", "second", [("v", 101, 1), ("v", 103, 2)])):
+        write_events(log, events + more)
+        printed = run_example(
+            "finetune.py", "--model", tmp_path / model, "--data", log, "--output_dir", tmp_path / output, *common
+        )
+    assert f"Continues {log}." in printed
+    model, tokenizer = (kind.from_pretrained(tmp_path / "second") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.item_counts[tokenizer.encode_items([100, 101, 102, 103])].tolist() == [1, 2, 0, 1]
+
+    said = run_example(
+        "finetune.py", "--model", tmp_path / "first", "--data", log, "--output_dir", f"{tmp_path}/first/", *common,
+        status=2, field="stderr",
+    )  # fmt: skip
+    assert said.splitlines()[-1].startswith("`output_dir` ") and "is the folder of `model`" in said
 
 
 def test_text_for_a_catalog_of_integers_is_refused_in_one_sentence(run_example, tmp_path):

@@ -189,8 +189,10 @@ def _totals(parts: list[partitions.Partition], num_items: int) -> tuple[int, int
 
 def _known_vocabulary(item_ids: pl.Series, tokenizer: BlossomRecTokenizer) -> np.ndarray:
     """int32 [items]: the ids that `tokenizer` gives to raw ids, `[UNK]` where it knows none."""
-    if tokenizer.item_type == "int":
-        item_ids = item_ids.cast(pl.String).str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
+    if tokenizer.item_type == "int" and item_ids.dtype == pl.String:
+        texts = item_ids.str.replace(r"\.0+$", "")
+        numbers = texts.cast(pl.Int64, strict=False)
+        item_ids = numbers.set((numbers.cast(pl.String) != texts).fill_null(False), None)  # "007" is not 7
     ids = item_ids.cast(pl.Int64 if tokenizer.item_type == "int" else pl.String)
     vocabulary = np.full(len(ids), tokenizer.unk_token_id, np.int32)
     vocabulary[ids.is_not_null().to_numpy()] = tokenizer.encode_items(ids.drop_nulls().to_list())

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..tokenization_blossomrec import BlossomRecTokenizer
 from .splits import item_counts, part_lengths
+from .times import UNITS, time_unit
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
 
     An event of `new` that `old` has as well counts once, so `new` may be a week, or the whole log and a week more. With
     times in both, it is the same item of the same user at the same time, and events are ordered by time (ties: `old`
-    first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it.
+    first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it. Times in
+    different units (see [`~data.times.time_unit`]) are rounded down to the coarser unit, which the log reports.
 
     Args:
         old, new: Datasets of [`build_sequences`] or of this function, with one vocabulary. Without `old`, all events
@@ -75,6 +77,8 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
         ids.to_frame().join(known, on="id", how="left", maintain_order="left")["user"].to_numpy() for ids in users
     ]
     before, after = (_events(table, code, timed) for table, code in zip(tables, codes))
+    if timed:
+        before, after = _with_one_time_unit(before, after)
     if before.schema != after.schema:  # one log has fractions of a second
         before, after = (frame.cast({"time": pl.Float64}) for frame in (before, after))
     after = _without_repeats(before, after, timed)
@@ -138,6 +142,18 @@ def _events(table: pa.Table, users: np.ndarray, timed: bool) -> pl.DataFrame:
     items, offsets = _flatten(table, "input_ids")
     times = {"time": _flatten(table, "timestamps")[0]} if timed else {}
     return pl.DataFrame({"user": users.repeat(np.diff(offsets)), "item": items, **times})
+
+
+def _with_one_time_unit(before: pl.DataFrame, after: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Both logs with times in the coarser of their units."""
+    units = [time_unit(frame["time"].median()) for frame in (before, after)]
+    coarser = min(units, key=UNITS.get)
+    if units[0] != units[1]:
+        logger.warning("The times are in %s in the earlier log and in %s in the new one: read in %s.", *units, coarser)
+    return tuple(
+        frame if unit == coarser else frame.with_columns(pl.col("time") // (UNITS[unit] // UNITS[coarser]))
+        for frame, unit in zip((before, after), units)
+    )
 
 
 def _without_repeats(before: pl.DataFrame, after: pl.DataFrame, timed: bool) -> pl.DataFrame:
