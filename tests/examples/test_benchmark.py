@@ -58,7 +58,7 @@ def test_every_contestant_gets_every_figure(run_example, tmp_path):
     [
         (("--contestants", "blossom,sasrec"), 2, "--contestants has sasrec; it may name blossom,"),
         (("--lengths", "200"), 2, "--lengths has 200, more than --tokens, 96"),
-        (("--baseline_module", "nowhere.py:Attention"), 1, "'nowhere.py' is no file"),
+        (("--baseline_module", "nowhere.py:Attention"), 2, "'nowhere.py' is no file"),
     ],
 )
 def test_bad_arguments_are_named(run_example, arguments, status, words):
