@@ -8,7 +8,7 @@ import torch
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.manifest_blossomrec import update_manifest
+from blossomrec_hf.model.manifest_blossomrec import update_manifest
 
 
 def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecommendation:

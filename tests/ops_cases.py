@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from blossomrec_hf.attention_blossomrec import BlossomCompressor
-from blossomrec_hf.ops_reference import Ops, straight_through
+from blossomrec_hf.model.attention_blossomrec import BlossomCompressor
+from blossomrec_hf.model.ops_reference import Ops, straight_through
 
 
 class Compressor(nn.Module):

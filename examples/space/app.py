@@ -25,9 +25,9 @@ from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.command_line import HelpFormatter
 from blossomrec_hf.data import build_sequences, generate_log
 from blossomrec_hf.data.metadata import METADATA_FILE
+from blossomrec_hf.utils.command_line import HelpFormatter
 
 
 TOP_K, NUM_SAMPLES, NUM_MATCHES = 10, 6, 6

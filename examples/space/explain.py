@@ -7,7 +7,7 @@ from html import escape
 import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
-from blossomrec_hf.ops_reference import power_law_distances
+from blossomrec_hf.model.ops_reference import power_law_distances
 
 
 Span = tuple[int, int]  # first and last position, counted from 0, both included

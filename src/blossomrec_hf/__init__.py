@@ -3,16 +3,16 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .cache_blossomrec import BlossomRecCache
-from .configuration_blossomrec import BlossomRecConfig
-from .modeling_blossomrec import (
+from .model.cache_blossomrec import BlossomRecCache
+from .model.configuration_blossomrec import BlossomRecConfig
+from .model.modeling_blossomrec import (
     BlossomRecForSequentialRecommendation,
     BlossomRecModel,
     BlossomRecPreTrainedModel,
 )
-from .pipeline_blossomrec import SequentialRecommendationPipeline
-from .recommendation_blossomrec import RecommendationOutput
-from .tokenization_blossomrec import BlossomRecTokenizer
+from .model.pipeline_blossomrec import SequentialRecommendationPipeline
+from .model.recommendation_blossomrec import RecommendationOutput
+from .model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 __version__ = "0.1.0"

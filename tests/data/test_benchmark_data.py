@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_the_benchmark_prints_a_line_a_run_and_the_slope(tmp_path):
-    script = Path(__file__).parents[2] / "examples" / "benchmark_data.py"
+    script = Path(__file__).parents[2] / "examples" / "benchmarks/data.py"
     sizes = ["20000", "60000"]
     command = [sys.executable, str(script), "--folder", str(tmp_path), "--interactions", *sizes, "--bare_sort"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -28,7 +28,7 @@ def test_the_benchmark_prints_a_line_a_run_and_the_slope(tmp_path):
 def test_the_benchmark_of_batches_says_how_full_they_are(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("".join(f"{user} {item}\n" for user in range(200) for item in range(user % 40 + 3)))
-    script = Path(__file__).parents[2] / "examples" / "benchmark_data.py"
+    script = Path(__file__).parents[2] / "examples" / "benchmarks/data.py"
     options = ["--log", str(log), "--max_tokens", "512", "--max_length", "30", "--workers", "1", "--step_seconds", "0"]
     command = [sys.executable, str(script), "--folder", str(tmp_path / "folder"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

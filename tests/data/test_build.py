@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.filters import FilterReport
-from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
+from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 DATA = Path(os.environ.get("BLOSSOMREC_TEST_DATA", "nowhere"))

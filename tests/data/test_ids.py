@@ -13,7 +13,7 @@ from plain_reader import spelled
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.data.ids import MISSING_IDS
-from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
+from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 def histories(dataset, tokenizer) -> dict:

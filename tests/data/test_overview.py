@@ -2,8 +2,6 @@
 
 import base64
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,13 +11,10 @@ from huggingface_hub import DatasetCard, HfApi
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.data.overview import describe, write_report
-from blossomrec_hf.hub import dataset_card, push_dataset
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import prepare_data  # noqa: E402
+from blossomrec_hf.sharing.hub import dataset_card, push_dataset
 
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
@@ -97,7 +92,7 @@ def test_a_push_is_private_and_complete(local_hub, log, tmp_path, monkeypatch):
 def test_the_command_builds_all(log, tmp_path, capsys):
     log.write_csv(tmp_path / "log.csv")
     out = tmp_path / "runs" / "out"
-    prepare_data.main(
+    prepare.main(
         [str(tmp_path / "log.csv"), "--output_dir", str(out), "--k_core", "5", "--report", str(tmp_path / "page.html")]
     )
     assert "Users: 96" in capsys.readouterr().out
@@ -105,9 +100,9 @@ def test_the_command_builds_all(log, tmp_path, capsys):
     assert {"README.md", "filters.json"} <= {path.name for path in out.iterdir()}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     with pytest.raises(SystemExit, match="2"):
-        prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out)])
+        prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(out)])
     assert "--overwrite" in capsys.readouterr().err
-    prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(out), "--overwrite"])
+    prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(out), "--overwrite"])
     assert len(load_from_disk(out)) == 100
 
 
@@ -119,7 +114,7 @@ def test_the_command_splits(log, tmp_path, how):
         "user": ["--validation_users", "0.2", "--test_users", "0.2"],
     }[how]
     out = tmp_path / "out"
-    prepare_data.main([str(tmp_path / "log.parquet"), "--output_dir", str(out), "--split", how, *options])
+    prepare.main([str(tmp_path / "log.parquet"), "--output_dir", str(out), "--split", how, *options])
     dataset = load_from_disk(out)
     assert (out / "tokenizer.json").is_file() and (out / "README.md").is_file()
     if how == "time":
@@ -137,18 +132,18 @@ def test_the_command_builds_with_the_ids_of_a_model(tmp_path, capsys, caplog):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "week.csv").write_text("user,item\nu,7\nu,12\nu,5\n")
     arguments = [str(tmp_path / "week.csv"), "--output_dir", str(tmp_path / "out"), "--tokenizer"]
-    prepare_data.main([*arguments, str(tmp_path / "model")])
+    prepare.main([*arguments, str(tmp_path / "model")])
     assert load_from_disk(tmp_path / "out")["input_ids"][:] == [[4, 3, tokenizer.unk_token_id]]
     assert "1 of 3 items of the log are not in the tokenizer's vocabulary" in caplog.text
     assert BlossomRecTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
     with pytest.raises(SystemExit, match="2"):
-        prepare_data.main([*arguments, str(tmp_path / "nothing"), "--overwrite"])
+        prepare.main([*arguments, str(tmp_path / "nothing"), "--overwrite"])
     assert "--tokenizer is" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path, capsys):
     log.write_csv(tmp_path / "log.csv")
     with pytest.raises(SystemExit, match="2"):
-        prepare_data.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--k_core", "500"])
+        prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--k_core", "500"])
     assert "k-core 500, 500" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]

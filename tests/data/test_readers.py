@@ -10,7 +10,7 @@ from datasets import Dataset
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.metadata import item_metadata, join_item_metadata, read_item_metadata
 from blossomrec_hf.data.readers import open_log
-from blossomrec_hf.tokenization_blossomrec import BlossomRecTokenizer
+from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 AMAZON_USERS = ("A2SUAM1J3GNN3B", "A1C6M8LCIX4M6M")

@@ -12,8 +12,8 @@ from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.overview import write_report
 from blossomrec_hf.data.readers import open_log
 from blossomrec_hf.data.storage import load_folder
-from blossomrec_hf.files_blossomrec import LEFTOVER_SECONDS
-from blossomrec_hf.hub import dataset_card
+from blossomrec_hf.model.files_blossomrec import LEFTOVER_SECONDS
+from blossomrec_hf.sharing.hub import dataset_card
 from blossomrec_hf.training import LogArguments
 
 

@@ -10,7 +10,7 @@ from example_cases import REPOSITORY
 from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig
-from blossomrec_hf.ops_reference import rotate
+from blossomrec_hf.model.ops_reference import rotate
 
 
 OUTSIDE = """
@@ -33,7 +33,7 @@ TINY = ("--device", "cpu", "--tokens", 96, "--lengths", "24,48", "--seconds", 0)
 def test_every_contestant_gets_every_figure(run_example, tmp_path):
     (tmp_path / "outside.py").write_text(OUTSIDE)
     run_example(
-        "benchmark.py",
+        "benchmarks/attention.py",
         *TINY,
         *(
             "--contestants",
@@ -62,7 +62,7 @@ def test_every_contestant_gets_every_figure(run_example, tmp_path):
     ],
 )
 def test_bad_arguments_are_named(run_example, arguments, status, words):
-    told = run_example("benchmark.py", *TINY, *arguments, status=status, field="stderr")
+    told = run_example("benchmarks/attention.py", *TINY, *arguments, status=status, field="stderr")
     assert words in told and "Traceback" not in told
 
 
@@ -70,7 +70,7 @@ def test_real_lengths_are_packed_as_the_loop_packs_them(run_example, tmp_path):
     lengths = np.random.default_rng().integers(2, 40, 30)
     np.save(tmp_path / "lengths.npy", lengths)
     run_example(
-        "benchmark.py",
+        "benchmarks/attention.py",
         *("--device", "cpu", "--tokens", 96, "--seconds", 0, "--contestants", "blossom,full (cuDNN),full (varlen)"),
         *("--lengths_from", tmp_path / "lengths.npy", "--max_length", 20, "--steps", 2, "--json", tmp_path / "f.json"),
     )
@@ -83,8 +83,8 @@ def test_real_lengths_are_packed_as_the_loop_packs_them(run_example, tmp_path):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "examples")
-    return importlib.import_module("benchmark")
+    monkeypatch.syspath_prepend(REPOSITORY / "examples" / "benchmarks")
+    return importlib.import_module("attention")
 
 
 def test_steps_of_real_lengths_have_one_shape_and_no_history_over_the_limit(benchmark, tmp_path):

@@ -11,7 +11,7 @@ from blossomrec_hf.data import generate_log
 
 @pytest.fixture(scope="module")
 def example():
-    return load_example("benchmark_finetune.py")
+    return load_example("benchmarks/finetune.py")
 
 
 def built_in_events(num_users: int) -> dict[str, np.ndarray]:

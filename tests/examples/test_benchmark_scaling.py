@@ -8,7 +8,7 @@ def test_two_processes_are_compared_with_one(run_example, tmp_path, monkeypatch)
     settings = "--items 300 --max_length 32 --tokens 64 --hidden_size 32 --warmup 1 --steps 2".split()
     for processes in (1, 2):
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-        printed = run_example("benchmark_scaling.py", *settings, "--results", results, launcher=launcher)
+        printed = run_example("benchmarks/scaling.py", *settings, "--results", results, launcher=launcher)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert [line["processes"] for line in lines] == [1, 2]
     report = json.loads(printed.strip().splitlines()[-1])

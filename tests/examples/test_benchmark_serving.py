@@ -7,7 +7,7 @@ import pytest
 
 def test_the_cache_beside_recomputing(run_example, tmp_path):
     printed = run_example(
-        "benchmark_serving.py", "--sections", "cache", "--device", "cpu", "--history", 100, "--batch", 2,
+        "benchmarks/serving.py", "--sections", "cache", "--device", "cpu", "--history", 100, "--batch", 2,
         "--items", 50, "--seconds", 0, "--attention_types", "blossom,full", "--json", tmp_path / "figures.json",
     )  # fmt: skip
     assert "append, blossom" in printed and "recompute, full" in printed
@@ -25,8 +25,8 @@ def test_a_catalogue_and_the_users_of_a_log(run_example, tmp_path, log_file):
         "--users", 3, "--probes", 1, 999, "--folder", tmp_path, "--data", log_file, "--lengths", 8, 100,
         "--repeats", 1, "--json", tmp_path / "figures.json",
     ]  # fmt: skip
-    assert "trained 2 steps" in run_example("benchmark_serving.py", *settings)
-    assert "trained" not in run_example("benchmark_serving.py", *settings)  # it is kept
+    assert "trained 2 steps" in run_example("benchmarks/serving.py", *settings)
+    assert "trained" not in run_example("benchmarks/serving.py", *settings)  # it is kept
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     catalogue = [f for f in figures if f["section"] == "catalogue"]
     assert [f["what"] for f in catalogue][:2] == ["exact", "index, 1 probes"] and len(catalogue) == 3
@@ -39,5 +39,5 @@ def test_a_catalogue_and_the_users_of_a_log(run_example, tmp_path, log_file):
 
 
 def test_a_section_that_there_is_not_is_told(run_example):
-    error = run_example("benchmark_serving.py", "--sections", "cache,users,else", status=2, field="stderr")
+    error = run_example("benchmarks/serving.py", "--sections", "cache,users,else", status=2, field="stderr")
     assert "--sections has else; it may name cache, catalogue, users" in error

@@ -6,14 +6,8 @@ import pytest
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences
-from blossomrec_hf.training import (
-    LogArguments,
-    LoopArguments,
-    append_result,
-    parse_arguments,
-    read_results,
-    save_arguments,
-)
+from blossomrec_hf.evaluation import append_result, read_results
+from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments, save_arguments
 from blossomrec_hf.training import arguments as arguments_module
 
 

@@ -5,9 +5,9 @@ import torch
 from small_cases import make_model
 from transformers import TrainingArguments
 
+from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.data import split
 from blossomrec_hf.training import (
-    HistoryStore,
     LoopArguments,
     SelectionWatch,
     SequentialRecommendationTrainer,

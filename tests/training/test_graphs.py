@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, ops_triton_cross_entropy
-from blossomrec_hf.training import HistoryStore, LoopArguments, TrainingLoop
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.model import ops_triton_cross_entropy
+from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.training.graphs import GraphedPass, StaticBatch
 
 

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
 from blossomrec_hf.data import split
-from blossomrec_hf.training import HeldOutItems, LoopArguments, TrainingLoop, evaluate, progress, sample_users, train
+from blossomrec_hf.evaluation import HeldOutItems, evaluate, sample_users
+from blossomrec_hf.training import LoopArguments, TrainingLoop, train
 from blossomrec_hf.training import loop as loop_module
 from blossomrec_hf.training.arguments import COMPILE_STEPS
+from blossomrec_hf.utils import progress
 
 
 def arguments(tmp_path, **changes):

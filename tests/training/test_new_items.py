@@ -6,14 +6,9 @@ from safetensors.numpy import save_file
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
-from blossomrec_hf.training import (
-    HistoryStore,
-    add_items,
-    freeze_all_but_items,
-    initialize_from_events,
-    read_item_vectors,
-)
-from blossomrec_hf.training.histories import concatenate
+from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.batches.histories import concatenate
+from blossomrec_hf.training import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
 
 
 def vectors_file(path, vectors):

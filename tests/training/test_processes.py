@@ -20,7 +20,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from small_cases import make_model, small_log
 from blossomrec_hf.data import build_sequences, split
-from blossomrec_hf.training import LoopArguments, TrainingLoop, evaluate
+from blossomrec_hf.training import LoopArguments, TrainingLoop
+from blossomrec_hf.evaluation import evaluate
 
 folder, accumulation, sharded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "sharded"
 stop_at = int(sys.argv[4])

@@ -12,17 +12,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from blossomrec_hf import BlossomRecForSequentialRecommendation, packing_blossomrec
-from blossomrec_hf.data import PackingCollator, PaddingCollator, split
+from blossomrec_hf import BlossomRecForSequentialRecommendation
+from blossomrec_hf.batches import PackingCollator, PaddingCollator
+from blossomrec_hf.data import split
+from blossomrec_hf.evaluation import evaluate
+from blossomrec_hf.model import packing_blossomrec
 from blossomrec_hf.training import (
     LogLinesCallback,
     LoopArguments,
     RankingCollator,
     SequentialRecommendationTrainer,
     TrainingLoop,
-    evaluate,
-    progress,
 )
+from blossomrec_hf.utils import progress
 
 
 def training_arguments(tmp_path, **changes):

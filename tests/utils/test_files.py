@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from blossomrec_hf.files_blossomrec import LEFTOVER_SECONDS, partial_path, partials
+from blossomrec_hf.model.files_blossomrec import LEFTOVER_SECONDS, partial_path, partials
 from blossomrec_hf.utils.files import (
     atomic_files,
     atomic_folder,

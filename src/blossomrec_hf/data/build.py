@@ -11,7 +11,7 @@ import polars as pl
 from datasets import Dataset
 from tqdm import tqdm
 
-from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch
 from . import partitions
 from .filters import FilterReport

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
 from .build import NUM_SPECIAL, check_arguments
 from .columns import find_columns, no_times_note

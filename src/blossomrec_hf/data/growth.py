@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 from datasets import Dataset
 
-from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from .splits import item_counts, part_lengths
 from .times import UNITS, time_unit
 

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 from transformers.utils import cached_file
 
-from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .formats import reading
 from .text_files import read_blocks

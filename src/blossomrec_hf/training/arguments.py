@@ -13,14 +13,14 @@ from accelerate.tracking import get_available_trackers
 from datasets import Dataset
 from transformers import HfArgumentParser
 
-from ..command_line import HelpFormatter
 from ..data import build_sequences, generate_log, generate_titles, repeat_share
 from ..data.filters import FilterReport
 from ..data.growth import recode
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
 from ..data.storage import load_folder
-from ..tokenization_blossomrec import BlossomRecTokenizer
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.command_line import HelpFormatter
 from ..utils.files import atomic_write, recover_folder
 
 
@@ -58,7 +58,7 @@ class LoopArguments:
         default=16384, metadata={"help": "Items a step, over all processes and accumulations."}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Into how many forward passes each process cuts its share of a step."}
+        default=1, metadata={"help": "Gradient accumulation steps: forward passes of each process per step."}
     )
     mixed_precision: str | None = field(
         default=None,
@@ -168,7 +168,7 @@ class LoopArguments:
         if not holds:
             raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}.")
 
-    def that_shape_the_weights(self) -> dict[str, Any]:
+    def resume_critical_args(self) -> dict[str, Any]:
         """The arguments that must be the same for a run to be continued."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE_ON_RESUME}
 
@@ -191,7 +191,7 @@ class LogArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "A log, or a folder that prepare_data.py wrote; left out, the built-in data set."},
+        metadata={"help": "A log, or a folder that blossomrec prepare wrote; left out, the built-in data set."},
     )
     format: str | None = field(
         default=None, metadata={"help": "The format of the file; left out, found out by looking."}

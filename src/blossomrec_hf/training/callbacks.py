@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from .evaluation import evaluating
-from .histories import HistoryStore, budget_batches
-from .progress import LogLines
+from ..batches.histories import HistoryStore, budget_batches
+from ..evaluation.ranking import evaluating
+from ..utils.progress import LogLines
 
 
 if TYPE_CHECKING:

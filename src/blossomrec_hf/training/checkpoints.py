@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
 from transformers.utils import logging as transformers_logging
 
+from ..utils.environment import describe_environment
 from ..utils.files import atomic_folder, atomic_write, read_json, recover_writes, remove_folder, write_json
-from .environment import describe_environment
 
 
 logger = logging.getLogger(__name__)

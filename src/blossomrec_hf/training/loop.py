@@ -21,22 +21,22 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from ..data import TokenBudgetSampler
-from ..hub import push_run
-from ..loss_blossomrec import MAX_LOGITS, supports_fused
-from ..manifest_blossomrec import require_loadable
-from ..upload_blossomrec import ensure_repo
+from ..batches import TokenBudgetSampler
+from ..batches.histories import IGNORE_INDEX, HistoryStore
+from ..evaluation.held_out import HeldOutItems
+from ..evaluation.ranking import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
+from ..model.loss_blossomrec import MAX_LOGITS, supports_fused
+from ..model.manifest_blossomrec import require_loadable
+from ..model.upload_blossomrec import ensure_repo
+from ..sharing.hub import push_run
 from ..utils.files import atomic_files, atomic_folder
+from ..utils.progress import can_draw_bars, progress_bar
 from .arguments import COMPILE_STEPS, LoopArguments
 from .averaging import WeightAverage
 from .callbacks import LoopCallback
 from .checkpoints import MetricsFile, RunFolder, numbered_folders, quiet_libraries, written_by_all
-from .evaluation import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from .graphs import GraphedPass
-from .held_out import HeldOutItems
-from .histories import IGNORE_INDEX, HistoryStore
 from .optimizer import make_optimizer
-from .progress import can_draw_bars, progress_bar
 from .state import LoopState, TrainingResult, on_sigterm
 
 
@@ -273,7 +273,7 @@ class TrainingLoop:
             step=state.step if resumed else None,
         )
         if self.args.report_to != "none":
-            settings = {name: value for name, value in args.that_shape_the_weights().items() if value is not None}
+            settings = {name: value for name, value in args.resume_critical_args().items() if value is not None}
             self.accelerator.init_trackers(self.output_dir.name, config=settings)
         self._reset_sums()
         self._last_save = time.perf_counter()
@@ -514,7 +514,7 @@ class TrainingLoop:
         )
         config = {key: value for key, value in self.bare_model.config.to_dict().items() if key not in not_the_model}
         return {
-            "arguments": self.args.that_shape_the_weights(),
+            "arguments": self.args.resume_critical_args(),
             "model": json.loads(json.dumps(config, default=str)),
             "data": {
                 "histories": len(self.histories),
@@ -556,7 +556,7 @@ class TrainingLoop:
     def push_to_hub(self, folder: Path | None = None) -> CommitInfo | None:
         """
         Uploads the run's folder (or another, such as that of its refit) once it is finished: best model, tokenizer, card,
-        summary; on the main process. See [`~blossomrec_hf.hub.push_run`].
+        summary; on the main process. See [`~blossomrec_hf.sharing.hub.push_run`].
         """
         if not self.accelerator.is_main_process:
             return None

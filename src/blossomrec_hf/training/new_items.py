@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
-from ..tokenization_blossomrec import BlossomRecTokenizer
-from .evaluation import evaluating
-from .histories import HistoryStore, budget_batches
+from ..batches.histories import HistoryStore, budget_batches
+from ..evaluation.ranking import evaluating
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 SHRINKAGE = 3.0  # events: the mean over n events counts n / (n + this), the mean over all items the rest

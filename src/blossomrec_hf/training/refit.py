@@ -7,10 +7,10 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..batches.histories import HistoryStore
 from .arguments import LoopArguments
 from .callbacks import LoopCallback
 from .checkpoints import refuse_unfinished
-from .histories import HistoryStore
 from .loop import TrainingLoop
 from .state import TrainingResult
 

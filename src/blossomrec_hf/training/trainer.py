@@ -12,17 +12,17 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..configuration_blossomrec import MAX_REPEAT_SHARE
-from ..data import PaddingCollator
-from ..hub import push_run, write_card, write_summary
-from ..manifest_blossomrec import require_loadable
-from ..upload_blossomrec import ensure_repo, push_folder
+from ..batches import PaddingCollator
+from ..batches.histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
+from ..evaluation.held_out import HeldOutItems
+from ..evaluation.metrics import DEFAULT_KS
+from ..evaluation.ranking import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
+from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
+from ..model.manifest_blossomrec import require_loadable
+from ..model.upload_blossomrec import ensure_repo, push_folder
+from ..sharing.hub import push_run, write_card, write_summary
+from ..utils.environment import describe_environment
 from ..utils.files import remove_folder
-from .environment import describe_environment
-from .evaluation import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
-from .held_out import HeldOutItems
-from .histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
-from .metrics import DEFAULT_KS
 
 
 _MODEL_SETTINGS = (
@@ -33,7 +33,7 @@ _MODEL_SETTINGS = (
 
 class RankingCollator(PaddingCollator):
     """
-    A [`~blossomrec_hf.data.PaddingCollator`] for training rows and evaluation rows alike. Rows that hold items to
+    A [`~blossomrec_hf.batches.PaddingCollator`] for training rows and evaluation rows alike. Rows that hold items to
     predict also give `target_ids` int64 [B, n] and `seen_ids` int64 [B, m], each padded with −100.
     """
 
@@ -51,7 +51,7 @@ class SequentialRecommendationTrainer(Trainer):
 
     `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`]. Left out, `data_collator` is a
     [`RankingCollator`] (pass one to set `max_length`) and `compute_metrics` is [`ranking_compute_metrics`], which
-    gives the figures of [`~blossomrec_hf.training.evaluate`]: `eval_ndcg@10`, ....
+    gives the figures of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, ....
 
     `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included.
 
@@ -112,7 +112,7 @@ class SequentialRecommendationTrainer(Trainer):
             )
 
     def training_summary(self) -> dict[str, Any]:
-        """What a card is made of, see [`~blossomrec_hf.hub.write_summary`]: what this trainer did and last measured."""
+        """What a card is made of, see [`~blossomrec_hf.sharing.hub.write_summary`]: what this trainer did and last measured."""
         figures: dict[str, dict[str, float]] = {}
         for part, prefix in (("test", "test_"), ("validation", "eval_")):
             logged = [line for line in self.state.log_history if any(name.startswith(prefix) for name in line)]
@@ -234,7 +234,7 @@ def ranking_compute_metrics(
 ) -> Callable[[EvalPrediction], dict[str, float]]:
     """
     Makes a `compute_metrics` that reads the ranks of [`SequentialRecommendationTrainer`]; arguments and figures are those
-    of [`~blossomrec_hf.training.evaluate`].
+    of [`~blossomrec_hf.evaluation.evaluate`].
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

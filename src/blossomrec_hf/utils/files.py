@@ -19,7 +19,7 @@ from typing import Any
 
 # The cache and the checkpoint write files too. They travel with a checkpoint and cannot import this package, so what they
 # need is in a file that travels; it imports nothing but the standard library.
-from ..files_blossomrec import atomic_write, flush_to_disk, partial_path, partials, remove, remove_leftovers
+from ..model.files_blossomrec import atomic_write, flush_to_disk, partial_path, partials, remove, remove_leftovers
 
 
 logger = logging.getLogger(__name__)

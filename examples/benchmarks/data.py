@@ -1,0 +1,161 @@
+"""
+Times the road from a Parquet log to a saved Dataset.
+
+    python examples/benchmarks/data.py --interactions 32_000_000 --k_core 5
+
+generates a log (Zipf items, log-normal histories, rows in time order, so users are interleaved), keeps it under
+`--folder` for the next time, and builds it in a process of its own. Prints one line of JSON a run: seconds of
+`build_sequences`, seconds of the whole process with its imports, peak resident MiB, and what came out.
+
+    python examples/benchmarks/data.py --log ml-1m/interactions.txt --max_length 1000 --max_tokens 65536 --workers 2
+
+builds a log at hand and then times epochs of packed batches, with nothing to train: how full they are, how long the loop
+waits a batch, and how much of that is work of the process that would train.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+CHUNK = 4_000_000
+
+
+def generate(path: Path, interactions: int, seed: int = 0) -> None:
+    """A log of `interactions` rows: user, item, rating, timestamp; about 165 a user, as in MovieLens."""
+    from blossomrec_hf.utils.files import atomic_write  # here, so that `bare_sort` does not pay for PyTorch
+
+    rng = np.random.default_rng(seed)
+    num_users, num_items = max(interactions // 165, 10), max(int(interactions**0.5) * 15, 100)
+    user_share = np.cumsum(rng.lognormal(0, 1.2, num_users))
+    item_share = np.cumsum(1 / np.arange(1, num_items + 1))
+    user_names, item_names = rng.permutation(num_users * 3)[:num_users], rng.permutation(num_items * 3)[:num_items]
+    schema = pa.schema(
+        [("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
+    )
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for start in range(0, interactions, CHUNK):
+            rows = min(CHUNK, interactions - start)
+            users = np.searchsorted(user_share, rng.random(rows) * user_share[-1])
+            items = np.searchsorted(item_share, rng.random(rows) * item_share[-1])
+            times = 1_000_000_000 + (start + np.sort(rng.integers(0, rows, rows))) * 600_000_000 // interactions
+            ratings = rng.integers(1, 11, rows).astype(np.float32) / 2
+            columns = [user_names[users], item_names[items], ratings, times]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=1_000_000)
+
+
+def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+    """What Polars alone takes to sort and group such a log: the yardstick, without filter, ids or saving."""
+    started = time.perf_counter()
+    frame = pl.scan_parquet(path).select("user", "item", "timestamp").sort("user", "timestamp", maintain_order=True)
+    users = frame.group_by("user", maintain_order=True).agg("item").collect(engine="streaming").height
+    report.put({"what": "polars sort and group", "seconds": round(time.perf_counter() - started, 2), "users": users})
+    report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+    process_started = time.perf_counter()
+    from blossomrec_hf.data import build_sequences
+
+    started = time.perf_counter()
+    dataset, tokenizer = build_sequences(path, k_core=k_core, output_dir=output, overwrite=True)
+    seconds = time.perf_counter() - started
+    report.put(
+        {
+            "what": f"build_sequences, k_core={k_core}",
+            "seconds": round(seconds, 2),
+            "process_seconds": round(time.perf_counter() - process_started, 2),
+            "users": len(dataset),
+            "items": len(tokenizer) - 2,
+            "output_MiB": round(sum(file.stat().st_size for file in output.iterdir()) / 2**20),
+        }
+    )
+    report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seconds: float) -> None:
+    """Epochs of packed batches; a sleep of `step_seconds` stands for the training step that workers run beside."""
+    from blossomrec_hf.batches import HistoryWindows, PackedDataLoader
+    from blossomrec_hf.data import build_sequences
+
+    windows = HistoryWindows(build_sequences(log)[0], max_length)
+    loader = PackedDataLoader(windows, max_tokens, num_workers=workers)
+    padded = len(windows) * int(windows.lengths.max())
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        sizes, waited, work, iterator = set(), [], 0.0, iter(loader)
+        while True:
+            started, worked = time.perf_counter(), time.thread_time()
+            batch = next(iterator, None)
+            waited.append(time.perf_counter() - started)
+            work += time.thread_time() - worked
+            if batch is None:
+                break
+            sizes.add(batch["input_ids"].shape[1])
+            time.sleep(step_seconds)
+        line = {
+            "log": log.name,
+            "epoch": epoch,
+            "steps": len(waited) - 1,
+            "sizes": sorted(sizes),
+            "filled": round(int(windows.lengths.sum()) / max_tokens / (len(waited) - 1), 4),
+            "filled_if_padded": round(int(windows.lengths.sum()) / padded, 4),
+            "first_wait_ms": round(waited[0] * 1e3, 1),
+            "later_wait_ms_a_step": round(sum(waited[1:-1]) / max(len(waited) - 2, 1) * 1e3, 2),
+            "own_cpu_ms_a_step": round(work / (len(waited) - 1) * 1e3, 2),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--interactions", type=int, nargs="+", default=[1_000_000], help="sizes; several give the slope"
+    )
+    parser.add_argument("--k_core", type=int, default=5)
+    parser.add_argument("--log", type=Path, help="a log to build instead of generating one")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark_data"), help="for generated logs and output")
+    parser.add_argument("--bare_sort", action="store_true", help="also time Polars' sort and group alone")
+    parser.add_argument("--max_tokens", type=int, help="with --log: time packed batches of this size instead")
+    parser.add_argument("--max_length", type=int, default=1000, help="items of a history in such a batch")
+    parser.add_argument("--workers", type=int, default=2, help="DataLoader workers for such batches")
+    parser.add_argument("--step_seconds", type=float, default=0.03, help="what a training step takes")
+    arguments = parser.parse_args()
+    if arguments.max_tokens is not None:
+        if arguments.log is None:
+            parser.error("--max_tokens needs --log")
+        batches(arguments.log, arguments.max_length, arguments.max_tokens, arguments.workers, arguments.step_seconds)
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")  # so that a run's peak memory is its own
+    seconds = []
+    for interactions in [0] if arguments.log else arguments.interactions:
+        path = arguments.log or arguments.folder / f"log-{interactions}.parquet"
+        if not path.exists():
+            generate(path, interactions)
+        output = arguments.folder / "built"
+        for run in [bare_sort] * arguments.bare_sort + [build]:
+            report = spawn.Queue()
+            process = spawn.Process(target=run, args=(path, output, arguments.k_core, report))
+            process.start()
+            line = {"log": path.name, **report.get(), "peak_MiB": round(report.get())}
+            process.join()
+            print(json.dumps(line), flush=True)
+        seconds.append(line["seconds"])
+        shutil.rmtree(output, ignore_errors=True)
+    if len(seconds) > 1:
+        slope = np.polyfit(np.log(arguments.interactions), np.log(seconds), 1)[0]
+        print(json.dumps({"slope of log seconds over log interactions": round(float(slope), 3)}))
+
+
+if __name__ == "__main__":
+    main()

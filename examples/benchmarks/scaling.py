@@ -1,0 +1,145 @@
+"""
+How training scales over processes: items a second, memory of a process, and efficiency against one process that does
+its share alone (weak scaling: every process gets `--tokens` items a step).
+
+    for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes $n \\
+        examples/benchmarks/scaling.py --results scaling.jsonl; done
+    for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes $n \\
+        examples/benchmarks/scaling.py --items 5_000_000 --objective sampled_softmax --results scaling.jsonl; done
+
+Histories of `--max_length` random items are trained on by the loop that `blossomrec train` uses, without saving. Each run adds
+a line to `--results`; the efficiency is that against the line of one process with the same settings, whichever way that
+one was launched. `persistent_MiB` is what lies in memory between two steps (weights, optimizer state, item counts, the
+histories), `peak_MiB` the most during one.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.training import LoopArguments, TrainingLoop
+from blossomrec_hf.training.loop import make_accelerator
+from blossomrec_hf.utils.command_line import HelpFormatter
+from blossomrec_hf.utils.environment import describe_environment
+
+
+SETTINGS = "items max_length tokens objective attention_types hidden_size".split()
+
+
+def make_histories(number: int, length: int, items: int, seed: int) -> HistoryStore:
+    """Histories of one length; popular items are the first ones, as in a built vocabulary."""
+    rng = np.random.default_rng(seed)
+    drawn = np.exp(rng.random(number * length) * np.log(items)).astype(np.int32) + 1
+    return HistoryStore(np.clip(drawn, 2, items + 1), np.arange(number + 1, dtype=np.int64) * length)
+
+
+def memory(device: torch.device, *, peak: bool) -> float:
+    """MiB in use by tensors on a GPU; by the process on a CPU (Linux)."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    field = "VmHWM" if peak else "VmRSS"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--items", type=int, default=100_000)
+    parser.add_argument("--max_length", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=65536, help="items a step of each process")
+    parser.add_argument("--objective", default="cross_entropy")
+    parser.add_argument("--num_negatives", type=int, default=1024, help="of sampled objectives")
+    parser.add_argument("--attention_types", default="blossom")
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines")
+    args = parser.parse_args()
+    if args.tokens < args.max_length:
+        parser.error(f"--tokens is {args.tokens}, less than one history of --max_length, {args.max_length}")
+
+    set_seed(0)
+    config = BlossomRecConfig(
+        vocab_size=args.items + 2,
+        hidden_size=args.hidden_size,
+        attention_types=args.attention_types,
+        objective=args.objective,
+        num_negatives=min(args.num_negatives, args.items),
+    )
+    model = BlossomRecForSequentialRecommendation(config)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(LoopArguments(output_dir=folder))
+        processes, device = accelerator.num_processes, accelerator.device
+        histories = args.tokens // args.max_length * processes
+        loop = TrainingLoop(
+            model,
+            make_histories(histories, args.max_length, args.items, seed=0),
+            args=LoopArguments(
+                output_dir=folder, max_length=args.max_length, tokens_per_step=args.tokens * processes, warmup_steps=0
+            ),
+            accelerator=accelerator,
+        )
+        loop._reset_sums()
+        seconds = []
+        for step in range(args.warmup + args.steps):
+            (rows,) = loop.plan_epoch(step)
+            if step == args.warmup and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            accelerator.wait_for_everyone()
+            started = time.perf_counter()
+            loop.training_step(rows)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        here = torch.tensor(
+            [statistics.median(seconds[args.warmup :]), memory(device, peak=False), memory(device, peak=True)],
+            dtype=torch.float64,
+            device=device if device.type == "cuda" else "cpu",
+        )
+        step_seconds, persistent, peak = accelerator.gather(here[None]).max(0).values.tolist()
+        if accelerator.is_main_process:
+            report = {
+                "processes": processes,
+                "kind": "sharded" if loop._sharded else "replicated",
+                **{name: getattr(args, name) for name in SETTINGS},
+                "items_per_second": round(histories * args.max_length / step_seconds),
+                "step_ms": round(step_seconds * 1e3, 2),
+                "persistent_MiB": round(persistent, 1),
+                "peak_MiB": round(peak, 1),
+                "mixed_precision": accelerator.mixed_precision,
+                **describe_environment(),
+            }
+            print(json.dumps(report | compare(report, args.results)))
+            if args.results is not None:
+                with args.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(report) + "\n")
+        accelerator.end_training()
+
+
+def compare(report: dict, results: Path | None) -> dict:
+    """Efficiency and share of the memory against the latest run of one process with the same settings."""
+    if results is None or not results.exists():
+        return {}
+    same = [*SETTINGS, "mixed_precision", "device"]
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    alone = [line for line in lines if line["processes"] == 1 and all(line[name] == report[name] for name in same)]
+    if not alone:
+        return {}
+    return {
+        "efficiency": round(report["items_per_second"] / alone[-1]["items_per_second"] / report["processes"], 4),
+        "persistent_share": round(report["persistent_MiB"] / alone[-1]["persistent_MiB"], 4),
+        "peak_share": round(report["peak_MiB"] / alone[-1]["peak_MiB"], 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

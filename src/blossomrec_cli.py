@@ -1,0 +1,47 @@
+"""
+The `blossomrec` command: lists the commands, and runs one of them. It lies outside the package, because importing the
+package imports PyTorch, which takes seconds; `blossomrec --help` does not.
+"""
+
+import difflib
+import importlib
+import sys
+from importlib.metadata import version
+
+
+COMMANDS = {
+    "prepare": "build item-id sequences from an interaction log",
+    "train": "train a model, evaluate it and save it",
+    "finetune": "fine-tune a model on new events, with new items",
+    "evaluate": "rank the held-out items of a log by checkpoints and baselines",
+    "compare": "run a paired significance test between two groups of checkpoints",
+    "recommend": "write the recommendations of all users to Parquet files",
+    "serve": "serve recommendations over HTTP",
+    "push": "upload a trained model to the Hub",
+    "export": "write a checkpoint as ONNX or as a program of torch.export",
+    "convert": "convert a checkpoint from or to the authors' code",
+    "card": "write the model card of a run",
+}
+USAGE = "usage: blossomrec COMMAND [options]\n\n" + "\n".join(
+    f"  {name:<10} {text}" for name, text in COMMANDS.items()
+)
+USAGE += "\n\n`blossomrec COMMAND --help` lists the options of a command, `blossomrec --version` prints the version."
+
+
+def main() -> None:
+    """Run `blossomrec COMMAND …`; exit code 2 if there is no such command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if arguments[0] == "--version":
+        print(version("blossomrec-hf"))
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}."
+        print(f"blossomrec has no command {name!r}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"blossomrec {name}", *rest]
+    importlib.import_module(f"blossomrec_hf.commands.{name}").main()

@@ -1,0 +1,20 @@
+"""Item-id sequences -> packed or padded batches."""
+
+from .collators import PackingCollator, PaddingCollator
+from .histories import HistoryStore
+from .packed_loader import PackedDataLoader, PackedTrainerMixin
+from .sampling import TokenBudgetSampler
+from .streaming import PackedStream
+from .windows import HistoryWindows
+
+
+__all__ = [
+    "HistoryStore",
+    "HistoryWindows",
+    "PackedDataLoader",
+    "PackedStream",
+    "PackedTrainerMixin",
+    "PackingCollator",
+    "PaddingCollator",
+    "TokenBudgetSampler",
+]

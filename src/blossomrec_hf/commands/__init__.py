@@ -1,0 +1,1 @@
+"""The commands of `blossomrec`, one module each: `main()` reads its options from `sys.argv`."""

@@ -1,0 +1,163 @@
+"""
+Evaluates checkpoints on a log, next to rules without a model.
+
+    blossomrec evaluate --models runs/ml-1m --data ml-1m/interactions.txt --max_length 1000
+    accelerate launch -m blossomrec_hf.commands.evaluate --models runs/a runs/b --data log.csv --part validation --output_dir reports
+
+Every item is ranked for every user. Where at most 1 % of the test targets already occur in their user's history, seen
+items are excluded from the ranking; elsewhere nothing is, and repeated and new targets are also reported apart. The
+`_uni100` figures rank against 100 drawn items as RecBole does. Next to the models: the most popular items, overall and
+of the 7 days before the user's latest event (if the log has times), the user's most frequent items, and the items that
+follow the last one. Writes `evaluation.json` (figures with bootstrap intervals, by history length, coverage,
+popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's item, for paired comparisons later).
+"""
+
+import logging
+import re
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from accelerate import Accelerator
+
+from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from ..batches import HistoryStore
+from ..data import item_counts, split
+from ..evaluation import (
+    PROTOCOL,
+    HeldOutItems,
+    LastItemNeighbours,
+    PopularityScores,
+    RecentPopularity,
+    UserFrequentItems,
+    describe_evaluation,
+    markdown_table,
+    rank_by_scores,
+    rank_held_out_items,
+)
+from ..training import LogArguments, parse_arguments
+from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.environment import describe_environment
+from ..utils.files import atomic_files, require_folder, write_json
+from ..utils.progress import set_up_logging
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate, and how."""
+
+    models: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of models with their tokenizers, or Hub ids; at least one."}
+    )
+    part: str = field(default="test", metadata={"help": "test or validation."})
+    max_length: int = field(default=200, metadata={"help": "The latest items of a history that a model reads."})
+    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+    )
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Exclude seen items from the ranking, or not; left out, as the models recommend, or as the log's share "
+            "of repeated targets suggests if they do not know it."
+        },
+    )
+    all_and_unseen: bool = field(
+        default=False, metadata={"help": "Also report the figures with nothing excluded and with seen items excluded."}
+    )
+    samples: int = field(default=1000, metadata={"help": "Bootstrap samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the drawn items and of the bootstrap."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the reports go."})
+
+    def __post_init__(self):
+        if self.part not in ("test", "validation"):
+            raise ValueError(f"`part` must be test or validation, got {self.part!r}.")
+        if not self.models:
+            raise ValueError("`models` must name at least one folder of a checkpoint.")
+
+
+@exit_on_error()
+def main() -> None:
+    log_args, args = parse_arguments(LogArguments, EvaluationArguments, description=__doc__)
+    set_up_logging()
+    require_folder(args.output_dir)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
+
+    ranks, reports, tokenizers = {}, {}, []
+    for folder in args.models:
+        tokenizer = load_checkpoint(BlossomRecTokenizer, folder, "models")
+        model = load_checkpoint(BlossomRecForSequentialRecommendation, folder, "models").to(accelerator.device)
+        # The baselines and the held-out items serve every model with the same catalogue.
+        if not tokenizers or tokenizer.get_vocab() != tokenizers[-1].get_vocab():
+            if tokenizers:
+                raise ValueError(f"`models`: {folder} has another catalogue than {args.models[0]}.")
+            dataset, _ = log_args.build(tokenizer)
+            held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
+            counts = item_counts(dataset, len(tokenizer))
+            ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
+            ranking["exclude_seen"] = args.exclude_seen
+        if args.exclude_seen is None:
+            if model.config.repeat_share is None:
+                model.config.repeat_share = log_args.repeat_share(dataset)
+            if ranking["exclude_seen"] not in (None, model.config.exclude_seen):
+                raise ValueError(
+                    f"`models`: {folder} and {args.models[0]} differ in whether seen items are excluded; give "
+                    "--exclude_seen true or --exclude_seen false for all of them."
+                )
+            ranking["exclude_seen"] = model.config.exclude_seen
+        tokenizers.append(tokenizer)
+        ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
+    training = HistoryStore.from_rows(split(dataset, "train"))
+    device = {"device": accelerator.device}
+    baselines = {"most popular": PopularityScores(counts, **device)}
+    baselines["user's most frequent"] = UserFrequentItems(held_out, counts, **device)
+    baselines["after the last item"] = LastItemNeighbours(training, held_out, counts, **device)
+    if "timestamps" in dataset.column_names:
+        baselines["popular in the last 7 days"] = RecentPopularity(dataset, args.part, held_out, counts, **device)
+    else:
+        logging.warning("The log has no times: no figures of the items that were popular in the last 7 days.")
+    for name, scores in baselines.items():
+        ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)
+    if not accelerator.is_main_process:
+        return
+
+    for name, of_name in ranks.items():
+        reports[name] = describe_evaluation(
+            of_name,
+            held_out,
+            item_counts=counts,
+            ks=args.ks,
+            all_and_unseen=args.all_and_unseen,
+            samples=args.samples,
+            seed=args.seed,
+        )
+    arguments = {**asdict(log_args), **asdict(args)}
+    report = {"arguments": arguments, "protocol": PROTOCOL, **describe_environment(), "reports": reports}
+    arrays = {
+        f"{name}{suffix}": values
+        for name, of_name in ranks.items()
+        for suffix, values in of_name.by_suffix(all_and_unseen=args.all_and_unseen).items()
+    }
+    arrays |= {"user_ids": np.array(held_out.user_ids), "users": held_out.target_users}
+    arrays |= {"repeated": held_out.repeated, "exclude_seen": ranking["exclude_seen"]}
+    k = 10 if 10 in args.ks else max(args.ks)
+    names = [name for name in next(iter(reports.values()))["metrics"] if re.match(rf"(recall|ndcg)@{k}(_|$)", name)]
+    table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
+    with atomic_files(args.output_dir) as folder:
+        write_json(folder / "evaluation.json", report)
+        np.savez_compressed(folder / "ranks.npz", **arrays)
+        (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
+    masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
+    print(
+        f"{len(held_out)} users, {len(counts) - 2} items; {held_out.repeat_share:.1%} of the held-out items already ",
+        end="",
+    )
+    print(
+        f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users\n\n{table}\n\n{PROTOCOL}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""
+Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint, trains a small one from scratch.
+
+    blossomrec finetune                                                   # the built-in data set
+    blossomrec finetune --model runs/ml-1m --data new-interactions.csv --replay none
+    blossomrec finetune --model runs/ml-1m --data new-interactions.csv --train_only lora
+    blossomrec finetune --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
+
+The new events of a known user continue the user's history: they are learned with the past in view. The earlier events
+are found in the logs that the checkpoint was trained on, where its logs.yaml or run.yaml names some that still exist
+(`--replay` names another one, `--replay none` does without), and a share of them is learned again (`--replay_share`). The
+log may also be the earlier one and a week more: an event counts once. The last two of a user's new events are held out for
+validation and test, if there are at least four.
+
+The catalog grows by the items that the checkpoint does not know. The rows of the old items stay in place, and new items
+begin where their events place them (`initialize_from_events`) or at given vectors. All options of `TrainingArguments`
+are there: `blossomrec finetune --help`. `examples/benchmarks/finetune.py` measures what fine-tuning achieves.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
+
+from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from ..batches import HistoryStore
+from ..batches.histories import concatenate
+from ..data import item_counts, split
+from ..data.growth import add_item_counts, join_logs, read_histories, recode
+from ..data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
+from ..data.splits import part_lengths
+from ..evaluation import sample_users
+from ..training import (
+    LogArguments,
+    LogLinesCallback,
+    RankingCollator,
+    SequentialRecommendationTrainer,
+    add_items,
+    check_tracker,
+    freeze_all_but_items,
+    initialize_from_events,
+    parse_arguments,
+    read_arguments,
+    read_item_vectors,
+    save_arguments,
+)
+from ..training.fine_tuning import (
+    EVALUATIONS,
+    FINE_TUNING_DEFAULTS,
+    MIN_STEPS,
+    REPLAY_SHARE,
+    count_steps,
+    windows_to_learn,
+)
+from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.files import atomic_write, require_folder
+from ..utils.progress import can_draw_bars, set_up_logging
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+logger = logging.getLogger(__name__)
+
+LOGS_FILE = "logs.yaml"  # next to a fine-tuned model: the logs that it was trained on, in order
+NUM_SPECIAL = 2  # [PAD] and [UNK] come before the items
+DEFAULTS = {
+    **FINE_TUNING_DEFAULTS,
+    "output_dir": "runs/finetuned",
+    "eval_strategy": "steps",
+    "eval_steps": 1 / EVALUATIONS,  # of all steps
+    "save_strategy": "steps",
+    "save_steps": 1 / EVALUATIONS,
+    "logging_steps": 1 / EVALUATIONS,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "ndcg@10",
+    "disable_tqdm": not can_draw_bars(),
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+TRAIN_ONLY = ("all", "embeddings", "new_items", "lora")
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class FineTuneArguments:
+    """What to fine-tune, and how much of it."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "The folder of a trained model, or a Hub id; a new small model, if not given."}
+    )
+    max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
+    eval_users: int = field(default=0, metadata={"help": "Validate on a fixed sample of this many users; 0: on all."})
+    train_only: str = field(
+        default="all",
+        metadata={
+            "help": "all; embeddings: the layers stay as they are; new_items: the old items too; lora: low-rank "
+            "adapters in the layers, saved in adapter/ and merged into the model, and the new items (needs peft)."
+        },
+    )
+    lora_rank: int = field(default=8, metadata={"help": "The rank of the adapters."})
+    item_vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; left out, "
+            "where their events place them."
+        },
+    )
+    replay: str = field(
+        default="auto",
+        metadata={
+            "help": "The earlier log, which the new one continues; auto: the logs that `model` was trained on, if they "
+            "are there; none."
+        },
+    )
+    replay_share: float = field(
+        default=REPLAY_SHARE,
+        metadata={"help": "Of the events to learn, the share that are earlier ones: 0 or more and below 1."},
+    )
+    min_steps: int = field(
+        default=MIN_STEPS,
+        metadata={"help": "Steps at least: a small log is learned for more epochs than num_train_epochs."},
+    )
+
+    def __post_init__(self):
+        if self.eval_users < 0:
+            raise ValueError(f"`eval_users` must be 0 or more, got {self.eval_users}.")
+        if self.train_only not in TRAIN_ONLY:
+            raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
+        replay = self.replay not in ("auto", "none")
+        if self.model is None and (self.train_only != "all" or self.item_vectors or replay):
+            raise ValueError("`train_only`, `item_vectors` and `replay` are for a `model` that is there already.")
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(f"`replay_share` must be 0 or more and below 1, got {self.replay_share}.")
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be 2 (an item and its next) or more, got {self.max_length}.")
+
+
+def past_logs(model: str, replay: str) -> list[LogArguments]:
+    """The logs that a model was trained on, in order."""
+    if replay == "none":
+        return []
+    if replay != "auto":
+        return [LogArguments(data=replay)]
+    run, names = Path(model) / "run.yaml", {f.name for f in fields(LogArguments)}
+    if not run.exists():
+        return []
+    logs = [read_arguments(run, LogArguments)]
+    path = Path(model) / LOGS_FILE
+    if "replay" in logs[0] and path.exists():  # the run was one of this script
+        logs = read_arguments(path).get("logs")
+        if not isinstance(logs, list) or not all(
+            isinstance(log, dict) and isinstance(log.get("data"), str | None) for log in logs
+        ):
+            raise ValueError(f"{path} has no list of logs; give the earlier log with `replay`, or none.")
+    return [LogArguments(**{name: value for name, value in log.items() if name in names}) for log in logs]
+
+
+def save_logs(folder: str, logs: Sequence[LogArguments]) -> None:
+    """Writes which logs the model in `folder` was trained on, for [`past_logs`]."""
+    unique = [asdict(log) for number, log in enumerate(logs) if log not in logs[:number]]
+    with atomic_write(Path(folder) / LOGS_FILE) as partial:
+        partial.write_text(yaml.safe_dump({"logs": unique}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_past(logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTokenizer) -> Dataset | None:
+    """The events of the logs that `model` was trained on; a log that does not exist anymore is reported."""
+    past = []
+    for log in logs:
+        if log.data is None or Path(log.data).exists():
+            past.append(log)
+        else:
+            logger.warning(
+                "%s, which %s was trained on, does not exist: nothing of it is learned again.", log.data, model
+            )
+    if not past:
+        print("No earlier log is known (`--replay`); what it taught may be forgotten.")
+        return None
+    print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
+    return reduce(join_logs, (log.build(tokenizer)[0] for log in past))
+
+
+def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
+    config = BlossomRecConfig(
+        vocab_size=vocab_size, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, intermediate_size=128
+    )
+    return BlossomRecForSequentialRecommendation(config)
+
+
+def continue_past(model: BlossomRecForSequentialRecommendation, new_log: Dataset, old_log: Dataset | None) -> Dataset:
+    """The new events after the earlier ones, which the model's item frequencies now include."""
+    dataset = join_logs(old_log, new_log)
+    counts = model.item_counts.numpy()
+    if (np.array(dataset["past_end"]) < list(map(len, read_histories(dataset)))).any():
+        counts = add_item_counts(counts, dataset, old_log)
+    else:
+        print("The earlier log has every event of the new one: all of them are learned again.")
+        dataset = join_logs(None, new_log)
+        # A log that grew under its name has events that the model has not counted.
+        counts = np.maximum(counts, item_counts(dataset, len(counts)))
+    model.item_counts.copy_(torch.as_tensor(counts))
+    return dataset
+
+
+def held_out(dataset: Dataset, part: str) -> Dataset | None:
+    """The view of "validation" or "test"; `None` if no user has an item there."""
+    lengths, targets = part_lengths(dataset, part)
+    return split(dataset, part) if ((lengths > 0) & (targets > 0)).any() else None
+
+
+def validation_users(dataset: Dataset, training_args: TrainingArguments, eval_users: int) -> Dataset | None:
+    """The users to validate on; without any, `training_args` no longer asks for a validation."""
+    validation = held_out(dataset, "validation")
+    if validation is None:
+        logger.warning(
+            "No user has enough new events to hold some out: nothing is validated, the last weights are kept."
+        )
+        training_args.eval_strategy = IntervalStrategy.NO
+        training_args.load_best_model_at_end = False
+        return None
+    return sample_users(validation, eval_users) if eval_users else validation
+
+
+def add_adapters(model: BlossomRecForSequentialRecommendation, rank: int) -> "PeftModel":
+    """Low-rank adapters in `model` itself, which stays what `Trainer` trains."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES))
+
+
+def require_another_folder(output_dir: str, model: str) -> None:
+    """
+    Raises:
+        ValueError: if the run would write into the folder of the model that it starts from.
+    """
+    if Path(output_dir).resolve() == Path(model).resolve():
+        raise ValueError(
+            f"`output_dir` {output_dir} is the folder of `model`, which a run that is interrupted would damage; give "
+            "another folder."
+        )
+
+
+@exit_on_error()
+def main() -> None:
+    log_args, args, training_args = parse_arguments(
+        LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
+    )
+    set_up_logging()
+    require_folder(training_args.output_dir)
+    for tracker in training_args.report_to:
+        check_tracker(tracker, get_available_reporting_integrations())
+    if args.model is not None:
+        require_another_folder(training_args.output_dir, args.model)
+    set_seed(training_args.seed)
+
+    dataset, tokenizer = log_args.build()
+    past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL
+    if args.model is None:
+        model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
+        model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+    else:
+        log_tokenizer, tokenizer = tokenizer, load_checkpoint(BlossomRecTokenizer, args.model)
+        model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
+        old_titles, first_new = read_item_metadata(args.model), len(tokenizer)
+        vectors = {} if args.item_vectors is None else read_item_vectors(args.item_vectors)
+        log_items = log_tokenizer.decode_items(range(NUM_SPECIAL, len(log_tokenizer)))
+        if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
+            print(f"{num_added} new items; the catalog now has {len(tokenizer) - NUM_SPECIAL}.")
+        past = past_logs(args.model, args.replay)
+        old_log = read_past(past, args.model, tokenizer)
+        dataset = continue_past(model, recode(dataset, log_tokenizer, tokenizer), old_log)
+        past_ends = dataset["past_end"]
+    if model.config.repeat_share is None:
+        model.config.repeat_share = log_args.repeat_share(dataset)
+    titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
+
+    histories, train_ends = read_histories(dataset), part_lengths(dataset, "train")[0]
+    rows = windows_to_learn(
+        histories,
+        past_ends,
+        train_ends,
+        max_length=args.max_length,
+        replay_share=args.replay_share,
+        seed=training_args.seed,
+    )
+    if not rows:
+        raise ValueError(
+            f"`data` {log_args.data} has no event with another one of its user before it: nothing to learn."
+        )
+    if args.model is not None:
+        items = tokenizer.decode_items(range(first_new, len(tokenizer)))
+        to_place = [index for index, item in enumerate(items, start=first_new) if str(item) not in vectors]
+        trained = HistoryStore(*concatenate(history[:end] for history, end in zip(histories, train_ends) if end))
+        initialize_from_events(model.to(training_args.device), to_place, trained)
+    if training_args.max_steps <= 0:
+        training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
+    validation = validation_users(dataset, training_args, args.eval_users)
+    if args.train_only != "all":
+        freeze_all_but_items(model, NUM_SPECIAL if args.train_only == "embeddings" else first_new)
+    if args.train_only == "lora":
+        adapted = add_adapters(model, args.lora_rank)
+        model.get_input_embeddings().requires_grad_(True)
+
+    trainer = SequentialRecommendationTrainer(
+        model,
+        training_args,
+        data_collator=RankingCollator(max_length=args.max_length),
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+    )
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLinesCallback())
+    if trainer.is_world_process_zero():
+        write_item_metadata(training_args.output_dir, titles)
+        save_arguments(Path(training_args.output_dir) / "run.yaml", log_args, args)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if args.train_only == "lora":
+        adapted.save_pretrained(Path(training_args.output_dir) / "adapter")
+        trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        save_logs(training_args.output_dir, [*past, log_args])
+    if (test := held_out(dataset, "test")) is not None:
+        figures = trainer.evaluate(test, metric_key_prefix="test")
+        trainer.save_metrics("test", figures)
+        trainer.log_metrics("test", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""
+Recommends to all users of a data set: raw ids in, Parquet out.
+
+    blossomrec recommend --model runs/ml-1m --data ml-1m/interactions.txt --output_dir recommendations
+    accelerate launch -m blossomrec_hf.commands.recommend --model runs/shop --data data/clicks --output_dir out --top_k 100
+
+`--data` is a folder that `blossomrec prepare` wrote (read row by row, so it may be larger than memory) or any log that it
+reads. Users are cut into shards of `--shard_users`, in the order of the data set; each process writes shards of its own,
+`recommendations-00000.parquet` and on, with the columns `user_id`, `item_id` (list, the best first) and `score` (list).
+A shard appears complete or not at all: after a kill, the same command goes on with the first one that is missing.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, disable_progress_bars
+
+from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from ..batches.histories import budget_batches
+from ..data.formats import reading
+from ..training import LogArguments, parse_arguments
+from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.files import atomic_write, recover_writes, require_folder
+from ..utils.progress import progress_bar, set_up_logging
+
+
+@dataclass
+class RecommendArguments:
+    """What to recommend, and where to."""
+
+    model: str = field(
+        default="runs/blossomrec", metadata={"help": "A folder of a model with its tokenizer, or a Hub id."}
+    )
+    output_dir: str = field(default="recommendations", metadata={"help": "Where the shards go."})
+    top_k: int = field(default=10, metadata={"help": "Items a user."})
+    exclude_seen: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Exclude the items of the history, or not; left out, what suits the log of the model's training: not "
+            "where its users repeat items."
+        },
+    )
+    max_length: int = field(default=1000, metadata={"help": "The latest items of a history that the model reads."})
+    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
+    max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
+    shard_users: int = field(default=50_000, metadata={"help": "Users a shard."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+    )
+
+    def __post_init__(self):
+        for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+
+
+def recommend_shard(
+    model: BlossomRecForSequentialRecommendation,
+    tokenizer: BlossomRecTokenizer,
+    rows: Dataset,
+    args: RecommendArguments,
+    accelerator: Accelerator,
+) -> pa.Table:
+    """The recommendations for the users of `rows`, in their order; users of like length are read together."""
+    table = rows.with_format("arrow")[:]
+    histories = table["input_ids"].combine_chunks()
+    items, offsets = histories.flatten().to_numpy(), histories.value_lengths().to_numpy().cumsum()
+    offsets = np.append(0, offsets)
+    lengths = np.minimum(np.diff(offsets), args.max_length)
+    order = np.argsort(-lengths, kind="stable")
+    item_ids = np.full((len(rows), args.top_k), -1, np.int64)
+    scores = np.full((len(rows), args.top_k), -np.inf, np.float32)
+    for part in budget_batches(lengths[order], args.max_tokens, max_count=args.max_users):
+        users = order[part]
+        batch = [torch.from_numpy(items[offsets[user] : offsets[user + 1]].astype(np.int64)) for user in users]
+        with accelerator.autocast():
+            out = model.recommend(batch, top_k=args.top_k, exclude_seen=args.exclude_seen, max_length=args.max_length)
+        item_ids[users], scores[users] = out.item_ids.cpu().numpy(), out.scores.float().cpu().numpy()
+    found = item_ids >= 0
+    ends = pa.array(np.append(0, found.sum(1).cumsum()), pa.int32())
+    raw = tokenizer.decode_items(item_ids[found])
+    raw = pa.array(raw, pa.int64() if tokenizer.item_type == "int" else pa.string())
+    columns = {
+        "user_id": table["user_id"],
+        "item_id": pa.ListArray.from_arrays(ends, raw),
+        "score": pa.ListArray.from_arrays(ends, pa.array(scores[found])),
+    }
+    return pa.table(columns)
+
+
+def fingerprint(
+    model: BlossomRecForSequentialRecommendation,
+    tokenizer: BlossomRecTokenizer,
+    dataset: Dataset,
+    args: RecommendArguments,
+    mixed_precision: str,
+) -> bytes:
+    """
+    A digest of everything that the recommendations depend on: configuration and weights, vocabulary, users and their
+    events, settings. Each shard stores it, so that shards of different runs are never mixed.
+    """
+    settings = {k: v for k, v in asdict(args).items() if k not in ("model", "output_dir", "max_tokens", "max_users")}
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    data = hashlib.sha256()
+    for table in dataset.with_format("arrow").select_columns(["user_id", "input_ids"]).iter(batch_size=50_000):
+        histories = table["input_ids"].combine_chunks()
+        for values in (table["user_id"].to_pylist(), histories.value_lengths().to_pylist()):
+            data.update(json.dumps(values).encode())
+        data.update(histories.flatten().to_numpy().astype(np.int64).tobytes())
+    digests = {
+        "model": weights.hexdigest(),
+        "vocabulary": hashlib.sha256(json.dumps([tokenizer.item_type, vocabulary]).encode()).hexdigest(),
+        "data": data.hexdigest(),
+    }
+    return json.dumps({**settings, "mixed_precision": mixed_precision, **digests}).encode()
+
+
+@exit_on_error()
+def main() -> None:
+    log_args, args = parse_arguments(LogArguments, RecommendArguments, description=__doc__)
+    set_up_logging()
+    disable_progress_bars()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
+    model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(accelerator.device).eval()
+    with accelerator.main_process_first():  # the others find what the first has built
+        dataset, _ = log_args.build(tokenizer)
+
+    folder = Path(args.output_dir)
+    require_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        recover_writes(folder)
+    accelerator.wait_for_everyone()
+    made_by = fingerprint(model, tokenizer, dataset, args, accelerator.mixed_precision)
+    names = [f"recommendations-{number:05d}.parquet" for number in range(-(-len(dataset) // args.shard_users))]
+    own = list(enumerate(names))[accelerator.process_index :: accelerator.num_processes]
+    done = 0
+    for path in sorted(folder.glob("recommendations-*.parquet")):
+        with reading(str(path)):
+            metadata = pq.read_schema(path).metadata or {}
+        if metadata.get(b"made_by") != made_by:
+            raise ValueError(
+                f"`output_dir` {folder} has a shard, {path.name}, made with another model, log or setting; choose "
+                "another folder, or remove it."
+            )
+        done += path.name in names[accelerator.process_index :: accelerator.num_processes]
+    bar = progress_bar(
+        total=len(own), initial=done, description="Shards", enabled=accelerator.is_main_process, leave=False
+    )
+    with bar:
+        for number, name in own:
+            if (folder / name).exists():
+                continue
+            first = number * args.shard_users
+            rows = dataset.select(range(first, min(first + args.shard_users, len(dataset))))
+            table = recommend_shard(model, tokenizer, rows, args, accelerator)
+            with atomic_write(folder / name) as partial:
+                pq.write_table(table.replace_schema_metadata({"made_by": made_by}), partial)
+            bar.update()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{len(dataset)} users in {len(names)} shards in {folder}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""
+Trains a BlossomRec model on a log of interactions, evaluates it by full ranking and saves it.
+
+    accelerate launch examples/train.py           # the built-in data set, a few minutes of a CPU
+    blossomrec train --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
+    blossomrec train --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
+    blossomrec train --data shop.csv --output_dir runs/shop --refit   # for use: runs/shop/refit knows all events
+
+All options: `blossomrec train --help`.
+"""
+
+import json
+import logging
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+
+from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from ..data import has_users, hold_out_nothing, item_counts, split
+from ..data.metadata import write_item_metadata
+from ..evaluation import HeldOutItems, append_result, evaluate, read_results
+from ..sharing.hub import write_card, write_summary
+from ..training import (
+    LogArguments,
+    LoopArguments,
+    SelectionWatch,
+    TrainingLoop,
+    check_refit_folder,
+    parse_arguments,
+    refit,
+    refit_folder,
+    save_arguments,
+)
+from ..utils.command_line import exit_on_error
+from ..utils.environment import describe_environment
+from ..utils.files import require_folder
+from ..utils.progress import set_up_logging
+
+
+logger = logging.getLogger("blossomrec_hf.train")
+
+# Small enough for two CPU cores and the few minutes that the built-in data set is meant for.
+BUILT_IN = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "hidden_dropout_prob": 0.1,
+    "tokens_per_step": 2048,
+    "learning_rate": 3e-3,
+    "warmup_steps": 50,
+    "num_train_epochs": 36,
+    "eval_epochs": 2,
+}
+
+
+@dataclass
+class ModelArguments:
+    """The model; the rest of `BlossomRecConfig` keeps its defaults."""
+
+    attention_types: list[str] = field(
+        default_factory=lambda: ["blossom"],
+        metadata={"help": "blossom, long_term, short_term or full: one word for all layers, or one for each."},
+    )
+    hidden_size: int = field(default=128, metadata={"help": "The width of the model."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Layers."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Query heads."})
+    num_key_value_heads: int = field(default=2, metadata={"help": "Key/value heads."})
+    intermediate_size: int = field(default=256, metadata={"help": "The width inside the feed-forward."})
+    hidden_dropout_prob: float = field(default=0.3, metadata={"help": "Dropout."})
+    config_overrides: str = field(
+        default="{}", metadata={"help": 'Any other settings of BlossomRecConfig, as JSON: {"objective": "gbce"}.'}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "blossom_torch, blossom_triton or eager; left out, the fastest that fits."}
+    )
+
+    def __post_init__(self) -> None:
+        try:
+            unknown = json.loads(self.config_overrides).keys() - BlossomRecConfig().to_dict().keys()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"`config_overrides` is {self.config_overrides!r}; it must be a JSON object.") from error
+        if unknown:
+            raise ValueError(
+                f"`config_overrides` names {', '.join(sorted(unknown))}; BlossomRecConfig has no such setting."
+            )
+
+
+@dataclass
+class OutputArguments:
+    """What to show and to keep of the results."""
+
+    eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    all_and_unseen: bool = field(
+        default=False,
+        metadata={"help": "Also report the test figures with nothing excluded and with seen items excluded."},
+    )
+    eval_negatives: int = field(
+        default=0, metadata={"help": "Also rank test items beside so many drawn ones, as others do (100); 0: no."}
+    )
+    refit: bool = field(
+        default=False,
+        metadata={
+            "help": "Afterwards, also train a new model on all events, validation and test included: with the same "
+            "schedule, up to the epoch that was the best. It goes to refit/ in the output directory."
+        },
+    )
+    watch: bool = field(
+        default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
+    )
+    results_json: str | None = field(
+        default=None,
+        metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; left out, none."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_negatives < 0:
+            raise ValueError(f"`eval_negatives` is {self.eval_negatives}; it must be 0 or more.")
+
+
+@exit_on_error()
+def main() -> None:
+    log_args, model_args, args, output_args = parse_arguments(
+        LogArguments, ModelArguments, LoopArguments, OutputArguments, description=__doc__, built_in=BUILT_IN
+    )
+    set_up_logging()
+
+    require_folder(args.output_dir)
+    if output_args.results_json is not None:
+        read_results(output_args.results_json)  # what cannot be added to is refused before the training
+    if output_args.refit:
+        check_refit_folder(args)
+    dataset, tokenizer = log_args.build()
+    titles = log_args.item_titles(tokenizer)
+    model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset))
+    config = model.config
+
+    # A log of which nobody has a held-out item is trained on to the last epoch.
+    views: dict[str, Dataset | None] = {"validation": None, "test": None}
+    for part in views:
+        if has_users(dataset, part):
+            views[part] = split(dataset, part, max_length=args.max_length)
+        else:
+            logger.warning("No user has an item to predict for %s: there are no such figures.", part)
+    if (
+        output_args.eval_negatives and views["test"] is not None
+    ):  # who has met every item is told now, not after the training
+        HeldOutItems.from_rows(views["test"]).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
+    train_view = split(dataset, "train", max_length=args.max_length)
+    loop = TrainingLoop(
+        model,
+        train_view,
+        views["validation"],
+        args=args,
+        tokenizer=tokenizer,
+        callbacks=[SelectionWatch(views["validation"] or train_view)] if output_args.watch else [],
+    )
+    accelerator = loop.accelerator
+    size = f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights"
+    accelerator.print(f"{size} on {accelerator.device}", flush=True)
+    result = loop.run()
+    figures = {}
+    if views["test"] is not None:
+        figures["test"] = evaluate(
+            model,
+            views["test"],
+            ks=output_args.eval_ks,
+            max_tokens=args.eval_tokens,
+            num_negatives=output_args.eval_negatives,
+            all_and_unseen=output_args.all_and_unseen,
+            accelerator=accelerator,
+        )
+    if result.best_figures:
+        figures["validation"] = result.best_figures
+
+    configuration = {**asdict(log_args), **asdict(model_args), **args.resume_critical_args()}
+    for name in ("eval_negatives", "all_and_unseen"):
+        if value := getattr(output_args, name):
+            configuration[name] = value
+    run = {"seed": configuration.pop("seed"), "configuration": configuration, **figures}
+    run |= {"repeat_share": config.repeat_share, "exclude_seen": config.exclude_seen}
+    run |= {"training": result.summary(), **describe_environment()}
+
+    def keep(folder: Path | str, run: dict) -> None:
+        """Writes what goes with a model: arguments, titles, summary and card."""
+        save_arguments(f"{folder}/run.yaml", log_args, model_args, args, output_args)
+        write_item_metadata(folder, titles)
+        write_summary(folder, run)
+        shown = run.get("test", run.get("validation", {}))
+        ks = [int(name.removeprefix("recall@")) for name in shown if re.fullmatch(r"recall@\d+", name)]
+        write_card(folder, name=Path(args.output_dir).resolve().name, k=10 if 10 in ks or not ks else max(ks))
+
+    if accelerator.is_main_process:
+        print(f"\n{result.epochs} epochs in {result.seconds:.0f} s", end="")
+        if result.best_metric is not None:
+            print(f"; the best was epoch {result.best_epoch}, validation ", end="")
+            print(f"{args.metric_for_best_model} {result.best_metric:.4f}", end="")
+        print(f". Saved in {args.output_dir}.")
+        if "test" in figures:
+            print(f"{config.repeat_share:.1%} of the test targets already occur in their user's history: ", end="")
+            print(f"{'seen items are' if config.exclude_seen else 'nothing is'} excluded from the ranking.")
+            print_figures(figures["test"], output_args.eval_ks, exclude_seen=config.exclude_seen)
+        # The saved model, because a sharded one answers only when all processes ask.
+        saved = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
+        print_recommendations(saved, tokenizer, (views["test"] or train_view)[0], args.max_length)
+        if output_args.results_json is not None:
+            append_result(output_args.results_json, **run)
+        keep(args.output_dir, run)
+        sys.stdout.flush()  # the refit takes as long again, and a file or a pipe would show nothing of it until then
+
+    folder = Path(args.output_dir)
+    if output_args.refit:
+        everything, folder = hold_out_nothing(dataset), refit_folder(args)
+        model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share)
+        refitted = refit(
+            model, split(everything, "train", max_length=args.max_length), result, args=args, tokenizer=tokenizer
+        )
+        if accelerator.is_main_process:
+            run.pop("test", None)
+            run |= {"configuration": {**configuration, "refit": True}, "training": refitted.summary(), "refit": True}
+            keep(folder, run)
+            print(f"\nA new model, trained on all events for {refitted.epochs} epochs: {folder}.")
+    if args.push_to_hub and accelerator.is_main_process:
+        print(f"\nPushed: {loop.push_to_hub(folder).commit_url}")
+
+
+def new_model(
+    model_args: ModelArguments, seed: int, dataset: Dataset, vocab_size: int, repeat_share: float
+) -> BlossomRecForSequentialRecommendation:
+    """A model with the weights of `seed`, the same on every process, and the item frequencies of the training events."""
+    settings = asdict(model_args)
+    attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
+    settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
+    settings |= json.loads(settings.pop("config_overrides"))
+    config = BlossomRecConfig(vocab_size=vocab_size, **settings)
+    set_seed(seed)  # the loop seeds what has to differ between processes
+    model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
+    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, vocab_size)))
+    return model
+
+
+def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
+    """The test figures as a table: of the protocol, of repeated and of new targets, and what else was asked for."""
+    print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
+    kinds = {"": "unseen items" if exclude_seen else "all items", "_repeated": "repeated", "_new": "new"}
+    kinds |= {"_all": "all items", "_unseen": "unseen items"}
+    for suffix in dict.fromkeys(re.fullmatch(r"\w+@\d+(.*)", name)[1] for name in figures):
+        kind = kinds.get(suffix) or f"{suffix.removeprefix('_uni')} drawn"
+        for name in ("recall", "ndcg", "mrr"):
+            row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
+            print(f"{name + ', ' + kind:<24}{row}")
+
+
+def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
+    """Ten items for one user; where users do not repeat items, none of the whole history."""
+    history = torch.tensor([row.get("seen_ids", row["input_ids"])], device=model.device)
+    recommended = model.recommend(history, top_k=min(10, len(tokenizer) - 2), max_length=max_length)
+    found = recommended.item_ids[0] >= 0
+    items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
+    print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")
+    for item, score in zip(items, scores):
+        print(f"{item!s:>12} {score:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

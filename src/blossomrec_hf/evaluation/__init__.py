@@ -1,0 +1,32 @@
+"""Ranking of held-out items, metrics, baselines, reports and paired comparisons."""
+
+from .baselines import LastItemNeighbours, PopularityScores, RecentPopularity, UserFrequentItems
+from .held_out import HeldOutItems, sample_users
+from .metrics import per_user_metrics, ranking_metrics
+from .ranking import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
+from .reports import PROTOCOL, bootstrap_means, describe_evaluation, markdown_table, paired_difference
+from .results import append_result, read_results
+
+
+__all__ = [
+    "PROTOCOL",
+    "HeldOutItems",
+    "LastItemNeighbours",
+    "ModelScores",
+    "PopularityScores",
+    "Ranks",
+    "RecentPopularity",
+    "UserFrequentItems",
+    "append_result",
+    "bootstrap_means",
+    "describe_evaluation",
+    "evaluate",
+    "markdown_table",
+    "paired_difference",
+    "per_user_metrics",
+    "rank_by_scores",
+    "rank_held_out_items",
+    "ranking_metrics",
+    "read_results",
+    "sample_users",
+]

@@ -1,0 +1,170 @@
+"""
+What a model has to beat, without a model: the most popular items, overall and of the last days, the items that follow
+the last one, and the user's own most frequent items.
+
+Each of them first counts what its name says and then, of equal counts, prefers the item that occurs more often in
+training; items that are equal in both share their ranks (half of the ties, as for models).
+"""
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..batches.histories import NUM_SPECIAL_TOKENS, HistoryStore, to_device
+from ..data.splits import event_batches, part_lengths
+from ..data.times import units_per_second
+from .held_out import HeldOutItems, entries_of
+
+
+class PopularityScores:
+    """
+    The same scores for every user: how often each item occurs in training.
+
+    Args:
+        item_counts: int [vocabulary].
+    """
+
+    def __init__(self, item_counts: np.ndarray | torch.Tensor, *, device: torch.device | str = "cpu"):
+        self.counts = torch.as_tensor(item_counts).to(device=device, dtype=torch.float32)
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        return self.counts.expand(len(users), -1)
+
+
+class LastItemNeighbours:
+    """
+    How often training saw an item right after the user's last one (a first-order Markov chain); popularity, which
+    never outweighs one such pair, decides between equals and serves users without a known last item.
+
+    Args:
+        training: the training histories, uncut.
+        held_out: whose users are scored.
+        item_counts: int [vocabulary], how often each item occurs in training.
+    """
+
+    def __init__(
+        self,
+        training: HistoryStore,
+        held_out: HeldOutItems,
+        item_counts: np.ndarray | torch.Tensor,
+        *,
+        device: torch.device | str = "cpu",
+    ):
+        self.popularity = tie_breaker(item_counts, device)
+        vocab_size = len(self.popularity)
+        items = training.items.cpu().numpy().astype(np.int64)
+        follows = np.ones(len(items), dtype=bool)
+        follows[training.starts[training.lengths > 0]] = False
+        second = np.flatnonzero(follows & (items >= NUM_SPECIAL_TOKENS))
+        second = second[items[second - 1] >= NUM_SPECIAL_TOKENS]
+        pairs, self.times = np.unique(items[second - 1] * vocab_size + items[second], return_counts=True)
+        self.followers = pairs % vocab_size
+        self.offsets = np.searchsorted(pairs // vocab_size, np.arange(vocab_size + 1))
+        self.inputs = held_out.inputs
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        last = self.inputs.items.cpu().numpy()[self.inputs.starts[users] + self.inputs.lengths[users] - 1]
+        last = np.where(self.inputs.lengths[users] > 0, last, 0)  # nothing follows [PAD]
+        rows, pairs = entries_of(self.offsets, last)
+        return add_counts(self.popularity, len(users), rows, self.followers[pairs], self.times[pairs])
+
+
+class UserFrequentItems:
+    """
+    How often each item occurs in the user's whole history; popularity, which never outweighs one event, decides between
+    equals and serves users without a history.
+
+    Args:
+        held_out: whose users are scored.
+        item_counts: int [vocabulary], how often each item occurs in training.
+    """
+
+    def __init__(
+        self, held_out: HeldOutItems, item_counts: np.ndarray | torch.Tensor, *, device: torch.device | str = "cpu"
+    ):
+        self.popularity = tie_breaker(item_counts, device)
+        self.held_out = held_out
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        rows, entries = entries_of(self.held_out.history_offsets, users)
+        items, counts = self.held_out.history_items[entries], self.held_out.history_counts[entries]
+        return add_counts(self.popularity, len(users), rows, items, counts)
+
+
+class RecentPopularity:
+    """
+    How often each item occurs in training in the days before a user's latest known event (that event included; the time
+    of the event to be predicted is not used); popularity in all of training, which never outweighs one such event,
+    decides between equals.
+
+    Args:
+        dataset: from [`~blossomrec_hf.data.build_sequences`], with times.
+        part: `validation` or `test`, whose users are scored.
+        held_out: these users.
+        item_counts: int [vocabulary], how often each item occurs in training.
+        days: how far back.
+
+    Raises:
+        ValueError: if `dataset` has no times.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        part: str,
+        held_out: HeldOutItems,
+        item_counts: np.ndarray | torch.Tensor,
+        *,
+        days: float = 7,
+        device: torch.device | str = "cpu",
+    ):
+        if "timestamps" not in dataset.column_names:
+            raise ValueError("`dataset` has no column timestamps; popularity of the last days needs a log with times.")
+        self.popularity = tie_breaker(item_counts, device)
+        train_lengths, history_lengths = part_lengths(dataset, "train")[0], part_lengths(dataset, part)[0]
+        items, times, latest, first = [], [], [], 0
+        columns = (event_batches(dataset), event_batches(dataset, "timestamps"))
+        for (batch_items, lengths), (batch_times, _) in zip(*columns, strict=True):
+            users = slice(first, first + len(lengths))
+            starts = np.cumsum(lengths) - lengths
+            in_training = np.arange(len(batch_items)) - np.repeat(starts, lengths) < np.repeat(
+                train_lengths[users], lengths
+            )
+            in_training &= batch_items >= NUM_SPECIAL_TOKENS
+            items.append(batch_items[in_training])
+            times.append(batch_times[in_training])
+            last = starts + np.maximum(history_lengths[users], 1) - 1
+            latest.append(batch_times[np.minimum(last, len(batch_times) - 1)])
+            first += len(lengths)
+        items, times = np.concatenate(items), np.concatenate(times)
+        by_time = np.argsort(times, kind="stable")
+        self.items, times = items[by_time], times[by_time]
+        latest_of = dict(zip(dataset.with_format(None)["user_id"], np.concatenate(latest).tolist()))
+        now = np.array([latest_of[user] for user in held_out.user_ids])
+        window = days * 86_400 * units_per_second(np.median(times)) if len(times) else 0
+        self.starts = np.searchsorted(times, now - window, side="right")
+        self.stops = np.searchsorted(times, now, side="right")
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        vocab_size = len(self.popularity)
+        counts = np.stack(
+            [np.bincount(self.items[self.starts[user] : self.stops[user]], minlength=vocab_size) for user in users]
+        )
+        return self.popularity + to_device(torch.from_numpy(counts), self.popularity.device).float()
+
+
+def tie_breaker(item_counts: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """
+    float32 [vocabulary], from 0 to less than 1, in the order of `item_counts`; added to a count c, items whose
+    popularity differs by less than c millionths of the most popular one's may become equal.
+    """
+    counts = PopularityScores(item_counts, device=device).counts
+    return counts / (counts.max() + 1)
+
+
+def add_counts(
+    popularity: torch.Tensor, num_users: int, rows: np.ndarray, items: np.ndarray, counts: np.ndarray
+) -> torch.Tensor:
+    """float32 [users, vocabulary]: `popularity` for each user, plus `counts` at (`rows`, `items`)."""
+    rows, items, counts = to_device(torch.from_numpy(np.stack([rows, items, counts])), popularity.device)
+    return popularity.repeat(num_users, 1).index_put((rows, items), counts.float(), accumulate=True)

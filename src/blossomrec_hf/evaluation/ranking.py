@@ -1,0 +1,444 @@
+"""Evaluation by full ranking: every item of the catalog is ranked for every user.
+
+The protocol: the model reads the latest items of a user's history and scores all items but `[PAD]` and `[UNK]`. The
+rank of a held-out item is 1 + the items that score strictly higher + half of the others that score the same, so the
+order of equal scores does not matter. A score that is not a number counts as higher than any, so a diverged model ranks
+last and not first. The model does not see the time of the event to be predicted. What is ranked depends on the log:
+
+- Where at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: the items of
+  the user's whole history (also those before the window that the model reads), except the held-out items.
+- Elsewhere **nothing** is excluded, and the figures of repeated and of new targets are also reported apart, as
+  `ndcg@10_repeated` and `ndcg@10_new`.
+
+Both are ranked in one pass. If asked for, `ndcg@10_all` is the figure with nothing excluded and `ndcg@10_unseen` that
+with seen items excluded, whatever the log is like.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from ..batches.histories import NUM_SPECIAL_TOKENS, budget_batches, to_device
+from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
+from ..model.modules_blossomrec import dense_weight
+from ..model.recommendation_blossomrec import top_of_rows
+from ..utils.progress import progress_bar
+from .held_out import HeldOutItems, entries_of
+from .metrics import DEFAULT_KS, per_user_metrics
+
+
+ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
+REPEATED_SUFFIX, NEW_SUFFIX = "_repeated", "_new"
+MAX_SCORES = 2**26  # scores alive at a time: 256 MiB in float32
+
+
+@dataclass
+class Ranks:
+    """
+    The rank of each held-out item, float64 [number of held-out items]. An item outside the vocabulary has rank
+    infinity.
+
+    Attributes:
+        everything: over all items.
+        unseen: over the items that the user's history does not have, and the user's held-out items.
+        users: int64, the user of each held-out item, counted from 0 in the order of `user_ids`.
+        repeated: bool, whether the user's history has the item.
+        exclude_seen: whether the figures without a suffix are those of `unseen`, else those of `everything`.
+        sampled: over the user's held-out items and `num_negatives` items drawn for each, if that was asked for.
+        top_items: int64 [users, k], the k best items of each user, without seen ones if `exclude_seen`, of equal scores
+            the lower id first; −1 where fewer are left. `None` if not asked for.
+    """
+
+    everything: np.ndarray
+    unseen: np.ndarray
+    users: np.ndarray
+    user_ids: Sequence
+    repeated: np.ndarray
+    exclude_seen: bool
+    sampled: np.ndarray | None = None
+    num_negatives: int = 0
+    top_items: np.ndarray | None = None
+
+    def by_suffix(self, *, all_and_unseen: bool = False) -> dict[str, np.ndarray]:
+        """
+        The ranks by the suffix of their figures' names: "" for the protocol of the log; "_all" and "_unseen" if
+        `all_and_unseen`; "_uni100" (or another number) if sampled.
+        """
+        ranks = {"": self.unseen if self.exclude_seen else self.everything}
+        if all_and_unseen:
+            ranks |= {ALL_SUFFIX: self.everything, UNSEEN_SUFFIX: self.unseen}
+        if self.sampled is not None:
+            ranks[f"_uni{self.num_negatives}"] = self.sampled
+        return ranks
+
+    def per_user_metrics(
+        self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False
+    ) -> dict[str, np.ndarray]:
+        """
+        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` of each user, with each suffix of [`by_suffix`]: float64 [users].
+        Where nothing is excluded, also with "_repeated" and "_new": of the user's held-out items that the history has
+        and has not; NaN for users without such an item.
+        """
+        by_suffix = self.by_suffix(all_and_unseen=all_and_unseen)
+        figures = {
+            f"{name}{suffix}": values
+            for suffix, ranks in by_suffix.items()
+            for name, values in per_user_metrics(ranks, ks=ks, users=self.users).items()
+        }
+        kinds = () if self.exclude_seen else ((REPEATED_SUFFIX, self.repeated), (NEW_SUFFIX, ~self.repeated))
+        for suffix, chosen in kinds:
+            if chosen.any():
+                users, places = np.unique(self.users[chosen], return_inverse=True)
+                for name, values in per_user_metrics(by_suffix[""][chosen], ks=ks, users=places).items():
+                    figures[f"{name}{suffix}"] = np.full(len(self.user_ids), np.nan)
+                    figures[f"{name}{suffix}"][users] = values
+        return figures
+
+    def metrics(self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False) -> dict[str, float]:
+        """The means of [`per_user_metrics`] over the users who have the figure."""
+        figures = self.per_user_metrics(ks=ks, all_and_unseen=all_and_unseen)
+        return {name: float(np.nanmean(values)) for name, values in figures.items()}
+
+
+def evaluate(
+    model: nn.Module,
+    view: Dataset | Sequence[Mapping] | HeldOutItems,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    max_length: int | None = None,
+    max_tokens: int = 65536,
+    num_negatives: int = 0,
+    exclude_seen: bool | None = None,
+    all_and_unseen: bool = False,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """
+    Ranks the whole catalog for every user of a view.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation`, on its device, wrapped by Accelerate or not.
+        view: a view of [`~blossomrec_hf.data.split`], rows like its, or [`HeldOutItems`] made before.
+        ks: the cut-offs.
+        max_length: how many of its latest items the model reads of each history; all of them when left out.
+        max_tokens: the items that the model reads at a time. No more than `max_tokens` inputs and 2^26 scores are
+            alive at once, never a matrix of users by items.
+        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
+            with 100).
+        exclude_seen: whether seen items are excluded from the ranking, the held-out items never. `None` follows
+            `model.config.repeat_share` or, where that is `None`, the share of repeats among the held-out items: yes up
+            to 0.01.
+        all_and_unseen: also report the figures with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
+        accelerator: with several processes, each ranks its share of the users and all of them get the figures of all.
+
+    Returns:
+        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k`, means over users. Where seen items are not excluded, the same with
+        `_repeated` and `_new` appended for the held-out items that the user's history has and has not. With `_uni100`
+        (or another number) appended, over the drawn items.
+
+    Raises:
+        ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
+    """
+    ranks = rank_held_out_items(
+        model,
+        view,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        num_negatives=num_negatives,
+        exclude_seen=exclude_seen,
+        accelerator=accelerator,
+        progress=progress,
+    )
+    return ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+
+
+def check_metric(name: str) -> None:
+    """
+    Raises:
+        ValueError: if `name` is no figure that [`evaluate`] can always give.
+    """
+    names = per_user_metrics([1.0])
+    if name.removesuffix(ALL_SUFFIX).removesuffix(UNSEEN_SUFFIX) not in names:
+        raise ValueError(
+            f"`metric_for_best_model` must be one of {', '.join(names)}, or one of them with {ALL_SUFFIX} or "
+            f"{UNSEEN_SUFFIX} appended, got {name!r}."
+        )
+
+
+def rank_held_out_items(
+    model: nn.Module,
+    view: Dataset | Sequence[Mapping] | HeldOutItems,
+    *,
+    max_length: int | None = None,
+    max_tokens: int = 65536,
+    num_negatives: int = 0,
+    seed: int = 0,
+    top_k: int = 0,
+    exclude_seen: bool | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> Ranks:
+    """
+    The ranks from which [`evaluate`] makes its figures; same arguments, and:
+
+    Args:
+        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
+            with 100), drawn with `seed`.
+        top_k: also keep the best so many items of each user.
+
+    A user whose history is empty is served by the popularity of the items (`model.item_counts`).
+    """
+    held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
+    autocast = nullcontext if accelerator is None else accelerator.autocast
+    bare_model = model if accelerator is None else accelerator.unwrap_model(model)
+    if exclude_seen is None and bare_model.config.repeat_share is not None:
+        exclude_seen = bare_model.config.exclude_seen
+    with evaluating(bare_model):
+        return rank_by_scores(
+            ModelScores(bare_model, held_out, autocast),
+            held_out,
+            vocab_size=bare_model.config.vocab_size,
+            device=next(bare_model.parameters()).device,
+            max_tokens=max_tokens,
+            num_negatives=num_negatives,
+            seed=seed,
+            top_k=top_k,
+            exclude_seen=exclude_seen,
+            accelerator=accelerator,
+            progress=progress,
+        )
+
+
+def rank_by_scores(
+    score: Callable[[np.ndarray], torch.Tensor],
+    held_out: HeldOutItems,
+    *,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    max_tokens: int = 65536,
+    num_negatives: int = 0,
+    seed: int = 0,
+    top_k: int = 0,
+    exclude_seen: bool | None = None,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> Ranks:
+    """
+    Ranks held-out items by any scores.
+
+    Args:
+        score: makes float32 [users, vocab_size] on `device` for some users, given as rows of `held_out.inputs`.
+        vocab_size: the items and the two specials.
+        exclude_seen: `None` follows the share of repeats among the held-out items.
+        The other arguments are those of [`rank_held_out_items`].
+    """
+    if exclude_seen is None:
+        exclude_seen = held_out.repeat_share <= MAX_REPEAT_SHARE
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    negatives = held_out.sample_negatives(num_negatives, vocab_size=vocab_size, seed=seed) if num_negatives else None
+    top_items = torch.zeros(len(held_out), top_k, dtype=torch.int64, device=device)
+
+    def keep_top_items(users: np.ndarray, scores: torch.Tensor) -> None:
+        ranked = scores[:, NUM_SPECIAL_TOKENS:]
+        if exclude_seen:
+            rows, items = to_device(torch.from_numpy(np.stack(held_out.seen_by_users(users))), scores.device)
+            ranked = ranked.index_put((rows, items - NUM_SPECIAL_TOKENS), scores.new_tensor(-torch.inf))
+        best, places = top_of_rows(ranked, top_k)
+        top_items[torch.from_numpy(users).to(device)] = torch.where(best > -torch.inf, places + NUM_SPECIAL_TOKENS, -1)
+
+    doubled = double_ranks(
+        score,
+        held_out,
+        vocab_size=vocab_size,
+        device=device,
+        max_tokens=max_tokens,
+        negatives=negatives,
+        share=share,
+        progress=progress,
+        observe=keep_top_items if top_k else None,
+    )
+    if accelerator is not None:
+        doubled = accelerator.reduce(doubled, reduction="sum")
+        top_items = accelerator.reduce(top_items, reduction="sum") if top_k else top_items
+    ranks = doubled.cpu().numpy() / 2
+    ranks[ranks == 0] = np.inf
+    return Ranks(
+        everything=ranks[:, 0],
+        unseen=ranks[:, 1],
+        users=held_out.target_users,
+        user_ids=held_out.user_ids,
+        repeated=held_out.repeated,
+        exclude_seen=exclude_seen,
+        sampled=ranks[:, 2] if num_negatives else None,
+        num_negatives=num_negatives,
+        top_items=top_items.cpu().numpy() if top_k else None,
+    )
+
+
+def double_ranks(
+    score: Callable[[np.ndarray], torch.Tensor],
+    held_out: HeldOutItems,
+    *,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    max_tokens: int = 65536,
+    negatives: np.ndarray | None = None,
+    share: tuple[int, int] = (0, 1),
+    progress: bool = False,
+    observe: Callable[[np.ndarray, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    Twice the ranks of the held-out items: int64 [held-out items, 2 or 3] on `device`, over all items, over unseen
+    items and, if there are any, over the user's held-out items and the item's `negatives`.
+
+    Twice, because integers stay exact in a sum over processes. 0 stands for "not ranked": an item outside the
+    vocabulary, or one of another process's share.
+
+    Args:
+        score: makes float32 [users, vocab_size] for some users, given as rows of `held_out.inputs`.
+        negatives: int [held-out items, number].
+        share: (rank, number of processes): which part of the users is ranked here.
+        observe: sees every batch of users and their scores.
+    """
+    largest = max(int(held_out.inputs.items.max()) if len(held_out.inputs.items) else 0, int(held_out.targets.max()))
+    if largest >= vocab_size:
+        raise ValueError(f"`view` holds the item {largest}, but the model's vocabulary ends at {vocab_size - 1}.")
+    held_out.inputs.to(device)
+    doubled = torch.zeros(len(held_out.targets), 2 + (negatives is not None), dtype=torch.int64, device=device)
+
+    rank, num_processes = share
+    lengths = held_out.inputs.lengths
+    # Users without a history come last, in batches of their own.
+    order = np.concatenate([np.flatnonzero(lengths > 0), np.flatnonzero(lengths == 0)])
+    num_readers = int((lengths > 0).sum())
+    max_users = max(1, MAX_SCORES // vocab_size)
+    batches = [
+        order[part][batch]
+        for part in (slice(0, num_readers), slice(num_readers, None))
+        for batch in budget_batches(lengths[order[part]], max_tokens, max_count=max_users)
+    ]
+    own_batches = batches[rank::num_processes]
+    # Sharded models meet in every forward pass, so each process makes the same number of them.
+    spare_passes = -(-len(batches) // num_processes) - len(own_batches)
+
+    bar = progress_bar(total=len(held_out), description="Evaluating", enabled=progress and rank == 0, leave=False)
+    with torch.no_grad(), bar:
+        for users in own_batches:
+            scores = score(users)
+            add_double_ranks(doubled, scores, held_out, users, negatives)
+            if observe is not None:
+                observe(users, scores)
+            bar.update(len(users) * num_processes)
+        for _ in range(spare_passes):
+            score(batches[0])
+    return doubled
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class ModelScores:
+    """
+    The scores of a model for users of `held_out`; the popularity of the items for those without a history.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation`, not wrapped.
+        autocast: makes the context in which the layers run.
+    """
+
+    def __init__(
+        self, model: nn.Module, held_out: HeldOutItems, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.model = model
+        self.inputs = held_out.inputs
+        self.autocast = autocast
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        if self.inputs.lengths[users[0]] == 0:
+            return self.model.item_counts.float().expand(len(users), -1)
+        return last_item_scores(self.model, self.inputs.pack(users), self.autocast)
+
+
+def last_item_scores(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor | int],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """
+    float32 [histories, vocabulary]: the scores of all items after the last item of each packed history.
+
+    Under mixed precision the layers run in it and the scores do not: in bfloat16, with its eight bits, a large part of
+    a catalogue would score the same. Only a sharded model (FSDP), whose weights are gathered in its forward pass alone,
+    scores with its own logits.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model(**batch, logits_to_keep=1).logits[:, -1].float()
+    with autocast():
+        hidden_states = model.base_model(**batch).last_hidden_state[0]
+    last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]
+    return nn.functional.linear(last.float(), dense_weight(model.get_output_embeddings()).float())
+
+
+def add_double_ranks(
+    doubled: torch.Tensor,
+    scores: torch.Tensor,
+    held_out: HeldOutItems,
+    users: np.ndarray,
+    negatives: np.ndarray | None = None,
+) -> None:
+    """
+    Writes twice the ranks of the held-out items of `users` into `doubled`; `scores` [users, vocabulary] are theirs.
+
+    An item scoring higher adds 2, one scoring the same 1; both are counted as 2 − (s ≤ t) − (s < t), which makes 2 of
+    a comparison with what is not a number. The held-out item itself adds the 1 that makes the best rank 1.
+    """
+    device = scores.device
+    rows, targets = entries_of(held_out.target_offsets, users)
+    rankable = held_out.targets[targets] >= NUM_SPECIAL_TOKENS
+    rows, targets = rows[rankable], targets[rankable]
+    one_each = np.array_equal(rows, np.arange(len(users)))
+    # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
+    for chunk in [slice(0, len(targets))] if one_each else budget_batches(np.ones(len(targets)), max(1, len(users))):
+        pair_rows, pair_items = held_out.seen_by_users(held_out.target_users[targets[chunk]])
+        chunk_rows, chunk_items, chunk_targets = to_device(
+            torch.from_numpy(np.stack([rows[chunk], held_out.targets[targets[chunk]], targets[chunk]])), device
+        )
+        pairs = to_device(torch.from_numpy(np.stack([pair_rows, pair_items])), device)
+
+        candidates = scores if one_each else scores[chunk_rows]
+        target_scores = candidates.gather(1, chunk_items[:, None])
+        ranked = candidates[:, NUM_SPECIAL_TOKENS:]
+        over_all = 1 + 2 * ranked.shape[1] - (ranked <= target_scores).sum(1) - (ranked < target_scores).sum(1)
+
+        seen_scores, compared = candidates[pairs[0], pairs[1]], target_scores[pairs[0], 0]
+        added = 2 - (seen_scores <= compared).long() - (seen_scores < compared).long()
+        columns = [over_all, over_all.index_add(0, pairs[0], added, alpha=-1)]
+        if negatives is not None:
+            drawn = to_device(torch.from_numpy(negatives[targets[chunk]]), device).long()
+            drawn_scores = candidates.gather(1, drawn)
+            lower = (drawn_scores <= target_scores).sum(1) + (drawn_scores < target_scores).sum(1)
+            among_drawn = 2 + 2 * drawn.shape[1] - lower
+            # The held-out items of a user are ranked in one list: else several of them could come first.
+            other_rows, others = entries_of(held_out.target_offsets, held_out.target_users[targets[chunk]])
+            other = (others != targets[chunk][other_rows]) & (held_out.targets[others] >= NUM_SPECIAL_TOKENS)
+            plan = np.stack([other_rows[other], held_out.targets[others[other]]])
+            other_rows, other_items = to_device(torch.from_numpy(plan), device)
+            other_scores, compared = candidates[other_rows, other_items], target_scores[other_rows, 0]
+            added = 2 - (other_scores <= compared).long() - (other_scores < compared).long()
+            columns.append(among_drawn.index_add(0, other_rows, added))
+        doubled[chunk_targets] = torch.stack(columns, dim=1)

@@ -1,0 +1,1 @@
+"""The model: the files that travel to the Hub with a checkpoint."""

@@ -1,0 +1,291 @@
+"""Saving, loading and pushing checkpoints: what is loaded is what was saved, or it is refused in one sentence."""
+
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
+
+from .manifest_blossomrec import CONFIG_NAMES, FINDING, check_manifest, code_files, inside, read_json, update_manifest
+from .upload_blossomrec import WEIGHTS, files_to_push, push_folder, short_card
+
+
+class CheckpointMixin:
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of the models."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in `transformers`; also writes the hashes of the files to the manifest.
+
+        Raises:
+            ValueError: with `push_to_hub=True`, which would upload before the manifest is written.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("`push_to_hub` is True; call `model.push_to_hub(repo_id, tokenizer=tokenizer)` instead.")
+        single, index = (Path(save_directory, name) for name in _weight_names(kwargs.get("variant")))
+        before = _written(single), _written(index)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", args[0] if args else True):
+            # Weights in several parts leave an old single file where it is, which would be read in their place.
+            if _written(index) != before[1]:
+                single.unlink(missing_ok=True)
+            elif _written(single) != before[0]:
+                index.unlink(missing_ok=True)
+            weights = [path.name for path in Path(save_directory).glob("model*") if WEIGHTS.fullmatch(path.name)]
+            update_manifest(save_directory, [*CONFIG_NAMES, *weights, *code_files(save_directory)])
+        return result
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        check_files: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        As in `transformers`, but never a model that is not the one saved. With `trust_remote_code=True`, the code of a
+        repository runs before its files are compared: pin `revision` to the hash of a commit that you have read.
+
+        Args:
+            check_files: `False` loads files that were changed after they were saved.
+
+        Raises:
+            ValueError: for weights in pickle files, for weights that are not those of the configuration (unless
+                `ignore_mismatched_sizes=True`), for a damaged file, for one that does not have the hash that was saved with
+                it, and for one outside of the checkpoint's folder.
+            OSError: where there is no such checkpoint, and where the Hub cannot be reached and the cache is incomplete.
+        """
+        path = pretrained_model_name_or_path
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "`use_safetensors` is False; BlossomRec reads safetensors only: opening a pickle runs code."
+            )
+        from_files = path is not None and kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None
+        checking = {"revision": kwargs.get("revision"), **{name: kwargs.get(name) for name in FINDING}}
+        wants_info = kwargs.pop("output_loading_info", False)
+        any_size = kwargs.pop("ignore_mismatched_sizes", False)
+        try:
+            if from_files:
+                files = _weight_files(path, **kwargs)
+                if not any_size:
+                    _require_plausible_size(cls.config_class, path, files, **kwargs)
+            kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(path, *model_args, **kwargs)
+        except Exception as error:
+            if from_files and check_files:  # a file that changed is named, whatever came of it
+                check_manifest(path, **checking)
+            if isinstance(error, SafetensorError):
+                raise ValueError(
+                    f"The weights of {os.fspath(path)} are damaged ({error}); download them with `force_download=True`, "
+                    "or save the model again."
+                ) from error
+            raise
+        if from_files:
+            checking["revision"] = getattr(model.config, "_commit_hash", None) or checking["revision"]
+            if check_files:
+                check_manifest(path, **checking)
+            if not any_size:
+                _require_agreement(path, info)
+        return (model, info) if wants_info else model
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        index: Any = None,
+        beside: str | os.PathLike | None = None,
+        card: Any = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        exist_ok: bool = True,
+        commit_message: str = "Upload a BlossomRec model",
+        commit_description: str | None = None,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """
+        Puts the model and what belongs to it into a repository of the Hub, in one commit. What arrived of a push that
+        broke off is not sent again.
+
+        Args:
+            repo_id: `owner/name`, or a name of one's own; made if it is not there.
+            tokenizer: goes along; it must be of the size of the model's vocabulary.
+            index: an item index of this model (`blossomrec_hf.serving.index.ItemIndex`), which goes along.
+            beside: a folder, such as that of a run: card, license, summary of the training, pictures that the card
+                shows, titles and an item index in it go along too. No other file of it does.
+            card: the text of README.md, in place of one in `beside`; where there is neither, and none in the
+                repository, a few lines.
+            private: whether a new repository is private.
+            revision: the branch; made if it is not there.
+            create_pr: opens a pull request instead.
+            exist_ok: `False` refuses a repository that is there already.
+            tags: for the few lines.
+
+        Returns:
+            `CommitInfo`, with the address of the commit and, with `create_pr`, of the pull request.
+
+        Raises:
+            ValueError: for a name that cannot be one, a tokenizer of another size, and an index of another model.
+            PermissionError: for a missing token and one that may not do this.
+            FileExistsError: with `exist_ok=False`.
+            ConnectionError: where the Hub cannot be reached or breaks off.
+        """
+        if tokenizer is not None and len(tokenizer) != self.config.vocab_size:
+            raise ValueError(
+                f"`tokenizer` has {len(tokenizer)} ids, the model's vocabulary {self.config.vocab_size}; after "
+                "`tokenizer.add_items(...)`, call `model.resize_token_embeddings(len(tokenizer))`."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            if beside is not None:
+                for name in files_to_push(beside):
+                    if not WEIGHTS.fullmatch(name):
+                        (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(Path(beside) / name, Path(folder) / name)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if index is not None:
+                index.check(self.get_output_embeddings().weight)
+                index.save(folder)
+            readme = Path(folder) / "README.md"
+            if card is not None:
+                readme.write_text(str(card), "utf-8")
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                exist_ok=exist_ok,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                default_card=None if readme.exists() else short_card(repo_id, tags),
+            )
+
+
+def _weight_names(variant: str | None) -> list[str]:
+    """The names of weights in one file, and of the index of those in several."""
+    names = [name.rsplit(".", 1) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    return [f"{base}{f'.{variant}' if variant else ''}.{suffix}" for base, suffix in names]
+
+
+def _written(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+
+
+def _weight_files(path: str | os.PathLike, **kwargs: Any) -> list[Path]:
+    """
+    The safetensors files of a checkpoint, downloaded where need be; none of an adapter, whose model is elsewhere.
+
+    Raises:
+        ValueError: where the weights are in pickle files only (`transformers` would have them converted by a stranger),
+            and for an index that names other files than safetensors of the same folder.
+        OSError: where there are none.
+    """
+    if os.path.isfile(path):
+        return []
+    finding = {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
+    subfolder = finding.get("subfolder", "")
+
+    def find(name: str) -> Path | None:
+        if os.path.isdir(path):
+            inside(Path(path, subfolder), name)
+        found = cached_file(path, name, **finding, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    single, index = _weight_names(kwargs.get("variant"))
+    if (weights := find(single)) is not None:
+        return [weights]
+    if (index := find(index)) is not None:
+        return [part for name in _indexed_files(index) if (part := find(name)) is not None]
+    finding.pop("subfolder", None)
+    finding.pop("force_download", None)
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if has_file(path, os.path.join(subfolder, name), **finding):
+            raise ValueError(
+                f"{os.fspath(path)} has its weights in a pickle ({name}); opening one runs code, so BlossomRec reads "
+                "safetensors only. Whoever trusts the file converts it: "
+                "`safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`."
+            )
+    if not has_file(path, os.path.join(subfolder, "adapter_config.json"), **finding):
+        raise OSError(
+            f"No {SAFE_WEIGHTS_NAME} of {os.fspath(path)}: the checkpoint has none or, where the Hub is not asked or cannot "
+            "be reached, there is none in the cached files."
+        )
+    return []
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The names of the files in an index of weights in several parts."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(
+            f"{index} is damaged: its `weight_map` must name a file for each weight; save the model again."
+        )
+    for name in sorted(set(names.values())):
+        inside(index.parent, name)
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}; BlossomRec reads safetensors only: opening a pickle runs code.")
+    return sorted(set(names.values()))
+
+
+def _require_plausible_size(
+    config_class: type[PreTrainedConfig], path: str | os.PathLike, files: list[Path], **kwargs: Any
+) -> None:
+    """Refuses a configuration that is far too large for its weights, before memory is asked for."""
+    if not files:
+        return
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        finding = {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
+        config = config_class.from_pretrained(path if config is None else config, **finding)
+    stored = 0
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    width = config.hidden_size // config.num_attention_heads * config.compress_block_size
+    compressors = sum(kind in ("blossom", "long_term") for kind in config.attention_types)
+    fewest = config.vocab_size * config.hidden_size + compressors * width**2
+    fewest += config.num_hidden_layers * 2 * config.hidden_size * (config.hidden_size + config.intermediate_size)
+    if fewest > 2 * stored + 2**20:
+        sizes = ", ".join(
+            f"`{name}` {getattr(config, name)}"
+            for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "compress_block_size")
+        )
+        raise ValueError(
+            f"config.json and the weights of {os.fspath(path)} disagree: a model of {sizes} has at least {fewest:,} weights, "
+            f"but {stored:,} are stored. Take both from one checkpoint; `ignore_mismatched_sizes=True` takes what fits and "
+            "draws the rest at random."
+        )
+
+
+def _require_agreement(path: str | os.PathLike, info: dict[str, Any]) -> None:
+    # A model without its head reads a checkpoint that has one.
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
+    sizes = [f"{key} is {list(there)} there, {list(here)} here" for key, there, here in info["mismatched_keys"]]
+    problems = [
+        f"{what} {', '.join(sorted(keys)[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+        for what, keys in (
+            ("the weights lack", info["missing_keys"]),
+            ("the weights alone have", unexpected),
+            ("of another size:", sizes),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"config.json and the weights of {os.fspath(path)} disagree: {'; '.join(problems)}. Take both from one "
+            "checkpoint; `ignore_mismatched_sizes=True` takes what fits and draws the rest at random."
+        )

@@ -1,0 +1,100 @@
+"""The events of the users of `blossomrec serve`, in an SQLite file."""
+
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+
+class Store:
+    """
+    Users' events in an SQLite file; see the top of `blossomrec serve`.
+
+    Args:
+        path: the file; it is created if it does not exist.
+        read_only: reads what another process stores, and neither creates nor locks anything.
+
+    Raises:
+        ValueError: another process serves this store, or the file is not a store that can be written.
+    """
+
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.path = Path(path).resolve()
+        self.lock: sqlite3.Connection | None = None
+        try:
+            if read_only:
+                self.db = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
+                return
+            self.db = sqlite3.connect(self.path, check_same_thread=False)  # used by the worker alone
+            self.db.execute("PRAGMA schema_version")  # fails for a file of another kind, before anything is written
+            self._lock()
+            self._create()
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"`store` is {path}, which cannot be used ({error}); give a file that this service wrote, or a new name "
+                "in a folder that can be written."
+            ) from error
+
+    def _lock(self) -> None:
+        # A file of its own, so that others can still read the store. The lock ends with the process, however it ends.
+        self.lock = sqlite3.connect(f"{self.path}.lock", timeout=0, check_same_thread=False)
+        try:
+            self.lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+            raise ValueError(
+                f"`store` is {self.path}, which another process serves; stop that process, or give another file."
+            ) from error
+
+    def _create(self) -> None:
+        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("PRAGMA synchronous=FULL")
+        self.db.execute("CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, user TEXT, item TEXT)")
+        self.db.execute("CREATE INDEX IF NOT EXISTS by_user ON events (user, id)")
+        self.db.execute("SELECT id, user, item FROM events LIMIT 1").fetchall()
+        files = [self.path, Path(f"{self.path}-wal")]
+        self.files = {file: file.stat() for file in files if file.exists()}
+
+    def in_place(self) -> bool:
+        """Whether the files are still those that were opened: what is written to a deleted file is lost."""
+        try:
+            return all(os.path.samestat(file.stat(), opened) for file, opened in self.files.items())
+        except OSError:
+            return False
+
+    def add(self, events: list[tuple[str, int | str]]) -> None:
+        """Appends (user, raw item id) pairs; all of them are on the disk when it returns, or none is stored."""
+        if not self.in_place():
+            raise sqlite3.OperationalError(f"The store {self.path} was deleted or replaced")
+        with self.db:
+            rows = [(user, json.dumps(item)) for user, item in events]
+            self.db.executemany("INSERT INTO events (user, item) VALUES (?, ?)", rows)
+
+    def number(self, user: str) -> int:
+        """How many events the user has."""
+        return self.db.execute("SELECT COUNT(*) FROM events WHERE user = ?", (user,)).fetchone()[0]
+
+    def latest(self, user: str, number: int) -> list[int | str]:
+        """The user's latest items, in the order in which they came; all where `number` is −1."""
+        rows = self.db.execute("SELECT item FROM events WHERE user = ? ORDER BY id DESC LIMIT ?", (user, number))
+        return [json.loads(item) for (item,) in rows][::-1]
+
+    def last_item(self) -> int | str | None:
+        """The item that was stored last; `None` in an empty store."""
+        row = self.db.execute("SELECT item FROM events ORDER BY id DESC LIMIT 1").fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def close(self) -> None:
+        """Moves the write-ahead log into the file, and lets other processes open the store."""
+        if self.lock is not None:
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.db.close()
+        if self.lock is not None:
+            self.lock.close()
+
+
+def first_read(number: int, max_history: int) -> int:
+    """How many of a user's `number` events, the earliest, the model does not read; see the top of `blossomrec serve`."""
+    step = max(1, max_history // 4)
+    return -(-max(0, number - max_history) // step) * step

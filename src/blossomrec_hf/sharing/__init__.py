@@ -1,0 +1,1 @@
+"""Cards, upload, export and conversion of checkpoints."""

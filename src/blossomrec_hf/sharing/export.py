@@ -1,0 +1,158 @@
+"""
+The model outside of Python: a module that `torch.export` and ONNX take whole, for any batch and any length.
+
+Histories are rows of a rectangle here and attention is dense under masks (memory grows with batch × length²): what a
+graph without data-dependent shapes can do. The answers are those of the model.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from ..model.attention_blossomrec import BlossomAttention, rotate
+from ..model.loss_blossomrec import NUM_SPECIAL_IDS
+from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation, BlossomRecLayer
+from ..model.modules_blossomrec import has_plain_compressor, is_plain
+
+
+class HistoryScorer(nn.Module):
+    """
+    `(input_ids [B, L] int64, attention_mask [B, L]) -> scores [B, vocab_size]` float32 of the next item: 1 in the mask at
+    items, 0 at padding on any side; [PAD] and [UNK] in the input are dropped and in the output −inf, and a row without
+    items has the training frequencies for scores, all as in `recommend`. Seen items are the caller's to leave out.
+
+    Args:
+        model: it is put in evaluation mode; its weights are shared.
+
+    Raises:
+        ValueError: the model is offloaded, quantized or has adapters.
+    """
+
+    def __init__(self, model: BlossomRecForSequentialRecommendation) -> None:
+        super().__init__()
+        attentions = [layer.self_attn for layer in model.model.layers]
+        if not is_plain(model.lm_head) or not all(map(has_plain_compressor, attentions)):
+            raise ValueError(
+                "`model` is offloaded, quantized or adapted; load the checkpoint without that to export it."
+            )
+        self.model = model.eval()
+        config = model.config
+        powers = [config.power_law_base**i for i in range(40)] if config.power_law_base > 1 else [1]
+        self.register_buffer("powers", torch.tensor([p for p in powers if p < 2**31]), persistent=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        config, base = self.model.config, self.model.model
+        length, size = input_ids.shape[1], config.selection_block_size
+        real = (attention_mask != 0) & (input_ids >= NUM_SPECIAL_IDS)
+        # Items to the left, in their order, in rows of whole blocks. What stands behind them is never looked at: all
+        # that follows looks back only. Never fewer than two blocks: a graph treats a size of one in its own way.
+        place = torch.arange(length, device=input_ids.device)
+        order = torch.where(real, place, place + length).argsort(dim=1)
+        position = torch.arange((length // size + 2) * size, device=input_ids.device)
+        x = base.embedding_norm(base.item_embedding(input_ids.gather(1, order)[:, position.clamp(max=length - 1)]))
+        cos_sin = base.rotary_embedding(position, x.dtype)
+        for layer in base.layers:
+            x = self._layer(layer, x, position, cos_sin)
+        count = real.sum(1)
+        last = x.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, x.shape[2]))[:, 0]
+        scores = last.float() @ self.model.lm_head.weight.float().T
+        scores = torch.where(count[:, None] > 0, scores, base.item_counts.float())
+        special = torch.arange(scores.shape[1], device=scores.device) < NUM_SPECIAL_IDS
+        return scores.masked_fill(special, -torch.inf)
+
+    def _layer(self, layer: BlossomRecLayer, x: torch.Tensor, position: torch.Tensor, cos_sin: tuple) -> torch.Tensor:
+        attention: BlossomAttention = layer.self_attn
+        q, k, v = (
+            projection(x).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        q = q.unflatten(1, (k.shape[1], -1))  # [B, G, H/G, L, d]
+        logits = q @ k[:, :, None].transpose(-1, -2) * attention.scaling
+        causal = position[:, None] >= position
+        streams = []
+        if attention.attention_type == "full":
+            streams.append(causal)
+        if attention.attention_type in ("blossom", "long_term"):
+            streams.append(self._selected(attention, q, k, position) & causal)
+        if attention.attention_type in ("blossom", "short_term"):
+            streams.append(self._short(position) & causal)
+        outs = [logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v[:, :, None] for mask in streams]
+        outs = [out.flatten(1, 2).transpose(1, 2) for out in outs]  # [B, L, H, d]
+        out = outs[0]
+        if attention.attention_type == "blossom":
+            gates = attention.gate(x).unflatten(-1, (2, -1)).sigmoid()
+            out = outs[0] * gates[:, :, 0, :, None] + outs[1] * gates[:, :, 1, :, None]
+        x = layer.attention_norm(x + attention.o_proj(out.flatten(2)))
+        return layer.feed_forward_norm(x + layer.down_proj(layer.act_fn(layer.up_proj(x))))
+
+    def _selected(self, attention: BlossomAttention, q, k, position: torch.Tensor) -> torch.Tensor:
+        """Which keys lie in the selected blocks or the own one, `[B, G, 1, L, L]`."""
+        config = self.model.config
+        stride, length, size = config.compress_stride, config.compress_block_size, config.selection_block_size
+        chosen = config.num_selected_blocks
+        compressor = attention.compressor
+        windows = torch.arange(k.shape[2] // stride, device=k.device)[:, None] * stride
+        inside = windows + torch.arange(length, device=k.device)
+        padded = nn.functional.pad(k, (0, 0, length - stride, 0))
+        compressed = padded[:, :, inside] + compressor.position[:, None]
+        compressed = compressor.mlp(compressed.flatten(3))
+        blocks = compressed.unflatten(2, (-1, size // stride)).mean(3)  # [B, G, M, d]
+        own = position // size
+        scores = q.mean(2) @ blocks.transpose(-1, -2) * attention.scaling  # [B, G, L, M]
+        block = torch.arange(blocks.shape[2], device=k.device)
+        scores = scores.masked_fill(block >= own[:, None], -1e30)
+        norm = torch.logsumexp(nn.functional.pad(scores, (0, 1), value=-1000.0), -1, keepdim=True)
+        # Empty columns, so that there are always enough to choose from.
+        best, index = nn.functional.pad(scores, (0, chosen), value=-1e30).topk(chosen, dim=-1)
+        kept = (best - norm).exp() > config.importance_threshold
+        selected = nn.functional.pad(torch.zeros_like(scores), (0, chosen)).scatter(-1, index, kept.to(scores.dtype))
+        return ((selected[..., own] > 0) | (own[:, None] == own))[:, :, None]
+
+    def _short(self, position: torch.Tensor) -> torch.Tensor:
+        """Which keys the short-term stream sees of the past, `[L, L]`."""
+        config = self.model.config
+        block = position // config.short_term_block_size
+        distance = block[:, None] - block
+        visible = (position < config.short_term_window) | (position[:, None] == self.powers).any(1)
+        return visible[distance.clamp(min=0)]
+
+
+def _example(model: BlossomRecForSequentialRecommendation) -> tuple[tuple[torch.Tensor, torch.Tensor], dict]:
+    ids = torch.full((2, 3 * model.config.selection_block_size + 1), NUM_SPECIAL_IDS, device=model.device)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
+    return (ids, torch.ones_like(ids)), shapes
+
+
+def export_program(model: BlossomRecForSequentialRecommendation) -> torch.export.ExportedProgram:
+    """`HistoryScorer(model)` as an `ExportedProgram`, for `torch.export.save` or AOTInductor; any batch and length."""
+    example, shapes = _example(model)
+    with torch.no_grad():
+        return torch.export.export(
+            HistoryScorer(model), example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+
+
+def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.PathLike) -> None:
+    """
+    Writes `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64,
+    output `scores` `[batch, vocab_size]` float32. Weights of more than 2 GiB lie in a file beside it.
+
+    Raises:
+        ImportError: `onnxscript` is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Writing ONNX needs `pip install blossomrec-hf[onnx]`.") from error
+    with torch.no_grad():
+        torch.onnx.export(
+            export_program(model),
+            f=str(path),
+            input_names=["input_ids", "attention_mask"],
+            output_names=["scores"],
+            verbose=False,
+            external_data=sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31 - 2**24,
+        )

@@ -1,0 +1,94 @@
+"""What the commands share: their help, and errors that end them with a sentence instead of a traceback."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+# Libraries have errors of their own for a disk that is full, with the words of the system in them; PyTorch has only this.
+_DISK_ERROR = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed|enforce fail at inline_container"
+)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and tells the default of each argument that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.const is False:  # the --no_name that `HfArgumentParser` makes, with the help and default of --name
+            return f"Turns --{action.dest} off."
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """
+    Ends a command with exit code 2 and one sentence on stderr where bad input, a full disk or a missing package raises;
+    `@exit_on_error()` does so for a function. The traceback goes to the log at level DEBUG. Other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _ERRORS) and not _DISK_ERROR.search(str(error)):
+            raise
+        logger.debug("The command ends because of this error:", exc_info=True)
+        print(_sentence(error), file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror is not None:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{error.strerror.rstrip('.')}{f': {names}' if names else ''}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
+    """
+    `kind.from_pretrained(path)`, after a look at whether `path` is a checkpoint at all.
+
+    Args:
+        kind: the class of the model or of the tokenizer.
+        path: a folder, or the name of a repository of the Hub.
+        argument: of the command line, which gave `path`.
+
+    Raises:
+        ValueError: if there is no checkpoint, or a damaged one.
+        OSError: if the Hub cannot be reached and the cache is incomplete.
+    """
+    problem = _what_is_wrong(path, ["tokenizer.json"] if issubclass(kind, PreTrainedTokenizerBase) else [])
+    if problem is not None:
+        raise ValueError(
+            f"--{argument} is {path}, but {problem}; give the folder of a trained model, as examples/train.py writes "
+            "it, or its name on the Hub (owner/name)."
+        )
+    return kind.from_pretrained(path)
+
+
+def _what_is_wrong(path: str, files: list[str]) -> str | None:
+    """Why there is no checkpoint at `path`, as far as can be told without loading it; `files` are needed beside it."""
+    if Path(path).is_dir():
+        missing = [name for name in ["config.json", *files] if not (Path(path) / name).is_file()]
+        return f"that folder has no {missing[0]}" if missing else None
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return "there is no such folder"
+    try:
+        if not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            HfApi().model_info(path, timeout=20)  # one request, where `from_pretrained` tries again for a minute
+    except (RepositoryNotFoundError, HFValidationError):
+        return "there is no such folder, and no such repository on the Hub that you may read (`hf auth login`)"
+    except Exception as error:  # whatever the client makes of a network that is not there
+        return f"there is no such folder, and the Hub could not be asked ({str(error).splitlines()[0]})"
+    return None

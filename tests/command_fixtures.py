@@ -1,0 +1,59 @@
+"""Fixtures of the tests of commands and examples, which run them as a user does; imported by their `conftest.py`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from example_cases import REPOSITORY, SMALL_MODEL, write_log
+
+import blossomrec_hf  # noqa: F401  (makes the Auto classes know the models that the commands save)
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs Python with arguments and returns what it printed; with `status`, the exit status that is expected."""
+
+    def run(*arguments, launcher=(), status=0, field="stdout"):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TQDM_DISABLE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, *launcher, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == status, done.stdout + done.stderr
+        return getattr(done, field)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_example(run_python):
+    """Runs a script of `examples/` as `run_python` does."""
+    return lambda script, *arguments, **options: run_python(REPOSITORY / "examples" / script, *arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def run_command(run_python):
+    """Runs a command of `blossomrec` as `run_python` does."""
+    return lambda name, *arguments, **options: run_python(
+        "-m", f"blossomrec_hf.commands.{name}", *arguments, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def log_file(tmp_path_factory):
+    """A CSV of 60 users; an item's successor on a ring of 60 mostly follows it."""
+    return write_log(tmp_path_factory.mktemp("log") / "log.csv", num_users=60, num_items=60)
+
+
+@pytest.fixture(scope="session")
+def trained(run_command, log_file, tmp_path_factory):
+    """(folder of a trained model, what was printed, results file)"""
+    folder = tmp_path_factory.mktemp("trained")
+    printed = run_command("train", *SMALL_MODEL, "--data", log_file, "--output_dir", folder / "run", "--num_train_epochs", 15,
+        "--results_json", folder / "results.json", launcher=("-m", "accelerate.commands.launch", "--cpu"),
+    )  # fmt: skip
+    return folder / "run", printed, folder / "results.json"

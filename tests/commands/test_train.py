@@ -1,0 +1,114 @@
+import json
+import re
+
+from example_cases import SMALL_MODEL
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from blossomrec_hf.data import build_sequences, hold_out_nothing, repeat_share
+from blossomrec_hf.data.metadata import read_item_metadata
+from blossomrec_hf.sharing.hub import train_command
+
+
+def test_trains_saves_and_recommends(trained, log_file):
+    folder, printed, results_file = trained
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(tokenizer) == 62
+
+    table = re.search(r"^ndcg, all items\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)$", printed, re.MULTILINE)
+    (result,) = json.loads(results_file.read_text())
+    assert float(table[3]) == round(result["test"]["ndcg@10"], 4) > 0.3  # chance: 0.076
+    assert result["seed"] == 42 and "seed" not in result["configuration"]
+    assert result["configuration"]["hidden_size"] == 16 and result["training"]["epochs"] == 15
+
+    # Users of this log repeat items: nothing is excluded, and both kinds of targets are reported. The model knows it.
+    share = repeat_share(build_sequences(log_file)[0])
+    assert f"{share:.1%} of the test targets already occur in their user's history: nothing is excluded" in printed
+    assert model.config.repeat_share == result["repeat_share"] == share > 0.01 and not result["exclude_seen"]
+    assert {"ndcg@10_repeated", "ndcg@10_new"} <= result["test"].keys() and "ndcg@10_unseen" not in result["test"]
+    assert re.search(r"^ndcg, repeated ", printed, re.MULTILINE) and re.search(r"^ndcg, new ", printed, re.MULTILINE)
+    assert re.search(r"^user (\d+): the latest items \[(.*)\]$", printed, re.MULTILINE)
+    assert len(set(re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE))) == 10
+
+
+def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_command, trained, log_file, tmp_path):
+    folder, printed, results_file = trained
+    arguments = (*SMALL_MODEL, "--data", log_file, "--num_train_epochs", 15, "--results_json", results_file)
+    again = run_command("train", *arguments, "--output_dir", folder, "--resume")
+    assert again.splitlines()[-18:] == printed.splitlines()[-18:]
+    overrides = ("--config_overrides", '{"objective": "gbce", "num_negatives": 7}')
+    types = ("--attention_types", "full", "short_term")
+    run_command("train", *arguments, "--output_dir", tmp_path, "--seed", 7, *types, *overrides)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.objective, config.num_negatives, config.attention_types) == ("gbce", 7, ["full", "short_term"])
+    results = json.loads(results_file.read_text())
+    # A run again under another commit (somebody at work in this repository) is another result.
+    commits = len({result["commit"] for result in results if result["seed"] == 42})
+    seeds_and_types = [(result["seed"], *result["configuration"]["attention_types"]) for result in results]
+    assert seeds_and_types == [(42, "blossom")] * commits + [(7, "full", "short_term")]
+
+
+def test_titles_stay_beside_the_model(run_command, log_file, tmp_path):
+    (tmp_path / "titles.csv").write_text("item,title\n3,Three\n7,Seven\n99,not in the log\n")
+    told = run_command("train", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--titles", tmp_path / "titles.csv", field="stderr",
+    )  # fmt: skip
+    # Under nohup, or in the log of a cluster: one line per evaluation, and no bars.
+    assert re.search(r"^Epoch 1, step \d+, \d+ s: loss [\d.]+, validation ndcg@10 [\d.]+ ", told, re.MULTILINE)
+    assert "it/s" not in told and "\r" not in told
+    titles, tokenizer = read_item_metadata(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert dict(titles.select("title", "input_id").rows()) == {
+        "Three": tokenizer.encode_items([3])[0],
+        "Seven": tokenizer.encode_items([7])[0],
+    }
+
+
+def test_drawn_items_are_ranked_too(run_command, log_file, tmp_path):
+    printed = run_command("train", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--eval_negatives", 5, "--results_json", tmp_path / "results.json", "--refit",
+    )  # fmt: skip
+    (result,) = json.loads((tmp_path / "results.json").read_text())
+    test = result["test"]
+    assert f"{'ndcg, 5 drawn':<24}{test['ndcg@1_uni5']:>9.4f}" in printed
+    assert test["recall@5_uni5"] > test["recall@5"] and test["recall@10_uni5"] == 1  # of six items in all
+    command = train_command(result).replace("\\\n", "").split()  # wherever its lines break
+    assert command[-4:] == ["--eval_negatives", "5", "--seed", "42"]
+
+    # The refit beside it: a model of all events, whose card has the first run's validation figures and no others.
+    refitted = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "refit")
+    assert refitted.model.item_counts.sum() == sum(build_sequences(log_file)[0]["test_end"])
+    summary = json.loads((tmp_path / "run" / "refit" / "training_summary.json").read_text())
+    assert (
+        summary["validation"] == result["validation"] and "test" not in summary and "--refit" in train_command(summary)
+    )
+    card = (tmp_path / "run" / "refit" / "README.md").read_text()
+    assert "validation figures" in card and f"{result['validation']['ndcg@10']:.4f}" in card
+    assert "new model, trained for as many epochs on all events" in card.replace("\n", " ")
+    assert f"{test['ndcg@10']:.4f}" not in card
+    assert "\n# run\n" in card  # the name of the run, not of its folder
+
+
+def test_a_log_of_which_nobody_has_a_held_out_item_is_trainable(run_command, log_file, tmp_path):
+    dataset, tokenizer = build_sequences(log_file)
+    hold_out_nothing(dataset).save_to_disk(tmp_path / "data")
+    tokenizer.save_pretrained(tmp_path / "data")
+    printed = run_command("train", *SMALL_MODEL, "--data", tmp_path / "data", "--output_dir", tmp_path / "run", "--num_train_epochs", 2,
+    )  # fmt: skip
+    assert "2 epochs in" in printed and "best" not in printed and "ndcg" not in printed
+    assert "nothing was measured" in (tmp_path / "run" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.model.item_counts.sum() == sum(dataset["test_end"])
+    assert model.config.repeat_share > 0.01  # of the latest events
+
+
+def test_bad_arguments_are_named(run_command, log_file, tmp_path):
+    misspelt = '{"objectiv": "gbce"}'
+    for arguments, named in (
+        (("--item", "movie"), "movie"),
+        (("--tokens_per_step", 10), "max_tokens is 10"),
+        (("--config_overrides", misspelt), "objectiv"),
+        (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is not installed or not known"),
+    ):
+        run = ("train", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
+        error = run_command(*run, status=2, field="stderr")
+        assert named in error.strip().splitlines()[-1]
+        assert not (tmp_path / "run").exists()

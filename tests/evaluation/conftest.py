@@ -1,0 +1,1 @@
+from training_fixtures import fresh_accelerate, log  # noqa: F401

@@ -1,0 +1,292 @@
+"""The fused kernels against the reference: in Triton's interpreter on a CPU, and on a GPU where there is one."""
+
+import copy
+import functools
+import random
+
+import pytest
+import torch
+from ops_cases import random_case, run
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+import blossomrec_hf
+from blossomrec_hf import BlossomRecConfig
+from blossomrec_hf.model import ops_triton, ops_triton_launch
+from blossomrec_hf.model.attention_blossomrec import BlossomAttention, eager_attention_forward
+from blossomrec_hf.model.ops_reference import REFERENCE_OPS
+
+
+if ops_triton_launch.triton is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not ops_triton_launch.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+    # Keys that a row does not see get any exponential before they are masked.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+]
+
+ODD = {"compress_block_size": 7, "compress_stride": 4, "selection_block_size": 16, "num_selected_blocks": 3}
+ODD |= {"short_term_block_size": 5, "short_term_window": 2, "power_law_base": 3}
+WIDE = {"selection_block_size": 32, "compress_block_size": 16, "num_selected_blocks": 1, "short_term_block_size": 16}
+
+
+class Layer:
+    """An attention layer on fresh random inputs, larger than usual so that the importance is far from uniform."""
+
+    def __init__(self, lengths, heads=4, groups=2, width=16, kind="blossom", dtype=torch.float32, **config):
+        self.config = BlossomRecConfig(
+            hidden_size=heads * width,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            num_hidden_layers=1,
+            attention_types=kind,
+            **config,
+        )
+        self.layer = BlossomAttention(self.config, 0).to(DEVICE)
+        tokens = sum(lengths)
+        q, k, v = (scale * torch.randn(1, h, tokens, width) for h, scale in ((heads, 2), (groups, 2), (groups, 1)))
+        angle = 3 * torch.randn(tokens, width // 2).repeat(1, 2)
+        gates = torch.rand(1, tokens, heads, 2)
+        self.direction = torch.randn(1, tokens, heads, width).to(DEVICE, dtype)
+        self.inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, gates)][: 4 if kind == "blossom" else 3]
+        if kind != "short_term":
+            torch.nn.init.normal_(self.layer.compressor.position, std=0.25)
+            self.layer.to(dtype)
+            if self.config.selection_gradient != "none":
+                self.inputs += self.layer.compressor.parameters()
+        self.where = {
+            "cu_seqlens": torch.tensor([0, *lengths], device=DEVICE).cumsum(0),
+            "max_seqlen": max(lengths),
+            "position_embeddings": (angle.cos()[None].to(DEVICE), angle.sin()[None].to(DEVICE)),
+            "scaling": width**-0.5,
+        }
+
+    def outputs(self, attend):
+        gates = self.inputs[3] if self.layer.attention_type == "blossom" else None
+        return attend(self.layer, *self.inputs[:3], None, gates=gates, **self.where)
+
+    def run(self, attend):
+        out, selection = self.outputs(attend)
+        return out, selection, torch.autograd.grad(out, self.inputs, self.direction)
+
+    def exact_gradients(self) -> tuple[torch.Tensor, ...]:
+        """Those of the reference in float64."""
+        exact = copy.copy(self)
+        exact.layer = copy.deepcopy(self.layer).double()
+        given = 4 if self.layer.attention_type == "blossom" else 3
+        exact.inputs = [x.detach().double().requires_grad_() for x in self.inputs[:given]]
+        if len(self.inputs) > given:
+            exact.inputs += exact.layer.compressor.parameters()
+        exact.direction = self.direction.double()
+        rotary = tuple(x.double() for x in self.where["position_embeddings"])
+        exact.where = self.where | {"position_embeddings": rotary}
+        return exact.run(eager_attention_forward)[2]
+
+
+def triton_forward(*args, **kwargs):
+    return AttentionInterface()["blossom_triton"](*args, **kwargs)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = "") -> None:
+    error = (actual.double() - expected.double()).norm()
+    # Where a gradient cancels to nothing, what is left is rounding.
+    assert error <= tolerance * expected.double().norm() + 1e-5, (name, error, expected.norm())
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"lengths": [50, 0, 1, 33]},
+        {"lengths": [49, 18], "kind": "long_term"},
+        {"lengths": [30, 1, 37], "kind": "short_term", "heads": 3, "groups": 1},
+        {"lengths": [52], "selection_gradient": "none", "groups": 4},
+        {"lengths": [66], "heads": 3, "groups": 1, **ODD},
+        {"lengths": [70, 5], "heads": 2, "width": 32, **WIDE},
+    ],
+    ids=lambda kwargs: "-".join(map(str, kwargs["lengths"])),
+)
+def test_a_layer_has_the_values_and_gradients_of_the_reference(kwargs):
+    layer = Layer(**kwargs)
+    expected, expected_selection = layer.outputs(eager_attention_forward)
+    out, selection, gradients = layer.run(triton_forward)
+    assert_close(out, expected, 1e-5)
+    if expected_selection is not None:
+        torch.testing.assert_close(selection.block_indices, expected_selection.block_indices)
+        torch.testing.assert_close(selection.importance, expected_selection.importance, rtol=1e-4, atol=1e-6)
+    # Near π = 1 the reference in float32 loses as many digits as the kernels do.
+    for i, (actual, exact) in enumerate(zip(gradients, layer.exact_gradients(), strict=True)):
+        assert actual.dtype == torch.float32
+        assert_close(actual, exact, 1e-5, f"input {i}")
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 1, 15], [16, 1], [17]], ids=str)
+def test_histories_of_hardly_any_items(lengths):
+    layer = Layer(lengths, heads=2, groups=1)
+    expected, _, expected_gradients = layer.run(eager_attention_forward)
+    out, selection, gradients = layer.run(triton_forward)
+    assert_close(out, expected, 1e-5)
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        assert_close(actual, reference, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lengths": [37, 0, 40], "stride": 16, "windows_per_block": 1, "compress_block_size": 20, "num_selected": 2},
+        {"lengths": [1, 49], "stride": 4, "windows_per_block": 4, "compress_block_size": 4, "num_selected": 1},
+    ],
+    ids=["b=s", "b>s"],
+)
+def test_each_function_is_that_of_the_reference(settings):
+    case = random_case(**settings, heads=4, groups=2, width=16, dtype=torch.float32, device=DEVICE)
+    expected, actual = run(REFERENCE_OPS, case), run(ops_triton.TRITON_OPS, case)
+    assert torch.equal(actual.pop("block_indices"), expected.pop("block_indices"))
+    for name in expected:
+        assert_close(actual[name], expected[name], 1e-5, name)
+
+
+def test_among_equals_the_lower_block_is_selected():
+    c = torch.randn(5, 1, 16, device=DEVICE)[[0, 1, 0, 1, 0]]
+    q = torch.randn(80, 1, 16, device=DEVICE)
+    settings = {"max_seqlen": 80, "num_selected_blocks": 3, "block_size": 16, "stride": 16, "threshold": 0.0}
+    where = torch.tensor([0, 80], device=DEVICE)
+    actual = ops_triton.select(q, c, where, scaling=1.0, **settings)
+    expected = REFERENCE_OPS.select(q, c, where, scaling=1.0, **settings)
+    assert torch.equal(actual.block_indices, expected.block_indices)
+
+
+# The interpreter has no arithmetic in bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_half_precision_stays_close_when_the_selection_is_given(dtype):
+    settings = {"lengths": [45, 20], "stride": 16, "windows_per_block": 1, "compress_block_size": 16}
+    settings |= {"heads": 2, "groups": 1, "width": 16, "device": DEVICE}
+    case = random_case(**settings)
+    case.tensors = {n: x.detach().to(dtype).double().requires_grad_() for n, x in case.tensors.items()}
+    expected = run(REFERENCE_OPS, case)
+    tensors = {n: x.detach().to(dtype).requires_grad_() for n, x in case.tensors.items()}
+    names = ("num_selected", "short_block", "window", "base")
+    half = random_case(**settings, **{name: getattr(case, name) for name in names})
+    half.tensors, half.mlp = tensors, case.mlp.to(dtype)
+    actual = run(
+        ops_triton.TRITON_OPS._replace(attend_full=REFERENCE_OPS.attend_full), half, expected["block_indices"]
+    )
+    for name in ("long", "short", "compressed", "grad q", "grad k", "grad v"):
+        assert_close(actual[name], expected[name], 1.5e-2, name)
+
+
+def test_every_element_is_written_and_twice_the_same_is_the_same(monkeypatch):
+    layer = Layer([40, 1, 0, 35], heads=2, groups=1)
+    out, selection, gradients = layer.run(triton_forward)
+
+    def poisoned(empty):
+        @functools.wraps(empty)
+        def make(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        return make
+
+    monkeypatch.setattr(ops_triton_launch.Layout, "empty", poisoned(ops_triton_launch.Layout.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    again, selection_again, gradients_again = layer.run(triton_forward)
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(selection, selection_again))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again))
+
+
+def test_compiles_to_one_graph_and_checkpoints():
+    layer = Layer([20, 13], heads=2, groups=1)
+    expected, _, gradients = layer.run(triton_forward)
+    compiled = torch.compile(triton_forward, fullgraph=True, backend="aot_eager")
+    out, _, compiled_gradients = layer.run(compiled)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(compiled_gradients, gradients))
+
+    def checkpointed(*args, **kwargs):
+        return checkpoint(triton_forward, *args, use_reentrant=False, **kwargs)
+
+    out, _, checkpointed_gradients = layer.run(checkpointed)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(checkpointed_gradients, gradients))
+
+
+def test_without_gradients_nothing_is_saved_and_the_output_is_the_same():
+    layer = Layer([21], heads=2, groups=1)
+    expected, _ = layer.outputs(triton_forward)
+    with torch.no_grad():
+        out, _ = layer.outputs(triton_forward)
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+
+
+def test_operations_carry_the_version_of_the_package():
+    assert ops_triton.VERSION == blossomrec_hf.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("cuda", torch.float32, 12), "head width 12"),
+        (("cuda", torch.float64, 16), "float64"),
+        (("cuda", torch.bfloat16, 16, {"block_size": 8}), "selection_block_size 8"),
+        (("cuda", torch.bfloat16, 16, {"num_selected_blocks": 17}), "num_selected_blocks 17"),
+        (("cuda", torch.bfloat16, 16, {"short_block_size": 65}), "short_term_block_size 65"),
+        (("cuda", torch.bfloat16, 128, {"short_block_size": 64, "heads_per_group": 8}), "8 heads of width 128"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_a_sentence(arguments, words):
+    *arguments, sizes = arguments if len(arguments) == 4 else (*arguments, {})
+    reason = ops_triton_launch.why_unsupported(*arguments, **sizes)
+    assert words in reason
+    assert "blossom_torch" in reason
+
+
+def test_no_gpu_is_refused_with_a_sentence_and_blossom_falls_back(monkeypatch):
+    monkeypatch.setattr(ops_triton_launch, "INTERPRETED", False)
+    assert "CUDA" in ops_triton_launch.why_unsupported("cpu", torch.float32, 16)
+    layer = Layer([20], heads=2, groups=1, width=6)
+    with pytest.raises(ValueError, match="blossom_torch"):
+        layer.outputs(triton_forward)
+    expected, _ = layer.outputs(eager_attention_forward)
+    out, _ = layer.outputs(AttentionInterface()["blossom"])
+    assert_close(out, expected, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[4096], [200] * 40, [1, 1000, 0, 3, 2500]], ids=lambda x: f"{len(x)}")
+@pytest.mark.parametrize("config", [{}, {"width": 64, "groups": 4, **WIDE}, {"width": 32, **ODD}], ids=str)
+def test_real_sizes_on_a_gpu(lengths, config):
+    layer = Layer(lengths, **config)
+    expected, expected_selection, expected_gradients = layer.run(AttentionInterface()["blossom_torch"])
+    out, selection, gradients = layer.run(triton_forward)
+    again, _, gradients_again = layer.run(triton_forward)
+    assert torch.equal(out, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_again))
+    # A near-tie that rounding decides differently changes the output of its query alone.
+    same = (selection.block_indices == expected_selection.block_indices).all(-1).float().mean()
+    assert same > 0.9999
+    if same == 1:
+        assert_close(out, expected, 1e-5)
+        for i, (actual, reference) in enumerate(zip(gradients, expected_gradients, strict=True)):
+            # A hidden unit of the compressor that rounding takes to the other side of zero is an error of its own.
+            assert_close(actual, reference, 1e-4 if i < 4 else 1e-2, f"input {i}")
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31_elements():
+    tokens = 2**31 // (8 * 128) + 1000
+    q = torch.randn(tokens, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = torch.randn(2, tokens, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    settings = {"block_size": 8, "window": 1, "base": 2, "scaling": 128**-0.5}
+    length = random.randint(900, 1000)
+    first = ops_triton.attend_short(
+        q, k, v, torch.tensor([0, tokens - length, tokens], device=DEVICE), max_seqlen=tokens, **settings
+    )[-length:]
+    alone = ops_triton.attend_short(
+        *(x[-length:] for x in (q, k, v)), torch.tensor([0, length], device=DEVICE), max_seqlen=length, **settings
+    )
+    assert torch.equal(first, alone)

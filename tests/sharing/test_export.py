@@ -1,0 +1,72 @@
+"""Exported graphs give the model's scores, for any batch and length."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
+from blossomrec_hf.sharing.export import HistoryScorer, export_onnx, export_program
+
+
+BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size": 8, "short_term_block_size": 4}
+
+
+def build(**kwargs) -> BlossomRecForSequentialRecommendation:
+    settings = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24} | BLOCKS
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(**(settings | kwargs))).eval()
+    for parameter in model.parameters():  # large enough that what is selected matters
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.item_counts.random_(9)
+    return model
+
+
+def batches():
+    """Padded batches of every kind: one item, more than 256, ragged, with unknown items, an empty history."""
+    for lengths in ([1], [300, 1, 0, 17], [random.randint(1, 70) for _ in range(3)], [8], [16, 5]):
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for row, length in zip(ids, lengths):
+            start = random.choice([0, len(row) - length])
+            row[start : start + length] = torch.randint(2, 60, (length,))
+            row[start : start + length // 3] = torch.where(
+                torch.rand(length // 3) < 0.3, 1, row[start : start + length // 3]
+            )
+        yield ids, (ids != 0).long()
+
+
+def expected(model, ids, mask) -> torch.Tensor:
+    out = model.recommend(ids, mask, top_k=58, exclude_seen=False)
+    return torch.full((len(ids), 60), -torch.inf).scatter(1, out.item_ids, out.scores.float())
+
+
+@pytest.mark.parametrize("attention_type", [*ATTENTION_TYPES, "defaults"])
+def test_the_module_gives_the_models_scores(attention_type):
+    model = build() if attention_type == "defaults" else build(attention_types=attention_type)
+    if attention_type == "defaults":
+        model = BlossomRecForSequentialRecommendation(BlossomRecConfig(vocab_size=60))
+    for ids, mask in batches():
+        torch.testing.assert_close(HistoryScorer(model)(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-4)
+
+
+def test_torch_export_takes_any_batch_and_length(tmp_path):
+    model = build(attention_types=["blossom", "full"])
+    torch.export.save(export_program(model), tmp_path / "scorer.pt2")
+    scorer = torch.export.load(tmp_path / "scorer.pt2").module()
+    for ids, mask in batches():
+        torch.testing.assert_close(scorer(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-4)
+
+
+def test_onnx_takes_any_batch_and_length(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build(attention_types=["blossom", "full"])
+    export_onnx(model, tmp_path / "scorer.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["scorer.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
+    assert [x.name for x in session.get_inputs()] == ["input_ids", "attention_mask"]
+    for ids, mask in batches():
+        (scores,) = session.run(["scores"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        np.testing.assert_allclose(scores, expected(model, ids, mask), rtol=0, atol=1e-4)

@@ -1,0 +1,289 @@
+"""Pushed and pulled through a Hub on loopback, with the real client: the same to the last bit, or an error in words."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import change_config, same_weights, small_model, small_tokenizer, told
+from huggingface_hub import HfApi, snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.sharing.hub import SUMMARY_FILE, push_run, write_summary
+
+
+HISTORY = [[100, 103, 139, 120, 101]]
+load = BlossomRecForSequentialRecommendation.from_pretrained
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits ever longer between two tries
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder as `examples/train.py` leaves it."""
+    small_model().save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    figures = {f"{name}@10{suffix}": 0.25 for name in ("recall", "ndcg") for suffix in ("", "_all")}
+    configuration = {"data": "/home/ada/secret/log.csv", "attention_types": ["blossom"], "max_length": 50}
+    run = {"configuration": configuration, "seed": 1, "test": figures, "exclude_seen": True, "device": "a machine"}
+    write_summary(tmp_path, run)
+    (tmp_path / "selection.png").write_bytes(b"\x89PNG\r\n\x1a\n not really")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "optimizer.bin").write_bytes(b"x")
+    return tmp_path
+
+
+def assert_same(model, tokenizer, repo_id, **finding):
+    """What is pulled gives the same weights, vocabulary and recommendations, whichever way."""
+    expected = model.recommend(**tokenizer(HISTORY, return_tensors="pt"), top_k=5)
+    for models, tokenizers in (
+        (BlossomRecForSequentialRecommendation, BlossomRecTokenizer),
+        (AutoModelForCausalLM, AutoTokenizer),
+    ):
+        pulled = models.from_pretrained(repo_id, **finding)
+        pulled_tokenizer = tokenizers.from_pretrained(repo_id, **finding)
+        assert same_weights(model, pulled)
+        assert pulled_tokenizer.get_vocab() == tokenizer.get_vocab()
+        found = pulled.recommend(**pulled_tokenizer(HISTORY, return_tensors="pt"), top_k=5)
+        assert torch.equal(found.item_ids, expected.item_ids)
+        # The same product, which BLAS adds up in another order where memory lies otherwise: the last bit.
+        torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=1e-6)
+        assert pulled_tokenizer.decode_items(found.item_ids) == tokenizer.decode_items(expected.item_ids)
+
+
+def test_model_and_tokenizer_there_and_back_in_one_commit(local_hub, folder):
+    model, tokenizer = small_model(), small_tokenizer()
+    pushed = model.push_to_hub("ada/rec", tokenizer=tokenizer, beside=folder, private=True, commit_message="First")
+    repository = local_hub.repository("ada/rec")
+    assert repository.private and len(repository.commits) == 2  # that of the Hub itself, and ours
+    assert (pushed.oid, repository.head.title) == (repository.refs["refs/heads/main"], "First")
+    assert {"README.md", "tokenizer.json", SUMMARY_FILE, "selection.png", "pipeline_blossomrec.py"} <= set(
+        repository.head.files
+    )
+    assert not any(name.startswith("checkpoint-") for name in repository.head.files)
+    assert_same(model, tokenizer, "ada/rec")
+    assert_same(model, tokenizer, "ada/rec", revision=pushed.oid)
+
+    # A name of one's own; another try finds nothing to do.
+    assert model.push_to_hub("rec", tokenizer=tokenizer, beside=folder).oid == pushed.oid
+    assert len(repository.commits) == 2
+
+
+def test_an_item_index_goes_along(local_hub):
+    index_module = pytest.importorskip("blossomrec_hf.serving.index")
+    pytest.importorskip("faiss")
+    model = small_model(num_items=200)
+    index = index_module.ItemIndex.build(model)
+    model.push_to_hub("ada/rec", tokenizer=small_tokenizer(200), index=index)
+    folder = snapshot_download("ada/rec")
+    pulled = load(folder)
+    again = index_module.ItemIndex.load(folder, pulled)
+    states = torch.randn(3, 16)
+    assert torch.equal(again.search(states, 5), index.search(states, 5))
+    with pytest.raises(ValueError):  # of another model
+        small_model(num_items=200).push_to_hub("ada/other", tokenizer=small_tokenizer(200), index=index)
+
+
+def test_branches_and_pull_requests(local_hub):
+    first, second, third = small_model(), small_model(), small_model(hidden_size=32)
+    tokenizer = small_tokenizer()
+    first.push_to_hub("ada/rec", tokenizer=tokenizer)
+    second.push_to_hub("ada/rec", tokenizer=tokenizer, revision="v2")
+    proposed = third.push_to_hub("ada/rec", tokenizer=tokenizer, create_pr=True)
+    assert proposed.pr_url.endswith("/ada/rec/discussions/1")
+    assert_same(first, tokenizer, "ada/rec")
+    assert_same(second, tokenizer, "ada/rec", revision="v2")
+    assert_same(third, tokenizer, "ada/rec", revision=proposed.pr_revision)
+    local_hub.rename("ada/rec", "ada/renamed")
+    assert_same(first, tokenizer, "ada/rec")
+    # A stranger may propose, too.
+    third.push_to_hub("ada/renamed", tokenizer=tokenizer, create_pr=True, token="hf_other")
+    assert "refs/pr/2" in local_hub.repository("ada/renamed").refs
+
+
+def test_weights_of_an_earlier_push_do_not_stay(local_hub):
+    first, second, tokenizer = small_model(), small_model(), small_tokenizer()
+    first.push_to_hub("ada/rec", tokenizer=tokenizer)
+    local_hub.multipart_bytes = 5000
+    second.push_to_hub("ada/rec", tokenizer=tokenizer, max_shard_size="20KB")
+    local_hub.multipart_bytes = 2**62
+    weights = [name for name in local_hub.repository("ada/rec").head.files if name.endswith(".safetensors")]
+    assert len(weights) > 1 and "model.safetensors" not in weights
+    assert_same(second, tokenizer, "ada/rec")
+    first.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert_same(first, tokenizer, "ada/rec")
+
+
+def test_a_run_s_folder(local_hub, folder):
+    pushed = push_run(folder, "ada/rec", private=True)
+    files = local_hub.repository("ada/rec").head.files
+    assert pushed.oid == local_hub.repository("ada/rec").refs["refs/heads/main"]
+    card = files["README.md"].content.decode()
+    assert 'model="ada/rec"' in card and "OWNER/NAME" not in card and "![selection.png]" in card
+    assert "log.csv" in card and "secret" not in card + files[SUMMARY_FILE].content.decode()
+    assert_same(load(folder), BlossomRecTokenizer.from_pretrained(folder), "ada/rec")
+
+
+@pytest.mark.parametrize(
+    ("fault", "where"),
+    [
+        ("drop", {"method": "PUT", "path": "/upload/"}),
+        (503, {"method": "PUT", "path": "/upload/"}),
+        (500, {"path": "/preupload/"}),
+        (503, {"path": "/info/lfs/objects/batch"}),
+        (502, {"path": "/verify/"}),
+    ],
+)
+def test_a_passing_fault_is_retried(local_hub, fault, where):
+    model, tokenizer = small_model(), small_tokenizer()
+    local_hub.fail(fault, **where)
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert 0 in [status for *_, status in local_hub.requests] or fault in [s for *_, s in local_hub.requests]
+    assert len(local_hub.repository("ada/rec").commits) == 2
+    assert_same(model, tokenizer, "ada/rec")
+
+
+@pytest.mark.parametrize("fault", ["drop", 503, "truncate"])
+def test_a_broken_push_leaves_nothing_half_and_the_next_goes_on(local_hub, fault):
+    model, tokenizer = small_model(), small_tokenizer()
+    local_hub.fail(fault, path="/commit/")
+    try:
+        model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    except ConnectionError as error:
+        assert "the same call again" in str(error)
+    except ValueError:  # half an answer is no JSON; the commit itself is there
+        assert fault == "truncate"
+    repository = local_hub.repository("ada/rec")
+    assert len(repository.commits) == (2 if fault == "truncate" else 1)
+    sent = local_hub.uploads()
+    assert len(sent) == 1  # the weights arrived, and are not sent again
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert local_hub.uploads() == sent and len(repository.commits) == 2
+    assert_same(model, tokenizer, "ada/rec")
+
+
+def test_bytes_that_change_on_the_way_up_are_not_stored(local_hub):
+    """The Hub compares hashes; a file that changes between hashing and sending is told, and nothing is committed."""
+    model, tokenizer = small_model(), small_tokenizer()
+    local_hub.fail(400, method="PUT", path="/upload/")
+    with pytest.raises(Exception, match="model.safetensors"):
+        model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert len(local_hub.repository("ada/rec").commits) == 1
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert_same(model, tokenizer, "ada/rec")
+
+
+def test_a_damaged_download_is_not_taken_for_the_model(local_hub, tmp_path):
+    model, tokenizer = small_model(), small_tokenizer()
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    local_hub.fail("corrupt", method="GET", path="/cdn/")
+    message = told(lambda: load("ada/rec", cache_dir=tmp_path), ValueError)
+    assert "model.safetensors of ada/rec" in message and "removed from the cache" in message
+    assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["truncate", "drop", 503])
+def test_a_download_that_breaks_off_is_retried_or_told(local_hub, tmp_path, fault):
+    model, tokenizer = small_model(), small_tokenizer()
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    local_hub.fail(fault, method="GET", path="/cdn/")
+    try:
+        assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
+    except OSError as error:
+        assert "ada/rec" in str(error)
+    assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
+
+
+def test_without_network_a_complete_cache_serves_and_an_incomplete_one_says_so(local_hub, tmp_path):
+    model, tokenizer = small_model(), small_tokenizer()
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    load("ada/rec", cache_dir=tmp_path)
+    local_hub.stop()
+    assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
+    assert same_weights(model, load("ada/rec", cache_dir=tmp_path, local_files_only=True))
+    (weights,) = Path(tmp_path).rglob("snapshots/*/model.safetensors")
+    weights.unlink()
+    for finding in ({}, {"local_files_only": True}):
+        assert "in the cached files" in told(lambda f=finding: load("ada/rec", cache_dir=tmp_path, **f), OSError)
+    message = told(lambda: model.push_to_hub("ada/other", tokenizer=tokenizer), ConnectionError)
+    assert "the same call again" in message
+
+
+def test_pickled_weights_of_the_hub_are_refused(local_hub, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    HfApi().create_repo("ada/rec")
+    HfApi().upload_folder(repo_id="ada/rec", folder_path=tmp_path)
+    assert "pickle (pytorch_model.bin)" in told(lambda: load("ada/rec"), ValueError)
+    assert not any(method == "GET" and path.startswith("/cdn/") for method, path, _ in local_hub.requests[-3:])
+
+
+def test_repositories_that_one_may_not_read_or_that_are_not_there(local_hub):
+    small_model().push_to_hub("ada/rec", tokenizer=small_tokenizer(), private=True)
+    for finding in ({"token": "hf_other"}, {"token": False}, {"revision": "v9"}):
+        assert "ada/rec" in told(lambda finding=finding: load("ada/rec", **finding), OSError)
+    assert "ada/none" in told(lambda: load("ada/none"), OSError)
+    local_hub.repository("ada/rec").private = False
+    local_hub.repository("ada/rec").gated = True
+    assert "gated" in told(lambda: load("ada/rec", token="hf_other"), OSError)
+
+
+def test_who_may_not_push_is_told_why(local_hub, monkeypatch, folder):
+    model, tokenizer = small_model(), small_tokenizer()
+
+    def push(repo_id="ada/rec", kind=PermissionError, **options):
+        return told(lambda: model.push_to_hub(repo_id, tokenizer=tokenizer, **options), kind)
+
+    expired = push(token="hf_expired")
+    assert "does not know this `token`" in expired and "no valid token was found" in expired
+    assert "may not write to ada/rec" in push(token="hf_reader")
+    assert "may not write to ada/rec" in push(token="hf_other")
+    for name in ("a b", "ada/rec/more", "ada--rec", "-rec", "ada/", "x" * 100):
+        assert "`repo_id` is" in push(name, ValueError)
+    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    assert "there already" in push(kind=FileExistsError, exist_ok=False)
+    assert "41 ids" in told(lambda: model.push_to_hub("ada/x", tokenizer=small_tokenizer(39)), ValueError)
+
+    monkeypatch.delenv("HF_TOKEN")
+    without = push()
+    assert without.startswith("Cannot push to ada/rec: no valid token was found; ") and ". " not in without
+    assert "hf auth login" in without and "HF_TOKEN" in without
+    assert without == push(token=False) == told(lambda: push_run(folder, "ada/rec"), PermissionError)
+    assert len(local_hub.repositories) == 1
+
+
+def test_folders_that_are_no_model_are_not_pushed(local_hub, folder, tmp_path):
+    def push():
+        return told(lambda: push_run(folder, "ada/rec"), ValueError)
+
+    shutil.copytree(folder, tmp_path / "copy")
+    change_config(folder, vocab_size=50)
+    assert "42 ids, the model's vocabulary 50" in push()
+    change_config(folder, vocab_size=42)
+    (folder / "ops_torch.py").write_text("")
+    assert "ops_torch.py" in push()
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer" in push()
+    (folder / "model.safetensors").unlink()
+    assert "no model" in push()
+    assert not local_hub.repositories
+
+
+def test_a_card_with_wrong_metadata_is_not_pushed(local_hub, folder):
+    (folder / "README.md").write_text("---\nlicense: mine\n---\n# x\n")
+    assert "license" in told(lambda: push_run(folder, "ada/rec"), ValueError)
+    assert len(local_hub.repository("ada/rec").commits) == 1
+
+
+def test_summary_is_json_without_the_place_of_the_log(folder):
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    assert summary["configuration"]["data"] == "log.csv" and summary["seed"] == 1

@@ -1,0 +1,35 @@
+"""The `blossomrec` command."""
+
+import subprocess
+import sys
+
+import pytest
+
+import blossomrec_cli
+
+
+def test_help_lists_the_commands_and_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; sys.argv = ['blossomrec', '--help']; import blossomrec_cli; blossomrec_cli.main();"
+        "print('imported:', sorted({'torch', 'transformers', 'blossomrec_hf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"  {name} " in done.stdout for name in blossomrec_cli.COMMANDS)
+    assert "imported: []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("recomend", "did you mean recommend?"), ("xyz", "the commands are prepare, train")]
+)
+def test_an_unknown_command_is_named(name, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["blossomrec", name])
+    with pytest.raises(SystemExit, match="2"):
+        blossomrec_cli.main()
+    assert f"no command {name!r}; {words}" in capsys.readouterr().err
+
+
+def test_a_command_gets_its_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["blossomrec", "compare", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        blossomrec_cli.main()
+    assert capsys.readouterr().out.startswith("usage: blossomrec compare ")
