@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds from the first request to the kill")
     parser.add_argument("--items", type=int, default=200, help="how many items the events are drawn from")
     parser.add_argument("--max_history", type=int, default=4096, help="that of `blossomrec serve`")
-    parser.add_argument("--json", type=Path, help="file for the figures; left out, they are printed only")
+    parser.add_argument("--json", type=Path, help="file for the figures; by default, they are printed only")
     args = parser.parse_args()
     figures = asyncio.run(load_test(args))
     print(json.dumps(figures, indent=1))

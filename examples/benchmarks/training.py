@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "triton", "liger"])
-    parser.add_argument("--data", help="padding, epoch: a log; left out, the built-in data set")
+    parser.add_argument("--data", help="padding, epoch: a log; by default, the built-in data set")
     parser.add_argument("--workers", type=int, default=2, help="epoch: processes that make batches")
     parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="epoch: no CUDA graphs")
     parser.add_argument("--epochs", type=int, default=8, help="epoch: how many of each kind are timed")

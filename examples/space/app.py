@@ -87,7 +87,7 @@ def load(model_id: str, data: str | None = None, max_length: int = 2000) -> Serv
 
     Args:
         model_id: a folder or a Hub id.
-        data: a log to take sample histories from; left out, the built-in one if the model was trained on that.
+        data: a log to take sample histories from; by default, the built-in one if the model was trained on that.
 
     Raises:
         ValueError: with a sentence that tells what is wrong with either.

@@ -29,16 +29,16 @@ class CardArguments:
     )
     output: str | None = field(default=None, metadata={"help": "Where the card of `results` goes."})
     name: str | None = field(
-        default=None, metadata={"help": "The model's name; left out, that of the folder or file."}
+        default=None, metadata={"help": "The model's name; by default, that of the folder or file."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "What people call the data; left out, the name of its file."}
+        default=None, metadata={"help": "What people call the data; by default, the name of its file."}
     )
     published: str | None = field(
-        default=None, metadata={"help": "A JSON file of others' figures to stand beside; left out, none."}
+        default=None, metadata={"help": "A JSON file of others' figures to stand beside; by default, none."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "An identifier of the Hub, such as apache-2.0; left out, none."}
+        default=None, metadata={"help": "An identifier of the Hub, such as apache-2.0; by default, none."}
     )
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ class ConversionArguments:
     )
     output_dir: str = field(default="runs/converted", metadata={"help": "Where our model and tokenizer go."})
     items: str | None = field(
-        default=None, metadata={"help": "Raw item ids, one a line, from RecBole's id 1 on; left out, those numbers."}
+        default=None, metadata={"help": "Raw item ids, one a line, from RecBole's id 1 on; by default, those numbers."}
     )
     num_attention_heads: int | None = field(default=None, metadata={"help": "Where the file does not tell; 8 there."})
     hidden_act: str | None = field(default=None, metadata={"help": "Where the file does not tell; gelu there."})

@@ -52,14 +52,14 @@ class EvaluationArguments:
     max_length: int = field(default=200, metadata={"help": "The latest items of a history that a model reads."})
     max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+        default=None, metadata={"help": "no, bf16 or fp16; by default, what `accelerate launch` says."}
     )
     ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
     num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
     exclude_seen: bool | None = field(
         default=None,
         metadata={
-            "help": "Exclude seen items from the ranking, or not; left out, as the models recommend, or as the log's share "
+            "help": "Exclude seen items from the ranking, or not; by default, as the models recommend, or as the log's share "
             "of repeated targets suggests if they do not know it."
         },
     )

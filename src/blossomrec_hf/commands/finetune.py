@@ -113,7 +113,7 @@ class FineTuneArguments:
     item_vectors: str | None = field(
         default=None,
         metadata={
-            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; left out, "
+            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; by default, "
             "where their events place them."
         },
     )

@@ -23,7 +23,7 @@ class PushArguments:
     repo_id: str = field(metadata={"help": "owner/name, or a name of your own; made if it is not there."})
     private: bool = field(default=False, metadata={"help": "A new repository is private."})
     revision: str | None = field(
-        default=None, metadata={"help": "The branch, made if it is not there; left out, main."}
+        default=None, metadata={"help": "The branch, made if it is not there; by default, main."}
     )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
     exist_ok: bool = field(default=True, metadata={"help": "Add a commit to a repository that is there already."})

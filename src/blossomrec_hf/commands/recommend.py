@@ -43,7 +43,7 @@ class RecommendArguments:
     exclude_seen: bool | None = field(
         default=None,
         metadata={
-            "help": "Exclude the items of the history, or not; left out, what suits the log of the model's training: not "
+            "help": "Exclude the items of the history, or not; by default, what suits the log of the model's training: not "
             "where its users repeat items."
         },
     )
@@ -52,7 +52,7 @@ class RecommendArguments:
     max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
     shard_users: int = field(default=50_000, metadata={"help": "Users a shard."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; left out, what `accelerate launch` says."}
+        default=None, metadata={"help": "no, bf16 or fp16; by default, what `accelerate launch` says."}
     )
 
     def __post_init__(self):

@@ -76,7 +76,7 @@ class ModelArguments:
         default="{}", metadata={"help": 'Any other settings of BlossomRecConfig, as JSON: {"objective": "gbce"}.'}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "blossom_torch, blossom_triton or eager; left out, the fastest that fits."}
+        default=None, metadata={"help": "blossom_torch, blossom_triton or eager; by default, the fastest that fits."}
     )
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class OutputArguments:
     )
     results_json: str | None = field(
         default=None,
-        metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; left out, none."},
+        metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; by default, none."},
     )
 
     def __post_init__(self) -> None:

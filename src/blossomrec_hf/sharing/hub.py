@@ -266,7 +266,7 @@ def model_card(
             `training_summary.json`. Those with one configuration and several seeds are shown as their mean; those with
             full attention in all layers, beside others, as baselines.
         name: of the model.
-        dataset_name: what people call the data; left out, the name of the file.
+        dataset_name: what people call the data; by default, the name of the file.
         repo_id: where the model will be; `push_folder` fills it in.
         published: others' figures to stand beside, `{"model", "recall@10", "ndcg@10", "protocol", "source"}` each; not ours.
         pictures: names of pictures that lie beside the card.
@@ -535,7 +535,7 @@ def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -
     Writes the README.md of a run's folder from its `training_summary.json`; pictures that lie there are shown.
 
     Args:
-        name: of the model; left out, that of the folder.
+        name: of the model; by default, that of the folder.
         options: of `model_card`.
 
     Raises:

@@ -62,7 +62,7 @@ class LoopArguments:
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, bf16 or fp16; left out, what `accelerate config` or `accelerate launch` say."},
+        metadata={"help": "no, bf16 or fp16; by default, what `accelerate config` or `accelerate launch` say."},
     )
     torch_compile: bool | None = field(
         default=None,
@@ -128,11 +128,11 @@ class LoopArguments:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Where to; left out, the name of the output directory."}
+        default=None, metadata={"help": "Where to; by default, the name of the output directory."}
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "A new repository is private."})
     hub_revision: str | None = field(
-        default=None, metadata={"help": "The branch to upload to, made if not there; left out, main."}
+        default=None, metadata={"help": "The branch to upload to, made if not there; by default, main."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
 
@@ -191,10 +191,10 @@ class LogArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "A log, or a folder that blossomrec prepare wrote; left out, the built-in data set."},
+        metadata={"help": "A log, or a folder that blossomrec prepare wrote; by default, the built-in data set."},
     )
     format: str | None = field(
-        default=None, metadata={"help": "The format of the file; left out, found out by looking."}
+        default=None, metadata={"help": "The format of the file; by default, found out by looking."}
     )
     user: str | None = field(
         default=None, metadata={"help": "The name of the column of users; the usual names are found without."}
@@ -207,7 +207,9 @@ class LogArguments:
     )
     time_format: str | None = field(
         default=None,
-        metadata={"help": "How texts of times are written, as for strftime; left out, numbers and ISO 8601 are read."},
+        metadata={
+            "help": "How texts of times are written, as for strftime; by default, numbers and ISO 8601 are read."
+        },
     )
     keep_na_ids: bool = field(
         default=False, metadata={"help": "Read NA, NULL, nan and None as ids; they are missing ids otherwise."}
@@ -219,7 +221,7 @@ class LogArguments:
     titles: str | None = field(
         default=None,
         metadata={
-            "help": "A file of item titles (movies.dat, .item, CSV, ...) to keep beside the model; left out, the log's."
+            "help": "A file of item titles (movies.dat, .item, CSV, ...) to keep beside the model; by default, the log's."
         },
     )
 
@@ -298,7 +300,7 @@ def parse_arguments(
         epilog = textwrap.fill(f"With the built-in data set, other defaults hold: {told}.", 100)
     parser = HfArgumentParser(argument_classes, description=description, epilog=epilog, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--config", help="A YAML file of arguments, like the run.yaml in a run's folder; left out, none."
+        "--config", help="A YAML file of arguments, like the run.yaml in a run's folder; by default, none."
     )
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args()
