@@ -398,9 +398,8 @@ def main() -> None:
     )
     parser.add_argument("--baseline_module", help="file.py:Class, one more contestant; see above")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on a GPU: by default)"
-    )
+    parser.add_argument("--compile", action="store_true", default=None, help="torch.compile (on a GPU: by default)")
+    parser.add_argument("--no_compile", dest="compile", action="store_false", default=None, help="no torch.compile")
     parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="no CUDA graphs")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--png", type=Path, help="file for a drawing of them")

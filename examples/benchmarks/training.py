@@ -18,7 +18,8 @@ take the same histories in the same steps, of about `--tokens` items.
 `epoch`: whole epochs of forward, backward and AdamW over packed batches of `--tokens` tokens, by BlossomRec and by full
 attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `PackedDataLoader`
 with `--workers` gives them. Of the epochs of each kind, the first two are not counted. On a GPU, forward and
-backward are replayed as a CUDA graph, as in the training loop (`--no_graphs`: launched operation by operation).
+backward are compiled and replayed as a CUDA graph, as in a long run of the training loop (`--no_compile`; `--no_graphs`:
+neither, launched operation by operation).
 """
 
 import argparse
@@ -193,9 +194,12 @@ def compare_epochs(args: argparse.Namespace) -> list[dict]:
         model = BlossomRecForSequentialRecommendation(config).to(args.device).train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
+        # Batches that are captured have one shape.
+        compiled = torch.compile(model, dynamic=False) if on_gpu and args.graphs and args.compile else model
+
         def forward_backward(batch: dict) -> torch.Tensor:
             with torch.autocast(args.device, torch.bfloat16) if args.bf16 else nullcontext():
-                loss = model(**batch).loss
+                loss = compiled(**batch).loss
             loss.backward()
             return loss.detach()
 
@@ -231,6 +235,7 @@ def compare_epochs(args: argparse.Namespace) -> list[dict]:
             "attention_types": attention_types,
             "steps": len(ready),
             "graphs": graphed is not None and graphed.works,
+            "compiled": compiled is not model,
             "seconds": medians["ready"],
         }
         figures.append(
@@ -252,6 +257,7 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "triton", "liger"])
     parser.add_argument("--data", help="padding, epoch: a log; by default, the built-in data set")
     parser.add_argument("--workers", type=int, default=2, help="epoch: processes that make batches")
+    parser.add_argument("--no_compile", dest="compile", action="store_false", help="epoch: no torch.compile")
     parser.add_argument("--no_graphs", dest="graphs", action="store_false", help="epoch: no CUDA graphs")
     parser.add_argument("--epochs", type=int, default=8, help="epoch: how many of each kind are timed")
     parser.add_argument("--max_length", type=int, default=1000)
