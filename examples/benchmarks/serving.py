@@ -161,7 +161,7 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
     log, length = TasteLog(num_items), 64
     counts = torch.from_numpy(np.diff(log.share, prepend=0.0) / log.share[-1]).mul(1e9).long()
     model.item_counts[NUM_SPECIAL_IDS:] = counts
-    table = model.lm_head.weight
+    table = model.item_vectors()
     others = [p for p in model.parameters() if p is not table]
     groups = [{"params": [table], "lr": args.learning_rate}, {"params": others, "lr": args.learning_rate / 3}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)

@@ -10,6 +10,7 @@ from .model.modeling_blossomrec import (
     BlossomRecModel,
     BlossomRecPreTrainedModel,
 )
+from .model.objectives_blossomrec import mean_over_targets, register_objective
 from .model.pipeline_blossomrec import SequentialRecommendationPipeline
 from .model.recommendation_blossomrec import RecommendationOutput
 from .model.tokenization_blossomrec import BlossomRecTokenizer
@@ -40,4 +41,6 @@ __all__ = [
     "BlossomRecTokenizer",
     "RecommendationOutput",
     "SequentialRecommendationPipeline",
+    "mean_over_targets",
+    "register_objective",
 ]

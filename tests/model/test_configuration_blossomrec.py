@@ -64,7 +64,7 @@ def test_unknown_keys_are_kept_as_in_transformers():
         ("hidden_dropout_prob", {"hidden_dropout_prob": 1.0}),
         ("attention_types", {"attention_types": "sparse"}),
         ("attention_types", {"attention_types": ["full"], "num_hidden_layers": 2}),
-        ("objective", {"objective": "hinge"}),
+        ("objective", {"objective": 5}),
         ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
         ("pad_token_id", {"pad_token_id": 5}),
     ],

@@ -1,5 +1,6 @@
 """The model as users of `transformers` meet it: inputs of every form, outputs, loss, saving, recommending."""
 
+import ast
 import os
 import random
 import subprocess
@@ -422,6 +423,43 @@ def test_attentions_of_padded_input_under_compilation():
 
 
 # Saving, growing
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_item_vectors_are_those_of_the_output_side(tied):
+    model = recommender(tie_word_embeddings=tied)
+    x, ids = torch.randint(2, 60, (2, 9)), [5, 59, 0, 5]
+    vectors = model.item_vectors()
+    hidden_states = model.model(x).last_hidden_state
+    assert torch.equal(vectors, model.model.item_embedding.weight) == tied
+    torch.testing.assert_close(hidden_states @ vectors.T, model(x).logits)
+    for chosen in (ids, torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+        assert torch.equal(model.item_vectors(chosen), vectors[ids])
+    assert model.item_vectors([]).shape == (0, 16)
+    model.item_vectors([5]).sum().backward()
+    assert model.lm_head.weight.grad[5].all() and not model.lm_head.weight.grad[6].any()
+
+
+@pytest.mark.parametrize("ids", [[60], [-1], 5, [[5, 6]], [0.5], ["5"]])
+def test_item_vectors_of_no_vocabulary_ids_are_refused(ids):
+    with pytest.raises(ValueError, match="`ids`"):
+        recommender().item_vectors(ids)
+
+
+def test_item_weights_have_one_reader():
+    """`item_vectors`; only the placement of new items, which writes rows of both tables, has the weights themselves."""
+    tables, owners = {"lm_head", "item_embedding"}, {"get_input_embeddings", "get_output_embeddings"}
+    package, found = Path(blossomrec_hf.__file__).parent, set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Attribute) or node.attr != "weight":
+                continue
+            owner = node.value
+            if isinstance(owner, ast.Call) and getattr(owner.func, "attr", None) in owners:
+                found.add(path.name)
+            elif getattr(owner, "attr", None) in tables:
+                found.add(path.name)
+    assert found == {"new_items.py"}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -160,3 +160,4 @@ def test_the_dense_weight_of_a_layer(tmp_path):
     twin = offloaded(model, "disk", tmp_path)
     assert not is_plain(twin.lm_head)
     torch.testing.assert_close(dense_weight(twin.lm_head), model.lm_head.weight)
+    torch.testing.assert_close(twin.item_vectors([7, 3]), model.lm_head.weight[[7, 3]])

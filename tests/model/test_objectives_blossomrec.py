@@ -1,5 +1,6 @@
-"""The chunked full softmax, and the objectives against drawn items."""
+"""The chunked full softmax, the objectives against drawn items, and those that users register."""
 
+import importlib.util
 import math
 import sys
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.model import loss_blossomrec
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, register_objective
+from blossomrec_hf.model import loss_blossomrec, objectives_blossomrec
 from blossomrec_hf.model.loss_blossomrec import cross_entropy, sampled_loss
+from blossomrec_hf.model.objectives_blossomrec import BUILT_IN_OBJECTIVES, mean_over_targets
 
 
 SAMPLED = ("sampled_softmax", "bce", "gbce", "bpr")
@@ -247,3 +249,109 @@ def test_the_model_trains_on_its_objective(seed, objective):
 def test_bad_settings_are_named(changes, named):
     with pytest.raises(ValueError, match=named):
         BlossomRecConfig(vocab_size=30, **changes)
+
+
+# Objectives from outside the package
+
+HINGE = """
+from blossomrec_hf import mean_over_targets, register_objective
+
+
+def hinge(hidden_states, item_vectors, targets, num_items_in_batch, **kwargs):
+    scores = hidden_states @ item_vectors[2:].T
+    positive = scores.gather(1, (targets - 2).clamp(min=0)[:, None])
+    return mean_over_targets((1 + scores - positive).clamp(min=0).mean(1), targets, num_items_in_batch)
+
+
+register_objective("hinge", hinge)
+"""
+SIZES = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture
+def hinge(tmp_path, monkeypatch):
+    """The function of a file of its own that registers it when it is imported."""
+    monkeypatch.setattr(objectives_blossomrec, "_REGISTERED", dict(objectives_blossomrec._REGISTERED))
+    path = tmp_path / "hinge.py"
+    path.write_text(HINGE)
+    spec = importlib.util.spec_from_file_location("hinge", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.hinge
+
+
+def trained(model, steps=30):
+    input_ids = torch.arange(2, 30).repeat(2)[None, :40]
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01), []
+    for _ in range(steps):
+        losses.append(model(input_ids, labels=input_ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, input_ids
+
+
+def test_a_registered_objective_trains_saves_and_loads(hinge, tmp_path):
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(objective="hinge", **SIZES))
+    losses, input_ids = trained(model)
+    assert losses[-1] < 0.5 * losses[0]
+    expected = model.eval()(input_ids, labels=input_ids)
+    scores = expected.logits[0, :-1, 2:]
+    positive = scores.gather(1, input_ids[0, 1:, None] - 2)
+    torch.testing.assert_close(expected.loss, (1 + scores - positive).clamp(min=0).mean())
+
+    model.save_pretrained(tmp_path / "model")
+    loaded = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path / "model")
+    assert loaded.config.objective == "hinge"
+    assert torch.equal(loaded(input_ids, labels=input_ids).loss, expected.loss)
+
+
+def test_an_objective_may_be_a_function(hinge, tmp_path):
+    config = BlossomRecConfig(objective=hinge, **SIZES)
+    assert config.objective == "hinge" and config.to_dict()["objective"] == "hinge"
+    BlossomRecForSequentialRecommendation(config).save_pretrained(tmp_path / "model")
+    del objectives_blossomrec._REGISTERED["hinge"]  # as in another process
+    loaded = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path / "model", objective=hinge)
+    trained(loaded, steps=1)
+
+
+def test_an_unknown_objective_is_refused_when_the_model_is_built(hinge, tmp_path):
+    BlossomRecForSequentialRecommendation(BlossomRecConfig(objective="hinge", **SIZES)).save_pretrained(tmp_path / "m")
+    del objectives_blossomrec._REGISTERED["hinge"]
+    config = BlossomRecConfig(objective="hinge", **SIZES)
+    for build in (
+        lambda: BlossomRecForSequentialRecommendation(config),
+        lambda: BlossomRecForSequentialRecommendation.from_pretrained(tmp_path / "m"),
+    ):
+        with pytest.raises(
+            ValueError, match="`objective` is 'hinge'.*'bce', 'bpr', 'cross_entropy'.*register_objective"
+        ):
+            build()
+    loaded = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path / "m", objective="cross_entropy")
+    trained(loaded, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "named"),
+    [
+        (None, print, "`name` is None"),
+        ("<lambda>", print, "`name` is '<lambda>'"),
+        *((name, print, f"`name` is '{name}', an objective of the package") for name in BUILT_IN_OBJECTIVES),
+        ("mine", "bce", "`function` is 'bce'"),
+    ],
+)
+def test_what_cannot_be_registered_is_named(name, function, named):
+    with pytest.raises(ValueError, match=named):
+        register_objective(name, function)
+
+
+def test_a_lambda_has_no_name_to_save():
+    with pytest.raises(ValueError, match="register_objective"):
+        BlossomRecConfig(objective=lambda *args, **kwargs: 0.0)
+
+
+def test_the_mean_over_targets_takes_losses_or_their_sum():
+    losses, targets = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([5, -100, 2])
+    assert mean_over_targets(losses, targets) == mean_over_targets(torch.tensor(4.0), targets) == 2
+    assert mean_over_targets(losses, targets, 8) == mean_over_targets(losses, targets, torch.tensor(8)) == 0.5
+    assert mean_over_targets(losses, torch.full((3,), -100)) == 0

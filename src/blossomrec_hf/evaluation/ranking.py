@@ -27,7 +27,6 @@ from torch.utils.data import Dataset
 
 from ..batches.histories import NUM_SPECIAL_TOKENS, budget_batches, to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
-from ..model.modules_blossomrec import dense_weight
 from ..model.recommendation_blossomrec import top_of_rows
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
@@ -391,7 +390,7 @@ def last_item_scores(
     with autocast():
         hidden_states = model.base_model(**batch).last_hidden_state[0]
     last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]
-    return nn.functional.linear(last.float(), dense_weight(model.get_output_embeddings()).float())
+    return nn.functional.linear(last.float(), model.item_vectors().float())
 
 
 def add_double_ranks(

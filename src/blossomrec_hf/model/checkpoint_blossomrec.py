@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
 from .manifest_blossomrec import CONFIG_NAMES, FINDING, check_manifest, code_files, inside, read_json, update_manifest
+from .modules_blossomrec import stored_item_vectors
 from .upload_blossomrec import WEIGHTS, files_to_push, push_folder, short_card
 
 
@@ -155,7 +156,7 @@ class CheckpointMixin:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if index is not None:
-                index.check(self.get_output_embeddings().weight)
+                index.check(stored_item_vectors(self))
                 index.save(folder)
             readme = Path(folder) / "README.md"
             if card is not None:

@@ -9,13 +9,13 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .manifest_blossomrec import CONFIG_NAMES, require_loadable, update_manifest
+from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objective
 
 
 VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
 
 ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
-OBJECTIVES = ("cross_entropy", "sampled_softmax", "bce", "gbce", "bpr")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
 # The numbers that a `rope_type` needs, in addition to `rope_theta`.
@@ -87,8 +87,10 @@ class BlossomRecConfig(PreTrainedConfig):
         attention_bias (`bool`): biases in the query, key, value and output projections.
         rope_parameters (`dict`, *optional*): as in `transformers`; `rope_theta` defaults to 10,000.
         max_position_embeddings (`int`): read by scaled `rope_type`s only; the length of a history is not limited.
-        objective (`str`): the training loss, at every position: `"cross_entropy"` (full softmax over the catalogue) or,
-            against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`.
+        objective (`str` or `Callable`): the training loss, at every position: `"cross_entropy"` (full softmax over the
+            catalog); against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`; or
+            another name of `register_objective`, which is looked up when the model is built. A function is registered
+            under its `__name__`, and the configuration keeps the name.
         cross_entropy_implementation (`str`): what computes the full softmax: `"torch"`, `"triton"` (fused kernels that
             never write the logits), `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, the fastest
             that the device, the precision and the hidden size allow. Value and gradients are the same.
@@ -135,7 +137,7 @@ class BlossomRecConfig(PreTrainedConfig):
     attention_bias: bool = False
     rope_parameters: dict | None = None
     max_position_embeddings: int = 2048
-    objective: str = "cross_entropy"
+    objective: str | Objective = "cross_entropy"
     cross_entropy_implementation: str = "auto"
     num_negatives: int = 256
     negative_sampling: str = "uniform"
@@ -201,6 +203,11 @@ class BlossomRecConfig(PreTrainedConfig):
         require_loadable(type(self))
         super().save_pretrained(save_directory, **kwargs)
         update_manifest(save_directory, CONFIG_NAMES)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "objective" and callable(value):  # the configuration is JSON
+            value = register_objective(getattr(value, "__name__", None), value)
+        super().__setattr__(name, value)
 
     @property
     def head_dim(self) -> int:
@@ -299,10 +306,13 @@ class BlossomRecConfig(PreTrainedConfig):
         for attention_type in self.attention_types:
             _check_choice("attention_types", attention_type, ATTENTION_TYPES)
         _check_choice("selection_gradient", self.selection_gradient, SELECTION_GRADIENTS)
-        _check_choice("objective", self.objective, OBJECTIVES)
+        if not isinstance(self.objective, str):
+            raise ValueError(
+                f"`objective` is {_short(self.objective)}; it must be the name of an objective, or a function."
+            )
         _check_choice("cross_entropy_implementation", self.cross_entropy_implementation, CROSS_ENTROPY_IMPLEMENTATIONS)
         _check_choice("negative_sampling", self.negative_sampling, NEGATIVE_SAMPLINGS)
-        if self.objective != "cross_entropy" and not 1 <= self.num_negatives <= self.vocab_size - 2:
+        if self.objective in SAMPLED_OBJECTIVES and not 1 <= self.num_negatives <= self.vocab_size - 2:
             raise ValueError(
                 f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.vocab_size - 2}, the number of items."
             )

@@ -1,4 +1,4 @@
-"""Training objectives over the catalogue."""
+"""Training objectives over the catalog."""
 
 import math
 import os
@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from .configuration_blossomrec import BlossomRecConfig
+from .objectives_blossomrec import SAMPLED_OBJECTIVES, mean_over_targets, register_objective
 from .ops_triton_cross_entropy import fused_cross_entropy, why_unsupported
 
 
@@ -80,7 +82,7 @@ def cross_entropy(
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         total = fused_cross_entropy(hidden_states, weight, targets, NUM_SPECIAL_IDS)
-        return _mean(total, targets, num_items_in_batch)
+        return mean_over_targets(total, targets, num_items_in_batch)
     rows = max(1, MAX_LOGITS.get(weight.device.type, MAX_LOGITS["cuda"]) // weight.shape[0])
     if hidden_states.shape[0] > rows or (implementation == "liger" and hidden_states.shape[0]):
         if torch.is_autocast_enabled(hidden_states.device.type):
@@ -92,7 +94,7 @@ def cross_entropy(
         logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return _mean(total, targets, num_items_in_batch)
+    return mean_over_targets(total, targets, num_items_in_batch)
 
 
 def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
@@ -113,14 +115,6 @@ def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
 def supports_fused(dtype: torch.dtype, hidden_size: int) -> bool:
     """Whether `"auto"` computes the full softmax by our kernels on a GPU, and so never has its logits in memory."""
     return dtype in (torch.float16, torch.bfloat16) and why_unsupported("cuda", dtype, hidden_size) is None
-
-
-def _mean(total: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """`total` over `num_items_in_batch` (see `cross_entropy`); 0 where there is no target in the whole step."""
-    number = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
-    if isinstance(number, torch.Tensor):
-        number = number.to(total.device)
-    return total / (number + (number == 0))
 
 
 def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[..., torch.Tensor] | None:
@@ -228,7 +222,7 @@ def _fused_chunks(
             reduction="sum",
             accum_dtype=torch.float32,
             # Left alone, it makes as many logits at a time as there are numbers in `hidden`: a few rows, which read
-            # and write the whole gradient of a large catalogue.
+            # and write the whole gradient of a large catalog.
             chunk_mem_const=max(1, rows * weight.shape[0] // hidden.numel()),
         )
     grad_hidden = grad_weight = None
@@ -260,7 +254,7 @@ def sampled_loss(
     With s⁺ the logit of the target, s_j that of the drawn item j, q_j its chance to be drawn and k = `num_negatives`:
 
     - `"sampled_softmax"`: −s⁺ + log(exp s⁺ + Σ_j exp(s_j − log(k·q_j))), the log-Q correction (Bengio and Senécal
-      2008; Yi et al. 2019), under which the sum stands for the one over the whole catalogue;
+      2008; Yi et al. 2019), under which the sum stands for the one over the whole catalog;
     - `"bce"`: −(log σ(s⁺) + Σ_j log(1 − σ(s_j))) / (k + 1), SASRec's (Kang and McAuley 2018) for k = 1;
     - `"gbce"`: the same with β·log σ(s⁺), β = α(t(1 − 1/α) + 1/α), α = k / (number of items − 1), gSASRec's (Petrov
       and Macdonald 2023, equations 7 and 9); t = 0 is `"bce"`;
@@ -315,7 +309,7 @@ def sampled_loss(
         beta = 1.0 if objective == "bce" else rate * (gbce_calibration * (1 - 1 / rate) + 1 / rate)
         against = nn.functional.softplus(negative).masked_fill(accidental, 0.0).sum(1)
         losses = (beta * nn.functional.softplus(-positive[:, 0]) + against) / (num_negatives + 1)
-    return _mean(torch.where(is_target, losses, 0.0).sum(), targets, num_items_in_batch)
+    return mean_over_targets(losses, targets, num_items_in_batch)
 
 
 def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -323,3 +317,47 @@ def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     edges = chances.cumsum(0)
     drawn = torch.rand(shape, dtype=edges.dtype, device=edges.device) * edges[-1]
     return torch.searchsorted(edges, drawn, right=True).clamp(max=len(edges) - 1)
+
+
+def _full_softmax(
+    hidden_states: torch.Tensor,
+    item_vectors: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    *,
+    config: BlossomRecConfig,
+    item_counts: torch.Tensor,
+) -> torch.Tensor:
+    """`cross_entropy` as the configuration sets it."""
+    implementation = config.cross_entropy_implementation
+    return cross_entropy(hidden_states, item_vectors, targets, num_items_in_batch, implementation=implementation)
+
+
+def _against_drawn_items(
+    objective: str,
+    hidden_states: torch.Tensor,
+    item_vectors: torch.Tensor,
+    targets: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    *,
+    config: BlossomRecConfig,
+    item_counts: torch.Tensor,
+) -> torch.Tensor:
+    """`sampled_loss` as the configuration sets it."""
+    return sampled_loss(
+        objective,
+        hidden_states,
+        item_vectors,
+        targets,
+        num_items_in_batch,
+        item_counts=item_counts,
+        num_negatives=config.num_negatives,
+        negative_sampling=config.negative_sampling,
+        shared_negatives=config.shared_negatives,
+        gbce_calibration=config.gbce_calibration,
+    )
+
+
+register_objective("cross_entropy", _full_softmax)
+for _name in SAMPLED_OBJECTIVES:
+    register_objective(_name, partial(_against_drawn_items, _name))

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,12 +21,13 @@ from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGa
 from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
-from .loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy, given_targets, next_item_targets, sampled_loss
+from .loss_blossomrec import NUM_SPECIAL_IDS, given_targets, next_item_targets
 from .manifest_blossomrec import require_loadable
 from .modules_blossomrec import check_inference, dense_weight
+from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories
-from .recommendation_blossomrec import RecommendationMixin
+from .recommendation_blossomrec import RecommendationMixin, as_ids
 
 
 if TYPE_CHECKING:
@@ -377,6 +379,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
     def __init__(self, config: BlossomRecConfig) -> None:
         super().__init__(config)
+        find_objective(config.objective)
         self.loss_type = "ForCausalLM"  # `Trainer` then leaves the first label of each row out of its count of targets
         self.model = BlossomRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -414,6 +417,29 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def item_vectors(self, ids: torch.LongTensor | Sequence[int] | None = None) -> torch.Tensor:
+        """
+        The vectors whose dot products with the last hidden state are the logits. With `tie_word_embeddings=True` they
+        are the input embedding, otherwise weights of their own. All scores, losses and indexes use this method.
+
+        Args:
+            ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
+
+        Returns:
+            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. Without `ids`
+            this is the weight itself, or computed if the output embedding is offloaded, quantized or adapted.
+
+        Raises:
+            ValueError: if `ids` is not one list of vocabulary ids.
+        """
+        vectors = dense_weight(self.lm_head)
+        if ids is None:
+            return vectors
+        ids = as_ids("ids", ids, 0, vectors.device, self.config.vocab_size)
+        if ids.dim() != 1:
+            raise ValueError(f"`ids` has shape {tuple(ids.shape)}; it must be one list of vocabulary ids.")
+        return vectors[ids]
 
     @can_return_tuple
     def forward(
@@ -502,28 +528,14 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         if labels is not None:
             labels = packed.pack(labels, padding=-100).long()
             targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
-            weight = dense_weight(self.lm_head)
-            if self.config.objective == "cross_entropy":
-                loss = cross_entropy(
-                    hidden_states,
-                    weight,
-                    targets,
-                    num_items_in_batch,
-                    implementation=self.config.cross_entropy_implementation,
-                )
-            else:
-                loss = sampled_loss(
-                    self.config.objective,
-                    hidden_states,
-                    weight,
-                    targets,
-                    num_items_in_batch,
-                    item_counts=self.item_counts,
-                    num_negatives=self.config.num_negatives,
-                    negative_sampling=self.config.negative_sampling,
-                    shared_negatives=self.config.shared_negatives,
-                    gbce_calibration=self.config.gbce_calibration,
-                )
+            loss = find_objective(self.config.objective)(
+                hidden_states,
+                self.item_vectors(),
+                targets,
+                num_items_in_batch,
+                config=self.config,
+                item_counts=self.item_counts,
+            )
         if logits_to_keep:
             logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
         elif not skip_logits and (labels is None or not self.training):

@@ -80,31 +80,32 @@ def is_plain(linear: nn.Module) -> bool:
     return not (linear.weight.is_meta or hasattr(linear.weight, "__tensor_flatten__"))
 
 
-def plain_weight(linear: nn.Module) -> torch.Tensor:
-    """
-    The weight of a layer, where it may be read.
-
-    Raises:
-        ValueError: the layer is offloaded, quantized or adapted.
-    """
-    if not is_plain(linear):
-        raise ValueError(
-            f"`index` needs the item embedding itself, which cannot be read from a {type(linear).__qualname__} that is "
-            "offloaded, quantized or adapted; leave out `index`."
-        )
-    return linear.weight
-
-
 def dense_weight(linear: nn.Linear) -> torch.Tensor:
     """
-    The weight `[out_features, in_features]` that a layer without bias multiplies with, with its gradient. If it is
-    offloaded, quantized or adapted, it is computed by the layer's `forward`.
+    The weight `[out_features, in_features]` that a linear layer without bias multiplies with, differentiable. If the
+    layer is offloaded, quantized or adapted, its `forward` computes the weight.
     """
     if is_plain(linear):
         return linear.weight
     weight = getattr(linear, "weight", None)
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
     return linear(torch.eye(linear.in_features, dtype=dtype, device=execution_device(linear))).T
+
+
+def stored_item_vectors(model: nn.Module) -> torch.Tensor:
+    """
+    The item vectors `[vocab_size, hidden_size]` of a model that stores them as they are, as an index of them requires.
+
+    Raises:
+        ValueError: the output embedding is offloaded, quantized or adapted.
+    """
+    head = model.get_output_embeddings()
+    if not is_plain(head):
+        raise ValueError(
+            f"`index` requires item vectors in memory, but the output embedding ({type(head).__qualname__}) is "
+            "offloaded, quantized or adapted; call `recommend` without `index`."
+        )
+    return model.item_vectors()
 
 
 def has_plain_compressor(attention: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
 from .loss_blossomrec import NUM_SPECIAL_IDS
-from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, plain_weight
+from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, stored_item_vectors
 
 
 logger = logging.get_logger(__name__)
@@ -207,6 +207,8 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
         ValueError: for what is no whole number, or lies outside the vocabulary (`padding` itself may).
     """
     if not isinstance(ids, torch.Tensor):
+        if not hasattr(ids, "__iter__"):
+            raise ValueError(f"`{name}` is {ids!r}; it must be a list or tensor of vocabulary ids.")
         ids = list(ids)
         if any(isinstance(row, (Sequence, torch.Tensor)) or hasattr(row, "__array__") for row in ids):
             try:
@@ -389,8 +391,7 @@ class RecommendationMixin:
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
     def _input_device(self) -> torch.device:
-        head = self.get_output_embeddings()
-        return head.weight.device if is_plain(head) else execution_device(self)
+        return self.item_vectors().device if is_plain(self.get_output_embeddings()) else execution_device(self)
 
     def _checked(self, name: str, ids: Any, batch: int) -> torch.Tensor | None:
         """Ids for all histories `[C]` or for each `[B, C]`, as int64 beside the embedding."""
@@ -416,7 +417,7 @@ class RecommendationMixin:
     ) -> RecommendationOutput:
         """What `recommend_from_states` returns, of ids that are `_checked`."""
         head = self.get_output_embeddings()
-        weight = head.weight if is_plain(head) else None
+        weight = self.item_vectors() if is_plain(head) else None
         states, vocab_size = states.to(self._input_device()), self.config.vocab_size
         excluded = [ids.expand(states.shape[0], -1) for ids in excluded if ids is not None]
         excluded = torch.cat(excluded, 1) if excluded else None
@@ -424,7 +425,7 @@ class RecommendationMixin:
         if item_counts.is_meta:
             item_counts = offloaded_tensor(self.base_model, "item_counts").to(states.device)
         if index is not None and candidates is None:
-            index.check(plain_weight(head))
+            index.check(stored_item_vectors(self))
             count = max(INDEX_FETCH * top_k, MIN_FETCH)
             if excluded is not None:
                 count += excluded.shape[1]

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..model.modules_blossomrec import digest, plain_weight, tensor_state
+from ..model.modules_blossomrec import digest, stored_item_vectors, tensor_state
 from ..utils.files import atomic_write, write_json
 
 
@@ -78,7 +78,7 @@ class ItemIndex:
             ImportError: FAISS is not installed.
         """
         _require_faiss()
-        weight = plain_weight(model.get_output_embeddings()).detach()
+        weight = stored_item_vectors(model).detach()
         items = weight[_SPECIAL:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
             raise ValueError("`model` has item embeddings that are not finite; an index of them finds nothing.")
@@ -136,7 +136,7 @@ class ItemIndex:
                 "with `ItemIndex.build(model).save(folder)`."
             )
         index = cls(faiss.read_index(str(folder / INDEX_FILE)), fingerprint, probes=probes)
-        index.check(plain_weight(model.get_output_embeddings()))
+        index.check(stored_item_vectors(model))
         return index
 
     def check(self, weight: torch.Tensor) -> None:

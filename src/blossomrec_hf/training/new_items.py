@@ -136,7 +136,7 @@ def _sum_contexts(
     has_last, has_following = last >= begins, following < ends
 
     device = next(model.parameters()).device
-    output = model.get_output_embeddings().weight
+    output = model.item_vectors()
     sums = torch.zeros(2, model.config.vocab_size, model.config.hidden_size + 1, device=device)
     store = HistoryStore(known_items, known_offsets).to(device)
     rows = np.flatnonzero(store.lengths)

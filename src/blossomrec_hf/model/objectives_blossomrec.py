@@ -1,0 +1,92 @@
+"""Registry of training objectives: `config.objective` is the name of a registered function."""
+
+from collections.abc import Callable
+
+import torch
+
+
+Objective = Callable[..., torch.Tensor]
+
+SAMPLED_OBJECTIVES = ("sampled_softmax", "bce", "gbce", "bpr")
+BUILT_IN_OBJECTIVES = ("cross_entropy", *SAMPLED_OBJECTIVES)
+
+_REGISTERED: dict[str, Objective] = {}
+
+
+def register_objective(name: str, function: Objective) -> str:
+    """
+    Register a training loss, so that `config.objective` can name it.
+
+    ```python
+    def hinge(hidden_states, item_vectors, targets, num_items_in_batch, **kwargs):
+        scores = hidden_states @ item_vectors.T
+        positive = scores.gather(1, targets.clamp(min=0)[:, None])
+        losses = (1 + scores - positive).clamp(min=0).mean(1)
+        return mean_over_targets(losses, targets, num_items_in_batch)
+
+    register_objective("hinge", hinge)
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(objective="hinge"))
+    ```
+
+    Args:
+        name (`str`): a name of your own; registering it again replaces the function. The objectives of the package cannot
+            be replaced.
+        function (`Callable`): called with `hidden_states` `[T, hidden_size]`, `item_vectors` `[vocab_size, hidden_size]`,
+            `targets` `[T]` int64 (the vocabulary id to predict at each position, −100 for none) and `num_items_in_batch`
+            (an `int`, a scalar tensor or `None`; see [`mean_over_targets`]). The keywords are `config` and `item_counts`
+            `[vocab_size]` int64; accept `**kwargs`, because later versions may pass more. It returns a differentiable
+            scalar.
+
+    Returns:
+        `name`.
+
+    Raises:
+        ValueError: for a name that is no text, for that of an objective of the package, and for a `function` that cannot
+            be called.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`name` is {name!r}; it must be an identifier: `register_objective('hinge', function)`.")
+    if not callable(function):
+        raise ValueError(f"`function` is {function!r}; it must be a function that returns the loss.")
+    if name in BUILT_IN_OBJECTIVES and name in _REGISTERED:
+        raise ValueError(f"`name` is {name!r}, an objective of the package; register the function under another name.")
+    _REGISTERED[name] = function
+    return name
+
+
+def find_objective(name: str) -> Objective:
+    """
+    The registered function of this name.
+
+    Raises:
+        ValueError: if none has this name.
+    """
+    if name not in _REGISTERED:
+        raise ValueError(
+            f"`objective` is {name!r}, registered are {', '.join(map(repr, sorted(_REGISTERED)))}; import the code that calls "
+            f"`register_objective({name!r}, function)`, pass the function itself (`from_pretrained(path, "
+            "objective=function)`), or choose a registered one, which recommendations do not depend on."
+        )
+    return _REGISTERED[name]
+
+
+def mean_over_targets(
+    losses: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """
+    The sum of the losses at the positions that have a target, divided by the number of targets of the whole step. The
+    division makes the gradient independent of how a step is split into batches and processes.
+
+    Args:
+        losses: the loss of each position `[T]`, or their sum (a scalar, without the positions that have no target).
+        targets: vocabulary ids `[T]`, −100 for none.
+        num_items_in_batch: number of targets in all batches and processes of the step. Defaults to the number in `targets`.
+
+    Returns:
+        a scalar; 0 if the step has no target.
+    """
+    total = losses if losses.dim() == 0 else torch.where(targets >= 0, losses, 0.0).sum()
+    number = (targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+    if isinstance(number, torch.Tensor):
+        number = number.to(total.device)
+    return total / (number + (number == 0))
