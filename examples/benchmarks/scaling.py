@@ -88,10 +88,9 @@ def main() -> None:
             ),
             accelerator=accelerator,
         )
-        loop._reset_sums()
         seconds = []
         for step in range(args.warmup + args.steps):
-            (rows,) = loop.plan_epoch(step)
+            (rows,) = loop.plan.epoch_steps(step)
             if step == args.warmup and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             accelerator.wait_for_everyone()
@@ -109,7 +108,7 @@ def main() -> None:
         if accelerator.is_main_process:
             report = {
                 "processes": processes,
-                "kind": "sharded" if loop._sharded else "replicated",
+                "kind": "sharded" if loop.update.sharded else "replicated",
                 **{name: getattr(args, name) for name in SETTINGS},
                 "items_per_second": round(histories * args.max_length / step_seconds),
                 "step_ms": round(step_seconds * 1e3, 2),

@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +6,6 @@ import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore
-from blossomrec_hf.model import ops_triton_cross_entropy
 from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.training.graphs import GraphedPass, StaticBatch
 
@@ -35,7 +33,7 @@ def test_a_filled_up_batch_has_the_loss_and_the_gradients_of_the_batch():
     for size in (12, 1, 9):  # what an earlier, larger batch left must not show
         rows = rng.permutation(30)[:size]
         batch, num_targets = store.pack(rows, labels=True), max(1, int(store.num_targets[rows].sum()))
-        assert static.holds(batch)
+        assert static.has_room(batch)
         static.load(batch, num_targets)
         results = []
         for arguments in (batch | {"num_items_in_batch": num_targets}, static.arguments()):
@@ -52,30 +50,14 @@ def test_room_is_for_the_batch_and_what_fills_it_up():
         store = make_store(rng.integers(1, 40, size=rng.integers(1, 50)))
         batch = store.pack(np.arange(len(store)), labels=True)
         static = StaticBatch.room_for(batch, 400, int(store.lengths.max()), torch.device("cpu"))
-        assert static.holds(batch) and static.tokens >= batch["input_ids"].shape[1]
+        assert static.has_room(batch) and static.tokens >= batch["input_ids"].shape[1]
         static.load(batch, 1)
         offsets = static.cu_seq_lens
         assert offsets[-1] == static.tokens and (offsets.diff() >= 0).all()
         assert offsets.diff().max() <= static.max_length
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([101]).pack([0]))
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 11).pack(np.arange(11)))
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).holds(make_store([1] * 5).pack(np.arange(5)))
-
-
-def test_steps_of_a_large_catalog_are_captured_where_no_logits_are_written():
-    def can_be_graphed(implementation, hidden_size=32, **accelerator):
-        gpu = {"num_processes": 1, "device": torch.device("cuda"), "scaler": None, "mixed_precision": "bf16"}
-        model = make_model(cross_entropy_implementation=implementation, hidden_size=hidden_size)
-        model.config.vocab_size = 1_000_000
-        args = SimpleNamespace(cuda_graphs=True, gradient_accumulation_steps=1, tokens_per_step=65536)
-        accelerator = SimpleNamespace(**{**gpu, **accelerator})
-        loop = SimpleNamespace(args=args, accelerator=accelerator, bare_model=model, _sharded=False)
-        return TrainingLoop._can_be_graphed(loop)
-
-    if ops_triton_cross_entropy.triton is not None:
-        assert can_be_graphed("auto") and can_be_graphed("triton")
-    assert not can_be_graphed("torch") and not can_be_graphed("liger") and not can_be_graphed("auto", hidden_size=48)
-    assert not can_be_graphed("auto", mixed_precision="no") and not can_be_graphed("auto", num_processes=2)
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([101]).pack([0]))
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([1] * 11).pack(np.arange(11)))
+    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([1] * 5).pack(np.arange(5)))
 
 
 @pytest.mark.gpu
@@ -99,7 +81,7 @@ def test_captured_and_compiled_training_is_the_training(attention_types, precisi
         )
         loop = TrainingLoop(model, HistoryStore(items, np.concatenate([[0], np.cumsum(lengths)])), args=args)
         loop.run()
-        assert not graphs or loop._graphed.works
+        assert not graphs or loop.update.graphed.works
         lines = (tmp_path / f"{graphs}-{compiled}" / "metrics.jsonl").read_text().splitlines()
         losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
@@ -124,7 +106,7 @@ def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog, dropout):
     graphed = GraphedPass(run, parameters, max_tokens=64, max_length=30)
     batch = store.pack([0, 1, 2], labels=True)
     loss = graphed(batch, 49)
-    assert not graphed.works and "cannot be recorded" in caplog.text
+    assert not graphed.works and "cannot be captured" in caplog.text
     if dropout:
         assert loss != graphed(batch, 49)
     else:
@@ -178,8 +160,8 @@ def test_two_kinds_of_batches_do_not_take_turns_in_recording():
         return loss.detach()
 
     graphed, recorded = GraphedPass(run, list(model.parameters()), max_tokens=2048, max_length=2000), []
-    record = graphed._record
-    graphed._record = lambda batch, num_targets: recorded.append(1) or record(batch, num_targets)
+    record = graphed._capture
+    graphed._capture = lambda batch, num_targets: recorded.append(1) or record(batch, num_targets)
     store = make_store([2000] + [5] * 300).to("cuda")
     for _ in range(3):
         for rows in ([0], list(range(1, 301))):

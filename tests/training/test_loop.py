@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from blossomrec_hf.data import split
 from blossomrec_hf.evaluation import HeldOutItems, evaluate, sample_users
 from blossomrec_hf.training import LoopArguments, TrainingLoop, train
 from blossomrec_hf.training import loop as loop_module
-from blossomrec_hf.training.arguments import COMPILE_STEPS
 from blossomrec_hf.utils import progress
 
 
@@ -85,7 +83,7 @@ def test_learns_and_leaves_the_best_model(log, tmp_path):
 
 def test_the_loss_is_the_mean_over_the_targets_of_the_step(log, tmp_path):
     loop = make_loop(log, tmp_path, num_train_epochs=1, max_steps=1, model=make_exact_model())
-    rows = loop.plan_epoch(0)[0]
+    rows = loop.plan.epoch_steps(0)[0]
     view = split(log[0], "train", max_length=20)
     total, targets = 0.0, 0
     with torch.no_grad():
@@ -105,22 +103,8 @@ def test_accumulation_does_not_change_the_run(log, tmp_path):
         loop = make_loop(log, tmp_path / str(steps), model=model, gradient_accumulation_steps=steps)
         loop.run()
         runs.append(losses(loop))
-    assert len(runs[0]) == 3 * len(loop.plan_epoch(0))
+    assert len(runs[0]) == 3 * len(loop.plan.epoch_steps(0))
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-5)
-
-
-def test_a_step_is_cut_into_parts_without_loss(log, tmp_path):
-    loop = make_loop(log, tmp_path, gradient_accumulation_steps=2)
-    for rows in loop.plan_epoch(3):
-        parts = []
-        for index in range(3):
-            loop.accelerator = SimpleNamespace(num_processes=3, process_index=index)
-            parts += loop.own_parts(rows)
-        assert len(parts) == 6
-        assert np.concatenate(parts).tolist() == rows.tolist()
-    every_row = np.concatenate(loop.plan_epoch(3))
-    assert sorted(every_row) == sorted(loop.trainable)
-    assert [r.tolist() for r in loop.plan_epoch(3)] != [r.tolist() for r in loop.plan_epoch(4)]
 
 
 def test_a_part_without_histories_moves_nothing(log, tmp_path):
@@ -130,7 +114,7 @@ def test_a_part_without_histories_moves_nothing(log, tmp_path):
     loop.run()
     plain = make_loop(log, tmp_path / "plain", model=make_exact_model(), **small_steps)
     plain.run()
-    assert any(len(rows) == 1 for rows in plain.plan_epoch(0)[:4])
+    assert any(len(rows) == 1 for rows in plain.plan.epoch_steps(0)[:4])
     np.testing.assert_allclose(losses(loop), losses(plain), atol=1e-5)
 
 
@@ -235,7 +219,7 @@ def test_without_a_terminal_there_is_a_line_for_each_evaluation_and_each_minute(
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)  # each step and batch takes longer
     make_loop(log, tmp_path / "slow", num_train_epochs=1, eval_tokens=200).run()
     told = [record.message for record in caplog.records]
-    steps = len(loop.plan_epoch(0))
+    steps = len(loop.plan.epoch_steps(0))
     assert [line.split(" (")[0] for line in told if line.startswith("Training")] == [
         f"Training: {step} of {steps}" for step in range(1, steps + 1)
     ]
@@ -363,7 +347,7 @@ class DivergingLoop(TrainingLoop):
 
 def test_a_loss_that_is_no_number_stops_the_run(log, tmp_path):
     loop = make_loop(log, tmp_path, DivergingLoop, save_steps=2, logging_steps=100, cuda_graphs=False)
-    with pytest.raises(FloatingPointError, match=r"at step 6: it came up at model\.layers\.1\.attention_norm\.bias"):
+    with pytest.raises(FloatingPointError, match=r"at step 6: it began at model\.layers\.1\.attention_norm\.bias"):
         loop.run()
     kept = torch.load(loop.output_dir / "checkpoint-5" / "optimizer.bin")
     assert all(torch.isfinite(state["exp_avg"]).all() for state in kept["state"].values())
@@ -412,19 +396,6 @@ def test_a_kill_while_the_model_gets_its_place_mixes_no_two_models(log, tmp_path
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
-def test_long_runs_are_compiled_where_they_are_captured(log, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(dynamic) or model)
-    monkeypatch.setattr(TrainingLoop, "_can_be_graphed", lambda self: self.args.cuda_graphs)
-    make_loop(log, tmp_path, max_steps=COMPILE_STEPS - 1)
-    make_loop(log, tmp_path, max_steps=COMPILE_STEPS, cuda_graphs=False)
-    make_loop(log, tmp_path, max_steps=COMPILE_STEPS, torch_compile=False)
-    assert not compiled
-    make_loop(log, tmp_path, max_steps=COMPILE_STEPS)
-    make_loop(log, tmp_path, max_steps=1, torch_compile=True, cuda_graphs=False)
-    assert compiled == [False, True]  # captured batches have one shape
-
-
 def test_a_run_that_is_resumed_under_another_setting_says_that_it_is_not_equal_to_the_last_bit(
     log, tmp_path, monkeypatch, caplog
 ):
@@ -449,8 +420,3 @@ def test_a_run_that_is_resumed_under_another_setting_says_that_it_is_not_equal_t
 def test_bad_arguments_are_named(log, tmp_path, changes, named):
     with pytest.raises(ValueError, match=named):
         make_loop(log, tmp_path, **changes)
-
-
-def test_nothing_to_learn_from_is_told(tmp_path):
-    with pytest.raises(ValueError, match="none with an item to predict"):
-        TrainingLoop(make_model(), [{"input_ids": [5]}, {"input_ids": [1, 0]}], args=arguments(tmp_path))

@@ -49,24 +49,20 @@ views = split(dataset, "train"), split(dataset, "validation")
 # One process gets SIGTERM while it works on a step; each notes which histories it reads.
 class Loop(TrainingLoop):
     def training_step(self, rows):
+        with open(f"{folder}-rows-{self.accelerator.process_index}.txt", "a") as file:
+            print(self.state.epoch, *(row for part in self.plan.own_parts(rows) for row in part), file=file)
         super().training_step(rows)
         if self.state.step == stop_at and self.accelerator.process_index == self.accelerator.num_processes - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def own_parts(self, rows):
-        parts = super().own_parts(rows)
-        with open(f"{folder}-rows-{self.accelerator.process_index}.txt", "a") as file:
-            print(self.state.epoch, *(row for part in parts for row in part), file=file)
-        return parts
-
 loop = Loop(model, *views, args=args, tokenizer=tokenizer, accelerator=accelerator)
-assert sharded == any(isinstance(parameter, DTensor) for parameter in loop.model.parameters())
+assert sharded == any(isinstance(parameter, DTensor) for parameter in loop.bare_model.parameters())
 try:
     loop.run()
 except SystemExit as stopped:
     assert stopped.code == 143
     os._exit(42)  # torchrun tells 1 of any failure: this one is told apart in its report
-figures = evaluate(loop.model, split(dataset, "test"), max_length=20, max_tokens=100, accelerator=loop.accelerator)
+figures = evaluate(loop.bare_model, split(dataset, "test"), max_length=20, max_tokens=100, accelerator=loop.accelerator)
 if loop.accelerator.is_main_process:
     print(json.dumps(figures))
 loop.accelerator.end_training()

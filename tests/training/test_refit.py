@@ -41,12 +41,12 @@ def test_it_is_a_run_on_all_events_with_the_same_schedule_that_stops_at_the_best
 
     # The events of all users, and the learning rates of nine epochs.
     whole = TrainingLoop(fresh_model(), everything, args=arguments(tmp_path / "whole", num_train_epochs=9))
-    steps = sum(len(whole.plan_epoch(epoch)) for epoch in range(4))
-    assert whole.histories.lengths.sum() == np.minimum(log[0]["test_end"], 20).sum()
-    assert json.loads((folder / "run.json").read_text())["data"]["items"] == whole.histories.lengths.sum()
+    steps = sum(len(whole.plan.epoch_steps(epoch)) for epoch in range(4))
+    assert whole.plan.histories.lengths.sum() == np.minimum(log[0]["test_end"], 20).sum()
+    assert json.loads((folder / "run.json").read_text())["data"]["items"] == whole.plan.histories.lengths.sum()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     schedule = get_scheduler(
-        "linear", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=whole.total_steps()
+        "linear", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=whole.plan.total_steps()
     )
     expected = []
     for _ in range(steps):

@@ -24,12 +24,12 @@ from ..utils.command_line import HelpFormatter
 from ..utils.files import atomic_write, recover_folder
 
 
-# Compilation takes 8 s more than capturing alone (1 s where its results are on disk from an earlier run) and saves 5 ms a
-# step of 65,536 items (two layers, width 128; six layers, width 256, 16,384 items: 7 s, 3 ms; one H100, 2026-11-27).
+# Compilation takes 8 s more than capturing alone (1 s with a warm compilation cache) and saves 5 ms per step of 65,536
+# items (two layers, width 128; six layers, width 256, 16,384 items: 7 s, 3 ms; one H100, 2026-11-27).
 COMPILE_STEPS = 2_000
 
-# What may differ between an interrupted run and its continuation, because the weights do not depend on it (but for
-# rounding, which changes with how steps are executed).
+# Arguments that may differ between an interrupted run and its resumption, because the weights do not depend on them
+# (except for rounding, which depends on how steps are executed).
 _FREE_ON_RESUME = (
     "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id "
     "hub_private_repo hub_revision torch_compile cuda_graphs".split()
@@ -67,15 +67,14 @@ class LoopArguments:
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": f"Compile the training step. By default, runs of {COMPILE_STEPS:,} steps or more are compiled where "
-            "they are captured as CUDA graphs."
+            "help": f"Compile the training step. By default, runs of {COMPILE_STEPS:,} steps or more are compiled on a GPU."
         },
     )
     cuda_graphs: bool = field(
         default=True,
         metadata={
-            "help": "Capture forward and backward of a step as a CUDA graph and replay it, on a single GPU. Not with fp16, "
-            "gradient accumulation and catalogs whose logits do not fit at once, which run as if this were off."
+            "help": "Capture forward and backward passes as CUDA graphs and replay them. Without effect on a CPU, with fp16 "
+            "or FSDP, and if the logits do not fit in memory at once; the log says so."
         },
     )
 

@@ -26,17 +26,21 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the present weights in."""
+        """Adds the current weights to the average."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         self.steps += 1
 
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Replaces the weights by their averages."""
+        torch._foreach_copy_(self.parameters, self.averages)
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the averages into the model for a while, and the weights back."""
+        """Replaces the weights by their averages inside a `with` statement."""
         weights = [parameter.detach().clone() for parameter in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.averages)
+        self.copy_to_parameters()
         try:
             yield
         finally:

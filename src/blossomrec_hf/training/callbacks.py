@@ -4,10 +4,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
@@ -16,27 +17,41 @@ from transformers.trainer_utils import has_length
 from ..batches.histories import HistoryStore, budget_batches
 from ..evaluation.ranking import evaluating
 from ..utils.progress import LogLines
-
-
-if TYPE_CHECKING:
-    from .loop import TrainingLoop
+from .state import LoopState
 
 
 logger = logging.getLogger(__name__)
 
 
+class RunningLoop(Protocol):
+    """
+    The attributes of [`~blossomrec_hf.training.TrainingLoop`] for callbacks.
+
+    Attributes:
+        bare_model: the model without wrappers.
+        state: epoch, step and best figures.
+        output_dir: folder of the run.
+        accelerator: of the run.
+    """
+
+    bare_model: nn.Module
+    state: LoopState
+    output_dir: Path
+    accelerator: Accelerator
+
+
 class LoopCallback:
-    """What [`~blossomrec_hf.training.TrainingLoop`] calls; override what is needed."""
+    """Methods that [`~blossomrec_hf.training.TrainingLoop`] calls; override those you need."""
 
-    def on_step(self, loop: "TrainingLoop") -> None:
-        """After each update of the weights. Must not wait for the device."""
+    def on_step(self, loop: RunningLoop) -> None:
+        """Called after each update of the weights. Must not wait for the device."""
 
-    def on_validate(self, loop: "TrainingLoop", metrics: dict[str, float]) -> Mapping[str, float]:
-        """After each validation, on every process. What it returns is written and tracked beside the figures."""
+    def on_validate(self, loop: RunningLoop, metrics: dict[str, float]) -> Mapping[str, float]:
+        """Called after each validation, on every process. The values that it returns are logged with the figures."""
         return {}
 
-    def on_end(self, loop: "TrainingLoop") -> None:
-        """After the last step, with the best weights in place."""
+    def on_end(self, loop: RunningLoop) -> None:
+        """Called after the last step, when the model has the best weights."""
 
 
 class LogLinesCallback(TrainerCallback):
@@ -109,11 +124,11 @@ class SelectionWatch(LoopCallback, TrainerCallback):
                 lines.write(json.dumps({"step": step, **statistics}) + "\n")
         return statistics
 
-    def on_validate(self, loop: "TrainingLoop", metrics: dict[str, float]) -> Mapping[str, float]:
+    def on_validate(self, loop: RunningLoop, metrics: dict[str, float]) -> Mapping[str, float]:
         file = loop.output_dir / "selection.jsonl" if loop.accelerator.is_main_process else None
         return self.measure(loop.bare_model, file, loop.state.step)
 
-    def on_end(self, loop: "TrainingLoop") -> None:
+    def on_end(self, loop: RunningLoop) -> None:
         if loop.accelerator.is_main_process:
             draw_selection(loop.output_dir)
 

@@ -1,8 +1,9 @@
-"""What a run leaves on disk: folders that are whole or absent, and a log of JSON lines."""
+"""The folder of a run: checkpoints and models, each complete or absent."""
 
 import json
 import logging
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -11,15 +12,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, load
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ..batches.histories import HistoryStore
 from ..utils.environment import describe_environment
-from ..utils.files import atomic_folder, atomic_write, read_json, recover_writes, remove_folder, write_json
+from ..utils.files import atomic_files, atomic_folder, read_json, recover_writes, remove_folder, write_json
+from .arguments import LoopArguments
 
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+# Of a model's configuration, what says nothing about the model.
+_PROVENANCE = "_name_or_path transformers_version blossomrec_version architectures auto_map custom_pipelines".split()
 
 
 @contextmanager
@@ -55,6 +63,29 @@ def written_by_all(
                 f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
             ) from error
     accelerator.wait_for_everyone()
+
+
+def describe_run(
+    args: LoopArguments,
+    model: PreTrainedModel,
+    histories: HistoryStore,
+    *,
+    num_processes: int,
+    stop_epoch: int | None,
+) -> dict[str, dict[str, Any]]:
+    """By part and name, what must be the same for a run to be resumed (of `processes`, the `number` may differ)."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _PROVENANCE}
+    return {
+        "arguments": args.resume_critical_args(),
+        "model": json.loads(json.dumps(config, default=str)),
+        "data": {
+            "histories": len(histories),
+            "items": int(histories.lengths.sum()),
+            "checksum": zlib.crc32(histories.items.numpy(), zlib.crc32(histories.lengths)),
+        },
+        "processes": {"number": num_processes},
+        "schedule": {"stop_epoch": stop_epoch},
+    }
 
 
 def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
@@ -97,34 +128,42 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 class RunFolder:
     """
-    The folder of a run: `run.json`, what the run is; `checkpoint-N`, all that it needs to go on after step N; `best-N`, the
-    model after its best step N.
+    The folder of a run: `run.json`, the description of the run; `checkpoint-N`, the state of the run after step N;
+    `best-N`, the model after its best step N; and, at the end, the best model.
 
     Args:
-        path: the folder; made by `start`.
-        accelerator: what it was prepared with is what a checkpoint holds.
-        description: by part and name, what has to be the same for a run to be continued; of `processes`, the `number`
-            may differ.
+        path: the folder; `start` creates it.
+        accelerator: a checkpoint has the state of everything that was prepared or registered with it.
+        description: see [`describe_run`].
+        tokenizer: saved with each model.
 
     Attributes:
         execution: how steps are executed. It may change between a run and its resumption, which then is not equal to the
             uninterrupted run to the last bit.
-        best_in_checkpoint: the best step that the last checkpoint knows of; its model must stay as long as a run may
-            go on from there.
+        best_in_checkpoint: the best step according to the last checkpoint; its model is kept, because a run may be
+            resumed from there.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, description: dict[str, dict[str, Any]]):
-        self.path, self.accelerator, self.description = path, accelerator, description
+    def __init__(
+        self,
+        path: Path,
+        accelerator: Accelerator,
+        description: dict[str, dict[str, Any]],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.path, self.accelerator, self.description, self.tokenizer = path, accelerator, description, tokenizer
         self.execution: dict[str, Any] = {}
         self.best_in_checkpoint = 0
 
     def start(self, *, resume: bool) -> bool:
         """
-        Loads the last checkpoint if the run is to be resumed and has one, and tells whether it did; otherwise begins
-        anew.
+        Loads the last checkpoint if the run is to be resumed and has one; otherwise begins anew.
+
+        Returns:
+            Whether a checkpoint was loaded.
 
         Raises:
-            ValueError: the checkpoint is of another run, or of an unfinished one that is not to be resumed.
+            ValueError: if the checkpoint is of another run, is damaged, or is of an unfinished run and `resume` is false.
         """
         accelerator = self.accelerator
         if accelerator.is_main_process:
@@ -151,22 +190,22 @@ class RunFolder:
         return False
 
     def _load_state(self, folder: Path) -> None:
-        """A `ValueError` for a damaged file. `load_state` would go on with another dropout if it is that of the random states."""
         try:
+            # `load_state` ignores a damaged file of random states and would go on with another dropout.
             random_states = folder / f"random_states_{self.accelerator.process_index}.pkl"
-            if random_states.exists():  # not where the processes have become more
+            if random_states.exists():  # missing if there are more processes now
                 load(random_states)
             self.accelerator.load_state(folder)
         except OSError:
             raise
-        except Exception as error:  # whatever a damaged file makes of the readers
+        except Exception as error:  # readers raise errors of many classes for a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"`resume`: {folder} is damaged ({reason}); remove it, and begin anew without `resume`."
             ) from error
 
     def save_checkpoint(self, step: int, best_step: int, *, finished: bool) -> None:
-        """Writes a checkpoint, then removes the one before and the models that were best before."""
+        """Writes a checkpoint, then removes the previous one and models that are no longer the best."""
         with written_by_all(atomic_folder, self.path / f"checkpoint-{step}", self.accelerator) as folder:
             with quiet_libraries():
                 self.accelerator.save_state(folder)
@@ -177,10 +216,40 @@ class RunFolder:
             keep_only(self.path, "checkpoint", step)
         self.keep_best(best_step)
 
+    def save_best(self, step: int, model: PreTrainedModel) -> None:
+        """Writes `best-N` for a step, and removes the other best models except that of the last checkpoint."""
+        with written_by_all(atomic_folder, self.path / f"best-{step}", self.accelerator) as folder:
+            self._write_model(folder, model)
+        self.keep_best(step)
+
     def keep_best(self, step: int) -> None:
-        """Removes all best models but that of `step` and the one that the last checkpoint knows of."""
+        """Removes all best models except those of `step` and of the last checkpoint."""
         if self.accelerator.is_main_process:
             keep_only(self.path, "best", step, self.best_in_checkpoint)
+
+    def load_best(self, step: int, model: PreTrainedModel) -> bool:
+        """Loads the weights of `best-N` into a model; returns whether there are such weights."""
+        best = self.path / f"best-{step}"
+        if not best.is_dir():
+            return False
+        with quiet_libraries():
+            best_model = type(model).from_pretrained(best)
+        # Of a sharded model, each process takes its share of the full weights.
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        set_model_state_dict(model, best_model.state_dict(), options=StateDictOptions(full_state_dict=sharded))
+        return True
+
+    def save_final(self, model: PreTrainedModel) -> None:
+        """Writes the model and the tokenizer into the folder itself."""
+        with written_by_all(atomic_files, self.path, self.accelerator) as folder:
+            self._write_model(folder, model)
+
+    def _write_model(self, folder: Path, model: PreTrainedModel) -> None:
+        state_dict = self.accelerator.get_state_dict(model)
+        with quiet_libraries():
+            model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.accelerator.is_main_process)
+        if self.tokenizer is not None and self.accelerator.is_main_process:
+            self.tokenizer.save_pretrained(folder)
 
     def _report_another_execution(self, folder: Path, saved: dict[str, Any]) -> None:
         before = saved.get("execution", {})
@@ -208,7 +277,7 @@ class RunFolder:
             raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
         before, now = saved["processes"]["number"], self.accelerator.num_processes
         if before != now:
-            # The steps are planned for the whole, so they go on where they were; only the dropout is drawn anew.
+            # Steps are planned for all processes together, so they stay the same; only the dropout is drawn anew.
             logger.warning(
                 "Resuming on %d processes what ran on %d: the same steps, with another dropout.", now, before
             )
@@ -217,8 +286,8 @@ class RunFolder:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """
-    Without the bars that `transformers` shows for every file that it reads or writes (the loop has its own), and
-    without Accelerate's warning that tied weights are saved once (as they should be).
+    Suppresses the progress bars of `transformers` for each file that it reads or writes, and Accelerate's warning that
+    tied weights are saved only once (as they should be).
     """
     shown = transformers_logging.is_progress_bar_enabled()
     accelerate_logger = logging.getLogger("accelerate.utils")
@@ -231,36 +300,3 @@ def quiet_libraries() -> Iterator[None]:
         accelerate_logger.setLevel(level)
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-class MetricsFile:
-    """
-    A log of JSON lines, each with a `step`. A continued run first drops the lines that lie after the step it goes on
-    from, so the file reads as if the run had never been interrupted.
-    """
-
-    def __init__(self, path: Path, *, enabled: bool, step: int | None = None):
-        self.path = path
-        self.enabled = enabled
-        if enabled:
-            kept = [] if step is None or not path.exists() else self._lines_until(step)
-            with atomic_write(path) as partial:
-                partial.write_text("".join(kept), encoding="utf-8")
-
-    def _lines_until(self, step: int) -> list[str]:
-        lines = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            if not line.endswith("\n"):  # a kill can cut the last line
-                break
-            try:
-                if json.loads(line)["step"] > step:
-                    break
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.path} is damaged in line {len(lines) + 1}; remove that line.") from error
-            lines.append(line)
-        return lines
-
-    def write(self, **values: Any) -> None:
-        if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")

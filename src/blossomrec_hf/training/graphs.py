@@ -1,4 +1,4 @@
-"""Forward and backward passes recorded once as a CUDA graph, and replayed."""
+"""Forward and backward passes captured once as a CUDA graph, and replayed."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ Batch = dict[str, torch.Tensor | int]
 
 class StaticBatch:
     """
-    A packed batch of fixed shape in fixed memory, that batches are copied into. The rest is filled up with histories
+    A packed batch of fixed shape in fixed memory that batches are copied into. The remainder is filled with histories
     of [PAD] without targets.
 
     Args:
-        tokens: T, positions that it holds.
-        histories: S, histories that it holds.
-        max_length: the longest history; a multiple of it takes what is left of `tokens`.
-        device: where it lies.
+        tokens: T, number of positions.
+        histories: S, number of histories.
+        max_length: length of the longest history; also of those that fill the remainder.
+        device: where its tensors are.
     """
 
     def __init__(self, tokens: int, histories: int, max_length: int, device: torch.device):
@@ -36,19 +36,19 @@ class StaticBatch:
 
     @classmethod
     def room_for(cls, batch: Batch, max_tokens: int, max_length: int, device: torch.device) -> "StaticBatch":
-        """One that holds `batch` and most others of its kind, of up to `max_tokens` positions."""
+        """One with room for `batch` and for most batches like it of up to `max_tokens` positions."""
         tokens, histories = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0] - 1
         tokens = max(tokens, min(max_tokens, -(-tokens * 9 // 8)))
         return cls(tokens, -(-histories * 5 // 4) + -(-tokens // max_length), max_length, device)
 
-    def holds(self, batch: Batch) -> bool:
-        """Whether `batch` and what fills it up have room."""
+    def has_room(self, batch: Batch) -> bool:
+        """Whether `batch` and the histories that fill the remainder fit."""
         rest = self.tokens - batch["input_ids"].shape[1]
         histories = batch["cu_seq_lens_q"].shape[0] - 1
         return rest >= 0 and histories + -(-rest // self.max_length) <= self.histories
 
     def load(self, batch: Batch, num_targets: int) -> None:
-        """Copies `batch`, for which `holds` must be true."""
+        """Copies `batch`, for which `has_room` must be true."""
         tokens, offsets = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0]
         self.input_ids[:, :tokens].copy_(batch["input_ids"])
         self.input_ids[:, tokens:].zero_()
@@ -72,17 +72,20 @@ class StaticBatch:
 
 class GraphedPass:
     """
-    Forward and backward of packed batches as one launch in place of hundreds, which bound the steps of small models: a
-    step of 16,384 items, width 128, takes 3.4 ms on an H100 instead of 13 to 21, by the CPU (2026-11-25).
-    Recorded at the first batch, and again when one comes that has no room. Where recording fails (an operation in it
-    waits for the device), passes are run as they are from then on. What the recorded passes hold of memory stays theirs,
-    and what Python decides in them is decided once: settings changed and hooks added later have no effect.
+    Forward and backward passes of packed batches in one launch instead of hundreds, which bound the steps of small
+    models: a step of 16,384 items, width 128, takes 3.4 ms on an H100 instead of 13 to 21, by the CPU (2026-11-25).
+
+    The passes are captured at the first batch, and again when a batch does not fit. If capturing fails (an operation
+    waits for the device), this is reported on the log and passes are launched operation by operation from then on. The
+    memory of the captured passes stays in use. Decisions of Python code are captured, too: settings changed and hooks
+    added later have no effect.
 
     Args:
-        run: forward and backward of the model's arguments; returns the loss. Gradients must be `None` before it.
-        parameters: what gets the gradients.
-        max_tokens: most positions of a batch.
-        max_length: the longest history.
+        run: forward and backward pass of the model's arguments; returns the loss.
+        parameters: the parameters that get gradients. Before a call, each gradient is `None`, or a tensor that `run` adds
+            to and that stays the same tensor in every call.
+        max_tokens: number of positions of the largest batch.
+        max_length: length of the longest history.
     """
 
     def __init__(
@@ -101,8 +104,8 @@ class GraphedPass:
 
     def __call__(self, batch: Batch, num_targets: int) -> torch.Tensor:
         """The loss of a batch of [`HistoryStore.pack`], on the device; the gradients are in the parameters."""
-        if self.works and (self._batch is None or not self._batch.holds(batch)):
-            self._record(batch, num_targets)
+        if self.works and (self._batch is None or not self._batch.has_room(batch)):
+            self._capture(batch, num_targets)
         if not self.works:
             return self.run(batch | {"num_items_in_batch": num_targets})
         self._batch.load(batch, num_targets)
@@ -111,25 +114,27 @@ class GraphedPass:
             parameter.grad = gradient
         return self._loss
 
-    def _record(self, batch: Batch, num_targets: int) -> None:
-        self._graph = self._gradients = None  # their memory first
+    def _capture(self, batch: Batch, num_targets: int) -> None:
+        self._graph = self._gradients = None  # frees their memory first
         device = batch["input_ids"].device
         room = StaticBatch.room_for(batch, self.max_tokens, self.max_length, device)
-        if self._batch is not None:  # never less than before, or two kinds of batches would take turns in recording
+        if self._batch is not None:  # never less than before, or two kinds of batches would alternate in capturing
             larger = max(room.tokens, self._batch.tokens), max(room.histories, self._batch.histories)
             room = StaticBatch(*larger, self.max_length, device)
         self._batch = room
         self._batch.load(batch, num_targets)
         arguments, random_state = self._batch.arguments(), torch.cuda.get_rng_state(device)
+        gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the graph
             self.run(arguments)
         current.wait_stream(stream)
-        self._forget_gradients()
+        self._set_gradients(gradients)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Other threads may use the device meanwhile, as the one does that watches the exchange between processes.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._loss = self.run(arguments)
         except RuntimeError as error:
             self.works = False
@@ -138,13 +143,16 @@ class GraphedPass:
             fresh = torch.Generator(device).graphsafe_get_state()
             torch.cuda.default_generators[device.index].graphsafe_set_state(fresh)
             logger.warning(
-                "Training steps cannot be recorded as a CUDA graph and are launched piece by piece: %s", error
+                "Training steps cannot be captured as a CUDA graph and are launched operation by operation: %s", error
             )
         self._gradients = [parameter.grad for parameter in self.parameters]
-        self._forget_gradients()
+        self._set_gradients(gradients)
         self._graph = graph
         torch.cuda.set_rng_state(random_state, device)
 
-    def _forget_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+    def _set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                parameter.grad = None
+            else:
+                parameter.grad.copy_(gradient)

@@ -1,4 +1,4 @@
-"""Where a run of the training loop is, how it ended, and when it is asked to end."""
+"""The state and the result of a run of the training loop, and SIGTERM."""
 
 import math
 import signal
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class LoopState:
-    """Where a run is. All of it is in every checkpoint."""
+    """The state of a run, part of every checkpoint."""
 
     epoch: int = 0
     step: int = 0
@@ -22,6 +22,16 @@ class LoopState:
     evaluations_since_best: int = 0
     seconds: float = 0.0
 
+    def add_validation(self, metrics: dict[str, float], name: str) -> bool:
+        """Adds the figures of a validation; returns whether it is the best so far by the figure `name`."""
+        self.evaluations_since_best += 1
+        if not metrics[name] > self.best_metric:
+            return False
+        self.best_metric, self.best_figures = metrics[name], metrics
+        self.best_step, self.best_epoch = self.step, self.epoch
+        self.evaluations_since_best = 0
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -32,9 +42,14 @@ class LoopState:
 @dataclass
 class TrainingResult:
     """
-    How a run ended: steps and epochs done, seconds of training (validation included), the best value of
-    `metric_for_best_model`, when it was reached, and all validation figures of that time. Without a validation, the best
-    value is `None`, its step and epoch are 0, and there are no figures.
+    The result of a run.
+
+    Attributes:
+        steps, epochs: number of steps and epochs.
+        seconds: seconds of training, validation included.
+        best_metric: best value of `metric_for_best_model`; `None` without a validation.
+        best_step, best_epoch: when it was reached; 0 without a validation.
+        best_figures: all validation figures of that time.
     """
 
     steps: int
@@ -47,22 +62,22 @@ class TrainingResult:
 
     @classmethod
     def of(cls, state: LoopState) -> "TrainingResult":
-        """The result of a run that ended in `state`."""
+        """The result of a run from its last state."""
         best_metric = state.best_metric if state.best_step else None
         best = (best_metric, state.best_step, state.best_epoch, state.best_figures)
         return cls(state.step, state.epoch, state.seconds, *best)
 
     def summary(self) -> dict[str, Any]:
-        """All of it but the figures, for JSON."""
+        """All attributes except the figures, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "best_figures"}
 
 
 @contextmanager
 def on_sigterm(callback: Callable[[], None]) -> Iterator[None]:
-    """Calls `callback` at SIGTERM, in place of ending the process; only in the main thread."""
+    """Calls `callback` at SIGTERM instead of ending the process; in the main thread only."""
     try:
         previous = signal.signal(signal.SIGTERM, lambda number, frame: callback())
-    except ValueError:  # Not in the main thread: whoever runs the loop there handles signals.
+    except ValueError:  # not in the main thread, which handles signals
         yield
         return
     try:

@@ -1,0 +1,54 @@
+"""When steps are compiled and captured."""
+
+from types import SimpleNamespace
+
+import torch
+from small_cases import make_model
+
+from blossomrec_hf.model import ops_triton_cross_entropy
+from blossomrec_hf.training import LoopArguments
+from blossomrec_hf.training.arguments import COMPILE_STEPS
+from blossomrec_hf.training.execution import is_compiled, why_not_captured
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def reason(model, *, cuda_graphs=True, sharded=False, max_tokens=65536, **accelerator):
+    accelerator = {"device": GPU, "scaler": None, "mixed_precision": "bf16", "num_processes": 4, **accelerator}
+    args = LoopArguments(cuda_graphs=cuda_graphs, gradient_accumulation_steps=2)
+    return why_not_captured(args, SimpleNamespace(**accelerator), model, max_tokens=max_tokens, sharded=sharded)
+
+
+def test_steps_are_captured_on_every_gpu_but_for_a_reason():
+    model = make_model()
+    assert reason(model) is None
+    assert "cuda_graphs" in reason(model, cuda_graphs=False)
+    assert "no GPU" in reason(model, device=CPU)
+    assert "sharded" in reason(model, sharded=True)
+    assert "fp16" in reason(model, scaler=object())
+
+
+def test_steps_of_a_large_catalog_are_captured_where_no_logits_are_written():
+    def large(implementation, hidden_size=32, **accelerator):
+        model = make_model(cross_entropy_implementation=implementation, hidden_size=hidden_size)
+        model.config.vocab_size = 1_000_000
+        return reason(model, **accelerator)
+
+    if ops_triton_cross_entropy.triton is not None:
+        assert large("auto") is None and large("triton") is None
+    for refused in (
+        large("torch"),
+        large("liger"),
+        large("auto", hidden_size=48),
+        large("auto", mixed_precision="no"),
+    ):
+        assert "65,536 positions and 1,000,000 items do not fit" in refused
+
+
+def test_long_runs_on_a_gpu_are_compiled_by_default():
+    args = LoopArguments()
+    assert is_compiled(args, GPU, COMPILE_STEPS) and not is_compiled(args, GPU, COMPILE_STEPS - 1)
+    assert not is_compiled(args, CPU, COMPILE_STEPS)
+    assert is_compiled(LoopArguments(torch_compile=True), CPU, 1)
+    assert not is_compiled(LoopArguments(torch_compile=False), GPU, COMPILE_STEPS)
