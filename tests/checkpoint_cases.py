@@ -1,14 +1,17 @@
 """Small models with their tokenizers for the tests of checkpoints and of the Hub."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.model.manifest_blossomrec import update_manifest
+from blossomrec_hf.sharing import push
 
 
 def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecommendation:
@@ -24,6 +27,16 @@ def small_model(num_items: int = 40, **changes) -> BlossomRecForSequentialRecomm
 def small_tokenizer(num_items: int = 40) -> BlossomRecTokenizer:
     """Raw ids 100, 101, …"""
     return BlossomRecTokenizer.from_items(list(range(100, 100 + num_items)))
+
+
+def save_and_push(
+    repo_id: str, model: BlossomRecForSequentialRecommendation, tokenizer: BlossomRecTokenizer, **options
+) -> CommitInfo:
+    """Save both to a new folder and upload it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return push(folder, repo_id, **options)
 
 
 def same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import build_sequences, hold_out_nothing, repeat_share
 from blossomrec_hf.data.metadata import read_item_metadata
-from blossomrec_hf.sharing.hub import train_command
+from blossomrec_hf.sharing.cards import train_command
 
 
 def test_trains_saves_and_recommends(trained, log_file):

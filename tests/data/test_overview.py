@@ -14,7 +14,7 @@ from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.data.overview import describe, write_report
-from blossomrec_hf.sharing.hub import dataset_card, push_dataset
+from blossomrec_hf.sharing.dataset_cards import dataset_card, push_dataset
 
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")

@@ -13,7 +13,7 @@ from blossomrec_hf.data.overview import write_report
 from blossomrec_hf.data.readers import open_log
 from blossomrec_hf.data.storage import load_folder
 from blossomrec_hf.model.files_blossomrec import LEFTOVER_SECONDS
-from blossomrec_hf.sharing.hub import dataset_card
+from blossomrec_hf.sharing.dataset_cards import dataset_card
 from blossomrec_hf.training import LogArguments
 
 

@@ -24,6 +24,7 @@ from example_cases import REPOSITORY
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import generate_log
+from blossomrec_hf.sharing import push
 
 
 SPACE = REPOSITORY / "examples" / "space"
@@ -224,7 +225,7 @@ def test_built_in_histories_where_the_model_was_trained_on_them(app, tmp_path):
 
 
 def test_a_checkpoint_on_the_hub(app, checkpoint, served, local_hub):
-    served.model.push_to_hub("ada/films", tokenizer=served.tokenizer, beside=checkpoint, token="hf_writer")
+    push(checkpoint, "ada/films", token="hf_writer")
     pulled = app.load("ada/films")
     assert pulled.titles == served.titles
     assert app.answer(pulled, "101 102") == app.answer(served, "101 102")

@@ -253,8 +253,3 @@ def test_weights_that_are_none_are_refused_in_a_sentence(saved, content):
     (folder / "model.safetensors").write_bytes(content)
     (folder / MANIFEST_NAME).unlink()
     assert "The weights of" in told(lambda: load(folder), ValueError)
-
-
-def test_a_push_of_its_own_is_refused_while_saving(saved):
-    model, folder = saved
-    assert "model.push_to_hub(" in told(lambda: model.save_pretrained(folder, push_to_hub=True), ValueError)

@@ -15,6 +15,8 @@ import torch
 from checkpoint_cases import small_model, small_tokenizer
 from safetensors.torch import load_file
 
+from blossomrec_hf.sharing import push
+
 
 pytestmark = pytest.mark.clean_env
 HISTORIES = [[100 + (7 * i) % 30 for i in range(60)], [104, 139, 100]]
@@ -99,7 +101,7 @@ def test_outputs_are_those_of_the_package(environment, expected, local_hub, tmp_
     model, tokenizer, outputs = expected
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    pushed = model.push_to_hub("ada/rec", tokenizer=tokenizer, token="hf_writer", private=True)
+    pushed = push(tmp_path / "model", "ada/rec", token="hf_writer", private=True)
     sources = {
         "folder": (str(tmp_path / "model"), {}),
         "hub": ("ada/rec", {"revision": pushed.oid, "token": "hf_reader"}),

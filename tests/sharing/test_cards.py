@@ -13,7 +13,10 @@ from checkpoint_cases import told
 from huggingface_hub import DatasetCard, ModelCard
 
 from blossomrec_hf.data import build_sequences
-from blossomrec_hf.sharing.hub import dataset_card, group_runs, model_card, train_command, write_card
+from blossomrec_hf.sharing.cards import model_card, train_command, write_card
+from blossomrec_hf.sharing.dataset_cards import dataset_card
+from blossomrec_hf.sharing.summary import group_runs
+from blossomrec_hf.training import changed_arguments
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +31,7 @@ def run(seed=1, *, types=("blossom",), ndcg=0.2, **configuration):
     configuration = {"data": "logs/ring.csv", "attention_types": list(types), "max_length": 50, **configuration}
     training = {"seconds": 12.0, "epochs": 3}
     run = {"configuration": configuration, "seed": seed, "test": figures, "exclude_seen": True}
+    run["changed_arguments"] = changed_arguments(configuration)
     return {**run, "training": training, "device": "a machine"}
 
 

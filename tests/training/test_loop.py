@@ -251,7 +251,7 @@ def test_without_validation_the_last_weights_are_kept(log, tmp_path):
 def test_uploads_at_the_end_if_asked(log, tmp_path, monkeypatch):
     asked, uploaded = [], []
     monkeypatch.setattr(loop_module, "ensure_repo", lambda name, **options: asked.append(name) or name)
-    monkeypatch.setattr(loop_module, "push_run", lambda folder, name, **options: uploaded.append((folder, name)))
+    monkeypatch.setattr(loop_module, "push", lambda folder, name, **options: uploaded.append((folder, name)))
     args = arguments(tmp_path, num_train_epochs=1, push_to_hub=True, hub_model_id="me/mine")
     train(make_model(), split(log[0], "train"), args=args, tokenizer=log[1])
     assert asked == ["me/mine"]

@@ -68,17 +68,23 @@ def test_what_is_pushed_while_training_is_the_model_alone(local_hub, trainer, lo
         SequentialRecommendationTrainer(make_model(), arguments, processing_class=log[1], **views)
 
 
-def test_a_missing_token_is_told_before_the_training(local_hub, tmp_path, monkeypatch):
+def test_a_missing_token_is_told_before_the_training(local_hub, log, tmp_path, monkeypatch):
     arguments = {"report_to": "none", "use_cpu": True, "push_to_hub": True, "hub_model_id": "ada/later"}
+    tokenizer = {"processing_class": log[1]}
 
     def start() -> SequentialRecommendationTrainer:
-        return SequentialRecommendationTrainer(make_model(), TrainingArguments(tmp_path / "out", **arguments))
+        return SequentialRecommendationTrainer(
+            make_model(), TrainingArguments(tmp_path / "out", **arguments), **tokenizer
+        )
 
     with pytest.raises(PermissionError, match="Cannot push to ada/later: no valid token was found; .*hf auth login"):
         start()
     assert not local_hub.repositories
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     assert start().hub_model_id == "ada/later" and local_hub.repository("ada/later")
+    tokenizer["processing_class"] = None
+    with pytest.raises(ValueError, match="processing_class"):
+        start()
 
 
 def test_without_a_tokenizer_nothing_is_pushed(local_hub, trainer):

@@ -7,6 +7,7 @@ from checkpoint_cases import same_weights, small_model, small_tokenizer, told
 from huggingface_hub import constants
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.sharing import push
 from blossomrec_hf.utils.command_line import exit_on_error, load_checkpoint
 
 
@@ -22,7 +23,7 @@ def test_what_is_there_is_loaded(local_hub, tmp_path, monkeypatch):
     model, tokenizer = small_model(), small_tokenizer()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    push(tmp_path, "ada/rec")
     for path in (str(tmp_path), "ada/rec"):
         assert same_weights(model, load_checkpoint(BlossomRecForSequentialRecommendation, path))
         assert load_checkpoint(BlossomRecTokenizer, path).get_vocab() == tokenizer.get_vocab()

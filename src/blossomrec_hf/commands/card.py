@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ..evaluation import read_results
-from ..sharing.hub import model_card, write_card
+from ..sharing.cards import model_card, write_card
 from ..utils.command_line import HelpFormatter, exit_on_error
 from ..utils.files import atomic_write, read_json
 

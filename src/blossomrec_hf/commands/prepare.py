@@ -26,7 +26,7 @@ from ..data.formats import FORMATS
 from ..data.known_sets import KNOWN
 from ..data.overview import describe, summary, write_report
 from ..data.storage import check_output_dir
-from ..sharing.hub import dataset_card, push_dataset
+from ..sharing.dataset_cards import dataset_card, push_dataset
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from ..utils.files import atomic_folder
 

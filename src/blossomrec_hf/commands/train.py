@@ -24,12 +24,14 @@ from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from ..data import has_users, hold_out_nothing, item_counts, split
 from ..data.metadata import write_item_metadata
 from ..evaluation import HeldOutItems, append_result, evaluate, read_results
-from ..sharing.hub import write_card, write_summary
+from ..sharing.cards import write_card
+from ..sharing.summary import write_summary
 from ..training import (
     LogArguments,
     LoopArguments,
     SelectionWatch,
     TrainingLoop,
+    changed_arguments,
     check_refit_folder,
     parse_arguments,
     refit,
@@ -182,6 +184,7 @@ def main() -> None:
         if value := getattr(output_args, name):
             configuration[name] = value
     run = {"seed": configuration.pop("seed"), "configuration": configuration, **figures}
+    run["changed_arguments"] = changed_arguments(configuration)
     run |= {"repeat_share": config.repeat_share, "exclude_seen": config.exclude_seen}
     run |= {"training": result.summary(), **describe_environment()}
 
@@ -222,6 +225,7 @@ def main() -> None:
         if accelerator.is_main_process:
             run.pop("test", None)
             run |= {"configuration": {**configuration, "refit": True}, "training": refitted.summary(), "refit": True}
+            run["changed_arguments"] = changed_arguments(run["configuration"])
             keep(folder, run)
             print(f"\nA new model, trained on all events for {refitted.epochs} epochs: {folder}.")
     if args.push_to_hub and accelerator.is_main_process:

@@ -1,46 +1,51 @@
-"""Saving, loading and pushing checkpoints: what is loaded is what was saved, or it is refused in one sentence."""
+"""Saving and loading of checkpoints. A checkpoint that is not the one saved is refused with one sentence."""
 
 import math
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
-from .manifest_blossomrec import CONFIG_NAMES, FINDING, check_manifest, code_files, inside, read_json, update_manifest
-from .modules_blossomrec import stored_item_vectors
-from .upload_blossomrec import WEIGHTS, files_to_push, push_folder, short_card
+from .manifest_blossomrec import (
+    CONFIG_NAMES,
+    FINDING,
+    LENIENT,
+    WEIGHTS,
+    ManifestMixin,
+    check_manifest,
+    code_files,
+    inside,
+    read_json,
+    update_manifest,
+)
 
 
-class CheckpointMixin:
-    """`save_pretrained`, `from_pretrained` and `push_to_hub` of the models."""
+class CheckpointMixin(ManifestMixin):
+    """`save_pretrained` and `from_pretrained` of the models."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """
-        As in `transformers`; also writes the hashes of the files to the manifest.
-
-        Raises:
-            ValueError: with `push_to_hub=True`, which would upload before the manifest is written.
-        """
-        if kwargs.get("push_to_hub"):
-            raise ValueError("`push_to_hub` is True; call `model.push_to_hub(repo_id, tokenizer=tokenizer)` instead.")
-        single, index = (Path(save_directory, name) for name in _weight_names(kwargs.get("variant")))
-        before = _written(single), _written(index)
+        """As in `transformers`; also writes the hashes of the files to the manifest."""
+        paths = [Path(save_directory, name) for name in _weight_names(kwargs.get("variant"))]
+        self._earlier_weights = {path: _written(path) for path in paths}
         result = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
-            # Weights in several parts leave an old single file where it is, which would be read in their place.
-            if _written(index) != before[1]:
-                single.unlink(missing_ok=True)
-            elif _written(single) != before[0]:
-                index.unlink(missing_ok=True)
-            weights = [path.name for path in Path(save_directory).glob("model*") if WEIGHTS.fullmatch(path.name)]
-            update_manifest(save_directory, [*CONFIG_NAMES, *weights, *code_files(save_directory)])
+            self.write_manifest(save_directory)
         return result
+
+    def write_manifest(self, folder: str | os.PathLike) -> None:
+        """
+        Write the hashes of configuration, weights and code to the manifest of `folder`. Weights of an earlier save are
+        removed: `transformers` leaves a single file next to new weights in several parts, and would load the single file.
+        """
+        stale = [path for path, earlier in self._earlier_weights.items() if _written(path) == earlier]
+        if len(stale) < len(self._earlier_weights):  # an adapter is saved without weights of its own
+            for path in stale:
+                path.unlink(missing_ok=True)
+        weights = [path.name for path in Path(folder).glob("model*") if WEIGHTS.fullmatch(path.name)]
+        update_manifest(folder, [*CONFIG_NAMES, *weights, *code_files(folder)])
 
     @classmethod
     def from_pretrained(
@@ -96,84 +101,6 @@ class CheckpointMixin:
                 _require_agreement(path, info)
         return (model, info) if wants_info else model
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        index: Any = None,
-        beside: str | os.PathLike | None = None,
-        card: Any = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        exist_ok: bool = True,
-        commit_message: str = "Upload a BlossomRec model",
-        commit_description: str | None = None,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
-        """
-        Puts the model and what belongs to it into a repository of the Hub, in one commit. What arrived of a push that
-        broke off is not sent again.
-
-        Args:
-            repo_id: `owner/name`, or a name of one's own; made if it is not there.
-            tokenizer: goes along; it must be of the size of the model's vocabulary.
-            index: an item index of this model (`blossomrec_hf.serving.index.ItemIndex`), which goes along.
-            beside: a folder, such as that of a run: card, license, summary of the training, pictures that the card
-                shows, titles and an item index in it go along too. No other file of it does.
-            card: the text of README.md, in place of one in `beside`; where there is neither, and none in the
-                repository, a few lines.
-            private: whether a new repository is private.
-            revision: the branch; made if it is not there.
-            create_pr: opens a pull request instead.
-            exist_ok: `False` refuses a repository that is there already.
-            tags: for the few lines.
-
-        Returns:
-            `CommitInfo`, with the address of the commit and, with `create_pr`, of the pull request.
-
-        Raises:
-            ValueError: for a name that cannot be one, a tokenizer of another size, and an index of another model.
-            PermissionError: for a missing token and one that may not do this.
-            FileExistsError: with `exist_ok=False`.
-            ConnectionError: where the Hub cannot be reached or breaks off.
-        """
-        if tokenizer is not None and len(tokenizer) != self.config.vocab_size:
-            raise ValueError(
-                f"`tokenizer` has {len(tokenizer)} ids, the model's vocabulary {self.config.vocab_size}; after "
-                "`tokenizer.add_items(...)`, call `model.resize_token_embeddings(len(tokenizer))`."
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            if beside is not None:
-                for name in files_to_push(beside):
-                    if not WEIGHTS.fullmatch(name):
-                        (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(Path(beside) / name, Path(folder) / name)
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            if index is not None:
-                index.check(stored_item_vectors(self))
-                index.save(folder)
-            readme = Path(folder) / "README.md"
-            if card is not None:
-                readme.write_text(str(card), "utf-8")
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                exist_ok=exist_ok,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                default_card=None if readme.exists() else short_card(repo_id, tags),
-            )
-
 
 def _weight_names(variant: str | None) -> list[str]:
     """The names of weights in one file, and of the index of those in several."""
@@ -200,16 +127,23 @@ def _weight_files(path: str | os.PathLike, **kwargs: Any) -> list[Path]:
     finding = {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
     subfolder = finding.get("subfolder", "")
 
-    def find(name: str) -> Path | None:
+    def find(name: str, **options: Any) -> Path | None:
         if os.path.isdir(path):
             inside(Path(path, subfolder), name)
-        found = cached_file(path, name, **finding, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(path, name, **finding, **{"_raise_exceptions_for_missing_entries": False, **options})
         return None if found is None else Path(found)
 
-    single, index = _weight_names(kwargs.get("variant"))
-    if (weights := find(single)) is not None:
-        return [weights]
-    if (index := find(index)) is not None:
+    single_name, index_name = _weight_names(kwargs.get("variant"))
+    single = find(single_name)
+    index = find(index_name, **(LENIENT if single is not None else {}))
+    if single is not None and index is not None:
+        raise ValueError(
+            f"{os.fspath(path)} has weights of two uploads: {single_name}, which would be loaded, and {index_name} with its "
+            "parts; delete the older of them, or upload with `blossomrec push`, which replaces earlier weights."
+        )
+    if single is not None:
+        return [single]
+    if index is not None:
         return [part for name in _indexed_files(index) if (part := find(name)) is not None]
     finding.pop("subfolder", None)
     finding.pop("force_download", None)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .manifest_blossomrec import CONFIG_NAMES, require_loadable, update_manifest
+from .manifest_blossomrec import CONFIG_NAMES, ManifestMixin, require_loadable, update_manifest
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objective
 
 
@@ -55,7 +55,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 MAX_REPEAT_SHARE = 0.01  # up to here, seen items are excluded by default
 
 
-class BlossomRecConfig(PreTrainedConfig):
+class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
     r"""
     Everything that defines a BlossomRec model (arXiv 2512.13368). The catalogue is the vocabulary: id 0 is `[PAD]`,
     id 1 is `[UNK]`, the items follow.
@@ -202,7 +202,11 @@ class BlossomRecConfig(PreTrainedConfig):
         """
         require_loadable(type(self))
         super().save_pretrained(save_directory, **kwargs)
-        update_manifest(save_directory, CONFIG_NAMES)
+        self.write_manifest(save_directory)
+
+    def write_manifest(self, folder: str | os.PathLike) -> None:
+        """Write the hash of the configuration to the manifest of `folder`."""
+        update_manifest(folder, CONFIG_NAMES)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "objective" and callable(value):  # the configuration is JSON

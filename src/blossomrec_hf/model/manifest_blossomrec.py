@@ -23,6 +23,7 @@ from .files_blossomrec import atomic_write
 MANIFEST_NAME = "checkpoint_manifest.json"
 CONFIG_NAMES = ("config.json", "generation_config.json")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
 NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # loading without one of them would guess
 # What says where to find a file, of the arguments of `from_pretrained`.
 FINDING = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
@@ -178,6 +179,23 @@ def _remove_damaged_download(file: Path, digest: str) -> bool:
     file.unlink()
     blob.unlink()
     return True
+
+
+class ManifestMixin:
+    """
+    Uploads the manifest of a configuration, model or tokenizer with its files.
+
+    `push_to_hub` of `transformers` uploads what `save_pretrained` wrote. `save_pretrained(push_to_hub=True)` uploads
+    before it returns, so the manifest is written then.
+    """
+
+    def write_manifest(self, folder: str | os.PathLike) -> None:
+        """Write the hashes of the files that `save_pretrained` saves to the manifest of `folder`."""
+        raise NotImplementedError
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        self.write_manifest(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def require_loadable(saved: type) -> None:

@@ -11,7 +11,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from .manifest_blossomrec import FINDING, TOKENIZER_NAMES, check_manifest, inside, require_loadable, update_manifest
+from .manifest_blossomrec import (
+    FINDING,
+    TOKENIZER_NAMES,
+    ManifestMixin,
+    check_manifest,
+    inside,
+    require_loadable,
+    update_manifest,
+)
 
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
@@ -33,7 +41,7 @@ def _unescape(token: str) -> str:
     return "" if token == _EMPTY else unquote(token) if "%" in token else token
 
 
-class BlossomRecTokenizer(PreTrainedTokenizerFast):
+class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
     """
     Maps raw item ids, integers or strings of any characters, to the vocabulary: `[PAD]` is 0, `[UNK]` is 1, items follow.
 
@@ -152,8 +160,12 @@ class BlossomRecTokenizer(PreTrainedTokenizerFast):
         """
         require_loadable(type(self))
         written = super().save_pretrained(save_directory, *args, **kwargs)
-        update_manifest(save_directory, TOKENIZER_NAMES)
+        self.write_manifest(save_directory)
         return written
+
+    def write_manifest(self, folder: str | os.PathLike) -> None:
+        """Write the hashes of the tokenizer's files to the manifest of `folder`."""
+        update_manifest(folder, TOKENIZER_NAMES)
 
     @classmethod
     def from_items(

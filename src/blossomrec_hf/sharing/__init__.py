@@ -1,1 +1,6 @@
-"""Cards, upload, export and conversion of checkpoints."""
+"""Cards, uploads, exports and conversions of checkpoints."""
+
+from .upload import push
+
+
+__all__ = ["push"]

@@ -1,6 +1,14 @@
 """Training: the loop, its arguments and callbacks, and a subclass of `Trainer`."""
 
-from .arguments import LogArguments, LoopArguments, check_tracker, parse_arguments, read_arguments, save_arguments
+from .arguments import (
+    LogArguments,
+    LoopArguments,
+    changed_arguments,
+    check_tracker,
+    parse_arguments,
+    read_arguments,
+    save_arguments,
+)
 from .callbacks import LogLinesCallback, LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .loop import TrainingLoop, train
 from .new_items import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
@@ -20,6 +28,7 @@ __all__ = [
     "TrainingLoop",
     "TrainingResult",
     "add_items",
+    "changed_arguments",
     "check_refit_folder",
     "check_tracker",
     "draw_selection",

@@ -19,6 +19,7 @@ from ..data.growth import recode
 from ..data.metadata import METADATA_FILE, item_metadata
 from ..data.readers import open_log
 from ..data.storage import load_folder
+from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.command_line import HelpFormatter
 from ..utils.files import atomic_write, recover_folder
@@ -34,6 +35,8 @@ _FREE_ON_RESUME = (
     "output_dir resume logging_steps save_seconds save_steps eval_tokens report_to push_to_hub hub_model_id "
     "hub_private_repo hub_revision torch_compile cuda_graphs".split()
 )
+# These come first in a command.
+_FIRST_ARGUMENTS = "data attention_types num_key_value_heads max_length num_train_epochs".split()
 
 
 @dataclass
@@ -358,3 +361,21 @@ def save_arguments(path: str | Path, *arguments: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def changed_arguments(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The arguments of `blossomrec train` in `configuration` that differ from their defaults, without the seed, in the order
+    in which a command states them. With the built-in data set, all arguments that are set, because some have other
+    defaults there.
+    """
+    defaults = {field.name: field.default for kind in (LogArguments, LoopArguments) for field in fields(kind)}
+    defaults |= {field.name: field.default for field in fields(BlossomRecConfig)}
+    defaults |= {"attention_types": ["blossom"], "config_overrides": "{}", "num_key_value_heads": 2}
+    built_in = configuration.get("data") is None
+    return {
+        name: configuration[name]
+        for name in dict.fromkeys([*_FIRST_ARGUMENTS, *configuration])
+        if name in configuration and name != "seed" and configuration[name] is not None
+        if built_in or name not in defaults or configuration[name] != defaults[name]
+    }

@@ -19,8 +19,7 @@ from ..batches.histories import HistoryStore
 from ..evaluation.held_out import HeldOutItems
 from ..evaluation.ranking import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
 from ..model.manifest_blossomrec import require_loadable
-from ..model.upload_blossomrec import ensure_repo
-from ..sharing.hub import push_run
+from ..sharing.upload import ensure_repo, push
 from ..utils.progress import can_draw_bars, progress_bar
 from .arguments import LoopArguments
 from .callbacks import LoopCallback
@@ -329,14 +328,14 @@ class TrainingLoop:
     def push_to_hub(self, folder: Path | None = None) -> CommitInfo | None:
         """
         Uploads the folder of a finished run, on the main process: best model, tokenizer, card and summary. See
-        [`~blossomrec_hf.sharing.hub.push_run`].
+        [`~blossomrec_hf.sharing.push`].
 
         Args:
             folder: another folder, such as that of the refit. Defaults to that of the run.
         """
         if not self.accelerator.is_main_process:
             return None
-        return push_run(
+        return push(
             folder or self.output_dir,
             self._repository,
             private=self.args.hub_private_repo,

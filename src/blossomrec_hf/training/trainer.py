@@ -19,8 +19,9 @@ from ..evaluation.metrics import DEFAULT_KS
 from ..evaluation.ranking import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.manifest_blossomrec import require_loadable
-from ..model.upload_blossomrec import ensure_repo, push_folder
-from ..sharing.hub import push_run, write_card, write_summary
+from ..sharing.cards import write_card
+from ..sharing.summary import write_summary
+from ..sharing.upload import ensure_repo, push
 from ..utils.environment import describe_environment
 from ..utils.files import remove_folder
 
@@ -81,7 +82,11 @@ class SequentialRecommendationTrainer(Trainer):
         self.args.remove_unused_columns = False
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository of `push_to_hub` before the training; errors as in `model.push_to_hub`."""
+        """
+        Create the repository of `push_to_hub` before the training. Errors are those of [`~blossomrec_hf.sharing.push`],
+        and `ValueError` if there is no `processing_class`.
+        """
+        self._require_tokenizer()
         if self.is_world_process_zero():
             repo_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             ensure_repo(
@@ -103,7 +108,7 @@ class SequentialRecommendationTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What `hub_strategy="every_save"` pushes: the checkpoint's model, where `Trainer` uploads all of `output_dir`."""
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            push_folder(
+            push(
                 checkpoint_folder,
                 self.hub_model_id,
                 token=self.args.hub_token,
@@ -112,7 +117,7 @@ class SequentialRecommendationTrainer(Trainer):
             )
 
     def training_summary(self) -> dict[str, Any]:
-        """What a card is made of, see [`~blossomrec_hf.sharing.hub.write_summary`]: what this trainer did and last measured."""
+        """What a card is made of, see [`~blossomrec_hf.sharing.summary.write_summary`]: what this trainer did and last measured."""
         figures: dict[str, dict[str, float]] = {}
         for part, prefix in (("test", "test_"), ("validation", "eval_")):
             logged = [line for line in self.state.log_history if any(name.startswith(prefix) for name in line)]
@@ -169,10 +174,9 @@ class SequentialRecommendationTrainer(Trainer):
             kwargs: of `create_model_card`: `model_name`, `dataset`, `license`.
 
         Raises:
-            as `model.push_to_hub`, and `ValueError` where there is no `processing_class`.
+            as [`~blossomrec_hf.sharing.push`], and `ValueError` if there is no `processing_class`.
         """
-        if self.processing_class is None:
-            raise ValueError("`processing_class` is None; without its tokenizer, nobody could use the model.")
+        self._require_tokenizer()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -186,8 +190,14 @@ class SequentialRecommendationTrainer(Trainer):
             "commit_message": commit_message or "End of training",
         }
         if not blocking:
-            return HfApi().run_as_future(push_run, self.args.output_dir, repo_id, **options)
-        return push_run(self.args.output_dir, repo_id, **options)
+            return HfApi().run_as_future(push, self.args.output_dir, repo_id, **options)
+        return push(self.args.output_dir, repo_id, **options)
+
+    def _require_tokenizer(self) -> None:
+        if self.processing_class is None:
+            raise ValueError(
+                "`processing_class` is None; pass the tokenizer, without which nobody could use the model."
+            )
 
     def prediction_step(
         self,

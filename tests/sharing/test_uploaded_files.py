@@ -1,11 +1,11 @@
-"""A push takes what belongs to a checkpoint, and nothing else that is in its folder."""
+"""An upload takes the files of a checkpoint and no other file of its folder."""
 
 import json
 
 import pytest
 from checkpoint_cases import small_model, small_tokenizer, told
 
-from blossomrec_hf.model.upload_blossomrec import files_to_push
+from blossomrec_hf.sharing.upload import files_to_push
 
 
 PUBLIC = """

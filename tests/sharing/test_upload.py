@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import change_config, same_weights, small_model, small_tokenizer, told
+from checkpoint_cases import change_config, same_weights, save_and_push, small_model, small_tokenizer, told
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from blossomrec_hf.sharing.hub import SUMMARY_FILE, push_run, write_summary
+from blossomrec_hf.sharing import push
+from blossomrec_hf.sharing.summary import SUMMARY_FILE, write_summary
 
 
 HISTORY = [[100, 103, 139, 120, 101]]
@@ -59,8 +60,8 @@ def assert_same(model, tokenizer, repo_id, **finding):
 
 
 def test_model_and_tokenizer_there_and_back_in_one_commit(local_hub, folder):
-    model, tokenizer = small_model(), small_tokenizer()
-    pushed = model.push_to_hub("ada/rec", tokenizer=tokenizer, beside=folder, private=True, commit_message="First")
+    model, tokenizer = load(folder), BlossomRecTokenizer.from_pretrained(folder)
+    pushed = push(folder, "ada/rec", private=True, commit_message="First")
     repository = local_hub.repository("ada/rec")
     assert repository.private and len(repository.commits) == 2  # that of the Hub itself, and ours
     assert (pushed.oid, repository.head.title) == (repository.refs["refs/heads/main"], "First")
@@ -72,31 +73,38 @@ def test_model_and_tokenizer_there_and_back_in_one_commit(local_hub, folder):
     assert_same(model, tokenizer, "ada/rec", revision=pushed.oid)
 
     # A name of one's own; another try finds nothing to do.
-    assert model.push_to_hub("rec", tokenizer=tokenizer, beside=folder).oid == pushed.oid
+    assert push(folder, "rec").oid == pushed.oid
     assert len(repository.commits) == 2
 
 
-def test_an_item_index_goes_along(local_hub):
+def test_an_item_index_goes_along(local_hub, tmp_path):
     index_module = pytest.importorskip("blossomrec_hf.serving.index")
     pytest.importorskip("faiss")
     model = small_model(num_items=200)
     index = index_module.ItemIndex.build(model)
-    model.push_to_hub("ada/rec", tokenizer=small_tokenizer(200), index=index)
+    model.save_pretrained(tmp_path)
+    small_tokenizer(200).save_pretrained(tmp_path)
+    index.save(tmp_path)
+    push(tmp_path, "ada/rec")
     folder = snapshot_download("ada/rec")
     pulled = load(folder)
     again = index_module.ItemIndex.load(folder, pulled)
     states = torch.randn(3, 16)
     assert torch.equal(again.search(states, 5), index.search(states, 5))
-    with pytest.raises(ValueError):  # of another model
-        small_model(num_items=200).push_to_hub("ada/other", tokenizer=small_tokenizer(200), index=index)
+    small_model(num_items=200).save_pretrained(tmp_path)
+    assert "item index" in told(lambda: push(tmp_path, "ada/rec"), ValueError)  # of another model
+    for name in ("item_index.faiss", "item_index.json"):
+        (tmp_path / name).unlink()
+    push(tmp_path, "ada/rec")
+    assert not any("index" in name for name in local_hub.repository("ada/rec").head.files)
 
 
 def test_branches_and_pull_requests(local_hub):
     first, second, third = small_model(), small_model(), small_model(hidden_size=32)
     tokenizer = small_tokenizer()
-    first.push_to_hub("ada/rec", tokenizer=tokenizer)
-    second.push_to_hub("ada/rec", tokenizer=tokenizer, revision="v2")
-    proposed = third.push_to_hub("ada/rec", tokenizer=tokenizer, create_pr=True)
+    save_and_push("ada/rec", first, tokenizer)
+    save_and_push("ada/rec", second, tokenizer, revision="v2")
+    proposed = save_and_push("ada/rec", third, tokenizer, create_pr=True)
     assert proposed.pr_url.endswith("/ada/rec/discussions/1")
     assert_same(first, tokenizer, "ada/rec")
     assert_same(second, tokenizer, "ada/rec", revision="v2")
@@ -104,25 +112,27 @@ def test_branches_and_pull_requests(local_hub):
     local_hub.rename("ada/rec", "ada/renamed")
     assert_same(first, tokenizer, "ada/rec")
     # A stranger may propose, too.
-    third.push_to_hub("ada/renamed", tokenizer=tokenizer, create_pr=True, token="hf_other")
+    save_and_push("ada/renamed", third, tokenizer, create_pr=True, token="hf_other")
     assert "refs/pr/2" in local_hub.repository("ada/renamed").refs
 
 
-def test_weights_of_an_earlier_push_do_not_stay(local_hub):
+def test_weights_of_an_earlier_push_do_not_stay(local_hub, tmp_path):
     first, second, tokenizer = small_model(), small_model(), small_tokenizer()
-    first.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", first, tokenizer)
     local_hub.multipart_bytes = 5000
-    second.push_to_hub("ada/rec", tokenizer=tokenizer, max_shard_size="20KB")
+    second.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    push(tmp_path, "ada/rec")
     local_hub.multipart_bytes = 2**62
     weights = [name for name in local_hub.repository("ada/rec").head.files if name.endswith(".safetensors")]
     assert len(weights) > 1 and "model.safetensors" not in weights
     assert_same(second, tokenizer, "ada/rec")
-    first.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", first, tokenizer)
     assert_same(first, tokenizer, "ada/rec")
 
 
 def test_a_run_s_folder(local_hub, folder):
-    pushed = push_run(folder, "ada/rec", private=True)
+    pushed = push(folder, "ada/rec", private=True)
     files = local_hub.repository("ada/rec").head.files
     assert pushed.oid == local_hub.repository("ada/rec").refs["refs/heads/main"]
     card = files["README.md"].content.decode()
@@ -144,7 +154,7 @@ def test_a_run_s_folder(local_hub, folder):
 def test_a_passing_fault_is_retried(local_hub, fault, where):
     model, tokenizer = small_model(), small_tokenizer()
     local_hub.fail(fault, **where)
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     assert 0 in [status for *_, status in local_hub.requests] or fault in [s for *_, s in local_hub.requests]
     assert len(local_hub.repository("ada/rec").commits) == 2
     assert_same(model, tokenizer, "ada/rec")
@@ -155,7 +165,7 @@ def test_a_broken_push_leaves_nothing_half_and_the_next_goes_on(local_hub, fault
     model, tokenizer = small_model(), small_tokenizer()
     local_hub.fail(fault, path="/commit/")
     try:
-        model.push_to_hub("ada/rec", tokenizer=tokenizer)
+        save_and_push("ada/rec", model, tokenizer)
     except ConnectionError as error:
         assert "the same call again" in str(error)
     except ValueError:  # half an answer is no JSON; the commit itself is there
@@ -164,7 +174,7 @@ def test_a_broken_push_leaves_nothing_half_and_the_next_goes_on(local_hub, fault
     assert len(repository.commits) == (2 if fault == "truncate" else 1)
     sent = local_hub.uploads()
     assert len(sent) == 1  # the weights arrived, and are not sent again
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     assert local_hub.uploads() == sent and len(repository.commits) == 2
     assert_same(model, tokenizer, "ada/rec")
 
@@ -174,15 +184,15 @@ def test_bytes_that_change_on_the_way_up_are_not_stored(local_hub):
     model, tokenizer = small_model(), small_tokenizer()
     local_hub.fail(400, method="PUT", path="/upload/")
     with pytest.raises(Exception, match="model.safetensors"):
-        model.push_to_hub("ada/rec", tokenizer=tokenizer)
+        save_and_push("ada/rec", model, tokenizer)
     assert len(local_hub.repository("ada/rec").commits) == 1
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     assert_same(model, tokenizer, "ada/rec")
 
 
 def test_a_damaged_download_is_not_taken_for_the_model(local_hub, tmp_path):
     model, tokenizer = small_model(), small_tokenizer()
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     local_hub.fail("corrupt", method="GET", path="/cdn/")
     message = told(lambda: load("ada/rec", cache_dir=tmp_path), ValueError)
     assert "model.safetensors of ada/rec" in message and "removed from the cache" in message
@@ -192,7 +202,7 @@ def test_a_damaged_download_is_not_taken_for_the_model(local_hub, tmp_path):
 @pytest.mark.parametrize("fault", ["truncate", "drop", 503])
 def test_a_download_that_breaks_off_is_retried_or_told(local_hub, tmp_path, fault):
     model, tokenizer = small_model(), small_tokenizer()
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     local_hub.fail(fault, method="GET", path="/cdn/")
     try:
         assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
@@ -203,7 +213,7 @@ def test_a_download_that_breaks_off_is_retried_or_told(local_hub, tmp_path, faul
 
 def test_without_network_a_complete_cache_serves_and_an_incomplete_one_says_so(local_hub, tmp_path):
     model, tokenizer = small_model(), small_tokenizer()
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
+    save_and_push("ada/rec", model, tokenizer)
     load("ada/rec", cache_dir=tmp_path)
     local_hub.stop()
     assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
@@ -212,7 +222,7 @@ def test_without_network_a_complete_cache_serves_and_an_incomplete_one_says_so(l
     weights.unlink()
     for finding in ({}, {"local_files_only": True}):
         assert "in the cached files" in told(lambda f=finding: load("ada/rec", cache_dir=tmp_path, **f), OSError)
-    message = told(lambda: model.push_to_hub("ada/other", tokenizer=tokenizer), ConnectionError)
+    message = told(lambda: save_and_push("ada/other", model, tokenizer), ConnectionError)
     assert "the same call again" in message
 
 
@@ -228,7 +238,7 @@ def test_pickled_weights_of_the_hub_are_refused(local_hub, tmp_path):
 
 
 def test_repositories_that_one_may_not_read_or_that_are_not_there(local_hub):
-    small_model().push_to_hub("ada/rec", tokenizer=small_tokenizer(), private=True)
+    save_and_push("ada/rec", small_model(), small_tokenizer(), private=True)
     for finding in ({"token": "hf_other"}, {"token": False}, {"revision": "v9"}):
         assert "ada/rec" in told(lambda finding=finding: load("ada/rec", **finding), OSError)
     assert "ada/none" in told(lambda: load("ada/none"), OSError)
@@ -240,50 +250,102 @@ def test_repositories_that_one_may_not_read_or_that_are_not_there(local_hub):
 def test_who_may_not_push_is_told_why(local_hub, monkeypatch, folder):
     model, tokenizer = small_model(), small_tokenizer()
 
-    def push(repo_id="ada/rec", kind=PermissionError, **options):
-        return told(lambda: model.push_to_hub(repo_id, tokenizer=tokenizer, **options), kind)
+    def refusal(repo_id="ada/rec", kind=PermissionError, **options):
+        return told(lambda: save_and_push(repo_id, model, tokenizer, **options), kind)
 
-    expired = push(token="hf_expired")
-    assert "does not know this `token`" in expired and "no valid token was found" in expired
-    assert "may not write to ada/rec" in push(token="hf_reader")
-    assert "may not write to ada/rec" in push(token="hf_other")
+    expired = refusal(token="hf_expired")
+    assert "the Hub rejected `token`" in expired and "no valid token was found" in expired
+    assert "may not write to ada/rec" in refusal(token="hf_reader")
+    assert "may not write to ada/rec" in refusal(token="hf_other")
     for name in ("a b", "ada/rec/more", "ada--rec", "-rec", "ada/", "x" * 100):
-        assert "`repo_id` is" in push(name, ValueError)
-    model.push_to_hub("ada/rec", tokenizer=tokenizer)
-    assert "there already" in push(kind=FileExistsError, exist_ok=False)
-    assert "41 ids" in told(lambda: model.push_to_hub("ada/x", tokenizer=small_tokenizer(39)), ValueError)
+        assert "`repo_id` is" in refusal(name, ValueError)
+    save_and_push("ada/rec", model, tokenizer)
+    assert "already exists" in refusal(kind=FileExistsError, exist_ok=False)
+    assert "41 ids" in told(lambda: save_and_push("ada/x", model, small_tokenizer(39)), ValueError)
 
     monkeypatch.delenv("HF_TOKEN")
-    without = push()
+    without = refusal()
     assert without.startswith("Cannot push to ada/rec: no valid token was found; ") and ". " not in without
     assert "hf auth login" in without and "HF_TOKEN" in without
-    assert without == push(token=False) == told(lambda: push_run(folder, "ada/rec"), PermissionError)
+    assert without == refusal(token=False) == told(lambda: push(folder, "ada/rec"), PermissionError)
     assert len(local_hub.repositories) == 1
 
 
 def test_folders_that_are_no_model_are_not_pushed(local_hub, folder, tmp_path):
-    def push():
-        return told(lambda: push_run(folder, "ada/rec"), ValueError)
+    def refusal():
+        return told(lambda: push(folder, "ada/rec"), ValueError)
 
     shutil.copytree(folder, tmp_path / "copy")
     change_config(folder, vocab_size=50)
-    assert "42 ids, the model's vocabulary 50" in push()
+    assert "42 ids, the model's vocabulary 50" in refusal()
     change_config(folder, vocab_size=42)
     (folder / "ops_torch.py").write_text("")
-    assert "ops_torch.py" in push()
+    assert "ops_torch.py" in refusal()
     (folder / "tokenizer.json").unlink()
-    assert "no tokenizer" in push()
+    assert "no tokenizer" in refusal()
     (folder / "model.safetensors").unlink()
-    assert "no model" in push()
+    assert "no model" in refusal()
     assert not local_hub.repositories
 
 
 def test_a_card_with_wrong_metadata_is_not_pushed(local_hub, folder):
     (folder / "README.md").write_text("---\nlicense: mine\n---\n# x\n")
-    assert "license" in told(lambda: push_run(folder, "ada/rec"), ValueError)
+    assert "license" in told(lambda: push(folder, "ada/rec"), ValueError)
     assert len(local_hub.repository("ada/rec").commits) == 1
 
 
 def test_summary_is_json_without_the_place_of_the_log(folder):
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     assert summary["configuration"]["data"] == "log.csv" and summary["seed"] == 1
+
+
+@pytest.mark.parametrize("first", ["model", "tokenizer"])
+def test_uploads_by_transformers_itself_load(local_hub, first):
+    model, tokenizer = small_model(), small_tokenizer()
+    parts = {"model": model, "tokenizer": tokenizer}
+    for name in sorted(parts, key=lambda name: name != first):
+        parts[name].push_to_hub("ada/rec", private=True)
+    repository = local_hub.repository("ada/rec")
+    assert repository.private and len(repository.commits) == 3  # the Hub's, and one of each part
+    weights = [c for c in repository.commits.values() if "model.safetensors" in c.files]
+    assert {"config.json", "checkpoint_manifest.json", "modeling_blossomrec.py", "README.md"} <= set(weights[0].files)
+    assert_same(model, tokenizer, "ada/rec")
+
+    # Another model takes its place, then one of the package's own uploads.
+    other = small_model()
+    other.push_to_hub("ada/rec")
+    assert_same(other, tokenizer, "ada/rec")
+    save_and_push("ada/rec", model, tokenizer)
+    assert_same(model, tokenizer, "ada/rec")
+
+
+def test_what_is_uploaded_while_saving_has_its_manifest(local_hub, tmp_path):
+    model, tokenizer = small_model(), small_tokenizer()
+    for _ in range(2):
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path, push_to_hub=True, repo_id="ada/rec")
+        files = local_hub.repository("ada/rec").head.files
+        hashes = json.loads(files["checkpoint_manifest.json"].content)["sha256"]
+        assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_blossomrec.py"} <= set(hashes)
+        assert all(files[name].sha256 == digest for name, digest in hashes.items())
+        assert_same(model, tokenizer, "ada/rec")
+        model.config.hidden_dropout_prob += 0.1
+        model.config.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="ada/rec")
+        assert load("ada/rec").config.hidden_dropout_prob == model.config.hidden_dropout_prob
+        model = small_model()
+
+
+def test_weights_of_two_uploads_are_refused_and_a_push_cleans_up(local_hub, tmp_path):
+    """`transformers` leaves the single file of an earlier upload next to new parts, and would load it."""
+    model, tokenizer = small_model(), small_tokenizer()
+    save_and_push("ada/rec", small_model(), tokenizer)
+    model.push_to_hub("ada/rec", max_shard_size="20KB")
+    message = told(lambda: load("ada/rec"), ValueError)
+    assert message == told(lambda: AutoModelForCausalLM.from_pretrained("ada/rec"), ValueError)
+    assert (
+        "model.safetensors" in message and "model.safetensors.index.json" in message and "blossomrec push" in message
+    )
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    push(tmp_path, "ada/rec")
+    assert_same(model, tokenizer, "ada/rec")

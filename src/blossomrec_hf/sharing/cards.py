@@ -1,0 +1,358 @@
+"""Model cards, written from the results of training runs."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..utils.files import atomic_write
+from .summary import RunGroup, group_runs, read_summary
+
+
+REPO_PLACEHOLDER = "OWNER/NAME"  # in a card that is written before its repository is known; `push` replaces it
+PICTURES = {
+    "selection.png": "Over the training: the mean gate of each head, how far back the selected blocks lie (the share at "
+    "1, 2–3, 4–7 … blocks), the entropy of the importance, and the norm of the gradient.",
+}
+# Protocol → description, in metadata and in the header of a table; see `RunGroup.suffixes`.
+_PROTOCOLS = {
+    "_unseen": "leave-one-out, all items ranked, items already seen masked",
+    "_all": "leave-one-out, all items ranked, nothing masked",
+    "_repeated": "leave-one-out, all items ranked, nothing masked, targets that repeat an item of the history",
+    "_new": "leave-one-out, all items ranked, nothing masked, targets that are new to the history",
+    "_uni100": "leave-one-out, 100 items drawn uniformly ranked beside the right one",
+}
+_HEADERS = {
+    "_unseen": "seen items masked",
+    "_all": "nothing masked",
+    "_repeated": "repeated targets",
+    "_new": "new targets",
+    "_uni100": "100 drawn items",
+}
+_METRICS = {"recall": "Recall", "ndcg": "NDCG"}
+
+
+def model_card(
+    results: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    name: str,
+    dataset_name: str | None = None,
+    repo_id: str = REPO_PLACEHOLDER,
+    published: Sequence[Mapping[str, Any]] = (),
+    pictures: Sequence[str] = (),
+    license: str | None = None,
+    k: int = 10,
+) -> ModelCard:
+    """
+    Build the card of a model from the results of its runs. Every figure of the card comes from them.
+
+    Args:
+        results: the runs in a file of `blossomrec train --results_json`, or a single run from a
+            `training_summary.json`. Runs with the same configuration and several seeds are averaged. Runs with full
+            attention in all layers are listed as baselines if there are others.
+        name: the name of the model.
+        dataset_name: the name of the data set. Defaults to the file name of the log.
+        repo_id: the repository of the model. Defaults to a placeholder, which `push` replaces.
+        published: figures of other publications, one `{"model", "recall@10", "ndcg@10", "protocol", "source"}` each.
+        pictures: the names of pictures in the folder of the card.
+        license: the license of the weights, as an identifier of the Hub.
+        k: the cut-off of the figures in the card.
+
+    Raises:
+        ValueError: if `results` is empty, if a run lacks the figures at `k`, if only some runs exclude seen items, or if
+            an entry of `published` lacks its model, protocol or source.
+    """
+    groups = group_runs([results] if isinstance(results, Mapping) else results)
+    _check(groups, published)
+    suffixes = _common_suffixes(groups, k)
+    dataset_name = dataset_name or _name_of_data(groups[0])
+    models = [group for group in groups if not group.is_baseline] or groups
+    metadata = ModelCardData(
+        library_name="transformers",
+        license=license,
+        tags=["sequential-recommendation", "recommender-systems", "blossomrec"],
+        model_name=name,
+        eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)]
+        or None,
+    )
+    text = [f"# {name}", "", _introduction(models[0]), "", *_usage(repo_id)]
+    text += ["## Results", "", *_results(groups, dataset_name, suffixes, k), ""]
+    text += _published_table(published, k)
+    text += ["## Training", "", *_training(groups), ""]
+    for picture in pictures:
+        text += [f"![{picture}]({picture})", "", PICTURES.get(picture, ""), ""]
+    text += [*_USE_AND_LIMITS]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(text))
+
+
+def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -> Path:
+    """
+    Write the README.md of a run from its `training_summary.json`, with the pictures in its folder.
+
+    Args:
+        folder: the folder of the run.
+        name: the name of the model. Defaults to the name of the folder.
+        options: further arguments of [`model_card`].
+
+    Raises:
+        ValueError: if the folder has no summary.
+    """
+    folder = Path(folder)
+    pictures = [picture for picture in PICTURES if (folder / picture).exists()]
+    card = model_card(read_summary(folder), name=name or folder.resolve().name, pictures=pictures, **options)
+    path = folder / "README.md"
+    with atomic_write(path) as partial:
+        partial.write_text(str(card), "utf-8")
+    return path
+
+
+def short_card(repo_id: str) -> str:
+    """The card of a model without a training summary."""
+    lines = ["---", "library_name: transformers", "tags:", "- sequential-recommendation", "- blossomrec", "---", ""]
+    lines += [f"# {repo_id.split('/')[-1]}", "", "A BlossomRec model (arXiv 2512.13368).", "", "```python"]
+    lines += ["from transformers import pipeline", ""]
+    lines += [f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)', "```"]
+    return "\n".join(lines) + "\n"
+
+
+def train_command(run: Mapping[str, Any]) -> str:
+    """The `blossomrec train` command that repeats a run, from its `changed_arguments` and `seed`."""
+    lines = ["blossomrec train"]
+    for name, value in [*run["changed_arguments"].items(), ("seed", run["seed"])]:
+        values = value if isinstance(value, list) else [value]
+        words = f"--{name} {' '.join(shlex.quote(str(value)) for value in values)}"
+        if len(lines[-1]) + len(words) > 105:
+            lines.append("   ")
+        lines[-1] += f" {words}"
+    return " \\\n".join(lines)
+
+
+def _check(groups: Sequence[RunGroup], published: Sequence[Mapping[str, Any]]) -> None:
+    for row in published:
+        if not isinstance(row, Mapping) or not {"model", "protocol", "source"} <= row.keys():
+            raise ValueError(f"`published` has {row!r}; each entry needs `model`, `protocol` and `source`.")
+    if not groups:
+        raise ValueError("`results` has no run; give a file that `blossomrec train --results_json` wrote.")
+    if len({run["exclude_seen"] for group in groups for run in group.runs}) > 1:
+        raise ValueError(
+            "`results`: some runs exclude seen items and some do not; one card cannot show both. Make a card of each."
+        )
+
+
+def _common_suffixes(groups: Sequence[RunGroup], k: int) -> dict[str, str]:
+    """Protocol → suffix of the figures that all runs have; empty if no user had a held-out item."""
+    suffixes = {
+        protocol: suffix
+        for protocol, suffix in groups[0].suffixes.items()
+        if all(group.values(f"recall@{k}{suffix}") for group in groups)
+    }
+    measured = any(part in run for group in groups for run in group.runs for part in ("test", "validation"))
+    if measured and not suffixes:
+        raise ValueError(f"`k` is {k}, but not all runs in `results` have recall@{k}; give one of their cut-offs.")
+    return suffixes
+
+
+def _name_of_data(group: RunGroup) -> str:
+    if "data" not in group.runs[0]["configuration"]:  # the settings of a `Trainer`
+        return "the log of its training"
+    data = group.get("data")
+    return "the built-in generated log" if data is None else Path(data).name
+
+
+def _introduction(group: RunGroup) -> str:
+    names = {"num_hidden_layers": "layers", "hidden_size": "wide", "num_attention_heads": "heads"}
+    names |= {"num_key_value_heads": "key/value heads"}
+    sizes = ", ".join(f"{group.get(key)} {words}" for key, words in names.items() if group.get(key) is not None)
+    return (
+        "Predicts the next item of a user's history. BlossomRec ([arXiv 2512.13368](https://arxiv.org/abs/2512.13368)) "
+        "joins two sparse attention streams, one to a few selected past blocks (long-term interests) and one to blocks "
+        f"at growing distances (short-term interests), by a learned gate. Attention: {group.label}; {sizes}."
+    )
+
+
+def _usage(repo_id: str) -> list[str]:
+    return [
+        *("## Use", "", "```python", "from transformers import pipeline", ""),
+        f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)',
+        "recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last",
+        *("```", ""),
+        "After `import blossomrec_hf`, the same without `trust_remote_code`. Remote code runs when it is loaded: pin "
+        "`revision=` to a commit that you have read.",
+        "",
+    ]
+
+
+def _eval_results(group: RunGroup, dataset_name: str, suffixes: Mapping[str, str], k: int) -> list[EvalResult]:
+    """The metadata of the figures. Results that differ in protocol or history length get different `dataset_config`s."""
+    results = []
+    for protocol, suffix in suffixes.items():
+        for metric, label in _METRICS.items():
+            values = group.values(f"{metric}@{k}{suffix}")
+            results.append(
+                EvalResult(
+                    task_type="sequential-recommendation",
+                    task_name="Sequential recommendation",
+                    dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset_name.lower()).strip("-"),
+                    dataset_name=dataset_name,
+                    dataset_config=f"{_PROTOCOLS[protocol]}; {group.long_label}",
+                    dataset_split=group.part,
+                    dataset_args={
+                        "protocol": _PROTOCOLS[protocol],
+                        "max_length": group.get("max_length"),
+                        "attention": group.label,
+                        "seeds": [run["seed"] for run in group.runs],
+                        "hardware": group.join("device"),
+                    },
+                    metric_type=f"{metric}@{k}",
+                    metric_name=f"{label}@{k}, mean of {len(values)} seeds" if len(values) > 1 else f"{label}@{k}",
+                    metric_value=round(fmean(values), 6),
+                )
+            )
+    return results
+
+
+def _results(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[str, str], k: int) -> list[str]:
+    if not suffixes:
+        return ["None: no user of the log had an item held out, so nothing was measured."]
+    return [*_results_table(groups, suffixes, k), "", _protocol(groups, dataset_name, suffixes)]
+
+
+def _table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def _results_table(groups: Sequence[RunGroup], suffixes: Mapping[str, str], k: int) -> list[str]:
+    columns = {
+        f"{metric}@{k}{suffix}": f"{label}@{k}, {_HEADERS[protocol]}"
+        for protocol, suffix in suffixes.items()
+        for metric, label in _METRICS.items()
+    }
+    header = ["attention", "latest items", "heads / key-value heads", *groups[0].varying, "seeds", *columns.values()]
+    rows = []
+    for group in groups:
+        heads = f"{group.get('num_attention_heads')} / {group.get('num_key_value_heads')}"
+        varying = ["–" if value is None else value for value in group.varying.values()]
+        figures = [group.format_mean(name) for name in columns]
+        rows.append([group.label, group.get("max_length"), heads, *varying, len(group.runs), *figures])
+    return _table(header, rows)
+
+
+def _protocol(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[str, str]) -> str:
+    part = {"test": "the last item of each history", "validation": "the last but one item of each history"}
+    text = (
+        f"{dataset_name[0].upper()}{dataset_name[1:]}, {groups[0].part} figures: {part[groups[0].part]} is to be found"
+    )
+    if "_uni100" not in suffixes:
+        text += " among all items"
+    text += ". Items of equal score share their ranks. The model does not see the time of the item to be found. "
+    if "_unseen" in suffixes:
+        text += "Masked means that items of the user's history are not ranked. "
+    shares = dict.fromkeys(run["repeat_share"] for group in groups for run in group.runs if "repeat_share" in run)
+    if shares:
+        text += f"{', '.join(f'{share:.1%}' for share in shares)} of the test items already occur in their user's history. "
+    if "_uni100" in suffixes and not any(group.get("eval_negatives") for group in groups):
+        text += (
+            "The figures beside drawn items are those of `blossomrec evaluate` for the models that the runs saved. "
+        )
+    if any(len(group.runs) > 1 for group in groups):
+        text += "Means over seeds, ± their standard deviation. "
+    if any(run.get("refit") for group in groups for run in group.runs):
+        return text + (
+            "These are figures of a first run, which chose the number of epochs. The weights are those of a new model, "
+            "trained for as many epochs on all events, the validation and test items included. It has no test figures."
+        )
+    return text + "The weights are those of the best validation figure of each run."
+
+
+def _published_table(published: Sequence[Mapping[str, Any]], k: int) -> list[str]:
+    if not published:
+        return []
+    rows = [
+        [row["model"], *(_figure(row.get(f"{metric}@{k}")) for metric in _METRICS), row["protocol"], row["source"]]
+        for row in published
+    ]
+    header = ["model", *(f"{label}@{k}" for label in _METRICS.values()), "protocol", "source"]
+    return [
+        "Published by others, each with its own training and not measured here:",
+        *("", *_table(header, rows), ""),
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _training(groups: Sequence[RunGroup]) -> list[str]:
+    """The command or the settings of each group, and the versions with which the runs were made."""
+    lines, commands = [], set()
+    for group in groups:
+        command = _command(group)
+        if command is None:
+            settings = ", ".join(f"`{name}` {value}" for name, value in group.runs[0]["configuration"].items())
+            lines += [f"{_duration(group)}, with `transformers.Trainer`: {settings}.", ""]
+        elif command in commands:
+            lines += [f"{_duration(group)}; the command above.", ""]
+        else:
+            lines += [f"{_duration(group)}:", "", "```bash", command, "```", ""]
+        commands.add(command)
+    return lines + _versions(groups)
+
+
+def _command(group: RunGroup) -> str | None:
+    """The command of a group's first run; `None` for a `Trainer`."""
+    run = group.runs[0]
+    if "command" in run or "changed_arguments" not in run:
+        return run.get("command")
+    return train_command(run)
+
+
+def _duration(group: RunGroup) -> str:
+    text = group.long_label
+    if len(group.runs) > 1:
+        text += f" (seeds {', '.join(str(run['seed']) for run in group.runs)})"
+    training = [run.get("training", {}) for run in group.runs]
+    if all("seconds" in part and "epochs" in part for part in training):
+        epochs = ", ".join(dict.fromkeys(str(part["epochs"]) for part in training))
+        text += f": {fmean(part['seconds'] for part in training):.0f} s a run, {epochs} epochs"
+    device = group.join("device")
+    return f"{text}, on {device}" if device else text
+
+
+def _versions(groups: Sequence[RunGroup]) -> list[str]:
+    made_with = dict.fromkeys(
+        f"{name} {version}"
+        for group in groups
+        for run in group.runs
+        for name, version in (run.get("versions") or {}).items()
+        if version
+    )
+    commits = dict.fromkeys(group.join("commit") for group in groups if group.join("commit"))
+    if not made_with:
+        return []
+    return [f"Made with {', '.join(made_with)}{'; commit ' if commits else ''}{', '.join(commits)}."]
+
+
+_USE_AND_LIMITS = """\
+## Intended use
+
+Ranking the items of one catalogue for people of whom a history in that catalogue is known: a shop, a video or music
+site, research on sequential recommendation. Raw item ids are those of the training log.
+
+## Limits
+
+- **Popularity.** Trained on what people did with what they were shown, it recommends popular items more often than
+  they deserve. `blossomrec evaluate` measures coverage and popularity lift; look at both before you deploy it.
+- **New items and new people.** An item that was not in the training log has no embedding: it is never recommended, and
+  dropped from histories (with a warning). `tokenizer.add_items` and fine-tuning take items in. A person without a
+  history gets the most frequent items.
+- **Privacy.** Histories are personal data. None is stored in the model, but it holds how often each item occurred,
+  and what was consumed together shows in its embeddings; with few users, that can tell of one. Do not publish a
+  model of a log that you could not publish in aggregate.
+- **Offline figures.** Leave-one-out figures rank models on the past of a log; they do not say what people would have
+  done with the recommendations.
+""".split("\n")
