@@ -36,7 +36,7 @@ def last_line(capsys) -> str:
         ("log.csv", bytes(range(256)) * 9, "has no header of names"),
         ("log.csv", b'"user";"item"\n1;2\n', "has no header of names"),
         ("log.jsonl", b'{"user": 1, "item": 2}\n{"user": 1, ', "line 2: not a usable user or item"),
-        ("log.jsonl", b"[" * 100_000, "no format known by its look"),
+        ("log.jsonl", b"[" * 100_000, "looks like no known format"),
         ("log.parquet", b"PAR1 no more", "log.parquet can not be read to its end"),
         ("log.parquet", None, "log.parquet can not be read to its end"),
         ("log.csv.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-9], "is no complete gzip file"),

@@ -157,5 +157,5 @@ def test_names_for_a_format_that_has_none(tmp_path):
 def test_values_of_several_parts_are_no_ids(tmp_path, text, arguments, said):
     path = tmp_path / "log.json"
     path.write_text(text + "\n")
-    with pytest.raises(ValueError, match=f"log.json: the {said} may be a number or a text, not .*interaction a line"):
+    with pytest.raises(ValueError, match=f"log.json: the {said} may be a number or a text, not .*event per line"):
         build_sequences(path, **arguments)

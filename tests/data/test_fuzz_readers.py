@@ -79,7 +79,7 @@ def test_damaged_text_is_read_as_plain_python_reads_it(tmp_path, format):
             # Refused as a whole: nothing good is left, a user with two lines, no time that is a number, lists, a title as header.
             assert "\n" not in str(error)
             wholly = (
-                "holds no interaction",
+                "has no interaction",
                 "begins an earlier line",
                 "is neither a number",
                 "no column",

@@ -174,7 +174,7 @@ def test_text_ids_against_plain_python(rows, keep):
         expected.setdefault(user, []).append(item)
     log = pl.DataFrame(rows, ["user", "item"], orient="row")
     if not good:
-        with pytest.raises(ValueError, match="holds no interaction"):
+        with pytest.raises(ValueError, match="has no interaction"):
             build_sequences(log, on_bad_rows="skip", keep_na_ids=keep)
     else:
         assert histories(*build_sequences(log, on_bad_rows="skip", keep_na_ids=keep)) == expected

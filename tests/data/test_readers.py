@@ -184,9 +184,7 @@ def test_a_data_set_of_the_hub_is_a_source(monkeypatch):
 def test_missing_columns_name_the_near_ones(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("usr,item\n1,2\n")
-    with pytest.raises(
-        ValueError, match=r"no column known to hold the user; it has 'usr', 'item'. Near matches: 'usr'"
-    ):
+    with pytest.raises(ValueError, match=r"no column known to be the user; it has 'usr', 'item'. Near matches: 'usr'"):
         build_sequences(path)
     with pytest.raises(ValueError, match="item='itm' is no column of .*log.csv; did you mean 'item'"):
         build_sequences(path, user="usr", item="itm")
@@ -241,8 +239,8 @@ def test_shards_with_ids_of_two_types_are_refused(tmp_path):
     "name, text, arguments, error, named",
     [
         ("log.csv", "", {}, ValueError, "log.csv is empty"),
-        ("log.csv", "user,item\n", {}, ValueError, "holds no interaction"),
-        ("log.xyz", "one two three\nfour\n", {}, ValueError, "of no format known"),
+        ("log.csv", "user,item\n", {}, ValueError, "has no interaction"),
+        ("log.xyz", "one two three\nfour\n", {}, ValueError, "looks like no known format"),
         ("log.csv", "user,item\n1,2\n", {"format": "xml"}, ValueError, "format is 'xml'"),
         ("log.jsonl", "{]\n", {"format": "jsonl"}, ValueError, "line 1 is no JSON object"),
     ],

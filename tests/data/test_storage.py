@@ -9,6 +9,7 @@ import pytest
 from small_cases import small_log
 
 from blossomrec_hf.data import build_sequences
+from blossomrec_hf.data.options import LogOptions
 from blossomrec_hf.data.overview import write_report
 from blossomrec_hf.data.readers import open_log
 from blossomrec_hf.data.storage import load_folder
@@ -32,7 +33,7 @@ def cut_off(tmp_path):
     [
         load_folder,
         lambda folder: LogArguments(data=str(folder)).build()[0],
-        lambda folder: open_log(folder, user="user_id", item="train_end") and load_folder(folder),
+        lambda folder: open_log(folder, LogOptions(user="user_id", item="train_end")) and load_folder(folder),
         lambda folder: write_report(folder.parent / "report.html", folder) and load_folder(folder),
         lambda folder: dataset_card(folder) and load_folder(folder),
     ],

@@ -16,7 +16,7 @@ import torch
 from transformers import HfArgumentParser
 
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from ..data.formats import reading
+from ..data.parts import reading
 from ..sharing.conversion import from_authors, to_authors
 from ..sharing.recbole import read_checkpoint
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint

@@ -24,7 +24,7 @@ from datasets import Dataset, disable_progress_bars
 
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches.histories import budget_batches
-from ..data.formats import reading
+from ..data.parts import reading
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.files import atomic_write, recover_writes, require_folder

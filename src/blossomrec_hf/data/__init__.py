@@ -1,4 +1,4 @@
-"""Raw logs -> item-id sequences: data sets of `datasets`, one row per user."""
+"""Item-id sequences from raw logs: a `datasets.Dataset` with one row per user."""
 
 from .build import build_sequences
 from .cluster import build_sequences_on_spark, partition_log

@@ -1,11 +1,11 @@
-"""The steps of build_sequences on Apache Spark, for logs that one machine is too small for: `pip install blossomrec-hf[spark]`."""
+"""build_sequences on Apache Spark, for logs that are too large for one machine: `pip install blossomrec-hf[spark]`."""
 
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -15,11 +15,12 @@ from datasets import Dataset
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
-from .build import NUM_SPECIAL, check_arguments
+from .build import NUM_SPECIAL
 from .columns import find_columns, no_times_note
 from .filters import FilterReport
 from .ids import BLANKS, EXACT, EXPONENT, FLOAT, MISSING_IDS, as_integers, exponent_error, floats_note
 from .ingest import Interactions, clean_batches
+from .options import FilterOptions, LogOptions, parse_options
 from .readers import open_log
 from .storage import check_output_dir, load_folder, with_ends, write_dataset
 from .text_files import BadRows
@@ -39,98 +40,43 @@ def build_sequences_on_spark(
     output_dir: str | Path,
     *,
     spark: "SparkSession",
-    user: str | None = None,
-    item: str | None = None,
-    timestamp: str | None = None,
-    rating: str | None = None,
-    min_rating: float | None = None,
-    deduplicate: Literal["none", "first", "last"] = "none",
-    k_core: int | tuple[int, int] = 1,
-    min_history: int = 1,
-    max_history: int | None = None,
-    on_bad_rows: Literal["fail", "skip"] = "fail",
-    keep_na_ids: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> tuple[Dataset, BlossomRecTokenizer]:
     """
-    [`build_sequences`] on a Spark cluster: same arguments, same steps, same result to the byte.
+    Builds item-id sequences on a Spark cluster. Options, steps and result are those of [`build_sequences`], to the byte.
 
-    Users' histories are made and ordered by the executors; the driver holds the catalogue, and writes the Dataset.
+    The executors make and order the histories. The driver has the catalog in memory and writes the Dataset.
 
     Args:
-        source (`str`): a Parquet file or folder that the executors can read; files count in name order. Other formats:
-            [`partition_log`] first, as for texts of times.
-        output_dir: as for `build_sequences`, on the driver's disk.
-        spark (`SparkSession`): 3.5 or later.
+        source (`str`): a Parquet file or folder that the executors can read; files count in the order of their names.
+            [`partition_log`] converts other formats, and times that are texts.
+        output_dir (`str` or `Path`): folder for the result, on the driver's disk.
+        spark (`SparkSession`): version 3.5 or later.
+        overwrite (`bool`): replace an existing `output_dir`.
+        options: `user`, `item`, `timestamp`, `rating`, `keep_na_ids`, `on_bad_rows`, and the fields of
+            [`~data.options.FilterOptions`].
 
     Raises:
-        as `build_sequences`; bad rows are counted, not named by line.
+        ValueError: as [`build_sequences`]; bad rows are counted, not named by line.
+        FileExistsError: if `output_dir` exists and `overwrite` is not set.
     """
-    from pyspark.sql import Window
     from pyspark.sql import functions as f
 
-    user_core, item_core = (k_core, k_core) if isinstance(k_core, int) else k_core
-    check_arguments(deduplicate, on_bad_rows, user_core, item_core, min_history, max_history)
+    reading, filters = parse_options(options, LogOptions, FilterOptions)
+    if given := [name for name in ("format", "time_format") if getattr(reading, name) is not None]:
+        raise ValueError(
+            f"{given[0]} is given, but Spark reads plain Parquet; write the log with partition_log first."
+        )
     output_dir = Path(output_dir)
     check_output_dir(output_dir, overwrite=overwrite)
-    names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     report = FilterReport(Path(source).name, "parquet")
-    log = _read(spark, source, names, report, with_rating=min_rating is not None, keep_na_ids=keep_na_ids)
-    bad = BadRows(skip=on_bad_rows == "skip")
-    log = _clean(log, report, bad).localCheckpoint()
-    read = log.count()
-    if min_rating is not None:
-        log = log.filter(f.col("rating") >= min_rating).drop("rating").localCheckpoint()
-    report.read(read, bad.reasons)
-    for name in ("user", "item"):
-        log = _read_floats_as_integers(log, name, report)
-    if min_rating is not None:
-        report.add(f"rating >= {min_rating:g}", *_totals(log))
+    log = _ingest(spark, source, reading, filters, report)
     users = log.groupBy("user").agg(f.min("place").alias("user_place")).localCheckpoint()
     items = log.groupBy("item").agg(f.min("place").alias("item_place")).localCheckpoint()
-
-    order = [f.col(name) for name in ("timestamp", "place") if name in log.columns]
-    if deduplicate != "none":
-        along = order if deduplicate == "first" else [column.desc() for column in order]
-        number = f.row_number().over(Window.partitionBy("user", "item").orderBy(*along))
-        log = log.withColumn("number", number).filter("number = 1").drop("number").localCheckpoint()
-        report.add(f"deduplicate, {deduplicate} stays", *_totals(log))
-    if (user_core, item_core) != (1, 1):
-        log = _k_core(log, user_core, item_core)
-        report.add(f"k-core {user_core}, {item_core}", *_totals(log))
-    if min_history > 1 or max_history is not None:
-        whole = Window.partitionBy("user")
-        log = log.withColumn("length", f.count("*").over(whole)).filter(f.col("length") >= min_history)
-        if max_history is not None:
-            from_end = f.row_number().over(whole.orderBy(*(column.desc() for column in order)))
-            log = log.withColumn("from_end", from_end).filter(f.col("from_end") <= max_history).drop("from_end")
-        log = log.drop("length").localCheckpoint()
-        report.add(f"history {min_history} to {max_history or 'any'}", *_totals(log))
-    report.add("kept", *_totals(log))
-
-    every_item = items.join(log.groupBy("item").count(), "item", "left").fillna(0, ["count"])
-    every_item = every_item.orderBy(f.col("count").desc(), "item_place").select("item", "count")
-    catalogue = pl.from_arrow(_collect(every_item))
-    # Of all items that the log shows, kept or not: so their type is the one that build_sequences finds.
-    ids = as_integers(catalogue["item"])
-    kept = catalogue["count"] > 0
-    item_type = "int" if ids.dtype.is_integer() else "str"
-    tokenizer = BlossomRecTokenizer.from_items(ids.filter(kept).to_list(), item_type=item_type)
-    numbered = catalogue.filter(kept).select("item").with_row_index("id", NUM_SPECIAL)
-    vocabulary = spark.createDataFrame(numbered.select("item", "id").rows(), ["item", "id"])
-    vocabulary = vocabulary.withColumn("id", f.col("id").cast("int"))
-
-    events = f.sort_array(f.collect_list(f.struct(*order, "id")))
-    rows = log.join(f.broadcast(vocabulary), "item").groupBy("user").agg(events.alias("events"))
-    columns = [f.col("user").alias("user_id"), f.col("events.id").alias("input_ids")]
-    if "timestamp" in log.columns:
-        columns.append(f.col("events.timestamp").alias("timestamps"))
-    rows = rows.join(users, "user").orderBy("user_place").select(*columns)
-    if dict(users.dtypes)["user"] == "string":
-        plain = f.coalesce(f.expr("cast(try_cast(user as bigint) as string) = user"), f.lit(False))
-        if users.filter(~plain).isEmpty():
-            rows = rows.withColumn("user_id", f.col("user_id").cast("bigint"))
-
+    log = _select(log, filters, report)
+    tokenizer, vocabulary = _number_items(spark, log, items)
+    rows = _histories(log, users, vocabulary)
     scratch = make_scratch(output_dir)
     try:
         rows.write.parquet(str((scratch / "rows").resolve()))
@@ -144,16 +90,106 @@ def build_sequences_on_spark(
     return load_folder(output_dir), tokenizer
 
 
+def _ingest(
+    spark: "SparkSession", source: str, reading: LogOptions, filters: FilterOptions, report: FilterReport
+) -> "DataFrame":
+    """`data.ingest.ingest` on Spark: the good rows, with `place`, the position of a row in the log."""
+    from pyspark.sql import functions as f
+
+    log = _read(spark, source, reading, report, with_rating=filters.min_rating is not None)
+    bad = BadRows(skip=reading.on_bad_rows == "skip")
+    log = _clean(log, report, bad).localCheckpoint()
+    read = log.count()
+    if filters.min_rating is not None:
+        log = log.filter(f.col("rating") >= filters.min_rating).drop("rating").localCheckpoint()
+    report.read(read, bad.reasons)
+    for name in ("user", "item"):
+        log = _read_floats_as_integers(log, name, report)
+    if filters.min_rating is not None:
+        report.add(f"rating >= {filters.min_rating:g}", *_totals(log))
+    return log
+
+
+def _order(log: "DataFrame") -> list["Column"]:
+    """The columns that order the events of a user."""
+    from pyspark.sql import functions as f
+
+    return [f.col(name) for name in ("timestamp", "place") if name in log.columns]
+
+
+def _select(log: "DataFrame", filters: FilterOptions, report: FilterReport) -> "DataFrame":
+    """`data.build._select` on Spark: the events that the filters keep."""
+    from pyspark.sql import Window
+    from pyspark.sql import functions as f
+
+    order = _order(log)
+    if filters.deduplicate != "none":
+        along = order if filters.deduplicate == "first" else [column.desc() for column in order]
+        number = f.row_number().over(Window.partitionBy("user", "item").orderBy(*along))
+        log = log.withColumn("number", number).filter("number = 1").drop("number").localCheckpoint()
+        report.add(f"deduplicate, {filters.deduplicate} stays", *_totals(log))
+    if filters.k_core != [1, 1]:
+        user_core, item_core = filters.k_core
+        log = _k_core(log, user_core, item_core)
+        report.add(f"k-core {user_core}, {item_core}", *_totals(log))
+    if filters.min_history > 1 or filters.max_history is not None:
+        whole = Window.partitionBy("user")
+        log = log.withColumn("length", f.count("*").over(whole)).filter(f.col("length") >= filters.min_history)
+        if filters.max_history is not None:
+            from_end = f.row_number().over(whole.orderBy(*(column.desc() for column in order)))
+            log = log.withColumn("from_end", from_end).filter(f.col("from_end") <= filters.max_history)
+            log = log.drop("from_end")
+        log = log.drop("length").localCheckpoint()
+        report.add(f"history {filters.min_history} to {filters.max_history or 'any'}", *_totals(log))
+    report.add("kept", *_totals(log))
+    return log
+
+
+def _number_items(
+    spark: "SparkSession", log: "DataFrame", items: "DataFrame"
+) -> tuple[BlossomRecTokenizer, "DataFrame"]:
+    """The vocabulary, and the vocabulary `id` of each `item`."""
+    from pyspark.sql import functions as f
+
+    every_item = items.join(log.groupBy("item").count(), "item", "left").fillna(0, ["count"])
+    every_item = every_item.orderBy(f.col("count").desc(), "item_place").select("item", "count")
+    catalog = pl.from_arrow(_collect(every_item))
+    # The type is that of all items of the log, whether the filters keep them or not, as build_sequences finds it.
+    ids = as_integers(catalog["item"])
+    kept = catalog["count"] > 0
+    item_type = "int" if ids.dtype.is_integer() else "str"
+    tokenizer = BlossomRecTokenizer.from_items(ids.filter(kept).to_list(), item_type=item_type)
+    numbered = catalog.filter(kept).select("item").with_row_index("id", NUM_SPECIAL)
+    vocabulary = spark.createDataFrame(numbered.select("item", "id").rows(), ["item", "id"])
+    return tokenizer, vocabulary.withColumn("id", f.col("id").cast("int"))
+
+
+def _histories(log: "DataFrame", users: "DataFrame", vocabulary: "DataFrame") -> "DataFrame":
+    """One row per user, in the order of the users' first events."""
+    from pyspark.sql import functions as f
+
+    events = f.sort_array(f.collect_list(f.struct(*_order(log), "id")))
+    rows = log.join(f.broadcast(vocabulary), "item").groupBy("user").agg(events.alias("events"))
+    columns = [f.col("user").alias("user_id"), f.col("events.id").alias("input_ids")]
+    if "timestamp" in log.columns:
+        columns.append(f.col("events.timestamp").alias("timestamps"))
+    rows = rows.join(users, "user").orderBy("user_place").select(*columns)
+    if dict(users.dtypes)["user"] == "string":
+        plain = f.coalesce(f.expr("cast(try_cast(user as bigint) as string) = user"), f.lit(False))
+        if users.filter(~plain).isEmpty():
+            rows = rows.withColumn("user_id", f.col("user_id").cast("bigint"))
+    return rows
+
+
 def _read(
     spark: "SparkSession",
     source: str,
-    names: dict[str, str | None],
+    reading: LogOptions,
     report: FilterReport,
     *,
     with_rating: bool,
-    keep_na_ids: bool,
 ) -> "DataFrame":
-    """user, item, rating and timestamp where wanted and known, and `place`: where in the log a row stands."""
+    """`user`, `item`, `timestamp` if the log has times, `rating` if required, and `place`, the position in the log."""
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as f
@@ -166,22 +202,22 @@ def _read(
             "in all of them?"
         ) from error
     notes: list[str] = []
-    found = find_columns(raw.columns, names, source, notes)
+    found = find_columns(raw.columns, reading.column_names, source, notes)
     if with_rating and "rating" not in found:
         raise ValueError(f"min_rating is given, but {source} has no rating known; name its column with rating=…")
     if not with_rating:
         found.pop("rating", None)
     types = dict(raw.dtypes)
     columns = []
-    for ours, theirs in found.items():
-        column, kind = f.col(f"`{theirs}`"), types[theirs]
-        if ours in ("user", "item"):
-            columns.append(_as_id(raw, column, kind, ours, keep_na_ids).alias(ours))
-        elif ours == "timestamp":
-            columns.append(_as_time(column, kind).alias(ours))
+    for role, column in found.items():
+        column, kind = f.col(f"`{column}`"), types[column]
+        if role in ("user", "item"):
+            columns.append(_as_id(raw, column, kind, role, reading.keep_na_ids).alias(role))
+        elif role == "timestamp":
+            columns.append(_as_time(column, kind).alias(role))
             report.time_unit = "us" if kind in ("date", "timestamp", "timestamp_ntz") else None
         else:
-            columns.append(column.cast("double").alias(ours))
+            columns.append(column.cast("double").alias(role))
     if "timestamp" in found:
         times = raw.groupBy("_metadata.file_path").agg(f.count(f"`{found['timestamp']}`").alias("times"))
         without = times.filter("times = 0").first()
@@ -191,7 +227,7 @@ def _read(
                 'timestamp="" to read every history in the order of rows.'
             )
     else:
-        notes.append(no_times_note(names))
+        notes.append(no_times_note(reading.timestamp))
     report.note(notes)
     if "row" in raw.columns:
         return raw.select(*columns, f.col("row").cast("bigint").alias("place"))
@@ -202,7 +238,7 @@ def _read(
 
 
 def _as_id(raw: "DataFrame", column: "Column", kind: str, name: str, keep_na: bool) -> "Column":
-    """`data.ids.as_ids` for a column of Spark: bigint or string, null where the id is missing."""
+    """`data.ids.as_ids` on Spark: bigint or string, null if the id is missing."""
     from pyspark.sql import functions as f
 
     if kind in ("tinyint", "smallint", "int", "bigint"):
@@ -224,7 +260,7 @@ def _as_id(raw: "DataFrame", column: "Column", kind: str, name: str, keep_na: bo
 
 
 def _as_time(column: "Column", kind: str) -> "Column":
-    """Numbers, or microseconds since 1970, as `data.times.as_times` has them, whatever the time zone of the session."""
+    """`data.times.as_times` on Spark: numbers, or microseconds since 1970, in any time zone of the session."""
     from pyspark.sql import functions as f
 
     if kind == "timestamp":
@@ -241,7 +277,7 @@ def _as_time(column: "Column", kind: str) -> "Column":
 
 
 def _read_floats_as_integers(log: "DataFrame", name: str, report: FilterReport) -> "DataFrame":
-    """`data.ids.Codes.read_floats_as_integers` for a column of Spark."""
+    """`data.ids.Codes.read_floats_as_integers` on Spark."""
     from pyspark.sql import functions as f
 
     if dict(log.dtypes)[name] != "string":
@@ -308,13 +344,13 @@ def _totals(log: "DataFrame") -> tuple[int, int, int]:
 
 
 def _collect(frame: "DataFrame") -> pa.Table:
-    """A small frame on the driver. `toPandas` would turn integers with gaps into floats."""
+    """A small frame as a table on the driver. `toPandas` would turn integers with gaps into floats."""
     rows = frame.collect()
     return pa.table({name: pa.array([row[name] for row in rows]) for name in frame.columns})
 
 
 def _user_rows(folder: Path) -> Iterator[pa.Table]:
-    """Spark's ordered output, a file after another, in the types of `build_sequences`."""
+    """One table per file of Spark's output, in the order of users and with the data types of `build_sequences`."""
     types: dict[str, Any] = {"user_id": None, "input_ids": pa.list_(pa.int32()), "timestamps": None}
     for path in sorted(folder.glob("part-*.parquet")):
         table = pq.read_table(path, partitioning=None)
@@ -330,33 +366,34 @@ def _user_rows(folder: Path) -> Iterator[pa.Table]:
 
 
 def partition_log(
-    source: Any,
-    folder: str | Path,
-    num_partitions: int,
-    *,
-    with_rating: bool = False,
-    on_bad_rows: Literal["fail", "skip"] = "fail",
-    **columns: Any,
+    source: Any, folder: str | Path, num_partitions: int, *, with_rating: bool = False, **options: Any
 ) -> None:
     """
-    Writes a log of any format that `open_log` reads as Parquet shards by the hash of the user, in bounded memory:
-    `user`, `item`, `timestamp` where known, `rating` if asked for, and `row`, the place in the log, by which
-    [`build_sequences_on_spark`] keeps file order.
+    Writes a log of any format as Parquet shards by the hash of the user, in bounded memory.
+
+    The columns are `user`, `item`, `timestamp` if the log has times, `rating` if `with_rating` is set, and `row`, the
+    position in the log, by which [`build_sequences_on_spark`] keeps file order.
 
     Args:
-        folder: must not be there; it appears complete or not at all.
-        num_partitions (`int`): shards; all events of a user are in one.
-        columns: `format`, `user`, … as for `open_log`.
+        source: see [`~data.readers.open_log`].
+        folder (`str` or `Path`): a folder that does not exist yet. It is written completely or not at all.
+        num_partitions (`int`): number of shards; all events of a user are in one.
+        options: fields of [`~data.options.LogOptions`].
+
+    Raises:
+        ValueError: as [`build_sequences`].
+        FileExistsError: if `folder` exists.
     """
     folder = Path(folder)
+    (reading,) = parse_options(options, LogOptions)
     require_folder(folder)
     recover_folder(folder)
     if folder.exists():
-        raise FileExistsError(f"folder {str(folder)!r} is there already; take another name.")
+        raise FileExistsError(f"folder {str(folder)!r} exists already; give another name.")
     if num_partitions < 1:
         raise ValueError(f"num_partitions is {num_partitions}; it may be 1 or more.")
     report_leftovers(folder)
-    log = open_log(source, **columns)
+    log = open_log(source, reading)
     if with_rating:
         log.require_rating("with_rating is given")
     numeric = ["rating"] * with_rating + ["timestamp"] * log.has_timestamp
@@ -366,7 +403,7 @@ def partition_log(
         scratch = make_scratch(folder)
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         built = stack.enter_context(atomic_folder(folder))
-        for batch in clean_batches(log, numeric, Interactions(scratch, BadRows(skip=on_bad_rows == "skip"))):
+        for batch in clean_batches(log, numeric, Interactions(scratch, BadRows(skip=reading.on_bad_rows == "skip"))):
             place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
             batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
             first += batch.height

@@ -1,14 +1,13 @@
-"""Which columns of a log are ours, by the names that logs use."""
+"""The columns of a log that a build reads, by the names that logs give them."""
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
-OURS = ("user", "item", "rating", "timestamp")
-Names = dict[str, str | None]  # our column -> the name asked for; "" for a timestamp means file order
+ROLES = ("user", "item", "rating", "timestamp")
 
-# The names by which logs call their columns, most specific first. Case, spaces and the signs _ - . do not count.
+# The names that logs give to the column of a role, most specific first. Case, spaces and the signs _ - . do not count.
 _USUAL = {
     "user": (
         "user_id", "user", "uid", "reviewer_id", "user_name", "customer_id", "visitor_id", "steam_id",
@@ -31,60 +30,68 @@ _USUAL = {
 }  # fmt: skip
 
 
-def find_columns(columns: Sequence[str], names: Names, where: str, notes: list[str]) -> dict[str, str]:
+def find_columns(
+    columns: Sequence[str], names: Mapping[str, str | None], where: str, notes: list[str]
+) -> dict[str, str]:
     """
-    Our columns -> those of a log, by the names asked for or the usual ones.
+    The column of each role (`user`, `item`, `rating`, `timestamp`) that a log has.
 
     Args:
-        notes: gets a sentence if several columns have a usual name.
+        columns: the columns of the log.
+        names: the given name of a role's column, `None` for the first usual name, or "" not to read it.
+        where (`str`): the file, for messages.
+        notes: gets a sentence if several columns have a usual name of one role.
 
     Raises:
-        `ValueError`: a name that is asked for is not there, none is known to be the user or the item, or two columns have
-            the name of one that is read.
+        ValueError: if a given name is no column, no column has a usual name of a user or an item, or two columns have the
+            name of one that is read.
     """
     found = {}
     plain: dict[str, list[str]] = {}
     for name in columns:
         plain.setdefault(_plain(name), []).append(name)
-    for ours, usual in _USUAL.items():
-        asked = names.get(ours)
-        if asked is None:
+    for role, usual in _USUAL.items():
+        given = names.get(role)
+        if given is None:
             matches = list(dict.fromkeys(name for key in map(_plain, usual) for name in plain.get(key, ())))
             match = matches[0] if matches else None
             if len(matches) > 1:
                 others = " and ".join(map(repr, matches[1:]))
                 notes.append(
-                    f"the {ours} is read from the column {match!r}, not from {others}; name another with {ours}=…"
+                    f"the {role} is read from the column {match!r}, not from {others}; name another with {role}=…"
                 )
-        elif asked in columns or not asked:
-            match = asked or None
+        elif given in columns or not given:
+            match = given or None
         else:
-            near = difflib.get_close_matches(asked, columns, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(given, columns, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {_listed(columns)}."
-            raise ValueError(f"{ours}={asked!r} is no column of {where}; {hint}")
-        if match is None and ours in ("user", "item"):
-            near = difflib.get_close_matches(ours, columns, n=3, cutoff=0.4)
-            hint = f" Near matches: {_listed(near)}." if near else ""
-            hint += (
-                " If its first row is an event, write the names of the columns above it." if numbers(columns) else ""
-            )
-            raise ValueError(
-                f"{where} has no column known to hold the {ours}; it has {_listed(columns)}.{hint} Name it with {ours}=…"
-            )
+            raise ValueError(f"{role}={given!r} is no column of {where}; {hint}")
+        if match is None and role in ("user", "item"):
+            raise _not_found(role, columns, where)
         if match is not None and columns.count(match) > 1:
             raise ValueError(
-                f"{where} has {columns.count(match)} columns called {match!r}, one of which would be read as the {ours}; give "
+                f"{where} has {columns.count(match)} columns called {match!r}, one of which would be read as the {role}; give "
                 "each a name of its own."
             )
         if match is not None:
-            found[ours] = match
+            found[role] = match
     return found
+
+
+def _not_found(role: str, columns: Sequence[str], where: str) -> ValueError:
+    near = difflib.get_close_matches(role, columns, n=3, cutoff=0.4)
+    hint = f" Near matches: {_listed(near)}." if near else ""
+    if numbers(columns):
+        hint += " If its first row is an event, write the names of the columns above it."
+    return ValueError(
+        f"{where} has no column known to be the {role}; it has {_listed(columns)}.{hint} Name it with {role}=…"
+    )
 
 
 def is_header(names: Sequence[str]) -> bool:
     """Whether the usual names of a user and of an item are among `names`."""
     plain = set(map(_plain, names))
-    return all(not plain.isdisjoint(map(_plain, _USUAL[ours])) for ours in ("user", "item"))
+    return all(not plain.isdisjoint(map(_plain, _USUAL[role])) for role in ("user", "item"))
 
 
 def numbers(names: Iterable[str]) -> list[str]:
@@ -92,9 +99,9 @@ def numbers(names: Iterable[str]) -> list[str]:
     return [name for name in names if re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", name)]
 
 
-def no_times_note(names: Names) -> str:
-    """The sentence for the report if a log is read without times."""
-    if names["timestamp"] == "":
+def no_times_note(timestamp: str | None) -> str:
+    """The sentence for the report on a log that is read without times; `timestamp` is the option."""
+    if timestamp == "":
         return "no times are read: every history is in the order of rows"
     return "no column of times is used: every history is in the order of rows; name a column with timestamp=… if there is one"
 

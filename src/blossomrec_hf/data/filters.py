@@ -1,4 +1,4 @@
-"""What each filter of a build removed."""
+"""The report of a build: how the log was read and what each filter removed."""
 
 import json
 import logging
@@ -20,9 +20,19 @@ REPORT_FILE = "filters.json"
 @dataclass
 class FilterReport:
     """
-    `steps` holds [name, interactions, users, items] left after each filter; `repeat_share` is that of
-    [`~blossomrec_hf.data.repeat_share`]; `bad_row_reasons` counts the `bad_rows` by reason; `notes` are sentences on how
-    the log was read.
+    The report of a build, stored as `filters.json`.
+
+    Args:
+        source (`str`): name of the log.
+        format (`str`): its format.
+        interactions_read (`int`): events that were read.
+        bad_rows (`int`): rows that were skipped.
+        time_unit (`str`, *optional*): unit of the times: s, ms, us or ns.
+        licence (`str`, *optional*): license of a public data set.
+        repeat_share (`float`, *optional*): see [`~blossomrec_hf.data.repeat_share`].
+        steps: [name, events, users, items] after each filter.
+        bad_row_reasons: number of bad rows by reason.
+        notes: sentences on how the log was read.
     """
 
     source: str
@@ -37,22 +47,32 @@ class FilterReport:
     notes: list[str] = field(default_factory=list)
 
     def note(self, sentences: Iterable[str]) -> None:
-        """Puts sentences on how the log is read on the log and into the report."""
+        """Logs sentences on how the log is read, and adds them to the report."""
         for sentence in sentences:
             logger.warning("%s: %s", self.source, sentence)
             self.notes.append(sentence)
 
     def read(self, interactions: int, bad_row_reasons: Mapping[str, int]) -> None:
-        """Notes how many interactions came in, and why rows were skipped. Raises `ValueError` if none did."""
+        """
+        Records how many events were read, and why rows were skipped.
+
+        Raises:
+            ValueError: if no event was read.
+        """
         self.interactions_read = interactions
         self.bad_row_reasons, self.bad_rows = dict(bad_row_reasons), sum(bad_row_reasons.values())
         logger.info("read %d interactions, skipped %d bad rows%s", interactions, self.bad_rows, self._reasons())
         if not interactions:
             skipped = f" ({self.bad_rows} bad rows skipped{self._reasons()})" if self.bad_rows else ""
-            raise ValueError(f"{self.source} holds no interaction{skipped}; a log needs at least one.")
+            raise ValueError(f"{self.source} has no interaction{skipped}; a log needs at least one.")
 
     def add(self, name: str, interactions: int, users: int, items: int) -> None:
-        """Notes what a filter left. Raises `ValueError`, naming the filter, if it left nothing."""
+        """
+        Records what a filter left.
+
+        Raises:
+            ValueError: if it left nothing.
+        """
         before = self.steps[-1][1] if self.steps else self.interactions_read
         logger.info("%-28s leaves %11d interactions, %9d users, %9d items", name, interactions, users, items)
         if not interactions:
@@ -63,7 +83,7 @@ class FilterReport:
         self.steps.append([name, int(interactions), int(users), int(items)])
 
     def measure_repeats(self, dataset: Dataset) -> None:
-        """Measures and logs the share of test targets that their user has met before."""
+        """Measures and logs the share of test targets that already occur in their user's history."""
         self.repeat_share = repeat_share(dataset)
         logger.info("%.1f %% of the test targets already occur in their user's history", 100 * self.repeat_share)
 
@@ -78,10 +98,10 @@ class FilterReport:
     @classmethod
     def load(cls, folder: str | Path) -> "FilterReport | None":
         """
-        The report of a built folder, or `None` where it has none.
+        The report of a data set's folder, or `None` if it has none.
 
         Raises:
-            ValueError: for a damaged file.
+            ValueError: if the file is damaged.
         """
         path = Path(folder) / REPORT_FILE
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Raw ids of users and items: which are missing, which type they have, and the codes that stand for them on disk."""
+"""Raw ids of users and items: missing values, data types, and the codes that replace ids on disk."""
 
 from collections.abc import Container, Mapping
 
@@ -6,27 +6,27 @@ import numpy as np
 import polars as pl
 
 
-# What programs write where there is no value: pandas, R, JavaScript, databases.
+# Texts that programs write for a missing value: pandas, R, JavaScript, databases.
 MISSING_IDS = (
     "NA", "Na", "na", "N/A", "n/a", "#N/A", "<NA>", "NULL", "Null", "null", "NaN", "Nan", "NAN", "nan", "None", "NONE",
     "none", "\\N",
 )  # fmt: skip
 BLANKS = " \t\n\v\f\r"
 FLOAT = r"^-?\d+\.0+$"  # an integer that is written as a float
-EXPONENT = r"^-?\d\.\d+[eE]\+?\d+$"  # what a spreadsheet or a JSON reader makes of a large integer
-EXACT = {pl.Float32: 1 << 24, pl.Float64: 1 << 53}  # a float names every integer up to here
+EXPONENT = r"^-?\d\.\d+[eE]\+?\d+$"  # a large integer as spreadsheets and JSON writers show it
+EXACT = {pl.Float32: 1 << 24, pl.Float64: 1 << 53}  # largest integer up to which a float names every integer
 
 
 def id_type(types: Mapping[str, pl.DataType], name: str) -> pl.DataType:
     """
-    The type of ids that all files of a log share: Int64, or String.
+    The data type of ids that all files of a log share: Int64 or String.
 
     Args:
-        types: the type of the column in each file.
-        name: `"user"` or `"item"`, for errors.
+        types: the data type of the column in each file.
+        name (`str`): `"user"` or `"item"`, for messages.
 
     Raises:
-        `ValueError`: a type that is no id's, or integers in one file and strings in another.
+        ValueError: if a column is of another data type, or ids are integers in one file and strings in another.
     """
     kinds: dict[type, str] = {}
     for where, dtype in types.items():
@@ -48,14 +48,14 @@ def id_type(types: Mapping[str, pl.DataType], name: str) -> pl.DataType:
 
 def as_ids(column: pl.Series, dtype: pl.DataType, *, keep_na: bool = False) -> pl.Series:
     """
-    The ids of a column; those that are missing are null.
+    The ids of a column; missing ids are null.
 
     Args:
-        dtype: of the result, from [`id_type`].
+        dtype: data type of the result, from [`id_type`].
         keep_na (`bool`): whether texts such as "NA" are ids.
 
     Raises:
-        `ValueError`: floats too large to name an integer exactly.
+        ValueError: if floats are too large to name an integer exactly.
     """
     if column.dtype.is_float():
         largest = column.abs().fill_nan(None).max()
@@ -72,14 +72,14 @@ def as_ids(column: pl.Series, dtype: pl.DataType, *, keep_na: bool = False) -> p
 
 
 class Codes:
-    """Raw ids -> codes 0, 1, 2 … in the order in which they are first seen."""
+    """Codes 0, 1, 2 … of raw ids, in the order of their first occurrence."""
 
     def __init__(self) -> None:
         self._known: pl.DataFrame | None = None
         self.size = 0
 
     def encode(self, ids: pl.Series) -> np.ndarray:
-        """uint32 codes of a batch of ids, all batches of one type; new ids are appended."""
+        """The codes (uint32) of a batch of ids; new ids are appended. All batches have one data type."""
         batch = pl.DataFrame({"id": ids})
         if self._known is None:
             self._known = pl.DataFrame({"id": ids[:0], "code": pl.Series([], dtype=pl.UInt32)})
@@ -93,21 +93,21 @@ class Codes:
         return batch.join(self._known, on="id", how="left", maintain_order="left")["code"].to_numpy()
 
     def ids(self) -> pl.Series:
-        """The raw ids by code: Int64 where every one is an integer (text: a plainly written one), else String."""
+        """The raw ids by code: Int64 if every id is an integer, or a text that is plainly one; otherwise String."""
         if self._known is None:
             return pl.Series("id", [], dtype=pl.Int64)
         return as_integers(self._known["id"])
 
     def read_floats_as_integers(self, known: Container[str] = ()) -> tuple[str, np.ndarray] | None:
         """
-        Takes text ids such as "100.0", which pandas writes for integers in a column with gaps, for the integers that
-        they name, if every id is an integer or such a float.
+        Reads text ids such as "100.0", which pandas writes for integers in a column with gaps, as integers, if every id
+        is an integer or such a float.
 
         Args:
-            known: ids that stay as they are, if one of them is such a float.
+            known: the ids of a vocabulary. If one of the floats is among them, nothing changes.
 
         Returns:
-            one of the floats, and the new code of each code (uint32); `None` where nothing changes.
+            One of the floats, and the new code of each code (uint32); `None` if nothing changes.
         """
         ids = self.ids()
         integers = floats_as_integers(ids, known)
@@ -121,7 +121,7 @@ class Codes:
 
 
 def floats_note(name: str, example: str) -> str:
-    """The sentence about `Codes.read_floats_as_integers` for the report."""
+    """The sentence for the report on [`Codes.read_floats_as_integers`]."""
     return f"the {name} ids are floats with whole values such as '{example}': they are read as integers"
 
 
@@ -132,7 +132,7 @@ def exponent_error(example: str) -> ValueError:
 
 
 def as_integers(ids: pl.Series) -> pl.Series:
-    """Text ids as Int64 if every one is a plainly written integer (no leading zeros), else as they are."""
+    """Text ids as Int64 if every one is a plain integer (without leading zeros); otherwise unchanged."""
     if ids.dtype != pl.String:
         return ids
     numbers = ids.cast(pl.Int64, strict=False)
@@ -141,10 +141,10 @@ def as_integers(ids: pl.Series) -> pl.Series:
 
 def floats_as_integers(ids: pl.Series, known: Container[str] = ()) -> pl.Series | None:
     """
-    Text ids as integers, as [`Codes.read_floats_as_integers`] describes it; `None` where they stay as they are.
+    Text ids as integers, see [`Codes.read_floats_as_integers`]; `None` if they stay texts.
 
     Raises:
-        `ValueError`: a float too large to name an integer exactly, or one with an exponent.
+        ValueError: if a float is too large to name an integer exactly, or has an exponent.
     """
     if ids.dtype != pl.String:
         return None

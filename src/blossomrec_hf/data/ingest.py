@@ -4,14 +4,13 @@ from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from .formats import Part
 from .ids import Codes, as_ids, floats_note, id_type
+from .parts import Part
 from .readers import Log
 from .text_files import BadRows
 from .times import as_numbers, as_times, latest_time, time_unit
@@ -56,20 +55,17 @@ class Interactions:
         return notes
 
 
-def ingest(
-    log: Log, folder: Path, *, min_rating: float | None = None, on_bad_rows: Literal["fail", "skip"] = "fail"
-) -> Interactions:
+def ingest(log: Log, folder: Path, *, min_rating: float | None = None) -> Interactions:
     """
-    Streams `log` to `log_user.bin`, `log_item.bin` (uint32) and `log_time.bin` (int64 or float64, absent without times).
+    Streams `log` to `log_user.bin`, `log_item.bin` (uint32) and, if it has times, `log_time.bin` (int64 or float64).
 
     Raises:
-        `ValueError`: while `on_bad_rows="fail"`, a row without a usable user, item, rating (if `min_rating` asks for it)
-            or time (negative, or past the year 2100), or with too many or too few fields; the message names file and
-            line. Ids that are integers in one file and strings in another, floats that have lost digits, times of
-            several units.
-        `OSError`: a compressed file that ends early.
+        ValueError: if `on_bad_rows` is `"fail"` and a row has too many or too few fields, or no usable user, item, time
+            (from 0 to the year 2100) or, with `min_rating`, rating; the message names file and line. Also if ids are
+            integers in one file and strings in another, floats have lost digits, or times have several units.
+        OSError: if a compressed file ends early.
     """
-    result = Interactions(folder, BadRows(skip=on_bad_rows == "skip"))
+    result = Interactions(folder, BadRows(skip=log.options.on_bad_rows == "skip"))
     numeric = ["rating"] * (min_rating is not None) + ["timestamp"] * log.has_timestamp
     with ExitStack() as stack:
         paths = (folder / f"log_{name}.bin" for name in ("user", "item", "time"))
@@ -102,12 +98,14 @@ def clean_batches(log: Log, numeric: list[str], result: Interactions) -> Iterato
     types = {
         name: id_type({part.name: part.types[name] for part in log.parts}, name) for name in ("user", "item")
     }  # fmt: skip
-    times = _Times(log.time_format, result)
+    times = _Times(log.options.time_format, result)
     with tqdm(desc="read", unit=" rows", unit_scale=True, disable=None) as bar:
         for part in log.parts:
             times.part = part
             for batch in part.read(("user", "item", *numeric), result.bad):
-                columns = [as_ids(batch[name], dtype, keep_na=log.keep_na_ids) for name, dtype in types.items()]
+                columns = [
+                    as_ids(batch[name], dtype, keep_na=log.options.keep_na_ids) for name, dtype in types.items()
+                ]
                 if "rating" in numeric:
                     columns.append(as_numbers(batch["rating"]))
                 if "timestamp" in numeric:

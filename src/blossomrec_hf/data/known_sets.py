@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..utils.files import atomic_write
 from .formats import FORMATS
+from .options import LogOptions
 from .text_files import BadRows, is_gzip, read_blocks
 
 
@@ -162,7 +163,7 @@ def _check_digest(download: Path, md5: str | None) -> None:
 
 def _check_content(log: Path, format: str) -> None:
     """Reads a log without a known checksum: to its end if it is compressed, else its first rows."""
-    next(FORMATS[format](log, {}, []).read(("user", "item"), BadRows()), None)
+    next(FORMATS[format].open(log, LogOptions(), []).read(("user", "item"), BadRows()), None)
     if is_gzip(log):
         for _ in read_blocks(log):
             pass

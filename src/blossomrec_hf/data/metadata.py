@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
-from .formats import reading
+from .parts import reading
 from .text_files import read_blocks
 
 

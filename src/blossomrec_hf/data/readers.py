@@ -1,8 +1,8 @@
-"""open_log: whatever a log is stored as -> lazy frames with the columns user, item and, where known, rating and timestamp."""
+"""open_log: opens a log of any source and format."""
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import polars as pl
 
 from ..utils.files import recover_folder
 from . import known_sets
-from .columns import Names, no_times_note
-from .formats import FORMATS, WITH_NAMES, Part, sniff, table
+from .columns import no_times_note
+from .formats import FORMATS, recognize_format
+from .options import LogOptions
+from .parts import Part
+from .tables import open_table
 from .times import check_time_type
 
 
@@ -20,120 +23,111 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Log:
-    """A log to be read in one pass, part after part; `notes` are sentences on how it is read, for its user."""
+    """A log that is opened and not read yet: its parts, and `notes`, sentences for the report on how it is read."""
 
     parts: list[Part]
     name: str
     format: str
+    options: LogOptions
     licence: str | None = None
     titles: Path | None = None
-    time_format: str | None = None
-    keep_na_ids: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
     def has_timestamp(self) -> bool:
         return "timestamp" in self.parts[0].types
 
-    def require_rating(self, asked: str) -> None:
-        """Raises `ValueError` if a part has no rating; `asked` is the argument that needs one."""
+    def require_rating(self, reason: str) -> None:
+        """
+        Checks that every part has ratings.
+
+        Raises:
+            ValueError: if one does not; `reason` is the argument that needs them.
+        """
         for part in self.parts:
             if "rating" not in part.types:
-                raise ValueError(f"{asked}, but {part.name} has no rating known; name its column with rating=…")
+                raise ValueError(f"{reason}, but {part.name} has no rating known; name its column with rating=…")
             dtype = part.types["rating"]
             if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)):
-                raise ValueError(f"{asked}, but the ratings of {part.name} have type {dtype}; they may be numbers.")
+                raise ValueError(f"{reason}, but the ratings of {part.name} have type {dtype}; they may be numbers.")
 
 
-def open_log(
-    source: Any,
-    *,
-    format: str | None = None,
-    user: str | None = None,
-    item: str | None = None,
-    timestamp: str | None = None,
-    rating: str | None = None,
-    time_format: str | None = None,
-    keep_na_ids: bool = False,
-) -> Log:
+def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
     """
     Opens a log without reading it.
 
     Args:
-        source: a file, a folder or a glob of files of one format (read in name order); the name of a public set
-            (`ml-1m`, … see [`~data.known_sets.KNOWN`]), downloaded once; a folder of `Dataset.save_to_disk` or the id
-            of a data set on the Hub (its split `train`); a Polars or pandas frame, a pyarrow table or a `Dataset`.
-        format (`str`, *optional*): found out by looking if not given. `csv`, `tsv`, `parquet`, `jsonl` and `recbole` name
-            their columns; `pairs` (user item), `sequences` (user item item …, a user a line), `item-sequences` (item
-            item …, never found out: the users are the numbers of the lines), `ml-100k` (`u.data`), `ml-1m` (`::`),
-            `amazon-csv` (ratings without header, 2014 or 2018), `gowalla`, `foursquare` and `python-lines` (Steam) do
-            not need to. Each may be gzip-compressed (`.gz`), Parquet aside.
-        user, item, timestamp, rating (`str`, *optional*): the names of the columns; the usual ones are found without.
-            `timestamp=""` leaves times unread, so that file order counts.
-        time_format (`str`, *optional*): how texts of times are written, as for `strftime` (`"%d/%m/%Y %H:%M"`). Numbers
-            and ISO 8601 are read without it.
-        keep_na_ids (`bool`): read texts such as `NA`, `NULL`, `nan` and `None` as ids. They are missing ids otherwise.
+        source: a file; a folder or a glob pattern of files of one format, which are read in the order of their names; the
+            name of a public data set ([`~data.known_sets.KNOWN`]), which is downloaded once; a folder of
+            `Dataset.save_to_disk`, or the id of a data set on the Hub (its split `train`); a Polars or pandas frame, a
+            pyarrow table or a `Dataset`.
+        options ([`LogOptions`]): `format` is one of [`~data.formats.FORMATS`]. The columns of `csv`, `tsv`, `parquet`,
+            `jsonl`, `recbole` and `python-lines` (Steam) have names, which `user`, `item`, `timestamp` and `rating` choose
+            from. The others are `pairs` (user item), `sequences` (user item item …, a line per user), `item-sequences`
+            (item item …, never recognized; the user ids are the numbers of the lines), `ml-100k` (`u.data`), `ml-1m`
+            (`::`), `amazon-csv` (ratings without a header, 2014 or 2018), `gowalla` and `foursquare`. Every format but
+            Parquet may be compressed with gzip.
 
     Raises:
-        `FileNotFoundError`: nothing is there; for a public set that can not be fetched, where to put it by hand.
-        `ValueError`: an empty or damaged file, a column that is not there (with near matches), an unknown format, files
-            with and without times.
+        FileNotFoundError: if there is no such file; for a public data set that cannot be downloaded, with the place to
+            put it.
+        ValueError: if a file is empty or damaged, a named column does not exist (near matches are named), the format is
+            unknown, or only some of the files have times.
     """
-    names: Names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
-    options: dict[str, Any] = {"time_format": time_format, "keep_na_ids": keep_na_ids}
     if not isinstance(source, (str, Path)):
-        return _table_log(_as_polars(source), names, "source", options)
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it may be one of {', '.join(sorted(FORMATS))}.")
+        return _open_table(source, "source", options)
+    if options.format is not None and options.format not in FORMATS:
+        raise ValueError(f"format is {options.format!r}; it may be one of {', '.join(sorted(FORMATS))}.")
     path = Path(source)
     recover_folder(path)
     if str(source) in known_sets.KNOWN and not path.exists():
         known = known_sets.KNOWN[str(source)]
         folder = known_sets.fetch(str(source))
-        files, name, format = [folder / known.log], str(source), known.format
-        options |= {"licence": known.licence, "titles": folder / known.titles if known.titles else None}
-    elif (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _table_log(_as_polars(_stored_dataset(str(source))), names, str(source), options)
-    else:
-        files, name = _files(path), path.name  # a card needs no folder of ours
+        log = _open_files([folder / known.log], str(source), replace(options, format=known.format))
+        log.licence, log.titles = known.licence, folder / known.titles if known.titles else None
+        return log
+    if (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return _open_table(_stored_dataset(str(source)), str(source), options)
+    return _open_files(_files(path), path.name, options)  # the name alone: a card does not need this machine's folders
+
+
+def _open_files(files: list[Path], name: str, options: LogOptions) -> Log:
     for file in files:
         if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty; a log needs at least one interaction.")
+            raise ValueError(f"{file} is empty; a log needs at least one event.")
     notes: list[str] = []
-    if format is None:
-        format = sniff(files[0], names)
-        if format == "sequences":
-            notes.append(
-                'each line is read as a user and the items of this user; format="item-sequences" is without users'
-            )
+    format = options.format or recognize_format(files[0], options)
+    if format == "sequences" and options.format is None:
+        notes.append(
+            'each line is read as a user and the items of this user; format="item-sequences" is without users'
+        )
     if format == "item-sequences" and len(files) > 1:
         raise ValueError(
             f"source is {len(files)} files, but the users of item-sequences are the numbers of their lines; join the files."
         )
     logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
-    parts = [FORMATS[format](file, names, notes) for file in files]
-    if format not in WITH_NAMES:
-        if asked := [f"{ours}={theirs!r}" for ours, theirs in names.items() if theirs]:
+    parts = [FORMATS[format].open(file, options, notes) for file in files]
+    if not FORMATS[format].has_column_names:
+        if named := [f"{column}={name!r}" for column, name in options.column_names.items() if name]:
             raise ValueError(
-                f"{asked[0]} names a column, but the columns of the format {format} have no names; leave it out."
+                f"{named[0]} names a column, but the columns of the format {format} have no names; leave it out."
             )
-        if timestamp == "":
+        if options.timestamp == "":
             for part in parts:
-                part.types = {ours: dtype for ours, dtype in part.types.items() if ours != "timestamp"}
-    return _log(parts, name, format, names, notes, options)
+                part.types = {column: dtype for column, dtype in part.types.items() if column != "timestamp"}
+    return _checked(Log(parts, name, format, options, notes=notes))
 
 
-def _table_log(frame: pl.LazyFrame, names: Names, name: str, options: dict[str, Any]) -> Log:
+def _open_table(source: Any, name: str, options: LogOptions) -> Log:
     notes: list[str] = []
-    return _log([table(frame, name, names, notes)], name, "table", names, notes, options)
+    return _checked(Log([open_table(_as_polars(source), name, options, notes)], name, "table", options, notes=notes))
 
 
-def _log(
-    parts: list[Part], name: str, format: str, names: Names, notes: list[str], options: dict[str, Any]
-) -> Log:  # fmt: skip
-    timed = [part for part in parts if "timestamp" in part.types]
-    if timed and len(timed) < len(parts):
-        without = next(part for part in parts if part not in timed)
+def _checked(log: Log) -> Log:
+    """`log`, after a check that all of its parts have times, or none; a note says if none has."""
+    timed = [part for part in log.parts if "timestamp" in part.types]
+    if timed and len(timed) < len(log.parts):
+        without = next(part for part in log.parts if part not in timed)
         raise ValueError(
             f"{without.name} has no column known to be the time, but {timed[0].name} has; name the column with timestamp=…, "
             'or pass timestamp="" to read every history in the order of rows.'
@@ -141,8 +135,9 @@ def _log(
     for part in timed:
         check_time_type(part.types["timestamp"], part.name)
     if not timed:
-        notes.append(no_times_note(names))
-    return Log(parts, name, format, notes=list(dict.fromkeys(notes)), **options)
+        log.notes.append(no_times_note(log.options.timestamp))
+    log.notes = list(dict.fromkeys(log.notes))
+    return log
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Splits: which part of each history a model reads and which it has to predict, as views that copy nothing."""
+"""Splits: the events of each history that a model reads and those that it predicts, as views without copies."""
 
 import logging
 from typing import Any, Literal
@@ -26,26 +26,30 @@ def split(
     counts: np.ndarray | None = None,
 ) -> Dataset:
     """
-    A view of one part of a built Dataset: selected rows and a transform at access; nothing is copied.
+    Returns a view of one part of a prepared Dataset: selected rows with a transform at access, without copies.
 
-    Rows are `user_id`, `input_ids` (the history that the model reads, its latest `max_length` items) and `target_ids`
-    (the events to predict); in `validation` and `test` also `seen_ids`, the whole uncut history.
+    The columns are `user_id`, `input_ids` (the history that the model reads), `target_ids` (the events to predict) and,
+    for validation and test, `seen_ids` (the whole history):
 
-    - train: `input_ids` = events up to `train_end`, `target_ids` empty (every position has its next item as target);
-    - validation: events up to `train_end` → those up to `validation_end`;
-    - test: events up to `validation_end` → those up to `test_end`.
+    - train: `input_ids` are the events up to `train_end`, and `target_ids` is empty (the target of every position is the
+      next item);
+    - validation: `input_ids` are the events up to `train_end`, and `target_ids` those up to `validation_end`;
+    - test: `input_ids` are the events up to `validation_end`, and `target_ids` those up to `test_end`.
 
-    Users without an event in the history or the targets (train: without two events) are left out and counted in the
-    log. So are, after [`split_by_user`], the users of the other parts.
+    Users without an event in the history or without a target (train: without two events) are dropped, and so are the
+    users of the other parts after [`split_by_user`]; the log counts them.
 
     Args:
-        counts (int64 [vocab_size], *optional*): training frequencies from [`item_counts`]. Where given, an item that
-            training never saw is `[UNK]` in validation and test histories and no target; both are counted in the log.
-            A global time split has such items.
+        dataset: from [`build_sequences`].
+        part (`"train"`, `"validation"` or `"test"`): the part.
+        max_length (`int`, *optional*): number of latest items in `input_ids`; by default, all.
+        counts (int64 [vocab_size], *optional*): training frequencies from [`item_counts`]. If given, an item that never
+            occurs in training, as after a split by time, is `[UNK]` in validation and test histories and no target; the
+            log counts these targets.
 
     Raises:
-        `ValueError`: another `part`, `max_length` below 1, a dataset without the columns of `build_sequences`, or a part
-            that no user has.
+        ValueError: if `part` is unknown, `max_length` is below 1, a column of [`build_sequences`] is missing, or no user
+            has enough events.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; it may be one of {', '.join(PARTS)}.")
@@ -71,7 +75,7 @@ def split(
 
 
 def too_short(dataset: Dataset, part: str) -> ValueError:
-    """What to raise where no user has enough items for `part`."""
+    """The error if no user has enough events for `part`."""
     longest = _numbers(dataset, "test_end").max(initial=0)
     return ValueError(
         f'dataset has no user with enough items for the part "{part}": it has {len(dataset)} users, the longest history '
@@ -81,7 +85,7 @@ def too_short(dataset: Dataset, part: str) -> ValueError:
 
 
 def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [users]: the events that each user's history in `part` has, and the events to predict after them."""
+    """int64 [users] each: the number of events in each user's history in `part`, and the number to predict after them."""
     needed = {"input_ids", "train_end", "validation_end", "test_end"}
     if missing := needed - set(dataset.column_names):
         raise ValueError(f"dataset lacks {', '.join(sorted(missing))}; it should come from build_sequences.")
@@ -100,19 +104,19 @@ def hold_out_nothing(dataset: Dataset) -> Dataset:
 
 
 def has_users(dataset: Dataset, part: Literal["train", "validation", "test"]) -> bool:
-    """Whether any user has enough events for `part`, so that [`split`] gives a view of it."""
+    """Whether any user has enough events for `part`."""
     return bool(_rows_of(part, *part_lengths(dataset, part)).any())
 
 
 def _rows_of(part: str, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """bool [users]: who has enough events for `part`, see [`part_lengths`]."""
+    """bool [users]: whether a user has enough events for `part`, by [`part_lengths`]."""
     return lengths >= 2 if part == "train" else (lengths >= 1) & (targets >= 1)
 
 
 def repeat_share(dataset: Dataset) -> float:
     """
-    The share of the test targets that already occur in their user's history, an item counted once per user. Where no
-    user has a test target, the share of the users' latest events whose item occurs before. 0 where neither exists.
+    The share of the test targets that already occur in their user's history; an item counts once per user. If no user
+    has a test target, the share of the users' latest events whose item occurs before; 0 if there are none.
     """
     lengths, targets = part_lengths(dataset, "test")
     targets = np.where(lengths >= 1, targets, 0)
@@ -138,7 +142,7 @@ def _numbers(dataset: Dataset, column: str) -> np.ndarray:
 
 
 def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """int64 [users]: the events from `starts` to `stops` whose item training has seen."""
+    """int64 [users]: the number of events from `starts` to `stops` whose item occurs in training."""
     known, first = np.zeros(len(dataset), np.int64), 0
     for ids, lengths in event_batches(dataset):
         last = first + lengths.size
@@ -153,14 +157,14 @@ def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen
 
 
 def event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
-    """(values of all events, events a user) of one batch of users after another."""
+    """Yields the values of all events, and the number of events per user, in batches of users."""
     for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
         events = table[column].combine_chunks()
         yield events.flatten().to_numpy(), events.value_lengths().to_numpy().astype(np.int64)
 
 
 class _View:
-    """Batches of stored rows -> batches of a part's rows. A class, because DataLoader workers may pickle it."""
+    """Transforms stored rows into the rows of a part. A class, because DataLoader workers may pickle it."""
 
     def __init__(self, part: str, max_length: int | None, unseen: np.ndarray | None) -> None:
         self.part, self.max_length, self.unseen = part, max_length, unseen
@@ -185,10 +189,10 @@ class _View:
 
 def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
     """
-    How often each vocabulary id stands in the training part, as int64 [vocab_size].
+    How often each vocabulary id occurs in the training part, as int64 [vocab_size].
 
     Raises:
-        `ValueError`: an id of the dataset is `vocab_size` or more.
+        ValueError: if an id of the dataset is `vocab_size` or more.
     """
     counts = np.zeros(vocab_size, np.int64)
     stops, first = part_lengths(dataset, "train")[0], 0
@@ -197,7 +201,7 @@ def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
         ids = ids[position < np.repeat(stops[first : first + lengths.size], lengths)]
         first += lengths.size
         if ids.size and ids.max() >= vocab_size:
-            raise ValueError(f"vocab_size is {vocab_size}, but dataset holds the id {ids.max()}.")
+            raise ValueError(f"vocab_size is {vocab_size}, but dataset has the id {ids.max()}.")
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
 
@@ -247,19 +251,18 @@ def split_by_user(
     dataset: Dataset, *, validation: float = 0.1, test: float = 0.1, num_targets: int = 1, seed: int = 0
 ) -> Dataset:
     """
-    `dataset` with its users dealt to the parts, so that validation and test ask for users never seen in training. A
-    column `part` (int8: 0 train, 1 validation, 2 test) says whose a user is; the lists are shared, not copied.
+    Splits by user: users of validation and test do not occur in training.
 
-    Users of train have all their events there. Of the others the last `num_targets` events are to be predicted from
-    those before.
+    The result has a column `part` (int8: 0 train, 1 validation, 2 test). All events of a training user are in training.
+    Of other users, the last `num_targets` events are to be predicted from those before. The lists are shared, not copied.
 
     Args:
         validation, test (`float`): share of the users.
-        num_targets (`int`): events to predict.
-        seed (`int`): same seed, same users.
+        num_targets (`int`): number of events to predict.
+        seed (`int`): seed of the draw.
 
     Raises:
-        `ValueError`: shares that are negative or leave no user for training.
+        ValueError: if a share is negative, or no user remains for training.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The built-in data set: a generated log in which both the distant past and the last few items tell the next one."""
+"""The built-in data set: a generated log in which the next item depends on the distant past or on the last few items."""
 
 import numpy as np
 import polars as pl
@@ -20,38 +20,38 @@ def generate_log(
     noise: float = 0.03,
 ) -> pl.DataFrame:
     """
-    Generates a log with two planted signals, and events that nothing tells (fresh starts, noise).
+    Generates a log with two planted signals, and events that nothing predicts (fresh starts, noise).
 
-    The catalogue has three parts. *Taste items* fall into `num_genres` genres, half of each *classics*, half *novelties*.
+    The catalog has three parts. *Taste items* fall into `num_genres` genres, half of each *classics*, half *novelties*.
     *Drift items* lie on `num_rings` rings in a fixed order. One item, the *door*, ends every ring.
 
-    - **Long-term taste**: a history opens with `taste_length` classics of the user's home genre. Much later, once in a
-      while, the user comes to the door, and the item right after it is a novelty of the home genre. Between opening and
-      door lie tens or hundreds of drift items that say nothing of the genre.
+    - **Long-term taste**: a history begins with `taste_length` classics of the user's home genre. Much later, and now and
+      then, the door occurs, and the item right after it is a novelty of the home genre. Between the beginning and the
+      door are tens or hundreds of drift items, which are independent of the genre.
     - **Short-term drift**: the rest of a history is `drift_lag` walks on rings, interleaved: the next item is the ring
-      successor of the item `drift_lag` back. The last item alone does not tell it, nor does anything farther back. A
+      successor of the item `drift_lag` back. Neither the last item nor any earlier item predicts it. A
       walk ends after `walk_length` items, or at the door if it is one of the `return_probability` walks that lead there.
 
     A third of the users ends with (walk, walk), a third with (door, novelty) and a third with (novelty, walk), so that
-    of the targets of validation and of test under leave-one-out a third each asks for the distant past.
+    a third of the leave-one-out targets of validation, and a third of those of the test, depend on the distant past.
 
     Args:
         num_users (`int`), num_items (`int`): size. Two thirds of the items are taste items.
-        seed (`int`): same seed, same log.
-        num_genres (`int`): genres that users may be at home in; knowing the genre lifts a novelty's chance so many times.
-        taste_length (`int`): classics that open a history.
-        return_probability (`float`): share of walks that lead to the door.
-        drift_lag (`int`): how far back the item lies whose successor comes next.
-        walk_length (`int`): items of a walk; each begins at a random place.
-        num_rings (`int`): rings of drift items.
+        seed (`int`): seed of the draw.
+        num_genres (`int`): number of genres; a known genre makes its novelties this many times as likely.
+        taste_length (`int`): number of classics at the beginning of a history.
+        return_probability (`float`): share of walks that end at the door.
+        drift_lag (`int`): distance of the item whose ring successor comes next.
+        walk_length (`int`): number of items of a walk, which begins at a random place.
+        num_rings (`int`): number of rings of drift items.
         min_history (`int`), max_history (`int`): bounds on a history's length.
-        noise (`float`): share of events replaced by an item drawn from the whole catalogue (never the last two).
+        noise (`float`): share of events replaced by an item drawn from the whole catalog (never the last two).
 
     Returns:
         `polars.DataFrame`: `user`, `item` (int64, from 1) and `timestamp` (int64, seconds), by user and time.
 
     Raises:
-        `ValueError`: a catalogue too small for the genres and rings, or bounds that leave no room.
+        ValueError: if the catalog is too small for the genres and rings, or the bounds leave no room.
     """
     genre_size, ring_size = _sizes(num_items, num_genres, num_rings)
     num_taste = genre_size * num_genres
@@ -66,13 +66,13 @@ def generate_log(
             f"{taste_length + 2 * walk_length * drift_lag} (the opening and two rounds of walks), and no more than max_history."
         )
     rng = np.random.default_rng(seed)
-    names = rng.permutation(num_taste + num_rings * ring_size + 1) + 1  # so that an item's number tells nothing
+    names = rng.permutation(num_taste + num_rings * ring_size + 1) + 1  # so that the number of an item is no signal
     taste = names[:num_taste].reshape(num_genres, 2, genre_size // 2)  # genre, classic or novelty, item
     rings = names[num_taste:-1].reshape(num_rings, ring_size)
     door = int(names[-1])
 
     def draw_events(classics: np.ndarray, novelties: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """The events of one user, `max_history` of them, and where among them the novelties are."""
+        """`max_history` events of one user, and the positions of the novelties among them."""
         events = rng.choice(classics, taste_length, replace=taste_length > classics.size).tolist()
         walks: list[list[int]] = [[] for _ in range(drift_lag)]
         returns: list[int] = []
@@ -119,7 +119,7 @@ def generate_log(
 
 def generate_titles(num_items: int = 240, seed: int = 0, *, num_genres: int = 10, num_rings: int = 6) -> pl.DataFrame:
     """
-    What each item of `generate_log` is, for people to read; the arguments are those that generated the log.
+    Generates the titles of the items of [`generate_log`]; the arguments are those that generated the log.
 
     Returns:
         `polars.DataFrame`: `item` (int64) and `title`: "Genre 3 classic 5", "Genre 3 novelty 2", "Ring 4 stop 7" (its
@@ -139,6 +139,6 @@ def generate_titles(num_items: int = 240, seed: int = 0, *, num_genres: int = 10
 
 
 def _sizes(num_items: int, num_genres: int, num_rings: int) -> tuple[int, int]:
-    """How many items a genre has (half of them classics), and a ring."""
+    """The number of items of a genre (half of them classics), and of a ring."""
     genre_size = 2 * num_items // 3 // num_genres // 2 * 2
     return genre_size, (num_items - genre_size * num_genres - 1) // num_rings

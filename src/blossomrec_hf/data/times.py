@@ -1,4 +1,4 @@
-"""Times of events: numbers, dates and texts of dates become numbers, and what could be read in two ways is an error."""
+"""Times of events: numbers, dates and texts of dates become numbers; a text with two readings is an error."""
 
 import polars as pl
 
@@ -10,7 +10,12 @@ _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%
 
 
 def check_time_type(dtype: pl.DataType, where: str) -> None:
-    """Raises `ValueError` for a column that cannot be times."""
+    """
+    Checks the data type of a column of times.
+
+    Raises:
+        ValueError: if it cannot be times.
+    """
     if not (dtype.is_numeric() or dtype in (pl.String, pl.Categorical, pl.Enum, pl.Datetime, pl.Date, pl.Null)):
         raise ValueError(
             f"{where}: the column of times has type {dtype}; times may be numbers, dates or texts. Name another with "
@@ -20,16 +25,16 @@ def check_time_type(dtype: pl.DataType, where: str) -> None:
 
 def as_times(column: pl.Series, time_format: str | None, where: str) -> tuple[pl.Series, bool]:
     """
-    The times of a column as Int64 or, with fractions, Float64, and whether they are dates, in microseconds since 1970
-    (UTC if they name no time zone). What cannot be read is null.
+    The times of a column as Int64 (Float64 if they have fractions), and whether they are dates. Dates are microseconds
+    since 1970, in UTC if they have no time zone. A time that cannot be read is null.
 
     Args:
-        time_format (`str`, *optional*): how texts and integers are written, as for `strftime` ("%d/%m/%Y %H:%M"). ISO
-            8601 and numbers are read without.
-        where (`str`): the file, for errors.
+        time_format (`str`, *optional*): format of texts and integers, as for `strftime` ("%d/%m/%Y %H:%M"); by default,
+            ISO 8601 dates and numbers are read.
+        where (`str`): the file, for messages.
 
     Raises:
-        `ValueError`: dates that are not written as ISO 8601, without `time_format`, or another one.
+        ValueError: if dates are not ISO 8601 and `time_format` is missing or does not fit.
     """
     if column.dtype in (pl.Datetime, pl.Date):
         return column.cast(pl.Datetime("us")).to_physical(), True
@@ -51,7 +56,7 @@ def as_times(column: pl.Series, time_format: str | None, where: str) -> tuple[pl
 
 
 def as_numbers(column: pl.Series) -> pl.Series:
-    """Numbers, or texts of numbers, as Int64 if all are whole, else Float64; what is none is null."""
+    """Numbers, or texts of numbers, as Int64 if all are whole, otherwise Float64; other texts are null."""
     text = column.dtype == pl.String
     column = column.str.strip_chars() if text else column
     if text or column.dtype.is_integer():
@@ -64,7 +69,7 @@ def as_numbers(column: pl.Series) -> pl.Series:
 
 
 def _iso_dates(text: pl.Series) -> pl.Series:
-    """Texts of dates as ISO 8601 writes them, also with slashes, and with the words UTC or GMT at their end."""
+    """Texts of ISO 8601 dates, also with slashes, or with UTC or GMT at the end, as microseconds since 1970."""
     text = text.str.strip_chars().str.replace(r"\s*(?:Z|UTC|GMT)$", "")
     text = text.set(~text.str.contains(_ISO_DATE), None)
     text = text.str.replace_all("/", "-", literal=True).str.replace("T", " ", literal=True)
@@ -98,15 +103,15 @@ def _formatted(column: pl.Series, time_format: str, where: str) -> pl.Series:
 
 
 def time_unit(median: float) -> str:
-    """The unit in which a log's middle time lies before the year 2100; counters (1, 2, 3 …) count as seconds."""
+    """The unit of a log's times: the one in which their median is before 2100. Counters (1, 2, 3 …) are seconds."""
     return next((unit for unit, scale in UNITS.items() if median <= _YEAR_2100 * scale), "ns")
 
 
 def units_per_second(median: float) -> int:
-    """How many of a log's time units a second has, by its middle time."""
+    """How many of a log's time units a second has, by the median time."""
     return UNITS[time_unit(median)]
 
 
 def latest_time(unit: str | None) -> int:
-    """The start of the year 2100: what is later is no time of an event."""
+    """The start of the year 2100 in a unit; a later number is not the time of an event."""
     return _YEAR_2100 * UNITS[unit or "s"]

@@ -17,6 +17,7 @@ from ..data import build_sequences, generate_log, generate_titles, repeat_share
 from ..data.filters import FilterReport
 from ..data.growth import recode
 from ..data.metadata import METADATA_FILE, item_metadata
+from ..data.options import LogOptions
 from ..data.readers import open_log
 from ..data.storage import load_folder
 from ..model.configuration_blossomrec import BlossomRecConfig
@@ -275,7 +276,7 @@ class LogArguments:
             source = beside if beside.exists() else None
         elif source is None:
             names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
-            source = open_log(self.data, format=self.format, **names).titles
+            source = open_log(self.data, LogOptions(format=self.format, **names)).titles
         return None if source is None else item_metadata(source, tokenizer)
 
 

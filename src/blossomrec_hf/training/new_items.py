@@ -186,7 +186,7 @@ def read_item_vectors(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"`path` is {path}; item vectors are read from .parquet or .safetensors.")
     import polars as pl  # not needed to train
 
-    from ..data.formats import reading
+    from ..data.parts import reading
 
     with reading(str(path)):
         table = pl.read_parquet(path, glob=False)

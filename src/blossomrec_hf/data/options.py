@@ -1,0 +1,101 @@
+"""The options of `build_sequences`: declared once for Python, Spark and the command line, and checked before any work."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def _option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """
+    How a log is read; see [`~data.readers.open_log`].
+
+    Raises:
+        ValueError: if an option has a value that it cannot have.
+    """
+
+    format: str | None = _option("Format of the files; by default, recognized from their names and first lines.")
+    user: str | None = _option("Column of user ids; by default, the first usual name.")
+    item: str | None = _option("Column of item ids; by default, the first usual name.")
+    timestamp: str | None = _option(
+        'Column of times; by default, the first usual name. An empty name ("") reads every history in the order of rows.'
+    )
+    rating: str | None = _option("Column of ratings; by default, the first usual name.")
+    time_format: str | None = _option(
+        "Format of times, as for strftime (%%d/%%m/%%Y %%H:%%M); by default, numbers and ISO 8601 dates are read."
+    )
+    keep_na_ids: bool = _option("Read NA, NULL, nan and None as ids. By default, they are missing ids.", False)
+    on_bad_rows: Literal["fail", "skip"] = _option(
+        "What to do with a row that cannot be read: fail, or skip and count it.", "fail"
+    )
+
+    def __post_init__(self) -> None:
+        if self.on_bad_rows not in ("fail", "skip"):
+            raise ValueError(f'on_bad_rows is {self.on_bad_rows!r}; it may be "fail" or "skip".')
+
+    @property
+    def column_names(self) -> dict[str, str | None]:
+        """The given name of each column, or `None` if it goes by a usual name."""
+        return {name: getattr(self, name) for name in ("user", "item", "timestamp", "rating")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterOptions:
+    """
+    Which events become sequences, in the order in which the filters apply.
+
+    Raises:
+        ValueError: if an option has a value that it cannot have.
+    """
+
+    min_rating: float | None = _option("Drop rows with a lower rating; by default, every row is an event.")
+    deduplicate: Literal["none", "first", "last"] = _option(
+        "Which of a user's events with one item to keep: none of them is dropped, or the first or last one stays.",
+        "none",
+    )
+    k_core: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={
+            "help": "Drop users and items with fewer events, until all have as many; one number, or two for users and items."
+        },
+    )
+    min_history: int = _option("Drop users with fewer events.", 1)
+    max_history: int | None = _option("Keep only this many latest events of a user; by default, all.")
+
+    def __post_init__(self) -> None:
+        cores = [self.k_core] if isinstance(self.k_core, int) else list(self.k_core)
+        if len(cores) not in (1, 2):
+            raise ValueError(f"k_core is {self.k_core}; it may be one number, or two for users and items.")
+        object.__setattr__(self, "k_core", [cores[0], cores[-1]])
+        if self.deduplicate not in ("none", "first", "last"):
+            raise ValueError(f'deduplicate is {self.deduplicate!r}; it may be "none", "first" or "last".')
+        for name, value in (("k_core", min(self.k_core)), ("min_history", self.min_history)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it may be 1 (keep all) or more.")
+        if self.max_history is not None and self.max_history < self.min_history:
+            raise ValueError(
+                f"max_history is {self.max_history}; it may be None (no bound) or min_history ({self.min_history}) or more."
+            )
+
+
+def parse_options(options: Mapping[str, Any], *groups: type) -> Iterator[Any]:
+    """
+    Sorts keyword arguments into the dataclasses that declare them.
+
+    Raises:
+        TypeError: if no dataclass declares an argument.
+        ValueError: if an option has a value that it cannot have.
+    """
+    names = {field.name for group in groups for field in fields(group)}
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(names))}."
+            raise TypeError(f"unexpected keyword argument {name!r}; {hint}")
+    for group in groups:
+        yield group(**{field.name: options[field.name] for field in fields(group) if field.name in options})
