@@ -14,7 +14,7 @@ from blossomrec_hf.training import LoopArguments, train
 
 # Any table of users, items and times: a file of any common format, a data frame, or a data set of the Hub.
 dataset, tokenizer = build_sequences(generate_log())
-print(f"{len(dataset)} users, {len(tokenizer) - 2} items")
+print(f"{len(dataset)} users, {tokenizer.num_items} items")
 
 config = BlossomRecConfig(
     vocab_size=len(tokenizer),

@@ -75,7 +75,7 @@ def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) 
             "seconds": round(seconds, 2),
             "process_seconds": round(time.perf_counter() - process_started, 2),
             "users": len(dataset),
-            "items": len(tokenizer) - 2,
+            "items": tokenizer.num_items,
             "output_MiB": round(sum(file.stat().st_size for file in output.iterdir()) / 2**20),
         }
     )

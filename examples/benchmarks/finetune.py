@@ -34,6 +34,7 @@ from transformers import TrainingArguments, set_seed
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.evaluation import HeldOutItems, rank_held_out_items
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.training import (
     LoopArguments,
     RankingCollator,
@@ -52,7 +53,6 @@ from blossomrec_hf.training.fine_tuning import (
 from blossomrec_hf.utils.command_line import HelpFormatter
 
 
-NUM_SPECIAL = 2
 HELD_OUT_SHARE = 0.2
 METRIC = "recall@10"
 VARIANT = "start:learning_rate:epochs:share of replayed targets:batch size:schedule"
@@ -75,7 +75,7 @@ def read_events(data: str) -> dict[str, np.ndarray]:
     items, times = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "timestamps"))
     lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
     return {
-        "item": items - NUM_SPECIAL,
+        "item": items - NUM_SPECIAL_IDS,
         "user": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
         "time": times,
     }
@@ -127,7 +127,7 @@ def divide(
     occurring = np.unique(item)
     in_order = np.concatenate([occurring[~is_new[occurring]], occurring[is_new[occurring]]])
     ids = np.zeros(len(counts), np.int64)
-    ids[in_order] = np.arange(len(in_order)) + NUM_SPECIAL
+    ids[in_order] = np.arange(len(in_order)) + NUM_SPECIAL_IDS
     starts = np.flatnonzero(np.diff(user, prepend=-1))
     histories = np.split(ids[item], starts[1:])
     num_late = [int(part.sum()) for part in np.split(is_late, starts[1:])]
@@ -135,8 +135,8 @@ def divide(
         histories,
         num_past=[len(history) - late for history, late in zip(histories, num_late)],
         num_learned=[len(history) - int(late * HELD_OUT_SHARE) for history, late in zip(histories, num_late)],
-        first_new=NUM_SPECIAL + int((~is_new[occurring]).sum()),
-        vocab_size=NUM_SPECIAL + len(in_order),
+        first_new=NUM_SPECIAL_IDS + int((~is_new[occurring]).sum()),
+        vocab_size=NUM_SPECIAL_IDS + len(in_order),
     )
 
 

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches.histories import budget_batches
 from blossomrec_hf.data import build_sequences, generate_log
-from blossomrec_hf.model.loss_blossomrec import NUM_SPECIAL_IDS
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.serving.index import ItemIndex
 from blossomrec_hf.utils.command_line import HelpFormatter
 
@@ -191,7 +191,7 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
 def catalogue(args: argparse.Namespace) -> list[Figure]:
     """One user at a time: exact, and by the index with its recall for several numbers of probes."""
     model = train_large(args)
-    log, figures = TasteLog(model.config.vocab_size - 2, seed=1), []
+    log, figures = TasteLog(model.config.num_items, seed=1), []
     users = [torch.from_numpy(row)[None].to(args.device) for row in log.draw(args.users, 64)]
 
     @torch.inference_mode()

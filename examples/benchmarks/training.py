@@ -36,9 +36,9 @@ import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore, HistoryWindows, PackedDataLoader, PaddingCollator, TokenBudgetSampler
-from blossomrec_hf.batches.histories import IGNORE_INDEX
 from blossomrec_hf.data import build_sequences, generate_log, split
 from blossomrec_hf.model import loss_blossomrec
+from blossomrec_hf.model.ids_blossomrec import IGNORE_INDEX
 from blossomrec_hf.model.loss_blossomrec import cross_entropy
 from blossomrec_hf.training.graphs import GraphedPass
 from blossomrec_hf.utils.command_line import HelpFormatter

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from blossomrec_hf.model import ops_triton_cross_entropy
-from blossomrec_hf.model.loss_blossomrec import NUM_SPECIAL_IDS, cross_entropy
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
+from blossomrec_hf.model.loss_blossomrec import cross_entropy
 from blossomrec_hf.model.ops_triton_cross_entropy import WIDTHS, _launch, why_unsupported
 
 

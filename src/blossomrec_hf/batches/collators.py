@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-
-IGNORE = -100
-NUM_SPECIAL = 2  # [PAD] and [UNK] are no targets
+from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
 def _histories(rows: Sequence[Any], max_length: int | None) -> tuple[list[np.ndarray], list[int]]:
@@ -74,7 +72,7 @@ class PackingCollator:
         ends = np.cumsum(lengths)
         ids = np.concatenate(histories)
         positions = np.arange(total) - np.repeat(ends - lengths, lengths)
-        labels = np.where((ids < NUM_SPECIAL) | (positions < np.repeat(known, lengths)), IGNORE, ids)
+        labels = np.where((ids < NUM_SPECIAL_IDS) | (positions < np.repeat(known, lengths)), IGNORE_INDEX, ids)
         offsets = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
         return {
             "input_ids": torch.from_numpy(ids)[None],
@@ -109,14 +107,14 @@ class PaddingCollator:
         width = max((history.size for history in histories), default=0)
         ids = np.zeros((len(histories), width), np.int64)
         mask = np.zeros_like(ids)
-        labels = np.full_like(ids, IGNORE)
+        labels = np.full_like(ids, IGNORE_INDEX)
         for row, (history, first_target) in enumerate(zip(histories, known)):
             start = 0 if self.padding_side == "right" else width - history.size
             place = slice(start, start + history.size)
             ids[row, place] = history
             mask[row, place] = 1
-            labels[row, place] = np.where(history < NUM_SPECIAL, IGNORE, history)
-            labels[row, start : start + first_target] = IGNORE
+            labels[row, place] = np.where(history < NUM_SPECIAL_IDS, IGNORE_INDEX, history)
+            labels[row, start : start + first_target] = IGNORE_INDEX
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-
-IGNORE_INDEX = -100
-NUM_SPECIAL_TOKENS = 2  # [PAD] and [UNK], always the first ids of the vocabulary
+from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
 class HistoryStore:
@@ -49,7 +47,7 @@ class HistoryStore:
         self.starts = offsets[1:] - self.lengths
 
         targets_before = np.zeros(len(items) + 1, dtype=np.int64)
-        np.cumsum(np.asarray(items) >= NUM_SPECIAL_TOKENS, out=targets_before[1:])
+        np.cumsum(np.asarray(items) >= NUM_SPECIAL_IDS, out=targets_before[1:])
         known = np.ones_like(full_lengths) if num_known is None else np.asarray(num_known, dtype=np.int64)
         # Of the items in use; an item without one before it can never be predicted.
         self.num_known = np.maximum(known - (full_lengths - self.lengths), 1)
@@ -111,7 +109,7 @@ class HistoryStore:
             "max_length_k": max_length,
         }
         if labels:
-            targets = input_ids.masked_fill(input_ids < NUM_SPECIAL_TOKENS, IGNORE_INDEX)
+            targets = input_ids.masked_fill(input_ids < NUM_SPECIAL_IDS, IGNORE_INDEX)
             if (self.num_known[rows] == 1).all():
                 targets = targets.index_fill(0, firsts, IGNORE_INDEX)
             else:

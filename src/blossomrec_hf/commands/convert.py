@@ -64,7 +64,7 @@ def convert(args: ConversionArguments) -> None:
     state, settings = read_checkpoint(args.checkpoint)
     asked = {"num_attention_heads": args.num_attention_heads, "hidden_act": args.hidden_act}
     model = from_authors(state, **settings | {name: value for name, value in asked.items() if value is not None})
-    num_items = model.config.vocab_size - 2
+    num_items = model.config.num_items
     items: list[int] | list[str] = list(range(1, num_items + 1))
     if args.items is not None:
         with reading(args.items):

@@ -96,7 +96,7 @@ def main() -> None:
             dataset, _ = log_args.build(tokenizer)
             held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
             counts = item_counts(dataset, len(tokenizer))
-            ranking["top_k"] = min(max(args.ks), len(tokenizer) - 2)
+            ranking["top_k"] = min(max(args.ks), tokenizer.num_items)
             ranking["exclude_seen"] = args.exclude_seen
         if args.exclude_seen is None:
             if model.config.repeat_share is None:
@@ -151,7 +151,7 @@ def main() -> None:
         (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
     print(
-        f"{len(held_out)} users, {len(counts) - 2} items; {held_out.repeat_share:.1%} of the held-out items already ",
+        f"{len(held_out)} users, {tokenizer.num_items} items; {held_out.repeat_share:.1%} of the held-out items already ",
         end="",
     )
     print(

@@ -40,6 +40,7 @@ from ..data.growth import add_item_counts, join_logs, read_histories, recode
 from ..data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
 from ..data.splits import part_lengths
 from ..evaluation import sample_users
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..training import (
     LogArguments,
     LogLinesCallback,
@@ -74,7 +75,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOGS_FILE = "logs.yaml"  # next to a fine-tuned model: the logs that it was trained on, in order
-NUM_SPECIAL = 2  # [PAD] and [UNK] come before the items
 DEFAULTS = {
     **FINE_TUNING_DEFAULTS,
     "output_dir": "runs/finetuned",
@@ -265,7 +265,7 @@ def main() -> None:
     set_seed(training_args.seed)
 
     dataset, tokenizer = log_args.build()
-    past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL
+    past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL_IDS
     if args.model is None:
         model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
         model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
@@ -274,9 +274,9 @@ def main() -> None:
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
         old_titles, first_new = read_item_metadata(args.model), len(tokenizer)
         vectors = {} if args.item_vectors is None else read_item_vectors(args.item_vectors)
-        log_items = log_tokenizer.decode_items(range(NUM_SPECIAL, len(log_tokenizer)))
+        log_items = log_tokenizer.decode_items(range(NUM_SPECIAL_IDS, len(log_tokenizer)))
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
-            print(f"{num_added} new items; the catalog now has {len(tokenizer) - NUM_SPECIAL}.")
+            print(f"{num_added} new items; the catalog now has {tokenizer.num_items}.")
         past = past_logs(args.model, args.replay)
         old_log = read_past(past, args.model, tokenizer)
         dataset = continue_past(model, recode(dataset, log_tokenizer, tokenizer), old_log)
@@ -307,7 +307,7 @@ def main() -> None:
         training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
     validation = validation_users(dataset, training_args, args.eval_users)
     if args.train_only != "all":
-        freeze_all_but_items(model, NUM_SPECIAL if args.train_only == "embeddings" else first_new)
+        freeze_all_but_items(model, NUM_SPECIAL_IDS if args.train_only == "embeddings" else first_new)
     if args.train_only == "lora":
         adapted = add_adapters(model, args.lora_rank)
         model.get_input_embeddings().requires_grad_(True)

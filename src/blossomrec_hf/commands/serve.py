@@ -185,7 +185,7 @@ class Recommender:
             RequestValidationError: for items of another type than the model's, and sizes over the limits.
             queue.Full: when too many wait.
         """
-        catalog = len(self.tokenizer) - 2
+        catalog = self.tokenizer.num_items
         if query.top_k > catalog:
             raise refused("top_k", f"`top_k` is {query.top_k}; the catalog has {catalog} items.")
         unknown: list[int | str] = []

@@ -162,7 +162,7 @@ def main() -> None:
         callbacks=[SelectionWatch(views["validation"] or train_view)] if output_args.watch else [],
     )
     accelerator = loop.accelerator
-    size = f"{len(dataset)} users, {len(tokenizer) - 2} items; {model.num_parameters():,} weights"
+    size = f"{len(dataset)} users, {tokenizer.num_items} items; {model.num_parameters():,} weights"
     accelerator.print(f"{size} on {accelerator.device}", flush=True)
     result = loop.run()
     figures = {}
@@ -262,7 +262,7 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     """Ten items for one user; where users do not repeat items, none of the whole history."""
     history = torch.tensor([row.get("seen_ids", row["input_ids"])], device=model.device)
-    recommended = model.recommend(history, top_k=min(10, len(tokenizer) - 2), max_length=max_length)
+    recommended = model.recommend(history, top_k=min(10, tokenizer.num_items), max_length=max_length)
     found = recommended.item_ids[0] >= 0
     items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
     print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")

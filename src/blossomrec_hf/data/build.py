@@ -13,6 +13,7 @@ import polars as pl
 from datasets import Dataset
 from tqdm import tqdm
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch
 from . import partitions
@@ -25,8 +26,6 @@ from .storage import check_output_dir, load_folder, to_dataset, user_rows, write
 
 
 logger = logging.getLogger(__name__)
-
-NUM_SPECIAL = 2  # [PAD] and [UNK] come before the items
 
 
 def build_sequences(
@@ -161,7 +160,7 @@ def _number_items(
         return tokenizer, _known_vocabulary(item_ids, tokenizer)
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     vocabulary = np.zeros(counts.size, np.int32)
-    vocabulary[order] = np.arange(NUM_SPECIAL, NUM_SPECIAL + order.size, dtype=np.int32)
+    vocabulary[order] = np.arange(NUM_SPECIAL_IDS, NUM_SPECIAL_IDS + order.size, dtype=np.int32)
     item_type = "int" if item_ids.dtype.is_integer() else "str"
     return BlossomRecTokenizer.from_items(item_ids[order].to_list(), item_type=item_type), vocabulary
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
-from .build import NUM_SPECIAL
 from .columns import find_columns, no_times_note
 from .filters import FilterReport
 from .ids import BLANKS, EXACT, EXPONENT, FLOAT, MISSING_IDS, as_integers, exponent_error, floats_note
@@ -159,7 +159,7 @@ def _number_items(
     kept = catalog["count"] > 0
     item_type = "int" if ids.dtype.is_integer() else "str"
     tokenizer = BlossomRecTokenizer.from_items(ids.filter(kept).to_list(), item_type=item_type)
-    numbered = catalog.filter(kept).select("item").with_row_index("id", NUM_SPECIAL)
+    numbered = catalog.filter(kept).select("item").with_row_index("id", NUM_SPECIAL_IDS)
     vocabulary = spark.createDataFrame(numbered.select("item", "id").rows(), ["item", "id"])
     return tokenizer, vocabulary.withColumn("id", f.col("id").cast("int"))
 

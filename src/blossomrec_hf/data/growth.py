@@ -32,7 +32,7 @@ def recode(dataset: Dataset, source: BlossomRecTokenizer, target: BlossomRecToke
     for token, index in old.items():
         ids[index] = new.get(token, target.unk_token_id)
     if unknown := len(old.keys() - new.keys()):
-        logger.warning("%d of %d items of the data are not in the vocabulary: [UNK]", unknown, len(old) - 2)
+        logger.warning("%d of %d items of the data are not in the vocabulary: [UNK]", unknown, source.num_items)
 
     def recode_batch(table: pa.Table) -> pa.Table:
         items, offsets = _flatten(table, "input_ids")

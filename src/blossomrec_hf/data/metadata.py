@@ -55,7 +55,7 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
     frame = frame.filter(pl.col("item").is_not_null() & pl.col("title").is_not_null()).unique("item", keep="first")
     ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)
     frame = frame.with_columns(ids).filter(pl.col("input_id") != tokenizer.unk_token_id).sort("input_id")
-    logger.info("titles for %d of %d items", frame.height, len(tokenizer) - 2)
+    logger.info("titles for %d of %d items", frame.height, tokenizer.num_items)
     return frame.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
 
 

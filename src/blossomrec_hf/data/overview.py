@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..utils.files import atomic_write
 from .filters import FilterReport
 from .metadata import read_item_metadata
@@ -17,7 +18,6 @@ from .splits import event_batches
 from .storage import load_folder
 
 
-NUM_SPECIAL = 2
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
@@ -40,7 +40,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         counts[: frequencies.size] += frequencies
         frequencies = counts
     history_lengths = np.concatenate(lengths)
-    frequencies = np.sort(frequencies[NUM_SPECIAL:])[::-1]
+    frequencies = np.sort(frequencies[NUM_SPECIAL_IDS:])[::-1]
     frequencies = frequencies[frequencies > 0]
     total = int(history_lengths.sum())
     figures = {
@@ -151,7 +151,7 @@ def _date(time: float, unit: str | None) -> str:
 def _favourites(dataset: Dataset, folder: Path) -> list[str]:
     """The titles of the ten most frequent items, where titles are known; vocabulary ids fall by frequency."""
     titles = read_item_metadata(folder)
-    return [] if titles is None else titles.filter(titles["input_id"] < NUM_SPECIAL + 10)["title"].to_list()
+    return [] if titles is None else titles.filter(titles["input_id"] < NUM_SPECIAL_IDS + 10)["title"].to_list()
 
 
 def _table(rows: list[tuple], header: tuple[str, ...] = ()) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..batches.histories import NUM_SPECIAL_TOKENS, HistoryStore, to_device
+from ..batches.histories import HistoryStore, to_device
 from ..data.splits import event_batches, part_lengths
 from ..data.times import units_per_second
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from .held_out import HeldOutItems, entries_of
 
 
@@ -55,8 +56,8 @@ class LastItemNeighbours:
         items = training.items.cpu().numpy().astype(np.int64)
         follows = np.ones(len(items), dtype=bool)
         follows[training.starts[training.lengths > 0]] = False
-        second = np.flatnonzero(follows & (items >= NUM_SPECIAL_TOKENS))
-        second = second[items[second - 1] >= NUM_SPECIAL_TOKENS]
+        second = np.flatnonzero(follows & (items >= NUM_SPECIAL_IDS))
+        second = second[items[second - 1] >= NUM_SPECIAL_IDS]
         pairs, self.times = np.unique(items[second - 1] * vocab_size + items[second], return_counts=True)
         self.followers = pairs % vocab_size
         self.offsets = np.searchsorted(pairs // vocab_size, np.arange(vocab_size + 1))
@@ -130,7 +131,7 @@ class RecentPopularity:
             in_training = np.arange(len(batch_items)) - np.repeat(starts, lengths) < np.repeat(
                 train_lengths[users], lengths
             )
-            in_training &= batch_items >= NUM_SPECIAL_TOKENS
+            in_training &= batch_items >= NUM_SPECIAL_IDS
             items.append(batch_items[in_training])
             times.append(batch_times[in_training])
             last = starts + np.maximum(history_lengths[users], 1) - 1

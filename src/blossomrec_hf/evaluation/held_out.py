@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..batches.histories import NUM_SPECIAL_TOKENS, HistoryStore, concatenate, iterate_columns
+from ..batches.histories import HistoryStore, concatenate, iterate_columns
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 
 
 class HeldOutItems:
@@ -45,7 +46,7 @@ class HeldOutItems:
         self.history_lengths = np.diff(offsets)
         stride = int(max(items.max(initial=0), self.targets.max(initial=0))) + 1
         users = np.repeat(np.arange(len(distinct_targets)), np.diff(offsets))
-        real = items >= NUM_SPECIAL_TOKENS
+        real = items >= NUM_SPECIAL_IDS
         pairs, self.history_counts = np.unique(users[real] * stride + items[real], return_counts=True)
         self.history_items = pairs % stride
         self.history_offsets = np.searchsorted(pairs // stride, np.arange(len(distinct_targets) + 1))
@@ -85,7 +86,7 @@ class HeldOutItems:
     @property
     def repeat_share(self) -> float:
         """The share of the held-out items that already occur in their user's history."""
-        return float(self.repeated.sum() / max((self.targets >= NUM_SPECIAL_TOKENS).sum(), 1))
+        return float(self.repeated.sum() / max((self.targets >= NUM_SPECIAL_IDS).sum(), 1))
 
     def seen_by_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -107,7 +108,7 @@ class HeldOutItems:
         excluded = [user_of_seen * vocab_size + self.seen_items, self.target_users * vocab_size + self.targets]
         excluded = np.sort(np.concatenate(excluded))
         met = np.bincount(excluded // vocab_size, minlength=len(self))
-        if met.max() >= vocab_size - NUM_SPECIAL_TOKENS:
+        if met.max() >= vocab_size - NUM_SPECIAL_IDS:
             user = self.user_ids[int(met.argmax())]
             raise ValueError(f"`number` is {number}, but user {user!r} has met every item: no negative can be drawn.")
         rng = np.random.default_rng(seed)
@@ -115,7 +116,7 @@ class HeldOutItems:
         negatives = np.zeros(len(users), dtype=np.int32)
         open_places = np.arange(len(users))
         while len(open_places):
-            drawn = rng.integers(NUM_SPECIAL_TOKENS, vocab_size, size=len(open_places), dtype=np.int32)
+            drawn = rng.integers(NUM_SPECIAL_IDS, vocab_size, size=len(open_places), dtype=np.int32)
             negatives[open_places] = drawn
             keys = users[open_places] * vocab_size + drawn
             found = excluded[np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)] == keys

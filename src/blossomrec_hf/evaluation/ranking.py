@@ -25,8 +25,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from ..batches.histories import NUM_SPECIAL_TOKENS, budget_batches, to_device
+from ..batches.histories import budget_batches, to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.recommendation_blossomrec import top_of_rows
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
@@ -245,12 +246,12 @@ def rank_by_scores(
     top_items = torch.zeros(len(held_out), top_k, dtype=torch.int64, device=device)
 
     def keep_top_items(users: np.ndarray, scores: torch.Tensor) -> None:
-        ranked = scores[:, NUM_SPECIAL_TOKENS:]
+        ranked = scores[:, NUM_SPECIAL_IDS:]
         if exclude_seen:
             rows, items = to_device(torch.from_numpy(np.stack(held_out.seen_by_users(users))), scores.device)
-            ranked = ranked.index_put((rows, items - NUM_SPECIAL_TOKENS), scores.new_tensor(-torch.inf))
+            ranked = ranked.index_put((rows, items - NUM_SPECIAL_IDS), scores.new_tensor(-torch.inf))
         best, places = top_of_rows(ranked, top_k)
-        top_items[torch.from_numpy(users).to(device)] = torch.where(best > -torch.inf, places + NUM_SPECIAL_TOKENS, -1)
+        top_items[torch.from_numpy(users).to(device)] = torch.where(best > -torch.inf, places + NUM_SPECIAL_IDS, -1)
 
     doubled = double_ranks(
         score,
@@ -408,7 +409,7 @@ def add_double_ranks(
     """
     device = scores.device
     rows, targets = entries_of(held_out.target_offsets, users)
-    rankable = held_out.targets[targets] >= NUM_SPECIAL_TOKENS
+    rankable = held_out.targets[targets] >= NUM_SPECIAL_IDS
     rows, targets = rows[rankable], targets[rankable]
     one_each = np.array_equal(rows, np.arange(len(users)))
     # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
@@ -421,7 +422,7 @@ def add_double_ranks(
 
         candidates = scores if one_each else scores[chunk_rows]
         target_scores = candidates.gather(1, chunk_items[:, None])
-        ranked = candidates[:, NUM_SPECIAL_TOKENS:]
+        ranked = candidates[:, NUM_SPECIAL_IDS:]
         over_all = 1 + 2 * ranked.shape[1] - (ranked <= target_scores).sum(1) - (ranked < target_scores).sum(1)
 
         seen_scores, compared = candidates[pairs[0], pairs[1]], target_scores[pairs[0], 0]
@@ -434,7 +435,7 @@ def add_double_ranks(
             among_drawn = 2 + 2 * drawn.shape[1] - lower
             # The held-out items of a user are ranked in one list: else several of them could come first.
             other_rows, others = entries_of(held_out.target_offsets, held_out.target_users[targets[chunk]])
-            other = (others != targets[chunk][other_rows]) & (held_out.targets[others] >= NUM_SPECIAL_TOKENS)
+            other = (others != targets[chunk][other_rows]) & (held_out.targets[others] >= NUM_SPECIAL_IDS)
             plan = np.stack([other_rows[other], held_out.targets[others[other]]])
             other_rows, other_items = to_device(torch.from_numpy(plan), device)
             other_scores, compared = candidates[other_rows, other_items], target_scores[other_rows, 0]

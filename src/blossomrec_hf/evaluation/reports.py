@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from .held_out import HeldOutItems
 from .metrics import DEFAULT_KS
 from .ranking import Ranks
@@ -107,7 +108,7 @@ def describe_evaluation(
         for k in ks:
             shown = ranks.top_items[:, :k]
             shown = shown[shown >= 0]
-            report[f"coverage@{k}"] = len(np.unique(shown)) / (len(counts) - 2)
+            report[f"coverage@{k}"] = len(np.unique(shown)) / (len(counts) - NUM_SPECIAL_IDS)
             report[f"popularity_lift@{k}"] = float(counts[shown].mean() / max(profile.mean(), 1e-12) - 1)
     return report
 

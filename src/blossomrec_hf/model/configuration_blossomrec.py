@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import CONFIG_NAMES, ManifestMixin, require_loadable, update_manifest
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objective
 
@@ -214,6 +215,11 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         super().__setattr__(name, value)
 
     @property
+    def num_items(self) -> int:
+        """The number of items: the vocabulary without `[PAD]` and `[UNK]`."""
+        return self.vocab_size - NUM_SPECIAL_IDS
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -316,9 +322,9 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             )
         _check_choice("cross_entropy_implementation", self.cross_entropy_implementation, CROSS_ENTROPY_IMPLEMENTATIONS)
         _check_choice("negative_sampling", self.negative_sampling, NEGATIVE_SAMPLINGS)
-        if self.objective in SAMPLED_OBJECTIVES and not 1 <= self.num_negatives <= self.vocab_size - 2:
+        if self.objective in SAMPLED_OBJECTIVES and not 1 <= self.num_negatives <= self.num_items:
             raise ValueError(
-                f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.vocab_size - 2}, the number of items."
+                f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.num_items}, the number of items."
             )
 
 

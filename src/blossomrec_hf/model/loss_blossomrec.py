@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from .configuration_blossomrec import BlossomRecConfig
+from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, mean_over_targets, register_objective
 from .ops_triton_cross_entropy import fused_cross_entropy, why_unsupported
 
 
-NUM_SPECIAL_IDS = 2  # [PAD] and [UNK] stand before the items
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits alive at a time, 128 MiB and 1 GiB in float32
 
 
@@ -28,10 +28,10 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
     Returns:
         `[T]`, −100 where there is no target: at the end of a history, and for [PAD] and [UNK].
     """
-    targets = nn.functional.pad(labels[1:], (0, 1), value=-100)
+    targets = nn.functional.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
     first = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
     first.index_fill_(0, cu_seqlens.long(), True)  # an assignment would copy the `True` from the CPU, and wait for it
-    return targets.masked_fill(first[1:] | (targets < NUM_SPECIAL_IDS), -100)
+    return targets.masked_fill(first[1:] | (targets < NUM_SPECIAL_IDS), IGNORE_INDEX)
 
 
 def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
     Returns:
         `[T]`, −100 where there is no target.
     """
-    return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, -100)
+    return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, IGNORE_INDEX)
 
 
 def cross_entropy(
@@ -76,7 +76,7 @@ def cross_entropy(
     Raises:
         ValueError: for `"triton"` and `"liger"` where they cannot compute the input.
     """
-    targets = torch.where(targets < 0, -100, targets - NUM_SPECIAL_IDS)
+    targets = torch.where(targets < 0, IGNORE_INDEX, targets - NUM_SPECIAL_IDS)
     if _takes_triton(hidden_states, implementation):
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):

@@ -21,7 +21,8 @@ from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGa
 from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
-from .loss_blossomrec import NUM_SPECIAL_IDS, given_targets, next_item_targets
+from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
+from .loss_blossomrec import given_targets, next_item_targets
 from .manifest_blossomrec import require_loadable
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
@@ -526,7 +527,7 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
 
         loss = logits = None
         if labels is not None:
-            labels = packed.pack(labels, padding=-100).long()
+            labels = packed.pack(labels, padding=IGNORE_INDEX).long()
             targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
             loss = find_objective(self.config.objective)(
                 hidden_states,

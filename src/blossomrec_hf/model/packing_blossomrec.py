@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .loss_blossomrec import NUM_SPECIAL_IDS
+from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
 logger = logging.get_logger(__name__)
@@ -209,7 +209,11 @@ def _check_packing(
     lengths = cu_seqlens.diff()
     facts = [
         *((zero, zero) if ids is None or ids.numel() == 0 else ids.aminmax()),
-        *((zero, zero) if labels is None or labels.numel() == 0 else labels.masked_fill(labels == -100, 0).aminmax()),
+        *(
+            (zero, zero)
+            if labels is None or labels.numel() == 0
+            else labels.masked_fill(labels == IGNORE_INDEX, 0).aminmax()
+        ),
         _num_counted_in_vain(labels, real, cu_seqlens) if labels is not None and labels_are_counted else zero,
         zero if cu_seqlens_k is None else (cu_seqlens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
         zero if padding is None else (padding == 0).sum(),
@@ -260,7 +264,7 @@ def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor | None, cu_seq
         no_target = no_target.index_fill_(1, cu_seqlens.clamp(0, labels.shape[1]), True)[:, :-1]
     else:
         no_target = ~real | (real.cumsum(1) == 1)
-    return ((no_target | (labels < NUM_SPECIAL_IDS)) & (labels != -100))[:, 1:].sum()
+    return ((no_target | (labels < NUM_SPECIAL_IDS)) & (labels != IGNORE_INDEX))[:, 1:].sum()
 
 
 def _short(values: list[int]) -> str:

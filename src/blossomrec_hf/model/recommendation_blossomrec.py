@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
-from .loss_blossomrec import NUM_SPECIAL_IDS
+from .ids_blossomrec import NUM_SPECIAL_IDS
 from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, stored_item_vectors
 
 

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import (
     FINDING,
     TOKENIZER_NAMES,
@@ -186,11 +187,16 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
             item_type = "str" if not items or isinstance(items[0], str) else "int"
         tokens = _to_tokens(items, item_type)
         vocab = {PAD_TOKEN: 0, UNK_TOKEN: 1, **{token: index for index, token in enumerate(tokens, start=2)}}
-        if len(vocab) != len(items) + 2:
+        if len(vocab) != len(items) + NUM_SPECIAL_IDS:
             seen: set[str] = set()
             twice = next(item for item, token in zip(items, tokens) if token in seen or seen.add(token))
             raise ValueError(f"items holds {twice!r} more than once; each item may stand in a vocabulary once.")
         return cls(vocab, item_type=item_type, **kwargs)
+
+    @property
+    def num_items(self) -> int:
+        """The number of items: the vocabulary without `[PAD]` and `[UNK]`."""
+        return len(self) - NUM_SPECIAL_IDS
 
     def encode_items(self, items: Iterable[int | str]) -> list[int]:
         """

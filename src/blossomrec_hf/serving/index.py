@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.modules_blossomrec import digest, stored_item_vectors, tensor_state
 from ..utils.files import atomic_write, write_json
 
@@ -31,7 +32,6 @@ except ImportError:
 INDEX_FILE, ABOUT_FILE = "item_index.faiss", "item_index.json"
 LISTS = 8  # times the root of the number of items; FAISS advises 4 to 16
 SAMPLE, KMEANS_STEPS = 40, 6  # items a list that centroids are learned from, and how often these move
-_SPECIAL = 2  # [PAD] and [UNK] are not in the index: its entry i is the item i + 2
 
 
 class ItemIndex:
@@ -79,7 +79,7 @@ class ItemIndex:
         """
         _require_faiss()
         weight = stored_item_vectors(model).detach()
-        items = weight[_SPECIAL:].float().cpu().contiguous()
+        items = weight[NUM_SPECIAL_IDS:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
             raise ValueError("`model` has item embeddings that are not finite; an index of them finds nothing.")
         lists = min(len(items), int(LISTS * len(items) ** 0.5)) if lists is None else lists
@@ -167,7 +167,7 @@ class ItemIndex:
         self.index.parallel_mode = int(states.shape[0] == 1)
         _, found = self.index.search(states.detach().float().cpu().numpy(), count)
         found = torch.from_numpy(found).to(states.device)
-        return torch.where(found < 0, -1, found + _SPECIAL)
+        return torch.where(found < 0, -1, found + NUM_SPECIAL_IDS)
 
 
 def _digest(weight: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 
 
@@ -193,7 +194,7 @@ def to_authors(model: BlossomRecForSequentialRecommendation) -> dict[str, torch.
     heads, groups, width, length = config.num_attention_heads, 2, config.head_dim, config.compress_block_size
     back = _halves_from_pairs(width).argsort()
     embedding = ours["model.item_embedding.weight"]
-    theirs = {"item_embedding.weight": torch.cat([embedding[:1], embedding[2:]])}
+    theirs = {"item_embedding.weight": torch.cat([embedding[:1], embedding[NUM_SPECIAL_IDS:]])}
     for part in ("weight", "bias"):
         theirs[f"LayerNorm.{part}"] = ours[f"model.embedding_norm.{part}"]
     for i in range(config.num_hidden_layers):

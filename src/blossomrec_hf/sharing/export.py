@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..model.attention_blossomrec import BlossomAttention, rotate
-from ..model.loss_blossomrec import NUM_SPECIAL_IDS
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation, BlossomRecLayer
 from ..model.modules_blossomrec import has_plain_compressor, is_plain
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ..batches.histories import IGNORE_INDEX
+from ..model.ids_blossomrec import IGNORE_INDEX
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, get_scheduler
 
-from ..batches.histories import IGNORE_INDEX
+from ..model.ids_blossomrec import IGNORE_INDEX
 from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .execution import compile_model, is_compiled, why_not_captured

@@ -13,11 +13,12 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..batches import PaddingCollator
-from ..batches.histories import IGNORE_INDEX, NUM_SPECIAL_TOKENS, HistoryStore, concatenate
+from ..batches.histories import HistoryStore, concatenate
 from ..evaluation.held_out import HeldOutItems
 from ..evaluation.metrics import DEFAULT_KS
 from ..evaluation.ranking import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
+from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 from ..model.manifest_blossomrec import require_loadable
 from ..sharing.cards import write_card
 from ..sharing.summary import write_summary
@@ -218,7 +219,7 @@ class SequentialRecommendationTrainer(Trainer):
         target_ids = inputs["target_ids"].cpu()
         real = inputs["attention_mask"].bool().cpu()
         histories = [row[kept].numpy() for row, kept in zip(inputs["input_ids"].cpu(), real)]
-        seen = [row[row >= NUM_SPECIAL_TOKENS].numpy() for row in inputs["seen_ids"].cpu()]
+        seen = [row[row >= NUM_SPECIAL_IDS].numpy() for row in inputs["seen_ids"].cpu()]
         targets = [row[row != IGNORE_INDEX].numpy() for row in target_ids]
         held_out = HeldOutItems(HistoryStore(*concatenate(histories)), targets, seen, range(len(targets)))
         bare_model = self.accelerator.unwrap_model(model)
