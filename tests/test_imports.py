@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
 def imported_modules(path: Path) -> list[tuple[ast.AST, str]]:
-    """Every import of a file, inside functions too, as an absolute name."""
+    """Every import of a file, also inside functions and under `TYPE_CHECKING`, as an absolute name."""
     here = ["blossomrec_hf", *path.relative_to(PACKAGE).parent.parts]
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -55,6 +56,21 @@ def test_imports_run_one_way(path):
         assert of == package or (package == "commands" if of is None else of in MAY_IMPORT[package]), (
             f"{path.name} imports {name}"
         )
+
+
+def test_no_module_imports_itself_through_others():
+    files = {".".join(["blossomrec_hf", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in FILES}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+    def imports(name: str) -> set[str]:
+        found = (other for _, other in imported_modules(files[name]))
+        # `blossomrec_hf.data.split` is a name in the module `blossomrec_hf.data`.
+        return {other if other in files else other.rpartition(".")[0] for other in found} & files.keys()
+
+    try:
+        tuple(TopologicalSorter({name: imports(name) for name in files}).static_order())
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "model"], ids=lambda path: path.name)
