@@ -18,7 +18,7 @@ COMMANDS = {
     "recommend": "write the recommendations of all users to Parquet files",
     "serve": "serve recommendations over HTTP",
     "push": "upload a trained model to the Hub",
-    "export": "write a checkpoint as ONNX or as a program of torch.export",
+    "export": "write a checkpoint as ONNX or torch.export program, or prepared data as one file",
     "convert": "convert a checkpoint from or to the authors' code",
     "card": "write the model card of a run",
 }

@@ -1,14 +1,19 @@
 """What a training example is: a history's latest window, several overlapping windows, or a random crop."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from ..data.splits import part_lengths, too_short
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class HistoryWindows(TorchDataset):

@@ -93,7 +93,7 @@ def main() -> None:
         if not tokenizers or tokenizer.get_vocab() != tokenizers[-1].get_vocab():
             if tokenizers:
                 raise ValueError(f"`models`: {folder} has another catalogue than {args.models[0]}.")
-            dataset, _ = log_args.build(tokenizer)
+            dataset, _ = log_args.read_table(tokenizer)
             held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
             counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), tokenizer.num_items)

@@ -1,10 +1,15 @@
 """
-Writes a checkpoint for use outside of Python: ONNX (extra `onnx`), or a program of `torch.export`.
+Writes a checkpoint for use outside of Python (ONNX, with the extra `onnx`, or a program of `torch.export`), or a prepared
+data set as one file.
 
     blossomrec export --model runs/ml-1m --output ml-1m.onnx
     blossomrec export --model runs/ml-1m --output ml-1m.pt2
+    blossomrec export --data data/ml-1m --output ml-1m.safetensors
 
-Both take `input_ids` and `attention_mask` `[batch, length]` int64 of any batch and length and give `scores` `[batch,
+The exported data set is for machines without `polars` and `datasets`: `blossomrec train --data ml-1m.safetensors`. It has
+the events, the splits, the tokenizer and the item titles of the folder that `blossomrec prepare` wrote.
+
+The exported models take `input_ids` and `attention_mask` `[batch, length]` int64 of any batch and length and give `scores` `[batch,
 vocab_size]` of the next item (−inf for [PAD] and [UNK]); with ONNX Runtime:
 
     onnxruntime.InferenceSession("ml-1m.onnx").run(["scores"], {"input_ids": ids, "attention_mask": mask})
@@ -25,25 +30,40 @@ from ..utils.files import atomic_files, require_folder
 @exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a trained model, or a Hub id")
-    parser.add_argument("--output", type=Path, required=True, help="a file that ends in .onnx or .pt2")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder of a trained model, or a Hub id")
+    source.add_argument("--data", help="folder that blossomrec prepare wrote")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="a file that ends in .onnx or .pt2; for --data, in .safetensors"
+    )
     args = parser.parse_args()
-    if args.output.suffix not in (".onnx", ".pt2"):
-        parser.error(f"--output is {args.output}; it must end in .onnx or .pt2")
+    suffixes = (".safetensors",) if args.model is None else (".onnx", ".pt2")
+    if args.output.suffix not in suffixes:
+        parser.error(f"--output is {args.output}; it must end in {' or '.join(suffixes)}")
     if args.output.is_dir():
         parser.error(f"--output is {args.output}, which is a folder; give the name of a file")
     require_folder(args.output.parent)
-    model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
-    with atomic_files(args.output.parent) as folder:  # large ONNX weights are a file of their own
-        if args.output.suffix == ".onnx":
-            export_onnx(model, folder / args.output.name)
+    if args.data is not None:
+        from ..data.storage import export_folder  # imports polars and datasets
+
+        export_folder(args.data, args.output)
+    else:
+        export_model(args.model, args.output)
+    print(f"Wrote {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
+
+
+def export_model(path: str, output: Path) -> None:
+    """Writes the checkpoint at `path` in the format that the suffix of `output` names."""
+    model = load_checkpoint(BlossomRecForSequentialRecommendation, path)
+    with atomic_files(output.parent) as folder:  # large ONNX weights are a file of their own
+        if output.suffix == ".onnx":
+            export_onnx(model, folder / output.name)
         else:
             program = (
                 BytesIO()
             )  # where PyTorch writes this to a file itself, a full disk ends the process with SIGABRT
             torch.export.save(export_program(model), program)
-            (folder / args.output.name).write_bytes(program.getbuffer())
-    print(f"Wrote {args.output}, {args.output.stat().st_size / 2**20:.1f} MiB")
+            (folder / output.name).write_bytes(program.getbuffer())
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from ..data import has_users, hold_out_nothing, item_counts, split
-from ..data.metadata import write_item_metadata
+from ..data import EventTable, has_users, hold_out_nothing, item_counts, split
+from ..data.event_table import METADATA_FILE, TableView
 from ..evaluation import HeldOutItems, append_result, evaluate, read_results
 from ..sharing.cards import write_card
 from ..sharing.summary import write_summary
@@ -40,7 +39,7 @@ from ..training import (
 )
 from ..utils.command_line import exit_on_error
 from ..utils.environment import describe_environment
-from ..utils.files import require_folder
+from ..utils.files import atomic_write, require_folder
 from ..utils.progress import set_up_logging
 
 
@@ -136,13 +135,14 @@ def main() -> None:
         read_results(output_args.results_json)  # what cannot be added to is refused before the training
     if output_args.refit:
         check_refit_folder(args)
-    dataset, tokenizer = log_args.build()
-    titles = log_args.item_titles(tokenizer)
+    dataset, tokenizer = log_args.read_table()
+    embedded_titles = dataset.files.get(METADATA_FILE) if log_args.titles is None else None
+    titles = log_args.item_titles(tokenizer) if embedded_titles is None else None
     model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset))
     config = model.config
 
     # A log of which nobody has a held-out item is trained on to the last epoch.
-    views: dict[str, Dataset | None] = {"validation": None, "test": None}
+    views: dict[str, TableView | None] = {"validation": None, "test": None}
     for part in views:
         if has_users(dataset, part):
             views[part] = split(dataset, part, max_length=args.max_length)
@@ -191,7 +191,13 @@ def main() -> None:
     def keep(folder: Path | str, run: dict) -> None:
         """Writes what goes with a model: arguments, titles, summary and card."""
         save_arguments(f"{folder}/run.yaml", log_args, model_args, args, output_args)
-        write_item_metadata(folder, titles)
+        if embedded_titles is not None:
+            with atomic_write(Path(folder) / METADATA_FILE) as partial:
+                partial.write_bytes(embedded_titles)
+        elif titles is not None:
+            from ..data.metadata import write_item_metadata  # imports polars
+
+            write_item_metadata(folder, titles)
         write_summary(folder, run)
         shown = run.get("test", run.get("validation", {}))
         ks = [int(name.removeprefix("recall@")) for name in shown if re.fullmatch(r"recall@\d+", name)]
@@ -233,7 +239,7 @@ def main() -> None:
 
 
 def new_model(
-    model_args: ModelArguments, seed: int, dataset: Dataset, vocab_size: int, repeat_share: float
+    model_args: ModelArguments, seed: int, dataset: EventTable, vocab_size: int, repeat_share: float
 ) -> BlossomRecForSequentialRecommendation:
     """A model with the weights of `seed`, the same on every process, and the item frequencies of the training events."""
     settings = asdict(model_args)

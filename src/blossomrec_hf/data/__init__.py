@@ -1,7 +1,9 @@
 """Item-id sequences from raw logs: a `datasets.Dataset` with one row per user."""
 
-from .build import build_sequences
-from .cluster import build_sequences_on_spark, partition_log
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .event_table import EventTable
 from .splits import (
     has_users,
     hold_out_nothing,
@@ -12,10 +14,32 @@ from .splits import (
     split_by_time,
     split_by_user,
 )
-from .synthetic import generate_log, generate_titles
+
+
+if TYPE_CHECKING:
+    from .build import build_sequences
+    from .cluster import build_sequences_on_spark, partition_log
+    from .synthetic import generate_log, generate_titles
+
+
+# Imported at first use: these modules import polars, pyarrow and datasets, which training from one file does without.
+_MODULES = {
+    "build_sequences": "build",
+    "build_sequences_on_spark": "cluster",
+    "generate_log": "synthetic",
+    "generate_titles": "synthetic",
+    "partition_log": "cluster",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 __all__ = [
+    "EventTable",
     "build_sequences",
     "build_sequences_on_spark",
     "generate_log",

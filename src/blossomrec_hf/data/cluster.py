@@ -24,7 +24,7 @@ from .options import FilterOptions, LogOptions, parse_options
 from .readers import open_log
 from .storage import check_output_dir, load_folder, with_ends, write_dataset
 from .text_files import BadRows
-from .times import latest_time, time_unit
+from .time_units import latest_time, time_unit
 
 
 if TYPE_CHECKING:

@@ -5,11 +5,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from ..utils.files import read_json
 from .splits import repeat_share
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 logger = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ class FilterReport:
             )
         self.steps.append([name, int(interactions), int(users), int(items)])
 
-    def measure_repeats(self, dataset: Dataset) -> None:
+    def measure_repeats(self, dataset: "Dataset") -> None:
         """Measures and logs the share of test targets that already occur in their user's history."""
         self.repeat_share = repeat_share(dataset)
         logger.info("%.1f %% of the test targets already occur in their user's history", 100 * self.repeat_share)

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from .splits import item_counts, part_lengths
-from .times import UNITS, time_unit
+from .time_units import UNITS, time_unit
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     An event of `new` that `old` has as well counts once, so `new` may be a week, or the whole log and a week more. With
     times in both, it is the same item of the same user at the same time, and events are ordered by time (ties: `old`
     first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it. Times in
-    different units (see [`~data.times.time_unit`]) are rounded down to the coarser unit, which the log reports.
+    different units (see [`~data.time_units.time_unit`]) are rounded down to the coarser unit, which the log reports.
 
     Args:
         old, new: Datasets of [`build_sequences`] or of this function, with one vocabulary. Without `old`, all events

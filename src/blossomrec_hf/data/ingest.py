@@ -13,7 +13,8 @@ from .ids import Codes, as_ids, floats_note, id_type
 from .parts import Part
 from .readers import Log
 from .text_files import BadRows
-from .times import as_numbers, as_times, latest_time, time_unit
+from .time_units import latest_time, time_unit
+from .times import as_numbers, as_times
 
 
 _CHUNK_ROWS = 1 << 22

@@ -10,13 +10,13 @@ from transformers.utils import cached_file
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
+from .event_table import METADATA_FILE
 from .parts import reading
 from .text_files import read_blocks
 
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILE = "item_metadata.parquet"
 _ITEM = ("item_id", "itemid", "movieid", "item", "parent_asin", "asin", "video_id", "business_id", "app_id", "id")
 _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
 

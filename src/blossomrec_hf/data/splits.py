@@ -1,11 +1,19 @@
 """Splits: the events of each history that a model reads and those that it predicts, as views without copies."""
 
+from __future__ import annotations
+
 import logging
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from datasets import Dataset
 
+from .event_table import EventTable, TableView
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +27,15 @@ _NEEDED = {
 
 
 def split(
-    dataset: Dataset,
+    dataset: Dataset | EventTable,
     part: Literal["train", "validation", "test"],
     max_length: int | None = None,
     *,
+    columns: Sequence[str] = (),
     counts: np.ndarray | None = None,
-) -> Dataset:
+) -> Dataset | TableView:
     """
-    Returns a view of one part of a prepared Dataset: selected rows with a transform at access, without copies.
+    Returns a view of one part of a prepared data set: selected rows with a transform at access, without copies.
 
     The columns are `user_id`, `input_ids` (the history that the model reads), `target_ids` (the events to predict) and,
     for validation and test, `seen_ids` (the whole history):
@@ -40,21 +49,27 @@ def split(
     users of the other parts after [`split_by_user`]; the log counts them.
 
     Args:
-        dataset: from [`build_sequences`].
+        dataset: from [`build_sequences`], or as an [`EventTable`].
         part (`"train"`, `"validation"` or `"test"`): the part.
         max_length (`int`, *optional*): number of latest items in `input_ids`; by default, all.
+        columns: other columns of the events of `input_ids` to have in the view, such as `timestamps`.
         counts (int64 [vocab_size], *optional*): training frequencies from [`item_counts`]. If given, an item that never
             occurs in training, as after a split by time, is `[UNK]` in validation and test histories and no target; the
             log counts these targets.
 
     Raises:
-        ValueError: if `part` is unknown, `max_length` is below 1, a column of [`build_sequences`] is missing, or no user
-            has enough events.
+        ValueError: if `part` is unknown, `max_length` is below 1, a column of [`build_sequences`] or of `columns` is
+            missing, or no user has enough events.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; it may be one of {', '.join(PARTS)}.")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it may be 1 or more, or None for all.")
+    if missing := set(columns) - set(dataset.column_names):
+        raise ValueError(
+            f"columns has {', '.join(sorted(missing))}, but the data set has {', '.join(dataset.column_names)}; prepare "
+            "the log with these columns, or leave them out."
+        )
     lengths, targets = part_lengths(dataset, part)
     if counts is not None and part != "train":
         known = _known_targets(dataset, lengths, lengths + targets, np.asarray(counts) > 0)
@@ -69,12 +84,15 @@ def split(
         )
     if not len(rows):
         raise too_short(dataset, part)
-    view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
     unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
-    return view.with_transform(_View(part, max_length, unseen))
+    transform = _View(part, max_length, columns, unseen)
+    if isinstance(dataset, EventTable):
+        return TableView(dataset, rows, transform)
+    view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
+    return view.with_transform(transform)
 
 
-def too_short(dataset: Dataset, part: str) -> ValueError:
+def too_short(dataset: Dataset | EventTable, part: str) -> ValueError:
     """The error if no user has enough events for `part`."""
     longest = _numbers(dataset, "test_end").max(initial=0)
     return ValueError(
@@ -84,7 +102,7 @@ def too_short(dataset: Dataset, part: str) -> ValueError:
     )
 
 
-def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
+def part_lengths(dataset: Dataset | EventTable, part: str) -> tuple[np.ndarray, np.ndarray]:
     """int64 [users] each: the number of events in each user's history in `part`, and the number to predict after them."""
     needed = {"input_ids", "train_end", "validation_end", "test_end"}
     if missing := needed - set(dataset.column_names):
@@ -98,12 +116,12 @@ def part_lengths(dataset: Dataset, part: str) -> tuple[np.ndarray, np.ndarray]:
     return history, target - history
 
 
-def hold_out_nothing(dataset: Dataset) -> Dataset:
+def hold_out_nothing(dataset: Dataset | EventTable) -> Dataset | EventTable:
     """`dataset` with all events of all users in training, and none for validation and test."""
     return _with_ends(dataset, *[_history_lengths(dataset)] * 3)
 
 
-def has_users(dataset: Dataset, part: Literal["train", "validation", "test"]) -> bool:
+def has_users(dataset: Dataset | EventTable, part: Literal["train", "validation", "test"]) -> bool:
     """Whether any user has enough events for `part`."""
     return bool(_rows_of(part, *part_lengths(dataset, part)).any())
 
@@ -113,7 +131,7 @@ def _rows_of(part: str, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return lengths >= 2 if part == "train" else (lengths >= 1) & (targets >= 1)
 
 
-def repeat_share(dataset: Dataset) -> float:
+def repeat_share(dataset: Dataset | EventTable) -> float:
     """
     The share of the test targets that already occur in their user's history; an item counts once per user. If no user
     has a test target, the share of the users' latest events whose item occurs before; 0 if there are none.
@@ -137,11 +155,22 @@ def repeat_share(dataset: Dataset) -> float:
     return float(repeated / max(held_out, 1))
 
 
-def _numbers(dataset: Dataset, column: str) -> np.ndarray:
+def user_ids(dataset: Dataset | EventTable) -> list[int | str]:
+    """The ids of the users, in the order of the rows."""
+    if isinstance(dataset, EventTable):
+        return dataset.users["user_id"].tolist()
+    return list(dataset.with_format(None)["user_id"])
+
+
+def _numbers(dataset: Dataset | EventTable, column: str) -> np.ndarray:
+    if isinstance(dataset, EventTable):
+        return dataset.users[column].astype(np.int64)
     return dataset.with_format("arrow").select_columns([column])[:][column].to_numpy().astype(np.int64)
 
 
-def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def _known_targets(
+    dataset: Dataset | EventTable, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray
+) -> np.ndarray:
     """int64 [users]: the number of events from `starts` to `stops` whose item occurs in training."""
     known, first = np.zeros(len(dataset), np.int64), 0
     for ids, lengths in event_batches(dataset):
@@ -156,8 +185,11 @@ def _known_targets(dataset: Dataset, starts: np.ndarray, stops: np.ndarray, seen
     return known
 
 
-def event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
+def event_batches(dataset: Dataset | EventTable, column: str = "input_ids") -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the values of all events, and the number of events per user, in batches of users."""
+    if isinstance(dataset, EventTable):
+        yield from dataset.event_batches(column)
+        return
     for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
         events = table[column].combine_chunks()
         yield events.flatten().to_numpy(), events.value_lengths().to_numpy().astype(np.int64)
@@ -166,8 +198,8 @@ def event_batches(dataset: Dataset, column: str = "input_ids") -> Any:
 class _View:
     """Transforms stored rows into the rows of a part. A class, because DataLoader workers may pickle it."""
 
-    def __init__(self, part: str, max_length: int | None, unseen: np.ndarray | None) -> None:
-        self.part, self.max_length, self.unseen = part, max_length, unseen
+    def __init__(self, part: str, max_length: int | None, columns: Sequence[str], unseen: np.ndarray | None) -> None:
+        self.part, self.max_length, self.columns, self.unseen = part, max_length, columns, unseen
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         stops = batch["validation_end"] if self.part == "test" else batch["train_end"]
@@ -175,8 +207,10 @@ class _View:
         unseen = self.unseen
         if unseen is not None:
             histories = [[UNK if unseen[item] else item for item in history] for history in histories]
-        cut = histories if self.max_length is None else [history[-self.max_length :] for history in histories]
-        rows: dict[str, Any] = {"user_id": batch["user_id"], "input_ids": cut, "target_ids": [[] for _ in histories]}
+        rows: dict[str, Any] = {"user_id": batch["user_id"], "input_ids": self._latest(histories)}
+        for name in self.columns:
+            rows[name] = self._latest([values[:stop] for values, stop in zip(batch[name], stops)])
+        rows["target_ids"] = [[] for _ in histories]
         if self.part != "train":
             ends = zip(batch["input_ids"], stops, batch[f"{self.part}_end"])
             targets = [events[stop:end] for events, stop, end in ends]
@@ -186,8 +220,11 @@ class _View:
             rows["seen_ids"] = histories
         return rows
 
+    def _latest(self, lists: list) -> list:
+        return lists if self.max_length is None else [values[-self.max_length :] for values in lists]
 
-def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
+
+def item_counts(dataset: Dataset | EventTable, vocab_size: int) -> np.ndarray:
     """
     How often each vocabulary id occurs in the training part, as int64 [vocab_size].
 
@@ -206,13 +243,13 @@ def item_counts(dataset: Dataset, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def split_by_leave_one_out(dataset: Dataset) -> Dataset:
+def split_by_leave_one_out(dataset: Dataset | EventTable) -> Dataset | EventTable:
     """`dataset` with the ends of leave-one-out: the last event is the test's, the one before the validation's."""
     lengths = _history_lengths(dataset)
     return _with_ends(dataset, *(np.maximum(lengths - held_out, 0) for held_out in (2, 1, 0)))
 
 
-def split_by_time(dataset: Dataset, validation_from: float, test_from: float) -> Dataset:
+def split_by_time(dataset: Dataset | EventTable, validation_from: float, test_from: float) -> Dataset | EventTable:
     """
     `dataset` with the ends of a global time split: train before `validation_from`, validation from there to before
     `test_from`, test from there on; nothing of a later part is known in an earlier one. The lists are shared, not
@@ -248,8 +285,13 @@ def split_by_time(dataset: Dataset, validation_from: float, test_from: float) ->
 
 
 def split_by_user(
-    dataset: Dataset, *, validation: float = 0.1, test: float = 0.1, num_targets: int = 1, seed: int = 0
-) -> Dataset:
+    dataset: Dataset | EventTable,
+    *,
+    validation: float = 0.1,
+    test: float = 0.1,
+    num_targets: int = 1,
+    seed: int = 0,
+) -> Dataset | EventTable:
     """
     Splits by user: users of validation and test do not occur in training.
 
@@ -275,16 +317,20 @@ def split_by_user(
     train_end = np.where(part == 0, lengths, history)
     validation_end = np.where(part == 2, history, lengths)
     split = _with_ends(dataset, train_end, validation_end, lengths)
-    split = split.remove_columns("part") if "part" in split.column_names else split
+    if isinstance(split, EventTable):
+        return replace(split, users={**split.users, "part": part})
     return split.add_column("part", part)
 
 
-def _history_lengths(dataset: Dataset) -> np.ndarray:
+def _history_lengths(dataset: Dataset | EventTable) -> np.ndarray:
     return np.concatenate([lengths for _, lengths in event_batches(dataset)])
 
 
-def _with_ends(dataset: Dataset, *ends: np.ndarray) -> Dataset:
+def _with_ends(dataset: Dataset | EventTable, *ends: np.ndarray) -> Dataset | EventTable:
     names = [f"{part}_end" for part in PARTS]
+    if isinstance(dataset, EventTable):
+        users = {name: values for name, values in dataset.users.items() if name != "part"}
+        return replace(dataset, users=users | {name: end.astype(np.int32) for name, end in zip(names, ends)})
     dataset = dataset.remove_columns([*names, *({"part"} & set(dataset.column_names))])
     for name, end in zip(names, ends):
         dataset = dataset.add_column(name, end.astype(np.int32))

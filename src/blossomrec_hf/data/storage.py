@@ -11,8 +11,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
 from ..utils.files import recover_folder, report_leftovers, require_folder
+from .event_table import METADATA_FILE, TOKENIZER_FILES, EventTable
 from .filters import FilterReport
 from .partitions import Partition, runs
+from .splits import repeat_share
 
 
 _ROWS_A_BATCH = 5_000  # what a random access by row has to look at
@@ -93,6 +95,34 @@ def load_folder(folder: str | Path) -> Dataset:
         raise
     except Exception as error:  # whatever a damaged file makes of the reader
         raise ValueError(f"The data set in {folder} is damaged ({error}); build it again.") from error
+
+
+def export_folder(folder: str | Path, path: str | Path) -> None:
+    """
+    Writes a prepared data set to one `.safetensors` file, see [`~blossomrec_hf.data.EventTable.save`].
+
+    Args:
+        folder: from [`~blossomrec_hf.data.build_sequences`], with the tokenizer.
+        path: the file.
+
+    Raises:
+        ValueError: if `folder` has no data set, or a damaged one.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    for name in ("state.json", *TOKENIZER_FILES):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"`data` is {folder}, which is no folder of a prepared data set: it has no {name}. Write it with "
+                "`blossomrec prepare`."
+            )
+    table = EventTable.from_dataset(load_folder(folder))
+    report = FilterReport.load(folder)
+    share = None if report is None else report.repeat_share
+    table.repeat_share = repeat_share(table) if share is None else share
+    names = [name for name in (*TOKENIZER_FILES, METADATA_FILE) if (folder / name).is_file()]
+    table.files = {name: (folder / name).read_bytes() for name in names}
+    table.save(path)
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool) -> None:

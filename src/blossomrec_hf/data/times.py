@@ -3,8 +3,6 @@
 import polars as pl
 
 
-_YEAR_2100 = 4_102_444_800  # in seconds
-UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _ISO_DATE = r"^\s*\d{4}[-/]\d"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S%.f%#z", "%Y-%m-%d %H:%M%#z")
 
@@ -100,18 +98,3 @@ def _formatted(column: pl.Series, time_format: str, where: str) -> pl.Series:
             "in which they are written."
         )
     return dates
-
-
-def time_unit(median: float) -> str:
-    """The unit of a log's times: the one in which their median is before 2100. Counters (1, 2, 3 …) are seconds."""
-    return next((unit for unit, scale in UNITS.items() if median <= _YEAR_2100 * scale), "ns")
-
-
-def units_per_second(median: float) -> int:
-    """How many of a log's time units a second has, by the median time."""
-    return UNITS[time_unit(median)]
-
-
-def latest_time(unit: str | None) -> int:
-    """The start of the year 2100 in a unit; a later number is not the time of an event."""
-    return _YEAR_2100 * UNITS[unit or "s"]

@@ -6,15 +6,23 @@ Each of them first counts what its name says and then, of equal counts, prefers 
 training; items that are equal in both share their ranks (half of the ties, as for models).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from datasets import Dataset
 
 from ..batches.histories import HistoryStore, to_device
-from ..data.splits import event_batches, part_lengths
-from ..data.times import units_per_second
+from ..data.event_table import EventTable
+from ..data.splits import event_batches, part_lengths, user_ids
+from ..data.time_units import units_per_second
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from .held_out import HeldOutItems, entries_of
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PopularityScores:
@@ -111,7 +119,7 @@ class RecentPopularity:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | EventTable,
         part: str,
         held_out: HeldOutItems,
         item_counts: np.ndarray | torch.Tensor,
@@ -140,7 +148,7 @@ class RecentPopularity:
         items, times = np.concatenate(items), np.concatenate(times)
         by_time = np.argsort(times, kind="stable")
         self.items, times = items[by_time], times[by_time]
-        latest_of = dict(zip(dataset.with_format(None)["user_id"], np.concatenate(latest).tolist()))
+        latest_of = dict(zip(user_ids(dataset), np.concatenate(latest).tolist()))
         now = np.array([latest_of[user] for user in held_out.user_ids])
         window = days * 86_400 * units_per_second(np.median(times)) if len(times) else 0
         self.starts = np.searchsorted(times, now - window, side="right")

@@ -5,25 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-import polars as pl
 import yaml
 from accelerate.tracking import get_available_trackers
-from datasets import Dataset
 from transformers import HfArgumentParser
 
-from ..data import build_sequences, generate_log, generate_titles, repeat_share
+from ..data.event_table import METADATA_FILE, EventTable
 from ..data.filters import FilterReport
-from ..data.growth import recode
-from ..data.metadata import METADATA_FILE, item_metadata
-from ..data.options import LogOptions
-from ..data.readers import open_log
-from ..data.storage import load_folder
+from ..data.splits import repeat_share
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.command_line import HelpFormatter
 from ..utils.files import atomic_write, recover_folder
+
+
+if TYPE_CHECKING:
+    import polars as pl
+    from datasets import Dataset
 
 
 # Compilation takes 8 s more than capturing alone (1 s with a warm compilation cache) and saves 5 ms per step of 65,536
@@ -194,7 +193,9 @@ class LogArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "A log, or a folder that blossomrec prepare wrote; by default, the built-in data set."},
+        metadata={
+            "help": "A log, a folder of blossomrec prepare, or a file of blossomrec export --data; by default, the built-in data set."
+        },
     )
     format: str | None = field(
         default=None, metadata={"help": "The format of the file; by default, found out by looking."}
@@ -229,23 +230,49 @@ class LogArguments:
     )
 
     @property
+    def is_exported(self) -> bool:
+        """Whether `data` is a file of `blossomrec export --data`."""
+        return self.data is not None and self.data.endswith(".safetensors")
+
+    @property
     def _is_built(self) -> bool:
         return self.data is not None and all((Path(self.data) / x).is_file() for x in ("state.json", "tokenizer.json"))
 
-    def build(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[Dataset, BlossomRecTokenizer]:
+    def read_table(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[EventTable, BlossomRecTokenizer]:
         """
-        The sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder that it wrote is read
-        as it is; where its vocabulary is not the start of `tokenizer`'s, its items are looked up there
-        ([`~blossomrec_hf.data.growth.recode`]).
+        Reads the log as an [`~blossomrec_hf.data.EventTable`]; arguments and errors as in [`~LogArguments.build`].
+
+        A file of `blossomrec export --data` is memory-mapped, and needs neither `polars` nor `datasets` unless its ids
+        change.
+        """
+        if self.is_exported:
+            table, own = self._load_exported()
+            if tokenizer is None or own.get_vocab().items() <= tokenizer.get_vocab().items():
+                return table, own if tokenizer is None else tokenizer
+        dataset, tokenizer = self.build(tokenizer)
+        return EventTable.from_dataset(dataset), tokenizer
+
+    def build(self, tokenizer: BlossomRecTokenizer | None = None) -> "tuple[Dataset, BlossomRecTokenizer]":
+        """
+        Reads the log as sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder that it
+        wrote, and a file of `blossomrec export --data`, are read as they are. If their vocabulary is not the start of
+        `tokenizer`'s, their items are looked up there ([`~blossomrec_hf.data.growth.recode`]).
 
         Raises:
-            ValueError: for a built folder with filters still to apply.
+            ValueError: for prepared data with filters still to apply, and for a damaged file or folder.
         """
+        from ..data import build_sequences, generate_log
+        from ..data.growth import recode
+        from ..data.storage import load_folder
+
+        if self.is_exported:
+            table, built = self._load_exported()
+            dataset = table.to_dataset()
+            return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
         if self.data is not None:
             recover_folder(self.data)
         if self._is_built:
-            if self.k_core > 1:
-                raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is built already; give the log instead.")
+            self._refuse_filters()
             dataset, built = load_folder(self.data), BlossomRecTokenizer.from_pretrained(self.data)
             return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
         return build_sequences(
@@ -261,14 +288,37 @@ class LogArguments:
             tokenizer=tokenizer,
         )
 
-    def repeat_share(self, dataset: Dataset) -> float:
-        """The share of test targets that their user has met before: what a built folder says, or measured anew."""
+    def _load_exported(self) -> tuple[EventTable, BlossomRecTokenizer]:
+        self._refuse_filters()
+        table = EventTable.load(self.data)
+        return table, table.tokenizer()
+
+    def _refuse_filters(self) -> None:
+        if self.k_core > 1:
+            raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is built already; give the log instead.")
+
+    def repeat_share(self, dataset: "Dataset | EventTable") -> float:
+        """The share of test targets that their user has met before: what prepared data say, or measured anew."""
+        if isinstance(dataset, EventTable) and dataset.repeat_share is not None:
+            return dataset.repeat_share
         report = FilterReport.load(self.data) if self._is_built else None
         return repeat_share(dataset) if report is None or report.repeat_share is None else report.repeat_share
 
-    def item_titles(self, tokenizer: BlossomRecTokenizer) -> pl.DataFrame | None:
-        """The titles of the vocabulary's items where they are known, see [`~blossomrec_hf.data.metadata.item_metadata`]."""
+    def item_titles(self, tokenizer: BlossomRecTokenizer) -> "pl.DataFrame | None":
+        """The titles of the vocabulary's items if they are known, see [`~blossomrec_hf.data.metadata.item_metadata`]."""
         source: Any = self.titles
+        if source is None and self.is_exported:
+            content = EventTable.load(self.data).files.get(METADATA_FILE)
+            if content is None:
+                return None
+            import polars as pl
+
+            source = pl.read_parquet(content)
+        from ..data import generate_titles
+        from ..data.metadata import item_metadata
+        from ..data.options import LogOptions
+        from ..data.readers import open_log
+
         if source is None and self.data is None:
             source = generate_titles()
         elif source is None and self._is_built:

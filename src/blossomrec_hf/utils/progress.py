@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -34,14 +35,15 @@ def set_up_logging(level: int = logging.INFO) -> None:
     Sets up the log of a command: lines of this package from `level` on to standard error, warnings of its libraries, and
     no bars of theirs where none can be drawn.
     """
-    from datasets import disable_progress_bars
-
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("blossomrec_hf").setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not can_draw_bars():
-        disable_progress_bars()
+        if find_spec("datasets") is not None:  # training from one file does without
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
         transformers_logging.disable_progress_bar()
 
 
