@@ -6,17 +6,14 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
 from blossomrec_hf.batches import (
     HistoryWindows,
     PackedDataLoader,
-    PackedStream,
     PackingCollator,
     PaddingCollator,
     TokenBudgetSampler,
 )
-from blossomrec_hf.data import split_by_user
 
 
 def built(lengths: list[int], start: int = 2) -> Dataset:
@@ -204,36 +201,3 @@ def test_more_ranks_than_histories():
     batches = [list(PackedDataLoader(windows, 64, num_replicas=3, rank=rank)) for rank in range(3)]
     assert [len(part) for part in batches] == [1, 1, 1]
     assert sorted(len(segments(part[0])) for part in batches) == [0, 1, 1]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("iterable", [False, True])
-def test_a_stream_gives_each_history_once_on_two_ranks(workers, iterable):
-    lengths = np.random.default_rng(1).integers(3, 60, 150).tolist()
-    dataset = built(lengths)
-    wanted = sorted(row["input_ids"][: row["train_end"]][-30:] for row in dataset if row["train_end"] >= 2)
-    source = dataset.to_iterable_dataset(num_shards=3) if iterable else dataset
-    found, steps, orders = [], [], []
-    for rank in range(2):
-        stream = PackedStream(source, 256, max_length=30, buffer_size=20, rank=rank, num_replicas=2)
-        batches = list(DataLoader(stream, batch_size=None, num_workers=workers))
-        assert all(batch["input_ids"].shape == (1, 256) for batch in batches)
-        steps.append(len(batches))
-        assert len(batches) == stream.num_batches(workers)
-        histories = [history for batch in batches for history in segments(batch)]
-        found += histories
-        stream.set_epoch(1)
-        again = [h for b in DataLoader(stream, batch_size=None, num_workers=workers) for h in segments(b)]
-        assert sorted(again) == sorted(histories) and again != histories
-        orders.append(histories)
-    assert steps[0] == steps[1]
-    assert sorted(found) == wanted
-
-
-@pytest.mark.parametrize("iterable", [False, True])
-def test_a_stream_leaves_out_the_users_of_other_parts(iterable):
-    dataset = split_by_user(built([10] * 40), validation=0.3, test=0.3)
-    source = dataset.to_iterable_dataset() if iterable else dataset
-    found = [history for batch in PackedStream(source, 64) for history in segments(batch)]
-    assert sorted(found) == sorted(row["input_ids"] for row in dataset if row["part"] == 0)
-    assert 0 < len(found) < 40

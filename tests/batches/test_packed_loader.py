@@ -146,7 +146,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, sys.argv[2])
 from test_batches import built, segments
 from test_packed_loader import tiny_model
-from blossomrec_hf.batches import HistoryWindows, PackedDataLoader, PackedStream, PackingCollator, TokenBudgetSampler
+from blossomrec_hf.batches import HistoryWindows, PackedDataLoader, PackingCollator, TokenBudgetSampler
 
 accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
 ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -157,9 +157,7 @@ for name, lengths in (("many", np.random.default_rng(0).integers(4, 40, 50).toli
     sampler = TokenBudgetSampler(windows.lengths, 128, num_replicas=ranks)
     collate = PackingCollator(int(windows.lengths.max()), max_tokens=128)
     prepared = accelerator.prepare(DataLoader(windows, batch_sampler=sampler, collate_fn=collate))
-    stream = PackedStream(built(lengths), 128, max_length=32, rank=rank, num_replicas=ranks)
-    streamed = DataLoader(stream, batch_size=None, num_workers=1)
-    found[name] = [[segments(batch) for batch in loader] for loader in (own, prepared, streamed)]
+    found[name] = [[segments(batch) for batch in loader] for loader in (own, prepared)]
     model = accelerator.prepare(tiny_model(2000))
     for batch in own:
         accelerator.backward(model(**batch, num_items_in_batch=100).loss)
@@ -183,9 +181,8 @@ def test_two_processes_share_an_epoch_evenly(tmp_path):
     assert [rank["ranks"] for rank in ranks] == [2, 2]
     for name, lengths in (("many", np.random.default_rng(0).integers(4, 40, 50).tolist()), ("one", [30])):
         wanted = sorted(row["input_ids"][: row["train_end"]][-32:] for row in built(lengths) if row["train_end"] >= 2)
-        own, prepared, streamed, gradients = zip(*(rank[name] for rank in ranks))
+        own, prepared, gradients = zip(*(rank[name] for rank in ranks))
         assert own == prepared
-        for loader in (own, streamed):
-            assert len(loader[0]) == len(loader[1]) > 0
-            assert sorted(history for batches in loader for batch in batches for history in batch) == wanted
+        assert len(own[0]) == len(own[1]) > 0
+        assert sorted(history for batches in own for batch in batches for history in batch) == wanted
         assert gradients[0] == gradients[1] > 0

@@ -4,7 +4,6 @@ from .collators import PackingCollator, PaddingCollator
 from .histories import HistoryStore
 from .packed_loader import PackedDataLoader, PackedTrainerMixin
 from .sampling import TokenBudgetSampler
-from .streaming import PackedStream
 from .windows import HistoryWindows
 
 
@@ -12,7 +11,6 @@ __all__ = [
     "HistoryStore",
     "HistoryWindows",
     "PackedDataLoader",
-    "PackedStream",
     "PackedTrainerMixin",
     "PackingCollator",
     "PaddingCollator",
