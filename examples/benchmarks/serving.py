@@ -83,7 +83,7 @@ def cached_append(args: argparse.Namespace) -> list[Figure]:
         cache = BlossomRecCache(config)
         # In parts, so that the states of the first layers need not all be there at once.
         for part in ids[:, :-1].split(max(1, 2**20 // args.batch), 1):
-            model(part, past_key_values=cache, logits_to_keep=1)
+            model(part, cache=cache, logits_to_keep=1)
         events = ids[:, -1:]
         packed = {
             "input_ids": ids.view(1, -1),
@@ -95,10 +95,10 @@ def cached_append(args: argparse.Namespace) -> list[Figure]:
         # Lengths around `--history`: an append in `selection_block_size` completes a block.
         def append(i: int) -> torch.Tensor:
             cache.crop(args.history - i % config.selection_block_size)
-            return model(events, past_key_values=cache, logits_to_keep=1).logits
+            return model(events, cache=cache, logits_to_keep=1).logits
 
         cache.crop(args.history)
-        appended = model(events, past_key_values=cache, logits_to_keep=1).logits
+        appended = model(events, cache=cache, logits_to_keep=1).logits
         difference = float((appended - model(**packed).logits).abs().max())
         measured = {
             "append": timed(append, args.device, args.seconds),

@@ -12,6 +12,7 @@ from blossomrec_hf.model.attention_blossomrec import BlossomAttention
 from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.model.modeling_blossomrec import BlossomRecModel
 from blossomrec_hf.model.ops_triton_launch import why_unsupported
+from blossomrec_hf.model.packing_blossomrec import pack_histories
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
@@ -152,7 +153,7 @@ def test_the_last_position_by_the_kernels(attention_type):
     offsets = torch.tensor([0, 0, 50, 51, random.randint(52, 120), 150, 150])
     inputs = {"input_ids": torch.randint(2, 50, (1, 150)), "cu_seq_lens_q": offsets}
     with torch.no_grad():
-        actual = one(**inputs, last_only=True).last_hidden_state[:, 0]
+        actual = one.encode(pack_histories(**inputs, vocab_size=50), last_only=True)
         one.set_attn_implementation("eager")
         expected = one.double()(**inputs).last_hidden_state[0][offsets[1:] - 1].float()
     some = offsets.diff() > 0

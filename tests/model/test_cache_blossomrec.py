@@ -82,7 +82,7 @@ def append(model, cache, rows: list[torch.Tensor], **kwargs):
     """The output for the new events `rows`, and the logits of each row's events."""
     ids, mask = padded(rows)
     mask_given = random.random() < 0.7
-    out = model(ids, attention_mask=mask if mask_given else None, past_key_values=cache, use_cache=True, **kwargs)
+    out = model(ids, attention_mask=mask if mask_given else None, cache=cache, use_cache=True, **kwargs)
     return out, mask, [out.logits[i][mask[i] == 1] for i in range(len(rows))]
 
 
@@ -157,7 +157,7 @@ def test_any_cut_of_histories_gives_the_logits_of_the_whole(attention_type, dtyp
             events = [row[p : p + n] for row, p, n in zip(rows, place, take)]
             out, mask, logits = append(model, cache, events, output_selection=True, output_hidden_states=True)
             cache = out.cache
-            assert out.past_key_values is cache
+            assert out.cache is cache
             assert out.logits.shape[:2] == mask.shape and not out.logits[mask == 0].any()
             assert out.hidden_states[-1].shape == (*mask.shape, 16)
             for i in range(4):
@@ -236,7 +236,7 @@ def test_logits_to_keep_are_the_last_new_ones():
     rows = histories(20, 9)
     _, _, _ = append(model, cache := BlossomRecCache(model.config), rows)
     ids = torch.tensor([[5, 6, 7], [0, 0, 8]])
-    logits = model(ids, past_key_values=cache, logits_to_keep=2).logits
+    logits = model(ids, cache=cache, logits_to_keep=2).logits
     torch.testing.assert_close(logits[0], whole(model, torch.cat([rows[0], ids[0]]))[-2:])
     torch.testing.assert_close(logits[1, 1], whole(model, torch.cat([rows[1], ids[1, 2:]]))[-1])
     assert not logits[1, 0].any()
@@ -338,7 +338,7 @@ def test_a_file_that_does_not_fit_is_refused(held, tmp_path):
     assert "attention_types" in str(error.value) and "rope_parameters" in str(error.value)
     assert "vocab_size" not in str(error.value)
     with pytest.raises(ValueError, match="another configuration"):
-        other(torch.tensor([[5]] * 4), past_key_values=cache)
+        other(torch.tensor([[5]] * 4), cache=cache)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cache.safetensors"):
         BlossomRecCache.load(path, model)
@@ -360,8 +360,8 @@ def test_histories_of_other_weights_are_refused(held, tmp_path):
     event = torch.tensor([[5]] * 4)
     refused = (
         lambda: BlossomRecCache.load(path, other),
-        lambda: other(event, past_key_values=cache),
-        lambda: other.recommend(event, past_key_values=cache),
+        lambda: other(event, cache=cache),
+        lambda: other.recommend(event, cache=cache),
         lambda: BlossomRecCache.cat([cache, append(other, None, rows)[0].cache]),
     )
     for action in refused:
@@ -509,12 +509,12 @@ def test_half_precision_and_autocast():
     row = histories(40)[0]
     with torch.autocast("cpu", torch.bfloat16):
         cache = model(row[None, :30], use_cache=True).cache
-        logits = model(row[None, 30:], past_key_values=cache).logits[0]
+        logits = model(row[None, 30:], cache=cache).logits[0]
         expected = model(row[None]).logits[0, 30:]
     assert cache.layers[0].states.dtype == torch.bfloat16
     torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.3)
     with pytest.raises(ValueError, match="bfloat16.*float32.*autocast"):
-        model(row[None, :1], past_key_values=cache)
+        model(row[None, :1], cache=cache)
     assert cache.lengths.tolist() == [40]
 
 
@@ -542,7 +542,7 @@ def test_what_fails_leaves_the_cache_as_it_was(held):
 
     def fails(ids, match, **kwargs):
         with pytest.raises(ValueError, match=match):
-            model(ids, past_key_values=cache, **kwargs)
+            model(ids, cache=cache, **kwargs)
         torch.testing.assert_close(snapshot(cache), before, rtol=0, atol=0)
 
     events = torch.randint(2, 60, (4, 30))
@@ -569,9 +569,9 @@ def test_a_recommendation_that_fails_appends_nothing(held):
     before = snapshot(cache)
     events = [[5], [], [6, 7], [8]]
     with pytest.raises(ValueError, match="candidate_ids"):
-        model.recommend(events, candidate_ids=[60], past_key_values=cache)
+        model.recommend(events, candidate_ids=[60], cache=cache)
     torch.testing.assert_close(snapshot(cache), before, rtol=0, atol=0)
-    out = model.train().recommend(events, top_k=5, past_key_values=cache)
+    out = model.train().recommend(events, top_k=5, cache=cache)
     assert model.training
     model.eval()
     rows = [torch.cat([row, torch.tensor(new, dtype=torch.long)]) for row, new in zip(rows, events)]
@@ -579,7 +579,7 @@ def test_a_recommendation_that_fails_appends_nothing(held):
     assert_continues(model, cache, rows)
     new = BlossomRecCache(model.config)
     with pytest.raises(ValueError, match="candidate_ids"):
-        model.recommend(events, candidate_ids=[60], past_key_values=new)
+        model.recommend(events, candidate_ids=[60], cache=new)
     assert new.batch_size == -1
 
 
@@ -587,7 +587,7 @@ def test_a_first_append_that_fails_leaves_an_empty_cache():
     model = recommender()
     cache = BlossomRecCache(model.config, max_length=5)
     with pytest.raises(ValueError, match="max_length=5"):
-        model(torch.full((2, 6), 5), past_key_values=cache)
+        model(torch.full((2, 6), 5), cache=cache)
     assert cache.batch_size == -1 and cache.get_seq_length() == 0 and not cache.is_initialized
     rows = histories(5, 3, 0)
     append(model, cache, rows)
@@ -599,18 +599,18 @@ def test_events_that_are_not_to_stay(held):
     model, cache, rows = held
     before = snapshot(cache)
     event = torch.tensor([[5], [6], [7], [8]])
-    logits = model(event, past_key_values=cache, use_cache=False).logits
+    logits = model(event, cache=cache, use_cache=False).logits
     torch.testing.assert_close(logits[3], whole(model, torch.cat([rows[3], event[3]]))[-1:])
-    model.model(event, past_key_values=cache, use_cache=False)
+    model.model(event, cache=cache, use_cache=False)
     torch.testing.assert_close(snapshot(cache), before, rtol=0, atol=0)
-    torch.testing.assert_close(model(event, past_key_values=cache).logits, logits)
+    torch.testing.assert_close(model(event, cache=cache).logits, logits)
 
 
 def test_no_events_at_all(held):
     model, cache, rows = held
     before = cache.last_hidden_state
     for ids in (torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 2, dtype=torch.long)):
-        assert model(ids, past_key_values=cache).logits.shape == (*ids.shape, 60)
+        assert model(ids, cache=cache).logits.shape == (*ids.shape, 60)
     torch.testing.assert_close(cache.last_hidden_state, before, rtol=0, atol=0)
     assert_continues(model, cache, rows)
     empty = model(torch.zeros(2, 0, dtype=torch.long), use_cache=True).cache
@@ -625,14 +625,14 @@ def test_what_a_cache_does_not_do(held):
     model, cache, _ = held
     event = torch.full((4, 1), 5)
     with pytest.raises(ValueError, match="evaluation mode"):
-        model.train()(event, past_key_values=cache)
+        model.train()(event, cache=cache)
     model.eval()
     with pytest.raises(ValueError, match="DynamicCache.*BlossomRecCache"):
-        model(event, past_key_values=DynamicCache())
+        model(event, cache=DynamicCache())
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="output_attentions"):
-        model(event, past_key_values=cache, output_attentions=True)
-    with pytest.raises(ValueError, match="past_key_values"):
+        model(event, cache=cache, output_attentions=True)
+    with pytest.raises(ValueError, match="cache"):
         cache.update(event, event, 0)
     with pytest.raises(ValueError, match="lengths of their own"):
         cache.get_mask_sizes(1, 0)
@@ -651,7 +651,7 @@ def test_what_a_cache_does_not_do(held):
 def test_no_gradients_are_kept(held):
     model, cache, _ = held
     assert not any(x.requires_grad for x in cache._tensors().values())
-    model(torch.full((4, 1), 5), past_key_values=cache)
+    model(torch.full((4, 1), 5), cache=cache)
     assert not any(x.requires_grad for x in cache._tensors().values())
 
 
@@ -665,12 +665,12 @@ def test_on_a_gpu(dtype):
     for part in (slice(0, 30), slice(30, 31), slice(31, 70)):
         ids, mask = padded([row[part].cpu() for row in rows])
         with torch.no_grad():
-            out = model(ids.cuda(), attention_mask=mask.cuda(), past_key_values=cache, use_cache=True)
+            out = model(ids.cuda(), attention_mask=mask.cuda(), cache=cache, use_cache=True)
         cache = out.cache
         for i in range(3):
             found[i].append(out.logits[i][mask[i] == 1])
     with pytest.raises(ValueError, match="cuda.*cpu"):
-        model.cpu()(torch.full((3, 1), 5), past_key_values=cache)
+        model.cpu()(torch.full((3, 1), 5), cache=cache)
     model.cuda()
     for row, logits in zip(rows, found):
         torch.testing.assert_close(torch.cat(logits), whole(model, row), rtol=0, atol=10 * TOLERANCE[dtype])

@@ -16,6 +16,8 @@ import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
 from blossomrec_hf.model import ops_torch
 from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
+from blossomrec_hf.model.outputs_blossomrec import LayerOutputs
+from blossomrec_hf.model.packing_blossomrec import pack_histories
 
 
 BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size": 4, "short_term_block_size": 4}
@@ -168,6 +170,10 @@ def random_lengths() -> list[int]:
     return [random.choice([0, 1]), *lengths, random.randint(1, 300), random.choice([0, 9])]
 
 
+def last_states(model: BlossomRecModel, **inputs) -> torch.Tensor:
+    return model.encode(pack_histories(**inputs, vocab_size=model.config.vocab_size), last_only=True)
+
+
 def last_of_whole(model: BlossomRecModel, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Which histories have a last position, and the hidden states there."""
     offsets = inputs["cu_seq_lens_q"].long()
@@ -186,9 +192,9 @@ def test_last_only_is_the_last_position_of_the_whole(monkeypatch, attention_type
         some, expected = last_of_whole(model, inputs)
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setitem(ops_torch.SLICE_ELEMENTS, "cpu", slice_elements)
-            actual = model(**inputs, last_only=True).last_hidden_state
-        assert actual.shape == (len(some), 1, 16) and actual.isfinite().all()
-        torch.testing.assert_close(actual[some, 0], expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
+            actual = last_states(model, **inputs)
+        assert actual.shape == (len(some), 16) and actual.isfinite().all()
+        torch.testing.assert_close(actual[some], expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -201,11 +207,11 @@ def test_last_only_of_one_history(attention_type, length):
         given_longer = {"cu_seq_lens_q": torch.tensor([0, length]), "max_length_q": length + 40}
         with torch.no_grad():
             actual = [
-                model(**inputs, last_only=True).last_hidden_state
+                last_states(model, **inputs)
                 for inputs in ({"input_ids": row}, {"input_ids": row, **given_longer}, {"input_ids": with_padding})
             ]
             model.set_attn_implementation("eager")
-            expected = model(row).last_hidden_state[:, -1:]
+            expected = model(row).last_hidden_state[:, -1]
         for state in actual:
             torch.testing.assert_close(state, expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{model.config}")
 
@@ -219,7 +225,7 @@ def test_last_only_with_the_reference_and_with_gradients(implementation, gradien
     inputs = packed(histories(*lengths))
     some, expected = last_of_whole(model, inputs)
     with torch.set_grad_enabled(gradients):
-        actual = model(**inputs, last_only=True).last_hidden_state[some, 0]
+        actual = last_states(model, **inputs)[some]
     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=0, atol=1e-10)
     if gradients:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -231,18 +237,27 @@ def test_last_only_of_padded_rows_and_of_no_items_at_all():
     model = random_model()
     rows = histories(9, 50)
     with torch.no_grad():
-        actual = model(padded(rows, "left")[0], last_only=True).last_hidden_state[:, 0]
+        actual = last_states(model, input_ids=padded(rows, "left")[0])
         expected = torch.stack([model(row[None]).last_hidden_state[0, -1] for row in rows])
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-        nothing = model(torch.zeros(3, 5, dtype=torch.long), last_only=True).last_hidden_state
-    assert nothing.shape == (3, 1, 16) and not nothing.any()
+        nothing = last_states(model, input_ids=torch.zeros(3, 5, dtype=torch.long))
+    assert nothing.shape == (3, 16) and not nothing.any()
 
 
-@pytest.mark.parametrize("asked", ["use_cache", "output_hidden_states", "output_selection"])
-def test_last_only_has_no_more_to_tell(asked):
-    model = random_model()
-    with pytest.raises(ValueError, match="last_only"):
-        model(torch.tensor([[5, 6]]), last_only=True, **{asked: True})
+def test_last_only_of_new_events_and_next_to_the_outputs_of_every_layer():
+    model, rows = random_model(), histories(9, 50)
+    events, cache = padded(histories(3, 1), "right")[0], model(padded(rows, "left")[0], use_cache=True).cache
+    new = pack_histories(events, vocab_size=60)
+    kept = model.encode(new, cache=cache, last_only=True, use_cache=False)
+    assert cache.lengths.tolist() == [9, 50]
+    appended = model.encode(new, cache=cache, last_only=True)
+    assert cache.lengths.tolist() == [12, 51]
+    assert torch.equal(kept, appended) and torch.equal(appended, cache.last_hidden_state)
+    outputs = LayerOutputs(hidden_states=[], selections=[])
+    histories_of_both = pack_histories(padded(rows, "left")[0], vocab_size=60)
+    states = model.encode(histories_of_both, last_only=True, layer_outputs=outputs)
+    torch.testing.assert_close(states, model.encode(histories_of_both, last_only=True), rtol=0, atol=1e-10)
+    assert len(outputs.hidden_states) == 3 and len(outputs.selections) == 2 and outputs.attentions is None
 
 
 def test_hidden_states_keep_their_gradients():
@@ -394,11 +409,32 @@ def test_padded_inference_compiles_without_graph_breaks():
     torch.testing.assert_close(found.logits, expected.logits)
     torch.testing.assert_close(found.hidden_states, expected.hidden_states)
     torch.testing.assert_close(found.selections, expected.selections)
-    base = torch.compile(model.model, fullgraph=True, backend="eager")
-    states = [
-        function(ids, attention_mask=mask, last_only=True).last_hidden_state[:2] for function in (model.model, base)
-    ]
-    torch.testing.assert_close(*states)
+    with torch.no_grad():
+        lasts = [
+            torch.compile(last_states, fullgraph=compiled, backend="eager", disable=not compiled)(
+                model.model, input_ids=ids, attention_mask=mask
+            )[:2]
+            for compiled in (False, True)
+        ]
+    torch.testing.assert_close(*lasts)
+
+
+def test_encode_compiles_once_for_any_lengths_up_to_a_longest():
+    model, num_graphs = recommender(num_hidden_layers=1).model, 0
+
+    def backend(graph, example_inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph
+
+    encode = torch.compile(model.encode, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for lengths in ((40, 3, 60), (7, 90), (15, 6, 70, 8, 9)):
+            batch = pack_histories(
+                **packed(histories(*lengths)) | {"max_length_k": 90, "max_length_q": 90}, vocab_size=60
+            )
+            torch.testing.assert_close(encode(batch, last_only=True), model.encode(batch, last_only=True))
+    assert num_graphs == 1
 
 
 def test_an_exported_program_takes_padding_of_any_kind():

@@ -67,7 +67,7 @@ def test_a_cache_moves_between_an_offloaded_model_and_its_twin(kind, tmp_path):
     for first, second in ((model, twin), (twin, model)):
         first(ids[:, :25], use_cache=True).cache.save(tmp_path / "cache")
         cache = BlossomRecCache.load(tmp_path / "cache", second)
-        torch.testing.assert_close(second(ids[:, 25:], past_key_values=cache).logits, expected)
+        torch.testing.assert_close(second(ids[:, 25:], cache=cache).logits, expected)
 
 
 def quantized(model) -> BlossomRecForSequentialRecommendation:
@@ -87,7 +87,7 @@ def test_a_quantized_head_ranks_by_its_own_scores():
     assert twin.recommend(rows).item_ids[3].tolist() == model.recommend(rows).item_ids[3].tolist()
     cache = model(torch.tensor(rows[:1]), use_cache=True).cache
     with pytest.raises(ValueError, match="other weights"):
-        twin(torch.tensor([[5]]), past_key_values=cache)
+        twin(torch.tensor([[5]]), cache=cache)
     with pytest.raises(ValueError, match="`index`.*quantized"):
         twin.recommend(rows, index=SimpleNamespace(check=None))
 

@@ -77,7 +77,7 @@ def appended(model, cache: BlossomRecCache, ids: torch.Tensor, implementation: s
     """The output of `model` and the cache after the events, of which the given one knows nothing."""
     model.set_attn_implementation(implementation)
     cache = copy.deepcopy(cache)
-    return model(ids, past_key_values=cache, output_selection=True, output_hidden_states=True), cache
+    return model(ids, cache=cache, output_selection=True, output_hidden_states=True), cache
 
 
 def same_choices(actual, expected, gap: float = 1e-5) -> torch.Tensor:
@@ -181,7 +181,7 @@ def test_several_layers_and_several_appends(launches):
         cache = None
         for part in ids.split([18, 1, 1, 12], 1):
             with torch.no_grad():
-                out = model(part, past_key_values=cache, use_cache=True, output_selection=True)
+                out = model(part, cache=cache, use_cache=True, output_selection=True)
             cache = out.cache
             outputs.append(out)
     assert launches.count("attend_events") == 3 * 3 and launches.count("block_windows") == 2 * 2

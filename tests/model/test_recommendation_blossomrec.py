@@ -174,15 +174,15 @@ def test_a_cache_gives_what_whole_histories_give():
     rows, cuts = [*histories(40, 3, 25), []], (17, 3, 0, 0)
     cache = BlossomRecCache(model.config)
     for inputs in ([row[:cut] for row, cut in zip(rows, cuts)], [[*row[cut:], 1] for row, cut in zip(rows, cuts)]):
-        out = model.recommend(inputs, top_k=30, exclude_ids=[5, 6], past_key_values=cache)
+        out = model.recommend(inputs, top_k=30, exclude_ids=[5, 6], cache=cache)
     expected = model.recommend(rows, top_k=30, exclude_ids=[5, 6])
     assert torch.equal(out.item_ids, expected.item_ids) and out.num_unknown.tolist() == [1] * 4
     torch.testing.assert_close(out.scores, expected.scores)
-    again = model.recommend([[]] * 4, top_k=30, exclude_ids=[5, 6], past_key_values=cache)
+    again = model.recommend([[]] * 4, top_k=30, exclude_ids=[5, 6], cache=cache)
     assert torch.equal(again.item_ids, expected.item_ids)
     for wrong in ({"max_length": 3}, {"candidate_ids": [VOCAB_SIZE]}, {"exclude_ids": [[3]]}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            model.recommend(rows, past_key_values=cache, **wrong)
+            model.recommend(rows, cache=cache, **wrong)
         assert cache.lengths.tolist() == [40, 3, 25, 0]
 
 
@@ -210,7 +210,7 @@ def test_half_precision_selects_the_same_blocks_alone_in_a_batch_and_appended(dt
     ids = padded(rows, "right")
     whole = model(ids, output_selection=True).selections
     cache = model(ids[:, :100], use_cache=True).cache
-    appended = model(ids[:, 100:], past_key_values=cache, output_selection=True).selections
+    appended = model(ids[:, 100:], cache=cache, output_selection=True).selections
     different = []
     for i, row in enumerate(rows):
         alone = model(torch.tensor([row]), output_selection=True).selections
@@ -250,7 +250,7 @@ def test_threads_share_a_model_in_training_mode(monkeypatch):
 
     def recommend(i: int):
         cache = BlossomRecCache(model.config) if i % 2 else None
-        return model.recommend(inputs[i % 8], past_key_values=cache)
+        return model.recommend(inputs[i % 8], cache=cache)
 
     def toggled(self, mode=True):
         raise AssertionError("the mode of a module that other threads use is changed")
@@ -275,7 +275,7 @@ def test_a_foreign_module_in_training_mode_is_refused_by_name():
         model.train(mode).model.embedding_norm[1].train()
         for cache in (None, BlossomRecCache(model.config)):
             with pytest.raises(ValueError, match=r"`model\.embedding_norm\.1` \(.*Dropout\).*model\.eval\(\)"):
-                model.recommend(x, past_key_values=cache)
+                model.recommend(x, cache=cache)
     with pytest.raises(ValueError, match="embedding_norm.1"):
         model(torch.tensor(x), use_cache=True)
     model.train().model.embedding_norm[1].eval()
@@ -346,7 +346,7 @@ def test_seen_items_are_excluded_by_default_unless_users_repeat_items(tmp_path):
         for row, best in zip(rows.tolist(), everything.tolist()):
             assert set(best) & set(row) == (set() if excluded else set(row))
         assert torch.equal(everything, model.recommend(rows, top_k=58, exclude_seen=excluded).item_ids)
-        cached = model.recommend(rows, top_k=58, past_key_values=BlossomRecCache(model.config)).item_ids
+        cached = model.recommend(rows, top_k=58, cache=BlossomRecCache(model.config)).item_ids
         assert torch.equal(everything.sort().values, cached.sort().values)
     with pytest.raises(ValueError, match="`repeat_share` is 1.5"):
         recommender(repeat_share=1.5)

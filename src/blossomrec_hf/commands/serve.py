@@ -312,7 +312,7 @@ class Recommender:
     def _append(self, cache: BlossomRecCache, rows: list[list[int]]) -> None:
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-        self.model.base_model(ids.to(self.model.device), past_key_values=cache)
+        self.model.base_model(ids.to(self.model.device), cache=cache)
 
     def _recommend(self, jobs: list[Job], caches: list[BlossomRecCache]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(jobs)

@@ -3,7 +3,7 @@ What an online user's history keeps between two events, so that a new event cost
 whole history again:
 
     out = model(histories, use_cache=True)                                   # [B, L], padded: the whole histories
-    out = model(events, past_key_values=out.past_key_values)                 # [B, m], padded: only what is new
+    out = model(events, cache=out.cache)                                     # [B, m], padded: only what is new
 
 Of every layer the cache keeps the keys (rotary embedding applied) and values of all positions, and of the long-term
 stream the mean of each complete block's compressed keys: the importance of a block is linear in them. Nothing is kept
@@ -174,7 +174,7 @@ class BlossomRecCache(Cache):
         raise ValueError("Histories of a BlossomRecCache have lengths of their own; there is no one mask for them.")
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise ValueError("A BlossomRecCache is filled by a BlossomRec model; pass it as `past_key_values`.")
+        raise ValueError("A BlossomRecCache is filled by a BlossomRec model; pass it as `cache`.")
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,9 @@
-"""BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalogue out."""
+"""BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalog out."""
 
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -26,7 +27,7 @@ from .loss_blossomrec import given_targets, next_item_targets
 from .manifest_blossomrec import require_loadable
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
-from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerSelection
+from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories
 from .recommendation_blossomrec import RecommendationMixin, as_ids
 
@@ -55,6 +56,7 @@ CUSTOM_PIPELINES = {
 
 # Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
 _HARMLESS_KEYWORDS = {"is_causal": True, "output_router_logits": False}
+_PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class GenerationError(AttributeError, ValueError):
@@ -152,7 +154,7 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         """
-        As in `transformers`, for a catalogue: old rows are left as they are, `item_counts` grows along with zeros, and
+        As in `transformers`, for a catalog: old rows are left as they are, `item_counts` grows along with zeros, and
         with `mean_resizing` (the default) a new item begins at the mean of the old ones.
         """
         old = self.get_input_embeddings().num_embeddings
@@ -201,180 +203,220 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         angle = torch.cat([angle, angle], -1)[None]
         return angle.cos() * scale, angle.sin() * scale
 
+    def encode(
+        self,
+        histories: PackedHistories,
+        *,
+        last_only: bool = False,
+        cache: BlossomRecCache | None = None,
+        use_cache: bool = True,
+        training: bool = False,
+        layer_outputs: LayerOutputs | None = None,
+    ) -> torch.Tensor:
+        """
+        Compute the last layer's hidden states of packed histories: the one entry point of `forward`, `recommend`,
+        evaluation and serving. Nothing in it depends on values, so that `torch.compile(model.encode)` has no graph break
+        (without a cache).
+
+        Args:
+            histories: what `pack_histories` returns. Every column of the events enters the model here.
+            last_only: return the states of each history's last position alone. Without a cache, the last layer computes
+                only keys and values of the others.
+            cache: cached histories; if given, `histories` contains only their new events, which are appended.
+                No gradients are computed.
+            use_cache: `False` leaves `cache` as it was.
+            training: whether dropout is applied. It does not depend on the modules' mode, so that threads may share a model.
+            layer_outputs: the lists in it that are not `None` get the outputs of every layer.
+
+        Returns:
+            `[T, hidden_size]`; with `last_only`, `[S, hidden_size]`, where the row of an empty history has no meaning.
+
+        Raises:
+            ValueError: for a cache in training mode, and for one that does not fit the model or the histories, which is left
+                as it was.
+        """
+        append = None if cache is None else self._begin_append(cache, histories, training)
+        position = histories.position if append is None else append.position
+        keep = None
+        # Padding inside a history stands behind its last item.
+        if last_only and append is None and layer_outputs is None and position.shape[0] and histories.lengths is None:
+            one = histories.cu_seqlens.shape[0] == 2 and not torch.compiler.is_compiling()
+            keep = slice(-1, None) if one else (histories.ends - 1).clamp(min=0)
+        records = layer_outputs or LayerOutputs()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
+            hidden_states = self._embed(histories, training)
+            position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
+            for layer in self.layers:
+                hidden_states = records.keep_hidden_states(histories, hidden_states)
+                hidden_states, selection, gates, probs = layer(
+                    hidden_states,
+                    training=training,
+                    keep=keep if layer is self.layers[-1] else None,
+                    position_embeddings=position_embeddings,
+                    cu_seqlens=histories.cu_seqlens,
+                    max_seqlen=histories.max_seqlen,
+                    output_attentions=records.attentions is not None,
+                    append=append,
+                )
+                if records.attentions is not None:
+                    records.attentions.append(histories.unpack_pairs(probs))
+                if records.selections is not None:
+                    records.selections.append(_layer_selection(histories, selection, gates))
+            hidden_states = records.keep_hidden_states(histories, hidden_states)[0]
+        if append is not None and use_cache:
+            append.commit(hidden_states)
+        return histories.last(hidden_states, 1)[:, 0] if last_only and keep is None else hidden_states
+
+    def _embed(self, histories: PackedHistories, training: bool) -> torch.Tensor:
+        """The input of the first layer `[1, T, hidden_size]`, from the columns of the events."""
+        x = histories.inputs_embeds
+        if x is None:
+            x = self.item_embedding(histories.item_ids)  # before it is packed: NEFTune's noise depends on the shape
+        return self.dropout(self.embedding_norm(histories.pack(x)), training)[None]
+
+    def _begin_append(self, cache: BlossomRecCache, histories: PackedHistories, training: bool) -> Append:
+        """The new events `histories` of the cached ones."""
+        if training:
+            raise ValueError("A cache works in evaluation mode; call `model.eval()`, or omit `cache`.")
+        check_inference(self)
+        weights = cache.check_model(self)
+        items = None if histories.item_ids is None else histories.pack(histories.item_ids)
+        return Append(cache, histories.cu_seqlens, items, histories.position.shape[0], weights)
+
+    def cache_for(self, cache: Any, use_cache: bool | None = None) -> BlossomRecCache | None:
+        """The given cache, a new one if `use_cache` is `True` and none is given, or `None`."""
+        if cache is None:
+            return BlossomRecCache(self.config) if use_cache else None
+        if not isinstance(cache, BlossomRecCache):
+            raise ValueError(
+                f"`cache` is a {type(cache).__name__}; it must be a `BlossomRecCache`, which "
+                "`use_cache=True` alone creates."
+            )
+        return cache
+
+    def layer_outputs(
+        self,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        output_selection: bool | None,
+        cache: BlossomRecCache | None,
+    ) -> LayerOutputs | None:
+        """
+        The lists for the outputs of every layer that a call of `forward` requests; `None` without any.
+
+        Raises:
+            ValueError: if attentions are requested with a cache, or from an implementation that never has them.
+        """
+        requested = {
+            "hidden_states": self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
+            "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
+            "selections": output_selection,
+        }
+        if requested["attentions"] and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f'`output_attentions=True` works with `attn_implementation="eager"` only; '
+                f"{self.config._attn_implementation!r} never has all probabilities at once. Use `output_selection=True`."
+            )
+        if requested["attentions"] and cache is not None:
+            raise ValueError("`output_attentions=True` cannot be combined with a cache; use `output_selection=True`.")
+        if not any(requested.values()):
+            return None
+        return LayerOutputs(**{name: [] if wanted else None for name, wanted in requested.items()})
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: BlossomRecCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
-        cu_seq_lens_k: torch.Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
+        use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
-        past_key_values: BlossomRecCache | None = None,
-        cache: BlossomRecCache | None = None,
-        use_cache: bool | None = None,
-        packed: PackedHistories | None = None,
-        append: Append | None = None,
-        last_only: bool = False,
-        training: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecModelOutput:
         """
         Args:
-            input_ids: item ids `[B, L]`, padded on any side, or packed `[1, T]`.
-            attention_mask: `[B, L]`, 0 at padding. Where it is missing, [PAD] ids are padding.
-            position_ids: `[B, L]`; positions that restart at 0 in a single row mark packed histories.
-            inputs_embeds: `[B, L, hidden_size]`, in place of `input_ids`.
-            cu_seq_lens_q, max_length_q: offsets `[S + 1]` and longest length of packed histories; `cu_seq_lens_k` and
-                `max_length_k`, which collators send along, say the same.
-            output_attentions: the reference path (`attn_implementation="eager"`) alone has probabilities to give.
-            output_selection: what every layer selected, and its gates; on every path.
-            past_key_values: cached histories; if given, the input contains only their new events, and so does
-                the output. In evaluation mode, without gradients. Events are not counted by `position_ids`, and marked
-                by `attention_mask` as any input is. `cache` is another name for it.
-            use_cache: whether the histories are kept: `True` makes a cache where none is given, `False` leaves the
-                given one as it was. `None` means `True` where a cache is given.
-            packed: what `pack_histories` made of these inputs, where that is known already.
-            append: what `begin_append` made of the cache and these inputs, for a caller that commits it.
-            last_only: `last_hidden_state` is that of each history's last position alone, `[S, 1, hidden_size]` (of an
-                empty history, anything), and the last layer is spared the others but for their keys and values.
-                Without a cache, `output_hidden_states` and `output_selection`.
-            training: whether dropout is applied. Defaults to the model's mode. `recommend` passes `False`, so that
-                threads may share a model whatever its mode is.
+            input_ids (`torch.LongTensor`): vocabulary ids `[B, L]`, padded on any side, or packed `[1, T]`.
+            attention_mask (`torch.Tensor`, *optional*): `[B, L]`, 0 at padding. By default, [PAD] ids are padding.
+            position_ids (`torch.LongTensor`, *optional*): `[B, L]`; positions that restart at 0 in a single row mark packed
+                histories.
+            cache (`BlossomRecCache`, *optional*): Cached histories; if given, the inputs contain only new events,
+                and the outputs are those of the new events. Requires evaluation mode, and computes no gradients.
+                `position_ids` count the new events from 0.
+            inputs_embeds (`torch.FloatTensor`, *optional*): `[B, L, hidden_size]` in place of `input_ids`.
+            use_cache (`bool`, *optional*): `True` creates a cache if none is given; `False` does not append to the given
+                one. Defaults to `True` if a cache is given.
+            output_hidden_states (`bool`, *optional*): also return the embedding and the output of every layer.
+            output_attentions (`bool`, *optional*): also return the attention probabilities; requires
+                `attn_implementation="eager"`.
+            output_selection (`bool`, *optional*): also return the selected blocks and the gates of every layer.
+            kwargs: `cu_seq_lens_q` `[S + 1]` and `max_length_q`, the offsets and the longest length of packed histories;
+                `cu_seq_lens_k` and `max_length_k`, which must be the same.
 
         Raises:
-            ValueError: for ids outside the vocabulary, offsets or positions that do not describe the input,
-                attentions asked of a path that has none, a cache that does not fit the model or the input (it is
-                left as it was), and keywords that the model does not know.
+            ValueError: for ids outside the vocabulary, for offsets or positions that do not describe the input, for
+                attentions of an implementation that has none, for a cache that does not fit the model or the input (it is
+                left as it was), and for unknown keywords.
         """
-        _check_keywords(kwargs, position_ids, cu_seq_lens_q)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f'`output_attentions=True` works with `attn_implementation="eager"` only; '
-                f"{self.config._attn_implementation!r} never has all probabilities at once. "
-                "`output_selection=True` tells what was attended to on every path."
-            )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if packed is None:
-            packed = pack_histories(
-                inputs,
-                attention_mask,
-                position_ids,
-                cu_seq_lens_q,
-                max_length_q,
-                self.config.vocab_size,
-                cu_seqlens_k=cu_seq_lens_k,
-                max_seqlen_k=max_length_k,
-                drop_padding=past_key_values is not None or cache is not None or bool(use_cache),
-            )
-        training = self.training if training is None else training
-        cache = past_key_values if cache is None else cache
-        own_append = append is None and (cache is not None or use_cache)
-        if own_append:
-            append = self.begin_append(cache, packed, input_ids, training=training)
-        if append is not None and output_attentions:
-            raise ValueError("`output_attentions=True` cannot be combined with a cache; `output_selection=True` can.")
-        if last_only and (append is not None or output_hidden_states or output_selection):
-            raise ValueError(
-                "`last_only=True` cannot be combined with a cache, `output_hidden_states=True` or "
-                "`output_selection=True`, which tell of all positions."
-            )
-        keep = None
-        if last_only and packed.position.shape[0] and packed.lengths is None:
-            one = packed.cu_seqlens.shape[0] == 2 and not torch.compiler.is_compiling()
-            keep = slice(-1, None) if one else (packed.cu_seqlens[1:] - 1).clamp(min=0)
-        position = packed.position if append is None else append.position
-        with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
-            # Embedded in the shape of the input: NEFTune's noise depends on it.
-            hidden_states = packed.pack(self.item_embedding(input_ids) if inputs_embeds is None else inputs)
-            hidden_states = self.dropout(self.embedding_norm(hidden_states), training)[None]
-
-            position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
-            states, attentions, selections = [], [], []
-            for layer in self.layers:
-                if output_hidden_states:
-                    states.append(packed.unpack(hidden_states[0]))
-                    hidden_states = packed.pack(states[-1])[None]  # what is returned has a gradient (`retain_grad()`)
-                hidden_states, selection, gates, probs = layer(
-                    hidden_states,
-                    training=training,
-                    keep=keep if layer is self.layers[-1] else None,
-                    position_embeddings=position_embeddings,
-                    cu_seqlens=packed.cu_seqlens,
-                    max_seqlen=packed.max_seqlen,
-                    output_attentions=bool(output_attentions),
-                    append=append,
-                )
-                if output_attentions:
-                    attentions.append(packed.unpack_pairs(probs))
-                if output_selection:
-                    selections.append(_layer_selection(packed, selection, gates))
-        if own_append and use_cache is not False:
-            append.commit(hidden_states[0])
-        if keep is not None:
-            last_hidden_state = hidden_states[0][:, None]
-        else:  # all of them, or no token anywhere
-            last_hidden_state = packed.last(hidden_states[0], 1) if last_only else packed.unpack(hidden_states[0])
-        return BlossomRecModelOutput(
-            last_hidden_state=last_hidden_state,
-            hidden_states=(*states, last_hidden_state) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
-            selections=tuple(selections) if output_selection else None,
-            cache=None if append is None else append.cache,
+        packing = pop_packing(kwargs)
+        check_keywords(kwargs, position_ids, packing)
+        cache = self.cache_for(cache, use_cache)
+        histories = pack_histories(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            vocab_size=self.config.vocab_size,
+            drop_padding=cache is not None,
+            **packing,
         )
-
-    def begin_append(
-        self, cache: BlossomRecCache | None, packed: PackedHistories, input_ids: torch.Tensor | None, *, training: bool
-    ) -> Append:
-        """
-        The new events `packed` on their way into `cache` (or a new one).
-
-        Raises:
-            ValueError: in training mode, and for a cache that does not fit the model or the events.
-        """
-        if training:
-            raise ValueError("A cache works in evaluation mode; call `model.eval()`, or leave out `past_key_values`.")
-        check_inference(self)
-        cache = BlossomRecCache(self.config) if cache is None else cache
-        if not isinstance(cache, BlossomRecCache):
-            raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__}; BlossomRec's histories need a `BlossomRecCache` (or "
-                "`use_cache=True` alone, which makes one)."
-            )
-        weights = cache.check_model(self)
-        items = None if input_ids is None else packed.pack(input_ids)
-        return Append(cache, packed.cu_seqlens, items, packed.position.shape[0], weights)
+        records = self.layer_outputs(output_hidden_states, output_attentions, output_selection, cache)
+        hidden_states = self.encode(
+            histories,
+            cache=cache,
+            use_cache=use_cache is not False,
+            training=self.training,
+            layer_outputs=records,
+        )
+        fields = {} if records is None else records.fields()
+        if fields.get("hidden_states"):
+            last_hidden_state = fields["hidden_states"][-1]
+        else:
+            last_hidden_state = histories.unpack(hidden_states)
+        return BlossomRecModelOutput(last_hidden_state=last_hidden_state, cache=cache, **fields)
 
 
-def _check_keywords(keywords: dict[str, Any], position_ids: Any, cu_seq_lens_q: Any) -> None:
-    """Refuses all other keywords by name: whoever passes one expects an effect."""
+def pop_packing(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Remove the offsets and lengths of packed histories from the keywords of a call."""
+    return {name: keywords.pop(name, None) for name in _PACKING_KEYWORDS}
+
+
+def check_keywords(keywords: dict[str, Any], position_ids: Any, packing: dict[str, Any]) -> None:
+    """Refuse unknown keywords by name, so that none is ignored."""
     for name, value in keywords.items():
+        if name == "past_key_values" and value is not None:  # its name before transformers 5.24
+            raise ValueError("`past_key_values` is not an input of BlossomRec; pass the `BlossomRecCache` as `cache`.")
         harmless = value is None or (name in _HARMLESS_KEYWORDS and value is _HARMLESS_KEYWORDS[name])
         if name == "seq_idx":  # the number of each token's history, which some collators send next to these
-            harmless = harmless or position_ids is not None or cu_seq_lens_q is not None
+            harmless = harmless or position_ids is not None or packing["cu_seq_lens_q"] is not None
         if not harmless:
-            raise ValueError(f"`{name}` is not an input of BlossomRec; leave it out of the call or the batch.")
+            raise ValueError(f"`{name}` is not an input of BlossomRec; omit it from the call or the batch.")
 
 
-def _layer_selection(packed: PackedHistories, selection, gates) -> LayerSelection:
+def _layer_selection(histories: PackedHistories, selection, gates) -> LayerSelection:
     block_indices, importance = (None, None) if selection is None else selection
     if block_indices is not None:  # shifted, so that padding reads −1
-        block_indices, importance = packed.unpack(block_indices + 1) - 1, packed.unpack(importance)
-    return LayerSelection(block_indices, importance, None if gates is None else packed.unpack(gates[0]))
+        block_indices, importance = histories.unpack(block_indices + 1) - 1, histories.unpack(importance)
+    return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates[0]))
 
 
 class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTrainedModel):
-    """BlossomRec with scores over the catalogue: next-item training, evaluation and recommendation."""
+    """BlossomRec with scores over the catalog: next-item training, evaluation and recommendation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.item_embedding.weight"}
 
@@ -448,34 +490,30 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        cache: BlossomRecCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        cu_seq_lens_q: torch.Tensor | None = None,
-        cu_seq_lens_k: torch.Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
-        past_key_values: BlossomRecCache | None = None,
-        cache: BlossomRecCache | None = None,
-        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecOutput:
         """
         Args:
-            labels: item ids `[B, L]` aligned with the input, shifted inside: every position predicts the next item of
-                its history. −100, [PAD] and [UNK] are no targets. Instead of them, `shift_labels` `[B, L]` gives the
-                target of every position itself.
-            logits_to_keep: n > 0 returns logits of the last n real positions of each history alone, `[S, n,
-                vocab_size]` (S rows, or packed histories), zero where a history is shorter. The loss is not affected.
-                With a cache, of the last n new ones.
-            num_items_in_batch: number of targets of the whole step, over accumulated batches and processes, that the
-                summed loss is divided by. Defaults to the number in this batch. `Trainer` counts every label that is
-                not −100, but for the first of each row.
-            kwargs: `shift_labels`, and `skip_logits`: `True` returns no logits.
+            labels (`torch.LongTensor`, *optional*): vocabulary ids `[B, L]` aligned with the input and shifted inside:
+                every position predicts the next item of its history. −100, [PAD] and [UNK] are no targets.
+            logits_to_keep (`int`, *optional*): n > 0 returns the logits of the last n real positions of each history
+                alone, `[S, n, vocab_size]` (S rows, or packed histories), zero before a history's first. The loss is not
+                affected. With a cache, of the last n new events. Defaults to 0, all positions.
+            kwargs: as in `BlossomRecModel.forward`, and
+
+                - `num_items_in_batch`: the number of targets of the whole step, over accumulated batches and processes,
+                  by which the summed loss is divided. Defaults to the number in this batch. `Trainer` counts every label
+                  that is not −100, except the first of each row.
+                - `shift_labels` `[B, L]`: the target of every position, instead of `labels`.
+                - `skip_logits`: `True` returns no logits.
 
             The other arguments are those of `BlossomRecModel.forward`. `label_smoothing_factor` of `Trainer` replaces
             the loss, and the objective with it: its smoothing is uniform over the whole vocabulary, [PAD] and [UNK]
@@ -485,72 +523,54 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
             ValueError: as `BlossomRecModel.forward`, for labels outside the vocabulary, for labels with a cache, and for
                 `logits_to_keep` below 0.
         """
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
-        if inputs is None:
-            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
-        cache = past_key_values if cache is None else cache
         # No parameters of their own: `Trainer` would expect each parameter named like a label in every batch.
         shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
+        num_items_in_batch, packing = kwargs.pop("num_items_in_batch", None), pop_packing(kwargs)
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
-        _check_keywords(kwargs, position_ids, cu_seq_lens_q)
+        check_keywords(kwargs, position_ids, packing)
         if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be a number of positions, 0 for all.")
-        if labels is not None and (cache is not None or use_cache):
+        cache = self.model.cache_for(cache, use_cache)
+        if labels is not None and cache is not None:
             raise ValueError("`labels` cannot be combined with a cache; a loss needs the histories themselves.")
-        packed = pack_histories(
-            inputs,
+        histories = pack_histories(
+            input_ids,
             attention_mask,
             position_ids,
-            cu_seq_lens_q,
-            max_length_q,
-            self.config.vocab_size,
-            labels,
+            inputs_embeds,
+            vocab_size=self.config.vocab_size,
+            labels=labels,
             labels_are_counted=num_items_in_batch is not None and not shifted,
-            cu_seqlens_k=cu_seq_lens_k,
-            max_seqlen_k=max_length_k,
-            drop_padding=cache is not None or bool(use_cache),
+            drop_padding=cache is not None,
+            **packing,
         )
-        append = None
-        if cache is not None or use_cache:
-            append = self.model.begin_append(cache, packed, input_ids, training=self.training)
-        outputs: BlossomRecModelOutput = self.model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            output_selection=output_selection,
-            packed=packed,
-            append=append,
-        )
-        hidden_states = packed.pack(outputs.last_hidden_state)
-
+        records = self.model.layer_outputs(output_hidden_states, output_attentions, output_selection, cache)
         loss = logits = None
-        if labels is not None:
-            labels = packed.pack(labels, padding=IGNORE_INDEX).long()
-            targets = given_targets(labels) if shifted else next_item_targets(labels, packed.cu_seqlens)
-            loss = find_objective(self.config.objective)(
-                hidden_states,
-                self.item_vectors(),
-                targets,
-                num_items_in_batch,
-                config=self.config,
-                item_counts=self.item_counts,
+        with nullcontext() if cache is None else cache.all_or_nothing():
+            hidden_states = self.model.encode(
+                histories,
+                cache=cache,
+                use_cache=use_cache is not False,
+                training=self.training,
+                layer_outputs=records,
             )
-        if logits_to_keep:
-            logits = self.lm_head(packed.last(hidden_states, logits_to_keep))
-        elif not skip_logits and (labels is None or not self.training):
-            logits = packed.unpack(self.lm_head(hidden_states))
-        if append is not None and use_cache is not False:  # the last thing that can fail is done
-            append.commit(hidden_states)
-        return BlossomRecOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            selections=outputs.selections,
-            cache=outputs.cache,
-        )
+            if labels is not None:
+                labels = histories.pack(labels, padding=IGNORE_INDEX).long()
+                targets = given_targets(labels) if shifted else next_item_targets(labels, histories.cu_seqlens)
+                loss = find_objective(self.config.objective)(
+                    hidden_states,
+                    self.item_vectors(),
+                    targets,
+                    num_items_in_batch,
+                    config=self.config,
+                    item_counts=self.item_counts,
+                )
+            if logits_to_keep:
+                logits = self.lm_head(histories.last(hidden_states, logits_to_keep))
+            elif not skip_logits and (labels is None or not self.training):
+                logits = histories.unpack(self.lm_head(hidden_states))
+        return BlossomRecOutput(loss=loss, logits=logits, cache=cache, **({} if records is None else records.fields()))
 
 
 def _shift_labels_of(model_class: type) -> None:

@@ -1,4 +1,4 @@
-"""What the models return."""
+"""Outputs of the models."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,6 +7,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from .cache_blossomrec import BlossomRecCache
+from .packing_blossomrec import PackedHistories
 
 
 class LayerSelection(NamedTuple):
@@ -24,6 +25,28 @@ class LayerSelection(NamedTuple):
     gates: torch.Tensor | None
 
 
+class LayerOutputs(NamedTuple):
+    """The outputs of every layer that `BlossomRecModel.encode` collects: each list that is not `None`."""
+
+    hidden_states: list[torch.Tensor] | None = None
+    attentions: list[torch.Tensor] | None = None
+    selections: list[LayerSelection] | None = None
+
+    def keep_hidden_states(self, histories: PackedHistories, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Collect `hidden_states` `[1, T, hidden_size]` in the shape of the input. What follows must read the returned
+        ones, so that the collected ones have a gradient (`retain_grad()`).
+        """
+        if self.hidden_states is None:
+            return hidden_states
+        self.hidden_states.append(histories.unpack(hidden_states[0]))
+        return histories.pack(self.hidden_states[-1])[None]
+
+    def fields(self) -> dict[str, tuple | None]:
+        """The lists as fields of a model output."""
+        return {name: None if values is None else tuple(values) for name, values in self._asdict().items()}
+
+
 @dataclass
 class BlossomRecModelOutput(ModelOutput):
     """
@@ -32,8 +55,7 @@ class BlossomRecModelOutput(ModelOutput):
         hidden_states (`tuple`, *optional*): the embedding and every layer's output, each `[B, L, hidden_size]`.
         attentions (`tuple`, *optional*): every layer's gated attention probabilities, each `[B, H, L, L]`.
         selections (`tuple[LayerSelection]`, *optional*): what every layer selected, and its gates.
-        cache (`BlossomRecCache`, *optional*): the cache, with these histories or events in it. `past_key_values`, the
-            name that older versions of `transformers` give it, is the same.
+        cache (`BlossomRecCache`, *optional*): the cache, with these histories or events in it.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -41,8 +63,6 @@ class BlossomRecModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     selections: tuple[LayerSelection, ...] | None = None
     cache: BlossomRecCache | None = None
-
-    past_key_values = property(lambda self: self.cache)
 
 
 @dataclass
@@ -62,5 +82,3 @@ class BlossomRecOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     selections: tuple[LayerSelection, ...] | None = None
     cache: BlossomRecCache | None = None
-
-    past_key_values = property(lambda self: self.cache)

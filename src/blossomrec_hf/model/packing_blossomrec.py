@@ -14,16 +14,19 @@ logger = logging.get_logger(__name__)
 
 class PackedHistories(NamedTuple):
     """
-    The histories of a batch, end to end: what every layer works on.
+    The histories of a batch, end to end, with the columns of their events: the input of `BlossomRecModel.encode`.
 
     Attributes:
-        token: places of the packed positions in the flattened `[B·L]` input, `[T]`; `None` where they are all of it.
+        token: places of the packed positions in the flattened `[B·L]` input, `[T]`; `None` if the input has no padding.
         position: place of each position inside its history, `[T]`.
         cu_seqlens: offsets, `[S + 1]`.
         max_seqlen: length of the longest history.
         shape: `(B, L)` of the input.
         lengths: items of each history `[S]`, if padding follows them in the history itself: a compiled graph has no
             shapes that depend on values. All attention is causal, so that no item sees the padding.
+        item_ids: vocabulary ids `[B, L]`; `None` if embeddings were given. A column has the shape of the input, and
+            `pack` lays it out.
+        inputs_embeds: embeddings `[B, L, hidden_size]` in place of `item_ids`.
     """
 
     token: torch.Tensor | None
@@ -32,6 +35,8 @@ class PackedHistories(NamedTuple):
     max_seqlen: int
     shape: tuple[int, int]
     lengths: torch.Tensor | None = None
+    item_ids: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor, padding: float | None = None) -> torch.Tensor:
         """`[B, L, …]` → `[T, …]`, with the value `padding` (if given) where padding remains."""
@@ -70,7 +75,7 @@ class PackedHistories(NamedTuple):
         return out.permute(0, 3, 1, 2)
 
     def last(self, x: torch.Tensor, n: int) -> torch.Tensor:
-        """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero where a history is shorter."""
+        """The last `n` positions of each history of `x` `[T, …]`: `[S, n, …]`, zero before its first position."""
         x = x.to(self.cu_seqlens.device)
         place = self.ends[:, None] + torch.arange(-n, 0, device=x.device)
         outside = place < self.cu_seqlens[:-1, None]
@@ -80,36 +85,43 @@ class PackedHistories(NamedTuple):
 
 
 def pack_histories(
-    inputs: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    *,
     vocab_size: int,
     labels: torch.Tensor | None = None,
-    *,
     labels_are_counted: bool = False,
-    cu_seqlens_k: torch.Tensor | None = None,
-    max_seqlen_k: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     drop_padding: bool = False,
 ) -> PackedHistories:
     """
-    Turns any input that the model accepts into packed histories.
+    Lay out any input that the model accepts as packed histories.
 
     Args:
-        inputs: item ids `[B, L]`, or embeddings `[B, L, hidden_size]`.
-        attention_mask: `[B, L]`, 0 at padding; where it is `None`, [PAD] ids are padding.
+        input_ids: vocabulary ids `[B, L]`, padded on any side, or packed `[1, T]`.
+        attention_mask: `[B, L]`, 0 at padding. By default, [PAD] ids are padding.
         position_ids: `[B, L]`, counting 0 … n − 1 in each history; in a single row they may restart (packed input).
-        cu_seqlens: offsets of packed input `[1, T]`, and `max_seqlen`, the longest history there.
+        inputs_embeds: embeddings `[B, L, hidden_size]` in place of `input_ids`.
+        vocab_size: ids must be below it.
         labels: `[B, L]`, checked for ids outside the vocabulary.
         labels_are_counted: warn of labels that `Trainer` counts as targets and the model does not.
-        cu_seqlens_k, max_seqlen_k: a repetition of `cu_seqlens` and `max_seqlen`.
+        cu_seq_lens_q, max_length_q: offsets `[S + 1]` of packed input `[1, T]`, and the longest history there.
+        cu_seq_lens_k, max_length_k: the same again, as collators pass them.
         drop_padding: drop the padding inside a compiled graph too, which then has a break here.
 
     Raises:
         ValueError: for ids outside the vocabulary or not `[B, L]`, and for offsets or positions that do not describe the
             input. Values are not checked inside a compiled graph, nor while a CUDA graph is captured.
     """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k = cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k
     _check_ids("input_ids", inputs if inputs.dim() < 3 else None)
     _check_ids("labels", labels)
     batch, length = shape = inputs.shape[:2]
@@ -173,7 +185,7 @@ def pack_histories(
         order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices  # items first
         first = torch.arange(batch + 1, device=device) * length
         token, position = (order + first[:-1, None]).flatten(), torch.arange(length, device=device).repeat(batch)
-        return PackedHistories(token, position, first, length, tuple(shape), real.sum(1))
+        return PackedHistories(token, position, first, length, tuple(shape), real.sum(1), input_ids, inputs_embeds)
     token = None
     if real is not None and num_tokens == batch * length:
         position = torch.arange(length, device=device).repeat(batch)
@@ -188,7 +200,7 @@ def pack_histories(
                 "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
                 "have them made."
             )
-    return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape))
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape), None, input_ids, inputs_embeds)
 
 
 def _check_ids(name: str, ids: torch.Tensor | None) -> None:

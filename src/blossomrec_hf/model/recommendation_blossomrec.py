@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 from .cache_blossomrec import BlossomRecCache
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, stored_item_vectors
+from .packing_blossomrec import pack_histories
 
 
 logger = logging.get_logger(__name__)
@@ -272,7 +273,7 @@ class RecommendationMixin:
         candidate_ids: torch.LongTensor | Sequence | None = None,
         min_score: float | None = None,
         max_length: int | None = None,
-        past_key_values: BlossomRecCache | None = None,
+        cache: BlossomRecCache | None = None,
         index: Any | None = None,
     ) -> RecommendationOutput:
         """
@@ -298,7 +299,7 @@ class RecommendationMixin:
                 different lengths for each; all where it is `None`.
             min_score: leave out items of a lower score. An empty history's counts are no such scores.
             max_length: the model reads the latest so many items of a history; all of them count as seen.
-            past_key_values: cached histories; if given, `input_ids` contains only their new events (a row may
+            cache: cached histories; if given, `input_ids` contains only their new events (a row may
                 have none), which are appended to it, and the items of the whole histories count as seen.
             index: a `blossomrec_hf.serving.index.ItemIndex` of this model, which finds the candidates where no `candidate_ids`
                 are given: more than enough for what is left out, scored exactly. It may miss some of the best.
@@ -342,18 +343,18 @@ class RecommendationMixin:
             )
         exclude_ids = self._checked("exclude_ids", exclude_ids, len(input_ids))
         candidate_ids = self._checked("candidate_ids", candidate_ids, len(input_ids))
-        if max_length is not None and past_key_values is not None:
-            raise ValueError("`max_length` cannot be combined with `past_key_values`; `crop` a cache instead.")
-        # A cache keeps the events only where nothing fails to the end.
-        with nullcontext() if past_key_values is None else past_key_values.all_or_nothing():
-            if past_key_values is None:
+        if max_length is not None and cache is not None:
+            raise ValueError("`max_length` cannot be combined with `cache`; `crop` a cache instead.")
+        cache = self.base_model.cache_for(cache)
+        # A cache keeps the events only if nothing fails to the end.
+        with nullcontext() if cache is None else cache.all_or_nothing():
+            if cache is None:
                 states, seen = self._last_states(input_ids, real, max_length), input_ids
             else:
-                self.base_model(
-                    input_ids, attention_mask=real, past_key_values=past_key_values, use_cache=True, training=False
-                )
-                states, seen = past_key_values.last_hidden_state, past_key_values.item_ids.to(device).long()
-                empty = (past_key_values.lengths == 0).to(device)  # none where every row has new events
+                events = pack_histories(input_ids, real, vocab_size=vocab_size, drop_padding=True)
+                self.base_model.encode(events, cache=cache)
+                states, seen = cache.last_hidden_state, cache.item_ids.to(device).long()
+                empty = (cache.lengths == 0).to(device)  # none where every row has new events
             # All ids were checked above: reading them now would wait for a GPU that is busy with the histories.
             exclude_seen = self.config.exclude_seen if exclude_seen is None else exclude_seen
             excluded = [seen if exclude_seen else None, exclude_ids]
@@ -457,5 +458,5 @@ class RecommendationMixin:
         """The last hidden state of each row's last real position `[B, hidden_size]`; anything where there is none."""
         if max_length is not None:
             real = real & (real.flip(1).cumsum(1).flip(1) <= max_length)
-        out = self.base_model(input_ids, attention_mask=real, last_only=True, training=False)
-        return out.last_hidden_state[:, 0]
+        histories = pack_histories(input_ids, real, vocab_size=self.config.vocab_size)
+        return self.base_model.encode(histories, last_only=True)
