@@ -49,6 +49,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
 
 from .. import BlossomRecCache, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from ..model.packing_blossomrec import pack_histories
 from ..serving.event_store import Store, first_read
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 
@@ -312,7 +313,8 @@ class Recommender:
     def _append(self, cache: BlossomRecCache, rows: list[list[int]]) -> None:
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.long)
-        self.model.base_model(ids.to(self.model.device), cache=cache)
+        events = pack_histories(ids.to(self.model.device), vocab_size=self.model.config.vocab_size)
+        self.model.base_model.encode(events, cache=cache)
 
     def _recommend(self, jobs: list[Job], caches: list[BlossomRecCache]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(jobs)

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from ..batches.histories import budget_batches, to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.packing_blossomrec import pack_histories
 from ..model.recommendation_blossomrec import top_of_rows
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
@@ -388,9 +389,9 @@ def last_item_scores(
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model(**batch, logits_to_keep=1).logits[:, -1].float()
+    histories = pack_histories(**batch, vocab_size=model.config.vocab_size)
     with autocast():
-        hidden_states = model.base_model(**batch).last_hidden_state[0]
-    last = hidden_states[batch["cu_seq_lens_q"][1:].long() - 1]
+        last = model.base_model.encode(histories, last_only=True)
     return nn.functional.linear(last.float(), model.item_vectors().float())
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..batches.histories import HistoryStore, budget_batches
 from ..evaluation.ranking import evaluating
+from ..model.packing_blossomrec import pack_histories
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 
 
@@ -143,7 +144,8 @@ def _sum_contexts(
     with evaluating(model):
         for part in budget_batches(store.lengths[rows], max_tokens):
             start, stop = known_offsets[rows[part][0]], known_offsets[rows[part][-1] + 1]
-            states = model.base_model(**store.pack(rows[part])).last_hidden_state[0].float()
+            known_histories = pack_histories(**store.pack(rows[part]), vocab_size=model.config.vocab_size)
+            states = model.base_model.encode(known_histories).float()
             vectors = output[torch.from_numpy(known_items[start:stop]).to(device).long()].float()
             for total, values, place, exists in zip(
                 sums, (states, vectors), (last, following), (has_last, has_following)
