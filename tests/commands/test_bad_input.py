@@ -175,7 +175,9 @@ def test_outputs_are_checked_before_the_work(run_here, checkpoint, tmp_path):
             result = run_here(script, *options, "--data", "nowhere", "--output_dir", place)
             is_one_sentence(result, "is a file; give another path")
     out = ["--data", "nowhere", "--output_dir", tmp_path / "out", "--results_json"]
-    is_one_sentence(run_here("train", *out, tmp_path / "file"), "file is no JSON file")
+    is_one_sentence(run_here("train", *out, tmp_path / "file"), "file is damaged: it is no JSON file")
     is_one_sentence(run_here("train", *out, tmp_path), str(tmp_path))
-    is_one_sentence(run_here("convert", "--model", checkpoint, "--output_file", tmp_path / "no" / "x.pth"), "no")
+    is_one_sentence(
+        run_here("convert", "--model", checkpoint, "--output_file", tmp_path / "no" / "x.pth"), str(tmp_path / "no")
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint"}

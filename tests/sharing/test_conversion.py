@@ -53,7 +53,7 @@ def test_what_cannot_be_the_same_function_is_refused(authors):
     gsasrec = {"item_embedding.weight": torch.ones(9, 4), "position_embedding.weight": torch.ones(5, 4)}
     gsasrec |= {"transformer_blocks.0.first_norm.weight": torch.ones(4)}
     message = told(lambda: from_authors(gsasrec), ValueError)
-    assert "learned positions" in message and "normalises before" in message and "'full'" in message
+    assert "learned positions" in message and "normalizes before" in message and "'full'" in message
     assert "no weights of the authors'" in told(lambda: from_authors({"a": torch.ones(1)}), ValueError)
     for changes, named in (({}, "short_term_block_size"), ({"attention_types": "full"}, "attention_types")):
         assert named in told(lambda changes=changes: to_authors(small_model(**changes)), ValueError)

@@ -28,7 +28,7 @@ def token(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder as `examples/train.py` leaves it."""
+    """A run's folder as `blossomrec train` writes it."""
     small_model().save_pretrained(tmp_path)
     small_tokenizer().save_pretrained(tmp_path)
     figures = {f"{name}@10{suffix}": 0.25 for name in ("recall", "ndcg") for suffix in ("", "_all")}

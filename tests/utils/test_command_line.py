@@ -14,7 +14,7 @@ from blossomrec_hf.utils.command_line import exit_on_error, load_checkpoint
 def refused(path, kind=BlossomRecForSequentialRecommendation, argument="model") -> str:
     sentence = told(lambda: load_checkpoint(kind, str(path), argument), ValueError)
     assert sentence.startswith(f"--{argument} is {path}, ") and len(sentence.splitlines()) == 1
-    assert "examples/train.py" in sentence and "owner/name" in sentence
+    assert "blossomrec train" in sentence and "owner/name" in sentence
     return sentence
 
 
@@ -48,9 +48,9 @@ def test_folders_that_hold_no_checkpoint(local_hub, tmp_path):
 def test_the_hub_without_such_a_repository_or_out_of_reach(local_hub, monkeypatch):
     assert "no such repository" in refused("runs/typo")
     local_hub.fail(503)
-    assert "could not be asked (" in refused("runs/typo")
+    assert "could not be reached (" in refused("runs/typo")
     local_hub.stop()
-    assert "could not be asked (" in refused("runs/typo")
+    assert "could not be reached (" in refused("runs/typo")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in refused("runs/typo")
 

@@ -54,10 +54,9 @@ def main() -> None:
 
 def convert(args: ConversionArguments) -> None:
     if args.model is not None:
-        model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
-        state = to_authors(model)
-        with atomic_write(args.output_file) as partial:
-            torch.save({"state_dict": state}, partial)
+        with atomic_write(args.output_file) as partial:  # first, because it checks the folder
+            model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
+            torch.save({"state_dict": to_authors(model)}, partial)
         print(args.output_file)
         return
     require_folder(args.output_dir)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
+from .files_blossomrec import read_json
 from .manifest_blossomrec import (
     CONFIG_NAMES,
     FINDING,
@@ -18,7 +19,6 @@ from .manifest_blossomrec import (
     check_manifest,
     code_files,
     inside,
-    read_json,
     update_manifest,
 )
 
@@ -56,22 +56,22 @@ class CheckpointMixin(ManifestMixin):
         **kwargs: Any,
     ) -> Any:
         """
-        As in `transformers`, but never a model that is not the one saved. With `trust_remote_code=True`, the code of a
+        As in `transformers`, but the result is always the saved model. With `trust_remote_code=True`, the code of a
         repository runs before its files are compared: pin `revision` to the hash of a commit that you have read.
 
         Args:
-            check_files: `False` loads files that were changed after they were saved.
+            check_files: whether to compare the files with their saved hashes. `False` loads files that were changed.
 
         Raises:
-            ValueError: for weights in pickle files, for weights that are not those of the configuration (unless
-                `ignore_mismatched_sizes=True`), for a damaged file, for one that does not have the hash that was saved with
-                it, and for one outside of the checkpoint's folder.
-            OSError: where there is no such checkpoint, and where the Hub cannot be reached and the cache is incomplete.
+            ValueError: if the weights are in pickle files, do not fit the configuration (unless
+                `ignore_mismatched_sizes=True`) or are of two uploads, or if a file is damaged, has another hash than the
+                saved one, or is outside of the folder.
+            OSError: if there is no such checkpoint, or the Hub cannot be reached and the cache is incomplete.
         """
         path = pretrained_model_name_or_path
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
-                "`use_safetensors` is False; BlossomRec reads safetensors only: opening a pickle runs code."
+                "`use_safetensors` is False; leave it out. BlossomRec reads safetensors only, because opening a pickle runs code."
             )
         from_files = path is not None and kwargs.get("state_dict") is None and kwargs.get("gguf_file") is None
         checking = {"revision": kwargs.get("revision"), **{name: kwargs.get(name) for name in FINDING}}
@@ -85,7 +85,7 @@ class CheckpointMixin(ManifestMixin):
             kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, **kwargs)
         except Exception as error:
-            if from_files and check_files:  # a file that changed is named, whatever came of it
+            if from_files and check_files:  # if a file changed, its name explains the error
                 check_manifest(path, **checking)
             if isinstance(error, SafetensorError):
                 raise ValueError(
@@ -103,24 +103,24 @@ class CheckpointMixin(ManifestMixin):
 
 
 def _weight_names(variant: str | None) -> list[str]:
-    """The names of weights in one file, and of the index of those in several."""
+    """The names of a single file of weights, and of the index of weights in several files."""
     names = [name.rsplit(".", 1) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     return [f"{base}{f'.{variant}' if variant else ''}.{suffix}" for base, suffix in names]
 
 
 def _written(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is written."""
+    """Time and inode of a file, which change when it is written; `None` if it does not exist."""
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
 
 
 def _weight_files(path: str | os.PathLike, **kwargs: Any) -> list[Path]:
     """
-    The safetensors files of a checkpoint, downloaded where need be; none of an adapter, whose model is elsewhere.
+    The safetensors files of a checkpoint, downloaded if necessary. Empty for an adapter, whose model is elsewhere.
 
     Raises:
-        ValueError: where the weights are in pickle files only (`transformers` would have them converted by a stranger),
-            and for an index that names other files than safetensors of the same folder.
-        OSError: where there are none.
+        ValueError: if the weights are in pickle files only (`transformers` would load a conversion that anyone can upload),
+            if there are weights of two uploads, or if an index names other files than safetensors of the same folder.
+        OSError: if there are no weights.
     """
     if os.path.isfile(path):
         return []
@@ -150,20 +150,20 @@ def _weight_files(path: str | os.PathLike, **kwargs: Any) -> list[Path]:
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if has_file(path, os.path.join(subfolder, name), **finding):
             raise ValueError(
-                f"{os.fspath(path)} has its weights in a pickle ({name}); opening one runs code, so BlossomRec reads "
-                "safetensors only. Whoever trusts the file converts it: "
+                f"The weights of {os.fspath(path)} are in a pickle ({name}); opening one runs code, so BlossomRec reads "
+                "safetensors only. If you trust the file, convert it: "
                 "`safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')`."
             )
     if not has_file(path, os.path.join(subfolder, "adapter_config.json"), **finding):
         raise OSError(
-            f"No {SAFE_WEIGHTS_NAME} of {os.fspath(path)}: the checkpoint has none or, where the Hub is not asked or cannot "
-            "be reached, there is none in the cached files."
+            f"{os.fspath(path)} has no {SAFE_WEIGHTS_NAME}: the checkpoint has none or, if the Hub cannot be reached or is not "
+            "used, there is none in the cached files."
         )
     return []
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """The names of the files in an index of weights in several parts."""
+    """The names of the files in an index of weights."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(
@@ -172,14 +172,16 @@ def _indexed_files(index: Path) -> list[str]:
     for name in sorted(set(names.values())):
         inside(index.parent, name)
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}; BlossomRec reads safetensors only: opening a pickle runs code.")
+            raise ValueError(
+                f"{index} names {name!r}; BlossomRec reads safetensors only, because opening a pickle runs code."
+            )
     return sorted(set(names.values()))
 
 
 def _require_plausible_size(
     config_class: type[PreTrainedConfig], path: str | os.PathLike, files: list[Path], **kwargs: Any
 ) -> None:
-    """Refuses a configuration that is far too large for its weights, before memory is asked for."""
+    """Refuse a configuration that is far too large for its weights, before memory is allocated."""
     if not files:
         return
     config = kwargs.get("config")
@@ -201,13 +203,13 @@ def _require_plausible_size(
         )
         raise ValueError(
             f"config.json and the weights of {os.fspath(path)} disagree: a model of {sizes} has at least {fewest:,} weights, "
-            f"but {stored:,} are stored. Take both from one checkpoint; `ignore_mismatched_sizes=True` takes what fits and "
-            "draws the rest at random."
+            f"but {stored:,} are stored. Take both from one checkpoint; `ignore_mismatched_sizes=True` loads the weights "
+            "that fit and initializes the others."
         )
 
 
 def _require_agreement(path: str | os.PathLike, info: dict[str, Any]) -> None:
-    # A model without its head reads a checkpoint that has one.
+    # A model without a head can load a checkpoint of one with a head.
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
     sizes = [f"{key} is {list(there)} there, {list(here)} here" for key, there, here in info["mismatched_keys"]]
     problems = [
@@ -222,5 +224,5 @@ def _require_agreement(path: str | os.PathLike, info: dict[str, Any]) -> None:
     if problems:
         raise ValueError(
             f"config.json and the weights of {os.fspath(path)} disagree: {'; '.join(problems)}. Take both from one "
-            "checkpoint; `ignore_mismatched_sizes=True` takes what fits and draws the rest at random."
+            "checkpoint; `ignore_mismatched_sizes=True` loads the weights that fit and initializes the others."
         )

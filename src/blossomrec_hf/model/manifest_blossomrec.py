@@ -1,9 +1,9 @@
 """
-The manifest of a checkpoint: the SHA-256 of every file that was saved, compared when the checkpoint is loaded.
+The manifest of a checkpoint: the SHA-256 of each saved file, compared when the checkpoint is loaded.
 
-It finds accidents: damaged downloads, files of two checkpoints in one folder, files that a tool rewrote. It is no protection
-against an attacker, who changes the manifest as well; and with `trust_remote_code=True` the code of a repository runs
-before its hash is compared. Only `revision=` with the hash of a commit that you have read protects from that.
+It detects accidents: damaged downloads, files of two checkpoints in one folder, files that a tool rewrote. It does not
+protect from an attacker, who can change the manifest as well. With `trust_remote_code=True`, the code of a repository runs
+before its hash is compared; only `revision=` with the hash of a commit that you have read protects from that.
 """
 
 import hashlib
@@ -17,37 +17,37 @@ from typing import Any
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file
 
-from .files_blossomrec import atomic_write
+from .files_blossomrec import atomic_write, read_json
 
 
 MANIFEST_NAME = "checkpoint_manifest.json"
 CONFIG_NAMES = ("config.json", "generation_config.json")
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
-NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # loading without one of them would guess
-# What says where to find a file, of the arguments of `from_pretrained`.
+REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")  # without them, `transformers` would guess
+# The arguments of `from_pretrained` that locate a file.
 FINDING = ("cache_dir", "force_download", "local_files_only", "token", "subfolder")
 LENIENT = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """The SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def inside(folder: str | os.PathLike, name: str) -> Path:
     """
-    The path of a file of a checkpoint.
+    The path of a file that a checkpoint names.
 
     Raises:
-        ValueError: for a name with a folder in it, and for a symbolic link that leads out of `folder`. The links that
-            the cache of the Hub is made of are followed.
+        ValueError: if the name has a folder in it, or is a symbolic link to a file outside of `folder`. The links of the
+            cache of the Hub are followed.
     """
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
         raise ValueError(
-            f"A checkpoint in {os.fspath(folder)} names the file {name!r}; it may name files of its own folder only."
+            f"The checkpoint in {os.fspath(folder)} names the file {name!r}; it may only name files of its own folder."
         )
     path = Path(folder) / name
     require_own(Path(folder), path)
@@ -55,17 +55,17 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
 
 
 def require_own(folder: Path, path: Path) -> None:
-    """A `ValueError` for a file in `folder` that is a symbolic link to a place outside of it."""
+    """Raise a `ValueError` if `path` is a symbolic link to a file outside of `folder`."""
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(target.is_relative_to(place) for place in homes):
         raise ValueError(
-            f"{path} is a symbolic link to {target}, outside of its folder; put a copy of the file in its place."
+            f"{path} is a symbolic link to {target}, outside of its folder; replace the link by a copy of the file."
         )
 
 
 def code_files(folder: str | os.PathLike) -> list[str]:
-    """The names of the Python files that a checkpoint needs: those in `auto_map`, and what they import from beside them."""
+    """The names of the Python files of a checkpoint: those in `auto_map`, and their relative imports."""
     folder = Path(folder)
     wanted: set[str] = set()
     for name in ("config.json", "tokenizer_config.json"):
@@ -82,33 +82,14 @@ def code_files(folder: str | os.PathLike) -> list[str]:
     while wanted:
         name = f"{wanted.pop()}.py"
         if name in files or not _PLAIN_NAME.fullmatch(name) or not (folder / name).is_file():
-            continue  # what another repository has ("owner/name--module") is not here
+            continue  # code of another repository ("owner/name--module") is not in the folder
         files.add(name)
         wanted |= set(get_relative_imports(folder / name))
     return sorted(files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """
-    The object in a JSON file.
-
-    Raises:
-        ValueError: if it is no JSON, or no object.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged: it is no JSON ({error}); save the checkpoint again, or load it from the Hub with "
-            "`force_download=True`."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it must be a JSON object; save the checkpoint again.")
-    return content
-
-
 def update_manifest(folder: str | os.PathLike, names: Iterable[str]) -> None:
-    """Writes the hashes of the files `names`, which were just saved to `folder`; of other files it keeps those it has."""
+    """Write the hashes of the files `names`, which were just saved to `folder`. Hashes of other files are kept."""
     folder = Path(folder)
     try:
         hashes = _hashes(folder / MANIFEST_NAME)
@@ -123,7 +104,7 @@ def update_manifest(folder: str | os.PathLike, names: Iterable[str]) -> None:
 def _hashes(path: Path) -> dict[str, str]:
     hashes = read_json(path).get("sha256")
     if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
-        raise ValueError(f"{path} is damaged: it lacks the hashes; save the checkpoint again.")
+        raise ValueError(f"{path} is damaged: it has no hashes; save the checkpoint again.")
     for name in hashes:
         inside(path.parent, name)
     return hashes
@@ -133,16 +114,18 @@ def check_manifest(
     path: str | os.PathLike, *, names: Iterable[str] | None = None, revision: str | None = None, **finding: Any
 ) -> None:
     """
-    Compares the files of a checkpoint with the hashes that were saved with them. Of a repository of the Hub, only what
-    was downloaded is compared. A checkpoint without a manifest is not compared.
+    Compare the files of a checkpoint with the hashes that were saved with them. Of a repository on the Hub, only
+    downloaded files are compared. A checkpoint without a manifest is not checked.
 
     Args:
         path: a folder, or the name of a repository.
-        names: the files to compare; all by default. If given, those that loading needs must be there.
-        revision: of the repository; the others are arguments of `from_pretrained`.
+        names: the files to compare. If given, those that are required for loading must exist. Defaults to all files.
+        revision: the revision of the repository.
+        finding: other arguments of `from_pretrained` that locate a file (`FINDING`).
 
     Raises:
-        ValueError: for a file that is not the one saved; gives both hashes; and for one that is missing. A damaged download is removed from the cache.
+        ValueError: if a file is not the one that was saved, with both hashes, or is missing. A damaged download is removed
+            from the cache.
     """
     finding = {name: value for name, value in finding.items() if name in FINDING and value is not None}
     manifest = cached_file(path, MANIFEST_NAME, revision=revision, **finding, **LENIENT)
@@ -153,9 +136,9 @@ def check_manifest(
         if names is not None and name not in names:
             continue
         file = cached_file(path, name, revision=revision, **finding, **LENIENT)
-        if file is None and names is not None and name in NEEDED:
+        if file is None and names is not None and name in REQUIRED:
             raise ValueError(
-                f"{os.fspath(path)} lacks {name}, which was saved with its other files; copy or download all of them, or "
+                f"{os.fspath(path)} has no {name}, which was saved with its other files; copy or download all of them, or "
                 "save them again."
             )
         if file is None or (found := sha256(file)) == saved:
@@ -163,16 +146,16 @@ def check_manifest(
         message = f"{name} of {os.fspath(path)} is not the file that was saved: its SHA-256 is {found}, but "
         message += f"{MANIFEST_NAME} has {saved}. "
         if _remove_damaged_download(Path(file), found):
-            raise ValueError(f"{message}The download was damaged and is removed from the cache; load it again.")
+            raise ValueError(f"{message}The damaged download was removed from the cache; load it again.")
         raise ValueError(
-            f"{message}If it was downloaded, load it with `force_download=True`. If you or a tool rewrote it on purpose "
-            "(such as `accelerator.save_model` or an editor), load it with `check_files=False`, then call "
-            "`save_pretrained`, which writes a new manifest."
+            f"{message}If it was downloaded, load it with `force_download=True`. If you or a tool changed it on purpose "
+            "(an editor, or `accelerator.save_model`), load it with `check_files=False` and call `save_pretrained`, which "
+            "writes a new manifest."
         )
 
 
 def _remove_damaged_download(file: Path, digest: str) -> bool:
-    """Removes a file from the cache of the Hub if it is not the one that the Hub has, whose hash is its name there."""
+    """Remove a file from the cache of the Hub if its hash is not the one on the Hub, which is the name of its blob."""
     blob = Path(os.path.realpath(file))
     if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.name == digest:
         return False
@@ -183,10 +166,8 @@ def _remove_damaged_download(file: Path, digest: str) -> bool:
 
 class ManifestMixin:
     """
-    Uploads the manifest of a configuration, model or tokenizer with its files.
-
-    `push_to_hub` of `transformers` uploads what `save_pretrained` wrote. `save_pretrained(push_to_hub=True)` uploads
-    before it returns, so the manifest is written then.
+    Write the manifest before `transformers` uploads a folder: `save_pretrained(push_to_hub=True)` of a configuration, model
+    or tokenizer uploads before it returns.
     """
 
     def write_manifest(self, folder: str | os.PathLike) -> None:
@@ -200,13 +181,13 @@ class ManifestMixin:
 
 def require_loadable(saved: type) -> None:
     """
-    Refuses to save what nobody could load: a checkpoint names the class of its parts, which must be found in a module.
+    Refuse to save an object of a class that cannot be imported, because a checkpoint could not name it.
 
     Raises:
-        ValueError: for a class that is defined in a script, a notebook or a function.
+        ValueError: if the class is defined in a script, a notebook or a function.
     """
     if saved.__module__ == "__main__" or "<locals>" in saved.__qualname__:
         raise ValueError(
-            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, where a saved checkpoint cannot "
-            "find it; move the class to a module of its own (a .py file) and import it from there."
+            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, so a checkpoint could not be loaded; "
+            "move the class to a module of its own (a .py file) and import it from there."
         )

@@ -9,7 +9,6 @@ Approximate search in a catalogue of millions of items, through FAISS (extra `in
 The index finds candidates, more than are wanted; `recommend` scores them exactly and ranks them as it ranks a catalogue.
 """
 
-import hashlib
 import json
 import os
 import weakref
@@ -19,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.manifest_blossomrec import sha256
 from ..model.modules_blossomrec import digest, stored_item_vectors, tensor_state
 from ..utils.files import atomic_write, write_json
 
@@ -104,7 +104,7 @@ class ItemIndex:
         about = {"embedding": self.fingerprint, "probes": self.probes}
         with atomic_write(folder / INDEX_FILE) as partial:
             faiss.write_index(self.index, str(partial))
-            about["file"] = _file_digest(partial)
+            about["file"] = sha256(partial)
         write_json(folder / ABOUT_FILE, about)
 
     @classmethod
@@ -127,7 +127,7 @@ class ItemIndex:
         try:
             about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
             fingerprint, probes, digest_of_file = about["embedding"], about["probes"], about["file"]
-            sound = type(probes) is int and probes >= 1 and digest_of_file == _file_digest(folder / INDEX_FILE)
+            sound = type(probes) is int and probes >= 1 and digest_of_file == sha256(folder / INDEX_FILE)
         except (ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
@@ -172,11 +172,6 @@ class ItemIndex:
 
 def _digest(weight: torch.Tensor) -> str:
     return digest([("items", weight)])
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_faiss() -> None:

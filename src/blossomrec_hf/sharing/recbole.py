@@ -1,9 +1,8 @@
 """
-Reads the weights in a `.pth` file of RecBole without running anything in it.
+Read the weights in a `.pth` file of RecBole without running its code.
 
-A pickle is a program: it names classes and functions, and reading it calls them. Here every name becomes an inert record of
-what it was called with, and the few records that are needed (tensors, numbers, the configuration) are interpreted
-afterwards.
+A pickle names classes and functions, and unpickling calls them. Here, each name is replaced by an inert record of the
+arguments of the call. The records of tensors, numbers and the configuration are interpreted after unpickling.
 """
 
 import io
@@ -30,13 +29,13 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_MAX_SHARING = 16  # how many times larger than their file tensors may be that share their values
+_MAX_SHARING = 16  # tensors that share storage may be this many times larger than the file
 _SETTINGS = {name: name for name in ("hidden_act", "layer_norm_eps", "hidden_dropout_prob")}
 _SETTINGS["n_heads"] = "num_attention_heads"
 
 
 class _Record:
-    """What a pickle calls, and what with. Nothing is ever done with it while the pickle is read."""
+    """A call in a pickle, with its arguments. Nothing is called during unpickling."""
 
     name = ""
 
@@ -55,7 +54,7 @@ class _Record:
         self.items[key] = value
 
     def append(self, value: Any) -> None:
-        """Of a list; none is needed."""
+        """Ignored: no list of a checkpoint is needed."""
 
     extend = add = append
 
@@ -70,17 +69,17 @@ class _Reader(pickle.Unpickler):
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
-    The weights of a `.pth` file, and of RecBole's settings those that shape the model. Nothing in the file is run.
+    Read the weights of a `.pth` file and the settings of RecBole that define the model. No code in the file is run.
 
     Args:
-        path: a checkpoint of RecBole or a saved `state_dict`, of PyTorch 1.6 or later.
+        path: a checkpoint of RecBole, or a `state_dict` that PyTorch 1.6 or later saved.
 
     Returns:
-        the `state_dict`, and arguments of `BlossomRecConfig`.
+        The `state_dict`, and arguments of `BlossomRecConfig`.
 
     Raises:
-        ValueError: for another or a damaged file, and for one without weights.
-        OSError: for a file that cannot be opened.
+        ValueError: if the file is damaged, has another format or has no weights.
+        OSError: if the file cannot be opened.
     """
     with open(path, "rb") as file:
         try:
@@ -91,17 +90,17 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], d
                 content = _plain(_Reader(io.BytesIO(_read(archive, "data.pkl"))).load())
                 content = content if isinstance(content, Mapping) else {}
                 state = _tensors(_plain(content.get("state_dict", content)), archive)
-        except Exception as error:  # whatever a damaged or hostile file makes of the reader
+        except Exception as error:  # a damaged or hostile file can cause any error
             raise ValueError(
-                f"{path} is damaged, or no file that `torch.save` of PyTorch 1.6 or later wrote ({error})."
+                f"{path} is damaged or was not written by `torch.save` of PyTorch 1.6 or later ({error}); save it again."
             ) from error
     if not state:
-        raise ValueError(f"{path} has no weights; it must be a checkpoint of RecBole or a `state_dict`.")
+        raise ValueError(f"{path} has no weights; give a checkpoint of RecBole or a saved `state_dict`.")
     return state, _settings(content.get("config"))
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The entry `name` of the one folder that `torch.save` makes."""
+    """The content of the entry `name`, which `torch.save` stores uncompressed in a single folder."""
     entries = [entry for entry in archive.infolist() if entry.filename.partition("/")[2] == name]
     if len(entries) != 1 or entries[0].compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is missing, or not stored as it is")
@@ -109,7 +108,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """A dictionary or a number where a record stands for one; anything else as it is."""
+    """The dictionary or number that a record represents; any other value unchanged."""
     if not isinstance(value, _Record):
         return value
     if value.name == "collections.OrderedDict":
@@ -138,7 +137,7 @@ def _tensors(state: Any, archive: zipfile.ZipFile) -> dict[str, torch.Tensor]:
 
 
 def _tensor(record: _Record, archive: zipfile.ZipFile) -> torch.Tensor | None:
-    """The tensor that a record stands for; `None` for a record of something else."""
+    """The tensor that a record represents; `None` for other records."""
     if record.name == "torch._utils._rebuild_parameter":
         return _tensor(record.args[0], archive)
     if record.name != "torch._utils._rebuild_tensor_v2":
@@ -155,7 +154,7 @@ def _tensor(record: _Record, archive: zipfile.ZipFile) -> torch.Tensor | None:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """Of the configuration of RecBole, the arguments of `BlossomRecConfig` that the weights do not show."""
+    """The settings of RecBole that the weights do not show, as arguments of `BlossomRecConfig`."""
     state = _plain(config.state) if isinstance(config, _Record) else config
     state = state if isinstance(state, Mapping) else {}
     settings = _plain(state.get("final_config_dict", state))

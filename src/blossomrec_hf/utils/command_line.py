@@ -1,4 +1,4 @@
-"""What the commands share: their help, and errors that end them with a sentence instead of a traceback."""
+"""Shared parts of the commands: help texts, errors without a traceback, and loading of checkpoints."""
 
 import argparse
 import logging
@@ -17,26 +17,26 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 _ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
-# Libraries have errors of their own for a disk that is full, with the words of the system in them; PyTorch has only this.
+# Libraries raise their own errors for a full disk, usually with the text of the system.
 _DISK_ERROR = re.compile(
     "No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed|enforce fail at inline_container"
 )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and tells the default of each argument that has one."""
+    """Keep the line breaks of descriptions, and add the default of each argument that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.const is False:  # the --no_name that `HfArgumentParser` makes, with the help and default of --name
-            return f"Turns --{action.dest} off."
+        if action.const is False:  # the --no_name that `HfArgumentParser` adds, with the help and default of --name
+            return f"Disable --{action.dest}."
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """
-    Ends a command with exit code 2 and one sentence on stderr where bad input, a full disk or a missing package raises;
-    `@exit_on_error()` does so for a function. The traceback goes to the log at level DEBUG. Other errors pass.
+    Exit with code 2 and one sentence on stderr if bad input, a full disk or a missing package raises an error. The
+    traceback is logged at level DEBUG. Other errors pass. Use as a context manager or as the decorator `@exit_on_error()`.
     """
     try:
         yield
@@ -57,28 +57,28 @@ def _sentence(error: Exception) -> str:
 
 def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
     """
-    `kind.from_pretrained(path)`, after a look at whether `path` is a checkpoint at all.
+    Call `kind.from_pretrained(path)` after checking that `path` is a checkpoint.
 
     Args:
         kind: the class of the model or of the tokenizer.
-        path: a folder, or the name of a repository of the Hub.
-        argument: of the command line, which gave `path`.
+        path: a folder, or the name of a repository on the Hub.
+        argument: the name of the command-line argument, for the error message.
 
     Raises:
-        ValueError: if there is no checkpoint, or a damaged one.
+        ValueError: if there is no checkpoint at `path`, or a damaged one.
         OSError: if the Hub cannot be reached and the cache is incomplete.
     """
-    problem = _what_is_wrong(path, ["tokenizer.json"] if issubclass(kind, PreTrainedTokenizerBase) else [])
+    problem = _find_problem(path, ["tokenizer.json"] if issubclass(kind, PreTrainedTokenizerBase) else [])
     if problem is not None:
         raise ValueError(
-            f"--{argument} is {path}, but {problem}; give the folder of a trained model, as examples/train.py writes "
-            "it, or its name on the Hub (owner/name)."
+            f"--{argument} is {path}, but {problem}; give the folder of a model that `blossomrec train` wrote, or its name "
+            "on the Hub (owner/name)."
         )
     return kind.from_pretrained(path)
 
 
-def _what_is_wrong(path: str, files: list[str]) -> str | None:
-    """Why there is no checkpoint at `path`, as far as can be told without loading it; `files` are needed beside it."""
+def _find_problem(path: str, files: list[str]) -> str | None:
+    """The reason why `path` is no checkpoint, found without loading it; `files` are required besides config.json."""
     if Path(path).is_dir():
         missing = [name for name in ["config.json", *files] if not (Path(path) / name).is_file()]
         return f"that folder has no {missing[0]}" if missing else None
@@ -89,6 +89,6 @@ def _what_is_wrong(path: str, files: list[str]) -> str | None:
             HfApi().model_info(path, timeout=20)  # one request, where `from_pretrained` tries again for a minute
     except (RepositoryNotFoundError, HFValidationError):
         return "there is no such folder, and no such repository on the Hub that you may read (`hf auth login`)"
-    except Exception as error:  # whatever the client makes of a network that is not there
-        return f"there is no such folder, and the Hub could not be asked ({str(error).splitlines()[0]})"
+    except Exception as error:  # the client raises many kinds of errors without a network
+        return f"there is no such folder, and the Hub could not be reached ({str(error).splitlines()[0]})"
     return None

@@ -1,4 +1,4 @@
-"""On what a run ran."""
+"""The environment of a run."""
 
 import subprocess
 from importlib.metadata import version
@@ -9,7 +9,7 @@ import torch
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, machine and revision, for the run's folder and the results."""
+    """The versions of packages, the device and the commit, for results and cards."""
     packages = ("blossomrec-hf", "torch", "transformers", "accelerate", "datasets")
     installed = {}
     for package in packages:
@@ -22,18 +22,13 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The commit of the package's source, with `-dirty` if tracked files were changed; `None` outside a repository."""
-    here = Path(__file__).parent
+    """The commit of the package's source, with `-dirty` if tracked files have changes; `None` outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")

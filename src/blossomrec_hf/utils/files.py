@@ -1,9 +1,9 @@
 """
-Atomic writes of files and folders: a reader finds the old one or the new one, complete, whenever a writer is killed.
+Atomic writes of files and folders: if a writer is killed, readers find the complete old or new version.
 
-A file is replaced by one rename. A folder needs two, because a rename does not replace a folder with files in it: the
-old one gets a hidden name, then the new one gets its place. After a kill in between, `recover_folder` gives the old one its
-name back; whatever opens such a folder calls it first.
+A file is replaced by one rename. A folder needs two renames, because a rename cannot replace a folder that is not empty:
+the old folder is hidden, then the new one is renamed. After a kill between the two, `recover_folder` restores the old
+folder. Readers of a folder that `atomic_folder` writes call it first.
 """
 
 import errno
@@ -17,9 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-# The cache and the checkpoint write files too. They travel with a checkpoint and cannot import this package, so what they
-# need is in a file that travels; it imports nothing but the standard library.
-from ..model.files_blossomrec import atomic_write, flush_to_disk, partial_path, partials, remove, remove_leftovers
+# The code that travels with a checkpoint writes files too, and cannot import this module. The shared part is in a file that
+# travels and imports only the standard library.
+from ..model.files_blossomrec import (
+    atomic_write,
+    flush_to_disk,
+    partial_path,
+    partials,
+    read_json,
+    remove,
+    remove_leftovers,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -30,12 +38,12 @@ _FORMER = ".former"
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields a new folder to write into, and puts it in the place of `path` at the end of the block.
+    Yield a new folder to write to, and replace `path` by it at the end of the block.
 
-    If the block raises, nothing of the new folder remains and the old one is untouched.
+    If the block raises an error, the new folder is removed and the old one is unchanged.
 
     Args:
-        path: the folder, which may exist; a symbolic link to one is followed. Missing parents are made.
+        path: the folder, which may exist. Symbolic links are followed. Missing parents are created.
 
     Raises:
         ValueError: if `path` is a file.
@@ -62,11 +70,14 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 @contextmanager
 def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields a new folder to write files into, and moves each into `folder` at the end of the block; other files there stay.
+    Yield a new folder to write files to, and move each file to `folder` at the end of the block. Other files there stay.
 
-    If the block raises, nothing has changed in `folder`. A kill at the end leaves some of the new files, each complete. They
-    are moved in the order of their names: the manifest of a checkpoint before its configuration, tokenizer and weights, so
-    that a mixture of two checkpoints is refused.
+    If the block raises an error, `folder` is unchanged. A kill at the end can leave only some of the new files, each
+    complete. Files are moved in the order of their names: the manifest of a checkpoint before its configuration, tokenizer
+    and weights, so a mixture of two checkpoints does not load.
+
+    Args:
+        folder: the folder, which may exist. Symbolic links are followed.
 
     Raises:
         ValueError: if `folder` is a file.
@@ -76,9 +87,7 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     require_folder(folder)
     recover_folder(folder)
     is_new = not folder.exists()
-    files = (
-        folder / "files"
-    )  # inside, because `folder` may be a file system of its own, such as a volume of a container
+    files = folder / "files"  # inside, because `folder` may be the root of a file system, such as a container's volume
     partial = partial_path(files)
     partial.mkdir(parents=True)
     remove_leftovers(files)
@@ -91,7 +100,7 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if is_new:
-            with suppress(OSError):  # another process has written to it
+            with suppress(OSError):  # another process wrote to it
                 folder.rmdir()
         raise
     partial.rmdir()
@@ -112,26 +121,26 @@ def _replace_folder(partial: Path, path: Path) -> None:
     while True:
         try:
             if path.exists():
-                remove_folder(_former(path))  # of a write that was killed after its second rename
+                remove_folder(_former(path))  # left by a write that was killed after its second rename
                 os.rename(path, _former(path))
             os.rename(partial, path)
             return
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST) or not partial.exists():
                 raise
-            # Another writer, or `recover_folder`, renamed one of the folders in between; so once more.
+            # Another writer, or `recover_folder`, renamed one of the folders in the meantime; try again.
 
 
 def recover_folder(path: str | os.PathLike) -> None:
-    """Gives the folder that was `path` its name back, if a writer was killed between the two renames."""
+    """Restore the folder `path`, if a writer was killed between its two renames."""
     path = Path(os.path.realpath(path))
     if not path.exists() and _former(path).is_dir():
-        with suppress(FileNotFoundError):  # another reader was faster
+        with suppress(FileNotFoundError):  # another reader restored it
             os.rename(_former(path), path)
 
 
 def recover_writes(parent: str | os.PathLike) -> None:
-    """Recovers every folder in `parent` and removes what killed writes left; nobody else may be writing there."""
+    """Restore all folders in `parent` and remove partial files of killed writes. No other process may write there."""
     parent = Path(parent)
     if not parent.is_dir():
         return
@@ -143,7 +152,7 @@ def recover_writes(parent: str | os.PathLike) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder, if it exists. After a kill the whole of it has its name, or nothing has."""
+    """Remove a folder, if it exists. If the process is killed, the folder is either complete or gone."""
     with suppress(FileNotFoundError):
         partial = partial_path(path)
         os.rename(path, partial)
@@ -152,7 +161,7 @@ def remove_folder(path: Path) -> None:
 
 def require_folder(path: str | os.PathLike) -> None:
     """
-    Refuses an output folder that cannot be one, before any work.
+    Check that an output folder can be created, before any work.
 
     Raises:
         ValueError: if `path`, or one of its parents, is a file.
@@ -160,25 +169,27 @@ def require_folder(path: str | os.PathLike) -> None:
     path = Path(path)
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise ValueError(f"The output folder {path} cannot be made because {place} is a file; give another path.")
+            raise ValueError(
+                f"The output folder {path} cannot be created because {place} is a file; give another path."
+            )
 
 
 def report_leftovers(path: str | os.PathLike) -> None:
-    """Removes what writes of `path` left that were killed more than a day ago, and logs what is younger."""
+    """Remove partial files of writes of `path` that were killed more than a day ago, and log the others."""
     path = Path(os.path.realpath(path))
     remove_leftovers(path)
     for partial in partials(path.parent, path.name) if path.parent.is_dir() else ():
         logger.warning(
-            "%s is from another write of %s that is running or was killed. If none is running, you can remove it; a write "
-            "after a day does.",
+            "%s belongs to another write of %s, which is running or was killed. If none is running, you can remove it; a "
+            "write that starts after a day removes it.",
             *(partial, path),
         )
 
 
 def make_scratch(path: str | os.PathLike | None) -> Path:
     """
-    Makes a hidden folder next to `path`, on the same disk, for what a write of `path` needs meanwhile. The caller removes
-    it; after a kill, `report_leftovers` does. `None` is for the system's folder of temporary files.
+    Create a hidden folder next to `path`, on the same disk, for temporary files of a write of `path`. The caller removes it;
+    after a kill, `report_leftovers` does. For `None`, the folder is in the system's temporary folder.
     """
     if path is None:
         return Path(tempfile.mkdtemp(prefix="blossomrec-"))
@@ -187,24 +198,8 @@ def make_scratch(path: str | os.PathLike | None) -> Path:
     return scratch
 
 
-def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """
-    The content of a JSON file, a `dict` or a `list`.
-
-    Raises:
-        ValueError: for a file that is no JSON, or has something else.
-    """
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file ({error}); write it again, or give another.") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} has a {type(content).__name__} where a {kind.__name__} must be; give another file.")
-    return content
-
-
 def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes a JSON file atomically. What JSON lacks becomes its `str`."""
+    """Write a JSON file atomically. Values that JSON has no type for are converted by `str`."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 

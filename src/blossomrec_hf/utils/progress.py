@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal and in a notebook, plain log lines elsewhere."""
+"""Progress of long work: a bar on a terminal or in a notebook, plain log lines elsewhere."""
 
 import logging
 import os
@@ -14,30 +14,30 @@ from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 60.0  # from one line to the next
-_CHATTY = ("accelerate", "httpx", "matplotlib", "datasets")
+LOG_SECONDS = 60.0  # between two lines
+_VERBOSE = ("accelerate", "httpx", "matplotlib", "datasets")
 
 
 def can_draw_bars() -> bool:
-    """Whether standard error is a terminal or this is a notebook, and `TQDM_DISABLE` is not set."""
+    """Whether the output is a terminal or a notebook, and `TQDM_DISABLE` is not set."""
     switched_off = os.environ.get("TQDM_DISABLE", "").lower() in ("1", "true", "yes", "on")
     return (sys.stderr.isatty() or _in_notebook()) and not switched_off
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this: its standard error is no terminal, and `tqdm` draws there all the same."""
+    """Whether the code runs in a Jupyter kernel. `tqdm` draws bars there, although standard error is no terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """
-    Sets up the log of a command: lines of this package from `level` on to standard error, warnings of its libraries, and
-    no bars of theirs where none can be drawn.
+    Set up the log of a command on standard error: messages of this package from `level`, and warnings of other libraries.
+    Their progress bars are disabled if the output can show none.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("blossomrec_hf").setLevel(level)
-    for name in _CHATTY:
+    for name in _VERBOSE:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not can_draw_bars():
         if find_spec("datasets") is not None:  # training from one file does without
@@ -49,7 +49,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 class LogLines:
     """
-    Takes the place of a `tqdm` bar where none can be drawn: `update` writes a line to the log if the last is a minute old.
+    A substitute for a `tqdm` bar that writes to the log. `update` writes a line if the last one is at least a minute old.
     """
 
     def __init__(self, *, total: int, description: str, enabled: bool = True, initial: int = 0):
@@ -65,11 +65,11 @@ class LogLines:
         pass
 
     def set_postfix(self, values: Mapping[str, Any], refresh: bool = True) -> None:
-        """What the next line ends with."""
+        """Set the values at the end of the following lines."""
         self.postfix = dict(values)
 
     def update(self, number: int = 1) -> None:
-        """Counts `number` more as done."""
+        """Add `number` finished steps."""
         self.done += number
         now = time.monotonic()
         if not self.enabled or now - self.last_line < LOG_SECONDS:
@@ -87,8 +87,8 @@ def progress_bar(
     *, total: int, description: str, enabled: bool = True, initial: int = 0, leave: bool = True
 ) -> tqdm | LogLines:
     """
-    The progress of `total` steps, to be used in a `with` statement: a `tqdm` bar on a terminal and in a notebook, a
-    log line a minute elsewhere, nothing if not `enabled`.
+    A context manager for the progress of `total` steps: a `tqdm` bar on a terminal or in a notebook, one log line per
+    minute elsewhere, no output if not `enabled`.
     """
     if not can_draw_bars():
         return LogLines(total=total, description=description, enabled=enabled, initial=initial)
