@@ -1,10 +1,11 @@
 """
-From a log of interactions to recommendations, in a few lines: the built-in data set, a minute or two of a CPU.
+From a log of interactions to recommendations in a few lines, on the built-in data set. Takes about a minute on a CPU.
 
     python examples/quickstart.py
 """
 
 import torch
+from transformers import set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, generate_log, item_counts, split
@@ -12,7 +13,9 @@ from blossomrec_hf.evaluation import evaluate
 from blossomrec_hf.training import LoopArguments, train
 
 
-# Any table of users, items and times: a file of any common format, a data frame, or a data set of the Hub.
+set_seed(0)
+
+# Any table of users, items and times: a file in any common format, a data frame, or a data set on the Hub.
 dataset, tokenizer = build_sequences(generate_log())
 print(f"{len(dataset)} users, {tokenizer.num_items} items")
 
@@ -25,9 +28,11 @@ config = BlossomRecConfig(
     hidden_dropout_prob=0.1,
 )
 model = BlossomRecForSequentialRecommendation(config)
-model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))  # for users without a history
+model.item_counts.copy_(
+    torch.as_tensor(item_counts(dataset, len(tokenizer)))
+)  # ranks items for users without a history
 
-# Leave-one-out: each user's last item is the test, the one before it validation.
+# Leave-one-out: each user's last item is the test target, and the item before it the validation target.
 args = LoopArguments(
     output_dir="runs/quickstart", tokens_per_step=2048, learning_rate=3e-3, warmup_steps=50, num_train_epochs=12
 )
