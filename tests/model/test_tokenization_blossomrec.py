@@ -134,12 +134,12 @@ def test_digits_are_added_to_text_and_text_is_not_added_to_integers():
 
 @pytest.mark.parametrize("items", [[1, "2"], ["1", 2], [1, 2.5], [True, False], [None]])
 def test_mixed_types_are_refused(items):
-    with pytest.raises(ValueError, match="items holds"):
+    with pytest.raises(ValueError, match="`items` has"):
         BlossomRecTokenizer.from_items(items)
 
 
 def test_wrong_type_is_refused_instead_of_unknown():
-    with pytest.raises(ValueError, match="raw ids are int"):
+    with pytest.raises(ValueError, match="raw ids of this tokenizer are int"):
         BlossomRecTokenizer.from_items([1, 2]).encode_items(["1"])
 
 
@@ -261,5 +261,5 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     """Without tokenizer_config.json, integer ids would become text."""
     BlossomRecTokenizer.from_items([5, 7]).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="lacks tokenizer_config.json, which was saved with its other files"):
+    with pytest.raises(ValueError, match="has no tokenizer_config.json, which was saved with its other files"):
         BlossomRecTokenizer.from_pretrained(tmp_path)

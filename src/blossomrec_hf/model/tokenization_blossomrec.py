@@ -1,4 +1,4 @@
-"""Raw item ids <-> vocabulary: every item is one token of a WordLevel vocabulary, a history is a sequence of tokens."""
+"""Tokenizer of item ids: each item is one token of a WordLevel vocabulary, and a history is a sequence of tokens."""
 
 import os
 import re
@@ -24,13 +24,13 @@ from .manifest_blossomrec import (
 
 
 PAD_TOKEN, UNK_TOKEN = "[PAD]", "[UNK]"
-_UNSAFE = re.compile(r"[%\[\s\x00-\x20\x7f\x85]")  # "%" marks an escape, "[" opens a special token, spaces part items
+_UNSAFE = re.compile(r"[%\[\s\x00-\x20\x7f\x85]")  # "%" starts an escape, "[" a special token; spaces separate items
 _INTEGER = re.compile("0|-?[1-9][0-9]*")
-_EMPTY = "%"  # a bare "%" can not come out of the escaping of any other id
+_EMPTY = "%"  # the token of the empty id; no other id is escaped to a single "%"
 
 
 def _escape(text: str) -> str:
-    """`text` as one token: percent-encodes what the pre-tokenizer or the special tokens would react to."""
+    """`text` as one token: percent-encode characters that the pre-tokenizer splits at or that start special tokens."""
     if not text:
         return _EMPTY
     if not _UNSAFE.search(text):
@@ -44,17 +44,20 @@ def _unescape(token: str) -> str:
 
 class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
     """
-    Maps raw item ids, integers or strings of any characters, to the vocabulary: `[PAD]` is 0, `[UNK]` is 1, items follow.
+    Map raw item ids, integers or any strings, to vocabulary ids: `[PAD]` is 0, `[UNK]` is 1, the items follow.
 
-    `tokenizer("12 15 3")` reads one history written as text, `tokenizer(["12 15 3", "4"])` several, and
-    `tokenizer([[12, 15, 3], [4]])` histories given as lists of raw ids. In text, items are separated by whitespace, so an
-    id that holds whitespace, `%` or `[` stands there percent-encoded (`"a b"` is `a%20b`); lists of raw ids are
-    encoded for you. Truncation keeps the **latest** items.
+    `tokenizer("12 15 3")` encodes one history given as text, `tokenizer(["12 15 3", "4"])` a batch, and
+    `tokenizer([[12, 15, 3], [4]])` a batch given as lists of raw ids. In text, items are separated by whitespace, and
+    whitespace, `%` and `[` in an id are percent-encoded (`"a b"` is `a%20b`). Lists of raw ids need no encoding. Truncation
+    keeps the **latest** items.
 
     Args:
-        vocab (`dict[str, int]`, *optional*): escaped token to id, `[PAD]` 0 and `[UNK]` 1 included. Use
+        vocab (`dict[str, int]`, *optional*): Ids of the escaped tokens, including `[PAD]` (0) and `[UNK]` (1). Use
             [`~BlossomRecTokenizer.from_items`] to build a tokenizer from raw ids.
-        item_type (`"int"` or `"str"`, defaults to `"str"`): the type of raw ids; `decode_items` restores it.
+        item_type (`"int"` or `"str"`, *optional*, defaults to `"str"`): Type of raw ids, which `decode_items` returns.
+
+    Raises:
+        ValueError: If `vocab` or a loaded tokenizer is no vocabulary of items.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -71,10 +74,10 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         **kwargs: Any,
     ) -> None:
         if item_type not in ("int", "str"):
-            raise ValueError(f'item_type is {item_type!r}; it may be "int" or "str".')
+            raise ValueError(f'`item_type` is {item_type!r}; it must be "int" or "str".')
         if not kwargs.keys() & {"tokenizer_object", "tokenizer_file"}:
             if vocab is None:
-                vocab = {str(pad_token): 0, str(unk_token): 1}  # a saved tokenizer hands AddedToken objects
+                vocab = {str(pad_token): 0, str(unk_token): 1}  # a saved tokenizer passes `AddedToken` objects
             self._tokenizer = Tokenizer(WordLevel(vocab, str(unk_token)))
             self._tokenizer.pre_tokenizer = WhitespaceSplit()
         super().__init__(
@@ -90,12 +93,12 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         self._check_vocabulary()
 
     def _check_vocabulary(self) -> None:
-        """Refuses a vocabulary that is none of items: its ids must be 0, 1, 2, … without gaps, and its tokens whole."""
+        """Refuse a vocabulary that is none of items: ids must be 0, 1, 2, … without gaps, and tokens are never split."""
         parts = (self._tokenizer.model, self._tokenizer.pre_tokenizer)
         if not isinstance(parts[0], WordLevel) or not isinstance(parts[1], WhitespaceSplit):
             kinds = " and ".join(type(part).__name__ for part in parts)
             raise ValueError(
-                f"The tokenizer is made of {kinds}; a BlossomRecTokenizer is WordLevel and WhitespaceSplit."
+                f"The tokenizer consists of {kinds}; a BlossomRecTokenizer consists of WordLevel and WhitespaceSplit."
             )
         if self._tokenizer.normalizer is not None:
             raise ValueError("The tokenizer has a normalizer, which would change item ids; save it without one.")
@@ -123,14 +126,14 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, check_files: bool = True, **kwargs: Any
     ) -> "BlossomRecTokenizer":
         """
-        As in `transformers`; also compares the files with the hashes that were saved with them.
+        As in `transformers`; also compares the files with their saved hashes.
 
         Args:
-            check_files: `False` loads files that were changed after they were saved.
+            check_files (`bool`, *optional*, defaults to `True`): Whether to compare. `False` loads files that were changed.
 
         Raises:
-            `ValueError`: for a damaged file, one that is not the one saved, and a vocabulary that is none of items.
-            `OSError`: where there is no tokenizer, and where the Hub cannot be reached and the cache is incomplete.
+            ValueError: If a file is damaged or is not the saved one, or the vocabulary is none of items.
+            OSError: If there is no tokenizer, or the Hub cannot be reached and the cache is incomplete.
         """
         path = pretrained_model_name_or_path
         checking = {name: kwargs.get(name) for name in ("revision", *FINDING)}
@@ -140,13 +143,13 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         try:
             tokenizer = super().from_pretrained(path, *args, **kwargs)
         except Exception as error:
-            if check_files:  # a file that changed is named, whatever came of it
+            if check_files:  # if a file changed, its name explains the error
                 check_manifest(path, names=TOKENIZER_NAMES, **checking)
             if isinstance(error, (OSError, ImportError)):
                 raise
             raise ValueError(
-                f"The tokenizer of {os.fspath(path)} cannot be read: {' '.join(str(error).split())}. Download it with `force_download=True`, or "
-                "save it again."
+                f"The tokenizer of {os.fspath(path)} cannot be read: {' '.join(str(error).split())}. Download it with "
+                "`force_download=True`, or save it again."
             ) from error
         if check_files:
             check_manifest(path, names=TOKENIZER_NAMES, **checking)
@@ -157,7 +160,7 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         As in `transformers`; also writes the hashes of the files to the manifest of the folder.
 
         Raises:
-            `ValueError`: for a class that is defined in a script, a notebook or a function.
+            ValueError: If the class is defined in a script, a notebook or a function.
         """
         require_loadable(type(self))
         written = super().save_pretrained(save_directory, *args, **kwargs)
@@ -173,14 +176,14 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         cls, items: Iterable[int | str], *, item_type: Literal["int", "str"] | None = None, **kwargs: Any
     ) -> "BlossomRecTokenizer":
         """
-        A tokenizer whose item *i* of `items` has id *i* + 2.
+        Build a tokenizer in which item *i* of `items` has the id *i* + 2.
 
         Args:
-            items: raw ids in vocabulary order, all `int` or all `str`, without repeats.
-            item_type (`"int"` or `"str"`, *optional*): taken from the first item if not given.
+            items (`Iterable[int | str]`): Distinct raw ids in vocabulary order, all `int` or all `str`.
+            item_type (`"int"` or `"str"`, *optional*): Type of raw ids. Defaults to the type of the first item.
 
         Raises:
-            `ValueError`: mixed types, or an item that stands there twice.
+            ValueError: If the types are mixed, or an item is repeated.
         """
         items = list(items)
         if item_type is None:
@@ -190,7 +193,7 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         if len(vocab) != len(items) + NUM_SPECIAL_IDS:
             seen: set[str] = set()
             twice = next(item for item, token in zip(items, tokens) if token in seen or seen.add(token))
-            raise ValueError(f"items holds {twice!r} more than once; each item may stand in a vocabulary once.")
+            raise ValueError(f"`items` has {twice!r} more than once; remove repeats.")
         return cls(vocab, item_type=item_type, **kwargs)
 
     @property
@@ -200,10 +203,10 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
 
     def encode_items(self, items: Iterable[int | str]) -> list[int]:
         """
-        Vocabulary ids of raw ids, in order; an unknown item becomes `unk_token_id`.
+        Convert raw ids to vocabulary ids, in order. Unknown items become `unk_token_id`.
 
         Raises:
-            `ValueError`: an item is not of this tokenizer's `item_type`.
+            ValueError: If an item is not of this tokenizer's `item_type`.
         """
         unknown = self.unk_token_id
         ids = map(self._tokenizer.token_to_id, _to_tokens(items, self.item_type))
@@ -211,14 +214,14 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
 
     def decode_items(self, ids: Any) -> list:
         """
-        Raw ids of vocabulary ids; `[PAD]`, `[UNK]` and other special tokens give `None`, and so does −1, which
-        `recommend` returns where no candidate is left.
+        Convert vocabulary ids to raw ids. Special tokens become `None`, as does −1, which `recommend` returns if there are
+        fewer candidates than `top_k`.
 
         Args:
-            ids: one id, a sequence, an array or a tensor of any shape; nested input gives nested lists.
+            ids: One id, or a sequence, array or tensor of ids of any shape. Nested input gives nested lists.
 
         Raises:
-            `ValueError`: an id outside −1 … `len(tokenizer) - 1`, or one that is no whole number.
+            ValueError: If an id is outside of −1 … `len(tokenizer) - 1`, or is no integer.
         """
         if self._items_by_id is None:
             items: list[int | str | None] = [None] * (max(self.get_vocab().values()) + 1)
@@ -242,33 +245,33 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
 
     def add_items(self, items: Iterable[int | str]) -> int:
         """
-        Appends raw ids to the vocabulary; those already there keep their id. Follow with
-        `model.resize_token_embeddings(len(tokenizer))`.
+        Append raw ids to the vocabulary. Items that it has keep their ids. Call
+        `model.resize_token_embeddings(len(tokenizer))` afterwards.
 
-        A vocabulary of strings takes integers as their decimal digits: a log in which every id happens to be a number
-        is read as one of integers.
+        A vocabulary of strings accepts integers as decimal digits, because a log in which all ids are digits is read as one
+        of integers.
 
         Args:
-            items: raw ids.
+            items (`Iterable[int | str]`): Raw ids.
 
         Returns:
-            `int`: how many of them were new.
+            `int`: The number of new items.
 
         Raises:
-            `ValueError`: a string, for a vocabulary of integers. Nothing is added then.
+            ValueError: If an item is a string, for a vocabulary of integers. Nothing is added then.
         """
         items = items.tolist() if hasattr(items, "tolist") else list(items)
         if self.item_type == "str":
             is_integer = [hasattr(item, "__index__") and not isinstance(item, bool) for item in items]
             items = [str(int(item)) if integer else item for item, integer in zip(items, is_integer)]
         elif texts := [item for item in items if isinstance(item, str)]:
-            text = min(texts, key=str.isdecimal)  # the first that shows what is wrong, if there is one
+            text = min(texts, key=str.isdecimal)  # one with other characters than digits, if any
             raise ValueError(
                 f"`items` has the text id {text!r}, but the ids of this vocabulary are integers: give the new items "
                 "integer ids, or train a new model on a log whose ids are text."
             )
         tokens = _to_tokens(items, self.item_type)
-        # The WordLevel vocabulary itself grows: `add_tokens` would match inside other ids (`xnew5y` contains `new5`).
+        # Not `add_tokens`, which would match inside other ids (`xnew5y` contains `new5`).
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         before = len(vocab)
         for token in tokens:
@@ -278,7 +281,7 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         return len(vocab) - before
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """As any tokenizer of `transformers`; besides, `text` may be a list of `int` ids or a list of lists of raw ids."""
+        """As in `transformers`; `text` may also be a list of integer ids, or a list of lists of raw ids."""
         return super().__call__(self._as_text(text), *args, **kwargs)
 
     def _as_text(self, text: Any) -> Any:
@@ -298,6 +301,6 @@ def _to_tokens(items: Iterable[int | str], item_type: str) -> list[str]:
             if wanted is int and hasattr(item, "__index__") and not isinstance(item, bool):
                 continue  # a numpy integer
             raise ValueError(
-                f"items holds {item!r}, a {type(item).__name__}; this tokenizer's raw ids are {item_type}, all of them."
+                f"`items` has {item!r}, a {type(item).__name__}; all raw ids of this tokenizer are {item_type}."
             )
     return [str(int(item)) for item in items] if wanted is int else [_escape(item) for item in items]
