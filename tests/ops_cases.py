@@ -6,8 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from blossomrec_hf.model.attention_blossomrec import BlossomCompressor
-from blossomrec_hf.model.ops_reference import Ops, straight_through
+from blossomrec_hf.model.ops_reference import (
+    Blocks,
+    Keys,
+    Ops,
+    Queries,
+    complete_blocks,
+    every_position,
+    straight_through,
+)
+from blossomrec_hf.model.streams_blossomrec import BlossomCompressor
 
 
 class Compressor(nn.Module):
@@ -65,8 +73,28 @@ class Case:
         return Compressor(self.tensors["position"], self.mlp)
 
     @property
-    def num_windows(self) -> int:
-        return sum(n // self.stride for n in self.lengths)
+    def num_blocks(self) -> int:
+        return sum(n // self.block for n in self.lengths)
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.tensors["k"], self.tensors["v"], self.cu_seqlens[:-1])
+
+    @property
+    def every(self) -> Queries:
+        """The queries of all positions."""
+        return every_position(self.cu_seqlens, sum(self.lengths), self.max_seqlen)
+
+    def rows(self, queries: Queries) -> torch.Tensor:
+        """The packed rows of queries."""
+        return self.cu_seqlens[queries.history] + queries.position
+
+    def windows(self) -> tuple[Queries, torch.Tensor]:
+        """The windows of all complete blocks, and the first block of each history."""
+        blocks, first = complete_blocks(self.cu_seqlens, sum(self.lengths), self.block)
+        back = self.stride * torch.arange(1 - self.windows_per_block, 1, device=self.device)
+        history = blocks.history.repeat_interleave(self.windows_per_block)
+        return blocks._replace(history=history, position=(blocks.position[:, None] + back).flatten()), first
 
 
 def random_case(max_length: int = 700, **kwargs) -> Case:
@@ -91,37 +119,37 @@ def random_case(max_length: int = 700, **kwargs) -> Case:
     return Case(**(settings | kwargs))
 
 
-def run(ops: Ops, case: Case, selection=None) -> dict[str, torch.Tensor]:
+def run(
+    ops: Ops,
+    case: Case,
+    selection: torch.Tensor | None = None,
+    queries: Queries | None = None,
+    keys: Keys | None = None,
+) -> dict[str, torch.Tensor]:
     """
     Every function of `ops` on the case: outputs by name, and the gradients of a random (but fixed) sum of them.
-    With `selection` given, the attention takes that instead of its own.
+
+    Args:
+        selection: blocks that the attention reads in place of its own choice.
+        queries: defaults to all positions; others take the rows of q at their positions.
+        keys: defaults to the packed ones.
     """
     t, scaling = case.tensors, case.width**-0.5
-    where = {"max_seqlen": case.max_seqlen, "scaling": scaling}
-    compressed = ops.compress(t["k"], case.compressor, case.cu_seqlens, stride=case.stride)
-    own = ops.select(
-        t["q"],
-        compressed,
-        case.cu_seqlens,
-        num_selected_blocks=case.num_selected,
-        block_size=case.block,
-        stride=case.stride,
-        threshold=1e-10,
-        **where,
-    )
+    keys = case.keys if keys is None else keys
+    q, queries = (t["q"], case.every) if queries is None else (t["q"][case.rows(queries)], queries)
+    windows, first = case.windows()
+    compressed = ops.compress(t["k"], case.compressor, windows, case.cu_seqlens[:-1])
+    blocks = Blocks(compressed.unflatten(0, (-1, case.windows_per_block)).mean(1), first)
+    settings = {"num_selected_blocks": case.num_selected, "block_size": case.block, "threshold": 1e-10}
+    own = ops.select(q, blocks, queries, **settings, scaling=scaling)
     block_indices = own.block_indices if selection is None else selection
-    qkv = t["q"], t["k"], t["v"]
+    at, long = (q, keys, queries), {"block_size": case.block, "scaling": scaling}
+    short = {"block_size": case.short_block, "window": case.window, "base": case.base}
     outputs = {
-        "long": ops.attend_selected(
-            *qkv, block_indices, straight_through(own.importance), case.cu_seqlens, block_size=case.block, **where
-        ),
-        "long_without_factor": ops.attend_selected(
-            *qkv, block_indices, None, case.cu_seqlens, block_size=case.block, **where
-        ),
-        "short": ops.attend_short(
-            *qkv, case.cu_seqlens, block_size=case.short_block, window=case.window, base=case.base, **where
-        ),
-        "full": ops.attend_full(*qkv, case.cu_seqlens, **where),
+        "long": ops.attend_selected(*at, block_indices, straight_through(own.importance), **long),
+        "long_without_factor": ops.attend_selected(*at, block_indices, None, **long),
+        "short": ops.attend_short(*at, **short, scaling=scaling),
+        "full": ops.attend_full(*at, scaling=scaling),
     }
     generator = torch.Generator().manual_seed(0)
     total = sum(
@@ -130,6 +158,6 @@ def run(ops: Ops, case: Case, selection=None) -> dict[str, torch.Tensor]:
     inputs = [*t.values(), *case.mlp.parameters()]
     names = [*t, *(name for name, _ in case.mlp.named_parameters())]
     gradients = torch.autograd.grad(total, inputs)
-    outputs |= {"compressed": compressed[: case.num_windows], "importance": own.importance}
+    outputs |= {"compressed": compressed[: case.num_blocks * case.windows_per_block], "importance": own.importance}
     outputs |= {"block_indices": own.block_indices}
     return {k: v.detach() for k, v in outputs.items()} | {f"grad {n}": g for n, g in zip(names, gradients)}

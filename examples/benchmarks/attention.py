@@ -140,7 +140,6 @@ def core_step(contestant: Contestant, args: argparse.Namespace, histories: Histo
             "cu_seqlens": torch.arange(0, num_tokens + 1, length, device=args.device),
             "max_seqlen": length,
             "position_embeddings": None if contestant.is_peer else model.model.rotary_embedding(position, dtype),
-            "scaling": layer.scaling,
         }
         function = AttentionInterface()[contestant.implementation]
         inputs = [x for x in (q, k, v, gates, *layer.parameters()) if x is not None]
@@ -203,7 +202,7 @@ def attended(config: BlossomRecConfig, length: int) -> tuple[int, int]:
     candidates, in_block = np.divmod(t, config.selection_block_size)
     long = config.selection_block_size * np.minimum(candidates, config.num_selected_blocks) + in_block + 1
     block, in_block = np.divmod(t, config.short_term_block_size)
-    distances = power_law_distances(int(block[-1]) + 1, config.short_term_window, config.power_law_base)
+    distances = power_law_distances(int(block[-1]) + 1, config.short_term_window, config.power_law_base).tolist()
     short = sum(np.where(block >= x, config.short_term_block_size if x else in_block + 1, 0) for x in distances)
     return int((long + short).sum()), int(candidates.sum())
 

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.model.ops_reference import rotate
+from blossomrec_hf.model.ops_reference import Keys, every_position, rotate
 from blossomrec_hf.model.ops_torch import attend_full
 
 
@@ -85,8 +85,9 @@ def varlen_full_attention(
 ):
     """Full attention by FlashAttention on packed histories of any lengths."""
     query, key = _rotated(query, key, value, position_embeddings)
-    packed = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend_full(*packed, cu_seqlens, max_seqlen=max_seqlen, scaling=module.scaling)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    queries = every_position(cu_seqlens, q.shape[0], max_seqlen)
+    return attend_full(q, Keys(k, v, cu_seqlens[:-1]), queries, scaling=module.scaling)[None], None
 
 
 AttentionInterface.register("eager_full", eager_full_attention)

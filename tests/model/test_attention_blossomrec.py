@@ -9,10 +9,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.model.attention_blossomrec import BlossomAttention
-from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.model.modeling_blossomrec import BlossomRecModel
 from blossomrec_hf.model.ops_triton_launch import why_unsupported
 from blossomrec_hf.model.packing_blossomrec import pack_histories
+from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.model import ops_torch
 from blossomrec_hf.model.cache_blossomrec import _file_digest
-from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.model.modules_blossomrec import weights_fingerprint
-from blossomrec_hf.model.ops_reference import rotate
+from blossomrec_hf.model.ops_reference import Keys, every_position, rotate
 from blossomrec_hf.model.ops_torch import TORCH_OPS
+from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES, packed_blocks
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -115,7 +115,7 @@ def sharp_choices(model, row: torch.Tensor) -> list[torch.Tensor | None]:
     n = len(row)
     for layer, x in zip(model.model.layers, inputs):
         attention, offsets = layer.self_attn, torch.tensor([0, n])
-        if attention.attention_type not in ("blossom", "long_term"):
+        if "long_term" not in attention.stream_names:
             sharp.append(None)
             continue
         cos_sin = model.model.rotary_embedding(torch.arange(n), x.dtype)
@@ -123,16 +123,13 @@ def sharp_choices(model, row: torch.Tensor) -> list[torch.Tensor | None]:
             rotate(f(x).unflatten(-1, (-1, config.head_dim)).transpose(1, 2), *cos_sin)[0].transpose(0, 1)
             for f in (attention.q_proj, attention.k_proj)
         )
-        compressor = attention.compressor
-        c = TORCH_OPS.compress(k, compressor, offsets, stride=config.compress_stride)
+        blocks = packed_blocks(TORCH_OPS, attention, Keys(k, k, offsets[:-1]), offsets)[0]
         pi = TORCH_OPS.select(
             q,
-            c,
-            offsets,
-            max_seqlen=n,
+            blocks,
+            every_position(offsets, n, n),
             num_selected_blocks=config.num_selected_blocks + 1,
             block_size=config.selection_block_size,
-            stride=config.compress_stride,
             threshold=0.0,
             scaling=attention.scaling,
         ).importance
@@ -421,13 +418,14 @@ def test_a_damaged_file_is_refused(held, tmp_path, damage):
     elif damage == "no states":
         del tensors["layers.1.states"]
     elif damage == "cut states":
-        tensors["layers.1.states"] = tensors["layers.1.states"][:, :, :-1].contiguous()
+        tensors["layers.1.states"] = tensors["layers.1.states"][:, :-1].contiguous()
     elif damage == "nan":
         tensors["last_hidden_state"][0, 0] = torch.nan
     elif damage == "other items":
         tensors["item_ids"][0, 0] = 2 + tensors["item_ids"][0, 0] % 50
     elif damage == "half the block keys":
-        tensors["layers.0.block_keys"] = tensors["layers.0.block_keys"][..., :1].contiguous()
+        name = "layers.0.blocks.long_term"
+        tensors[name] = tensors[name][..., :1].contiguous()
     else:
         tensors["last_hidden_state"] = tensors["last_hidden_state"].float()
     save_file(tensors, path, metadata)
@@ -531,8 +529,8 @@ def snapshot(cache) -> dict[str, torch.Tensor]:
     for name, x in state.items():  # what lies behind the lengths is free room
         if x.dim() >= 2 and name != "last_hidden_state":
             for i, n in enumerate(cache.lengths.tolist()):
-                n = n // cache.config.selection_block_size if name.endswith("block_keys") else n
-                x[i].narrow(-2 if x.dim() == 4 else 0, n, x.shape[-2 if x.dim() == 4 else 1] - n).zero_()
+                n = n // cache.config.selection_block_size if ".blocks." in name else n
+                x[i, n:] = 0
     return state
 
 

@@ -62,7 +62,7 @@ def test_unknown_keys_are_kept_as_in_transformers():
         ("power_law_base", {"power_law_base": 1}),
         ("gate_initial_bias", {"gate_initial_bias": [1.0]}),
         ("hidden_dropout_prob", {"hidden_dropout_prob": 1.0}),
-        ("attention_types", {"attention_types": "sparse"}),
+        ("attention_types", {"attention_types": [["full"], "full"]}),
         ("attention_types", {"attention_types": ["full"], "num_hidden_layers": 2}),
         ("objective", {"objective": 5}),
         ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),

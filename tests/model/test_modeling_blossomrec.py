@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
 from blossomrec_hf.model import ops_torch
-from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.model.outputs_blossomrec import LayerOutputs
 from blossomrec_hf.model.packing_blossomrec import pack_histories
+from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 
 
 BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size": 4, "short_term_block_size": 4}

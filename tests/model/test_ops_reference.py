@@ -8,7 +8,8 @@ from ops_cases import Case, random_case
 
 from blossomrec_hf.model.ops_reference import (
     REFERENCE_OPS,
-    Selection,
+    Blocks,
+    Keys,
     attend_selected,
     power_law_distances,
     straight_through,
@@ -52,7 +53,7 @@ def test_reference_follows_the_definition_query_by_query(trial):
     window = 0
     for start, n in zip(case.cu_seqlens.tolist(), case.lengths):
         compressed = []
-        for j in range(n // case.stride):
+        for j in range(n // case.block * case.windows_per_block):
             places = range((j + 1) * case.stride - case.compress_block_size, (j + 1) * case.stride)
             keys = [case.tensors["k"][start + p] if p >= 0 else torch.zeros(case.groups, case.width) for p in places]
             inputs = torch.stack(keys, 1).double() + case.tensors["position"]
@@ -84,30 +85,21 @@ def test_reference_follows_the_definition_query_by_query(trial):
 
 
 def run_reference(case: Case) -> dict:
-    t, where = case.tensors, {"max_seqlen": case.max_seqlen, "scaling": case.width**-0.5}
-    compressed = REFERENCE_OPS.compress(t["k"], case.compressor, case.cu_seqlens, stride=case.stride)
+    t, scaling = case.tensors, case.width**-0.5
+    windows, first = case.windows()
+    compressed = REFERENCE_OPS.compress(t["k"], case.compressor, windows, case.cu_seqlens[:-1])
+    blocks = Blocks(compressed.unflatten(0, (-1, case.windows_per_block)).mean(1), first)
+    long = {"block_size": case.block, "scaling": scaling}
     selection = REFERENCE_OPS.select(
-        t["q"],
-        compressed,
-        case.cu_seqlens,
-        num_selected_blocks=case.num_selected,
-        block_size=case.block,
-        stride=case.stride,
-        threshold=1e-10,
-        **where,
+        t["q"], blocks, case.every, num_selected_blocks=case.num_selected, threshold=1e-10, **long
     )
-    qkv = t["q"], t["k"], t["v"]
-    long = REFERENCE_OPS.attend_selected(
-        *qkv, selection.block_indices, None, case.cu_seqlens, block_size=case.block, **where
-    )
-    short = REFERENCE_OPS.attend_short(
-        *qkv, case.cu_seqlens, block_size=case.short_block, window=case.window, base=case.base, **where
-    )
+    at = t["q"], case.keys, case.every
+    short = {"block_size": case.short_block, "window": case.window, "base": case.base, "scaling": scaling}
     return {
         "compressed": compressed,
-        "selection": Selection(selection.block_indices, selection.importance),
-        "long": long.detach(),
-        "short": short.detach(),
+        "selection": selection,
+        "long": REFERENCE_OPS.attend_selected(*at, selection.block_indices, None, **long).detach(),
+        "short": REFERENCE_OPS.attend_short(*at, **short).detach(),
     }
 
 
@@ -127,12 +119,10 @@ def test_blocks_of_no_importance_are_dropped():
         case.tensors["q"].fill_(1.0)
     selection = REFERENCE_OPS.select(
         case.tensors["q"],
-        compressed,
-        case.cu_seqlens,
-        max_seqlen=32,
+        Blocks(compressed, torch.tensor([0])),
+        case.every,
         num_selected_blocks=4,
         block_size=4,
-        stride=4,
         threshold=1e-10,
         scaling=0.5,
     )
@@ -154,23 +144,14 @@ def test_gradients_against_finite_differences_with_the_factor_as_an_input():
     factor = torch.rand(selection.shape, dtype=torch.float64, requires_grad=True)
 
     def attend(q, k, v, factor):
-        return attend_selected(
-            q,
-            k,
-            v,
-            selection,
-            factor,
-            case.cu_seqlens,
-            max_seqlen=case.max_seqlen,
-            block_size=case.block,
-            scaling=0.5,
-        )
+        keys = Keys(k, v, case.cu_seqlens[:-1])
+        return attend_selected(q, keys, case.every, selection, factor, block_size=case.block, scaling=0.5)
 
     inputs = (case.tensors["q"], case.tensors["k"], case.tensors["v"], factor)
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
 
 
 def test_distances_of_the_short_term_stream():
-    assert power_law_distances(100, 1, 2) == [0, 1, 2, 4, 8, 16, 32, 64]
-    assert power_law_distances(100, 4, 3) == [0, 1, 2, 3, 9, 27, 81]
-    assert power_law_distances(1, 3, 2) == [0]
+    assert power_law_distances(100, 1, 2).tolist() == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert power_law_distances(100, 4, 3).tolist() == [0, 1, 2, 3, 9, 27, 81]
+    assert power_law_distances(1, 3, 2).tolist() == [0]

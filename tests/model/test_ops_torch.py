@@ -1,13 +1,15 @@
 """The sub-quadratic functions against the reference, and their promise of linear memory."""
 
+import random
+
 import pytest
 import torch
 from ops_cases import random_case, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blossomrec_hf.model import ops_torch
-from blossomrec_hf.model.ops_reference import REFERENCE_OPS
-from blossomrec_hf.model.ops_torch import ONE_OPS, TORCH_OPS
+from blossomrec_hf.model.ops_reference import REFERENCE_OPS, Blocks, Keys, Queries, last_positions
+from blossomrec_hf.model.ops_torch import TORCH_OPS
 
 
 def assert_equal(case, actual: dict, expected: dict, values: float, gradients: float) -> None:
@@ -43,20 +45,88 @@ def test_same_on_histories_of_hardly_any_items(lengths):
     assert_equal(case, run(TORCH_OPS, case), run(REFERENCE_OPS, case), 1e-10, 1e-8)
 
 
+def some_positions(case) -> Queries:
+    """Up to five positions of every history but the empty ones, some of them next to each other."""
+    places = [(i, p) for i, n in enumerate(case.lengths) for p in sorted(random.sample(range(n), min(n, 5)))]
+    history, position = torch.tensor(places).unbind(1)
+    most = int(history.bincount().max())
+    return Queries(history.contiguous(), position, case.max_seqlen + random.choice([0, 3]), most)
+
+
+def cached(case) -> Keys:
+    """The same keys and values in rows of one capacity with anything behind the lengths, as in a cache."""
+    capacity = case.max_seqlen + random.choice([0, 7])
+    states = torch.randn(len(case.lengths), capacity, case.groups, 2 * case.width, dtype=case.dtype)
+    rows = torch.cat([case.tensors["k"], case.tensors["v"]], -1)
+    for state, start, n in zip(states, case.cu_seqlens.tolist(), case.lengths):
+        state[:n] = rows[start : start + n].detach()
+    states = states.flatten(0, 1)
+    return Keys(*states.chunk(2, -1), capacity * torch.arange(len(case.lengths)), states)
+
+
+@pytest.mark.parametrize("slice_elements", [2**25, 3000], ids=["whole", "sliced"])
+@pytest.mark.parametrize("which", ["some", "last"])
+@pytest.mark.parametrize("trial", range(4))
+def test_any_queries_are_answered_as_all_of_them(monkeypatch, which, slice_elements, trial):
+    monkeypatch.setitem(ops_torch.SLICE_ELEMENTS, "cpu", slice_elements)
+    case = random_case(max_length=250)
+    if which == "last":  # of a history that is empty there is none
+        case = random_case(lengths=[n for n in case.lengths if n])
+        queries = last_positions(case.cu_seqlens, case.max_seqlen)
+    else:
+        queries = some_positions(case)
+    every = run(REFERENCE_OPS, case)
+    expected, actual = run(REFERENCE_OPS, case, queries=queries), run(TORCH_OPS, case, queries=queries)
+    assert_equal(case, actual, expected, 1e-10, 1e-8)
+    rows = case.rows(queries)
+    for name in ("long", "short", "full", "importance", "block_indices"):
+        torch.testing.assert_close(expected[name], every[name][rows], rtol=0, atol=1e-10, msg=f"{name} of {case}")
+
+
+@pytest.mark.parametrize("trial", range(4))
+def test_rows_of_a_cache_are_read_as_packed_ones(trial):
+    case = random_case(max_length=250)
+    t, queries = case.tensors, some_positions(case)
+    q, scaling = t["q"][case.rows(queries)].detach(), case.width**-0.5
+    place = torch.stack(
+        [queries.position.clamp(max=3), queries.position + 1, torch.full_like(queries.position, -1)], 1
+    )
+    short = {"block_size": case.short_block, "window": case.window, "base": case.base, "scaling": scaling}
+    selected = run(REFERENCE_OPS, case, queries=queries)["block_indices"]
+    windows, _ = case.windows()
+    results = []
+    for ops, keys in ((REFERENCE_OPS, case.keys), (REFERENCE_OPS, cached(case)), (TORCH_OPS, cached(case))):
+        at = q, keys, queries
+        results.append(
+            [
+                ops.attend_selected(*at, selected, None, block_size=case.block, scaling=scaling),
+                ops.attend_short(*at, **short),
+                ops.attend_full(*at, scaling=scaling),
+                ops.attend_places(*at, place[:, None], scaling=scaling),
+                ops.compress(keys.k, case.compressor, windows, keys.first)[: case.num_blocks * case.windows_per_block],
+            ]
+        )
+    for actual in results[1:]:
+        torch.testing.assert_close(actual, results[0], rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{case}")
+
+
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 64, 333])
 def test_the_last_position_of_one_history(length):
     for _ in range(4):
         case = random_case(lengths=[length])
-        t, where = case.tensors, {"max_seqlen": length, "scaling": case.width**-0.5}
-        blocks = {"num_selected_blocks": case.num_selected, "block_size": case.block, "stride": case.stride}
-        short = {"block_size": case.short_block, "window": case.window, "base": case.base}
+        t, scaling, (windows, first) = case.tensors, case.width**-0.5, case.windows()
+        short = {"block_size": case.short_block, "window": case.window, "base": case.base, "scaling": scaling}
+        settings = {"num_selected_blocks": case.num_selected, "threshold": 1e-10}
+        long = {"block_size": case.block, "scaling": scaling}
         results = []
-        for ops, q in ((REFERENCE_OPS, t["q"]), (ONE_OPS, t["q"][-1:])):
-            qkv, offsets = (q, t["k"], t["v"]), case.cu_seqlens
-            c = ops.compress(t["k"], case.compressor, offsets, stride=case.stride)
-            selected = ops.select(q, c, offsets, threshold=1e-10, **blocks, **where)
-            long = ops.attend_selected(*qkv, selected.block_indices, None, offsets, block_size=case.block, **where)
-            outs = [long, ops.attend_short(*qkv, offsets, **short, **where), ops.attend_full(*qkv, offsets, **where)]
+        for ops, queries in ((REFERENCE_OPS, case.every), (TORCH_OPS, last_positions(case.cu_seqlens, length))):
+            q = t["q"][-queries.position.shape[0] :]
+            c = ops.compress(t["k"], case.compressor, windows, case.cu_seqlens[:-1])
+            blocks = Blocks(c.unflatten(0, (-1, case.windows_per_block)).mean(1), first)
+            selected = ops.select(q, blocks, queries, **settings, **long)
+            at = q, case.keys, queries
+            outs = [ops.attend_selected(*at, selected.block_indices, None, **long), ops.attend_short(*at, **short)]
+            outs.append(ops.attend_full(*at, scaling=scaling))
             results.append([c, *(x[-1:] for x in (*selected, *outs))])
         expected, actual = results
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10, msg=lambda m: f"{m}\n{case}")

@@ -57,10 +57,10 @@ def filled(model, lengths: list[int], room: int = 64) -> BlossomRecCache:
     cache._last, cache._last_length = torch.zeros(rows, config.hidden_size, device=DEVICE), cache.lengths
     groups, width = config.num_key_value_heads, config.head_dim
     for layer, attention_type in zip(cache.layers, config.attention_types):
-        layer.states = torch.randn(rows, groups, capacity, 2 * width, device=DEVICE, dtype=dtype)
+        layer.states = torch.randn(rows, capacity, groups, 2 * width, device=DEVICE, dtype=dtype)
         if attention_type in ("blossom", "long_term"):
             blocks = capacity // config.selection_block_size
-            layer.block_keys = 4 * torch.randn(rows, groups, blocks, width, device=DEVICE)
+            layer.blocks["long_term"] = 4 * torch.randn(rows, blocks, groups, width, device=DEVICE)
     return cache
 
 
@@ -122,7 +122,7 @@ def assert_the_same(model, cache: BlossomRecCache, ids: torch.Tensor, tolerance:
 def launches(monkeypatch) -> list[str]:
     """The names of the kernels' wrappers that an append called."""
     names = []
-    for name in ("store_events", "attend_events", "block_windows"):
+    for name in ("store_events", "attend_events", "compress"):
 
         def noted(*args, function=getattr(append_blossomrec, name), name=name, **kwargs):
             names.append(name)
@@ -166,8 +166,8 @@ def test_events_get_what_whole_histories_give_them(attention_type, launches):
         assert_close(out.logits[i, :m][same[0]], expected.logits[0, n:][same[0]], 1e-4)
         if attention_type != "short_term":
             block = model.config.selection_block_size
-            whole = model(ids[i][None], use_cache=True).cache.layers[0].block_keys[0, :, : (n + m) // block]
-            assert_close(cache.layers[0].block_keys[i, :, : (n + m) // block], whole, 1e-4)
+            whole = model(ids[i][None], use_cache=True).cache.layers[0].blocks["long_term"][0, : (n + m) // block]
+            assert_close(cache.layers[0].blocks["long_term"][i, : (n + m) // block], whole, 1e-4)
 
 
 def test_several_layers_and_several_appends(launches):
@@ -184,7 +184,7 @@ def test_several_layers_and_several_appends(launches):
                 out = model(part, cache=cache, use_cache=True, output_selection=True)
             cache = out.cache
             outputs.append(out)
-    assert launches.count("attend_events") == 3 * 3 and launches.count("block_windows") == 2 * 2
+    assert launches.count("attend_events") == 3 * 3 and launches.count("compress") == 2 * 2
     for a, b in zip(found, expected):
         for layer in (0, 2):
             if not torch.equal(a.selections[layer].block_indices, b.selections[layer].block_indices):
@@ -209,10 +209,10 @@ def test_among_equals_the_lower_block_is_selected():
     number = random.choice([1, 3, 4])
     model = recommender(num_selected_blocks=number, attention_types="long_term")
     cache = filled(model, [1300, 500])
-    layer = cache.layers[0]
-    kind = torch.randint(0, 2, (layer.block_keys.shape[2],), device=DEVICE)
+    rows = cache.layers[0].blocks["long_term"]
+    kind = torch.randint(0, 2, (rows.shape[1],), device=DEVICE)
     kind[:8] = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
-    layer.block_keys[:] = layer.block_keys[:, :, kind]
+    rows[:] = rows[:, kind]
     out, _ = appended(model, cache, events([1, 2]), "blossom_triton")
     # Blocks that the new events complete have keys of their own, which no other equals; below β there is none.
     for row, column, length in ((0, 1, 1300), (1, 0, 500), (1, 1, 500)):
@@ -253,7 +253,8 @@ def test_where_there_are_no_kernels_pytorch_computes(launches):
         model = recommender(**kwargs)
         cache = filled(model, [20, 3])
         for layer in cache.layers:
-            layer.block_keys = layer.block_keys.to(torch.promote_types(model.dtype, torch.float32))
+            wide = torch.promote_types(model.dtype, torch.float32)
+            layer.blocks = {name: rows.to(wide) for name, rows in layer.blocks.items()}
         appended(model, cache, events([1, 1]), implementation)
     assert launches == []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.model.configuration_blossomrec import ATTENTION_TYPES
+from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.sharing.export import HistoryScorer, export_onnx, export_program
 
 

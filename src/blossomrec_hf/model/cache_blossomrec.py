@@ -5,11 +5,11 @@ whole history again:
     out = model(histories, use_cache=True)                                   # [B, L], padded: the whole histories
     out = model(events, cache=out.cache)                                     # [B, m], padded: only what is new
 
-Of every layer the cache keeps the keys (rotary embedding applied) and values of all positions, and of the long-term
-stream the mean of each complete block's compressed keys: the importance of a block is linear in them. Nothing is kept
-of a block that is not complete; when it is, the positions that its windows cover are all among the keys.
+Of every layer the cache keeps the keys (rotary embedding applied) and values of all positions, and what each of its
+streams computes of complete blocks (`Stream.summarize`): of the long-term stream, the mean of each block's compressed
+keys. Nothing is kept of a block that is not complete; when it is, the positions that it depends on are all cached.
 
-Histories lie in rows of one capacity, `[B, …, C, …]`, each with a length of its own; C doubles when it is exceeded. New
+Histories lie in rows of one capacity, `[B, C, …]`, each with a length of its own; C doubles when it is exceeded. New
 events are written behind the lengths, and the lengths are raised when all layers are done: an append that fails, or is
 not meant to stay (`use_cache=False`), leaves the cache as it was. How events get there: `append_blossomrec.py`.
 """
@@ -30,6 +30,7 @@ from transformers import Cache
 from .configuration_blossomrec import BlossomRecConfig
 from .files_blossomrec import atomic_write
 from .modules_blossomrec import WeightsFingerprint, digest, weights_fingerprint
+from .streams_blossomrec import build_streams
 
 
 # What a cached history depends on; a cache serves models that agree in these.
@@ -41,7 +42,7 @@ FINGERPRINT = (
 ).split()
 
 # Version of the files that `save` writes.
-FILE_VERSION = "2"
+FILE_VERSION = "3"
 
 # Room for events comes in multiples of this.
 ROOM = 64
@@ -49,31 +50,31 @@ ROOM = 64
 
 class BlossomRecCacheLayer:
     """
-    The state of one layer; `None` before the first append.
+    The state of one layer, empty before the first append.
 
     Attributes:
-        states (`torch.Tensor` `[B, G, C, 2·d]`): keys, rotary embedding applied, and values of every position.
-        block_keys (`torch.Tensor` `[B, G, C // b, d]`): mean compressed key of every complete block, in float32 or
-            better; `None` without a long-term stream.
+        states (`torch.Tensor` `[B, C, G, 2·d]`): keys, rotary embedding applied, and values of every position.
+        blocks (`dict[str, torch.Tensor]`): for each stream that summarizes blocks of `n` positions, by its name, what it
+            computed of every complete block, `[B, C // n, G, width]` in float32 or better.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, states: torch.Tensor | None = None, block_keys: torch.Tensor | None = None) -> None:
+    def __init__(self, states: torch.Tensor | None = None, blocks: dict[str, torch.Tensor] | None = None) -> None:
         self.states = states
-        self.block_keys = block_keys
+        self.blocks = {} if blocks is None else blocks
 
     @property
     def keys(self) -> torch.Tensor | None:
         """`[B, G, C, d]`"""
-        return None if self.states is None else self.states.chunk(2, -1)[0]
+        return None if self.states is None else self.states.chunk(2, -1)[0].transpose(1, 2)
 
     @property
     def values(self) -> torch.Tensor | None:
         """`[B, G, C, d]`"""
-        return None if self.states is None else self.states.chunk(2, -1)[1]
+        return None if self.states is None else self.states.chunk(2, -1)[1].transpose(1, 2)
 
 
 class BlossomRecCache(Cache):
@@ -191,16 +192,16 @@ class BlossomRecCache(Cache):
 
             B · (4·C + hidden_size·E + 16 + layers · G·C·2·d·e + long-term layers · G·(C // b)·d·E)
 
-        which in float32 at the defaults (two layers) is 532 bytes an event and 528 a history: 2.1 MiB for 4,096 events.
+        (other streams that summarize blocks count as the long-term one, with their own sizes), which in float32 at the defaults (two layers) is 532 bytes an event and 528 a history: 2.1 MiB for 4,096 events.
         """
         size = torch.finfo(dtype).bits // 8
         wide = max(size, 4)
         inner = config.num_key_value_heads * config.head_dim
         layers = 0
-        for attention_type in config.attention_types:
+        for kept in _block_sizes(config):
             layers += inner * capacity * 2 * size
-            if attention_type in ("blossom", "long_term"):
-                layers += inner * (capacity // config.selection_block_size) * wide
+            for block_size, width in kept.values():
+                layers += config.num_key_value_heads * (capacity // block_size) * width * wide
         return batch_size * (4 * capacity + config.hidden_size * wide + 16 + layers)
 
     # Changing which histories it holds, and how much of each
@@ -222,10 +223,9 @@ class BlossomRecCache(Cache):
         room = min(self.capacity, roomy(out.get_seq_length(), 0, self.max_length))
         index = index.to(self.device)
         out._items, out._last = self._items[:, :room][index], self._last[index]
-        for layer, new in zip(self.layers, out.layers):
-            new.states = layer.states[:, :, :room][index]
-            if layer.block_keys is not None:
-                new.block_keys = layer.block_keys[:, :, : room // self.config.selection_block_size][index]
+        for layer, new, sizes in zip(self.layers, out.layers, _block_sizes(self.config)):
+            new.states = layer.states[:, :room][index]
+            new.blocks = {name: rows[:, : room // sizes[name][0]][index] for name, rows in layer.blocks.items()}
         return out
 
     @classmethod
@@ -249,12 +249,12 @@ class BlossomRecCache(Cache):
         out._last_length = torch.cat([cache._last_length for cache in caches])
         out._last = torch.cat([cache._last for cache in caches])
         room = roomy(out.get_seq_length(), 0, first.max_length)
-        out._items = _stack([cache._items for cache in caches], 1, room)
-        for i, layer in enumerate(out.layers):
-            layer.states = _stack([cache.layers[i].states for cache in caches], 2, room)
-            if first.layers[i].block_keys is not None:
-                blocks = room // first.config.selection_block_size
-                layer.block_keys = _stack([cache.layers[i].block_keys for cache in caches], 2, blocks)
+        out._items = _stack([cache._items for cache in caches], room)
+        for i, sizes in enumerate(_block_sizes(first.config)):
+            layers = [cache.layers[i] for cache in caches]
+            out.layers[i].states = _stack([layer.states for layer in layers], room)
+            for name, (size, _) in sizes.items():
+                out.layers[i].blocks[name] = _stack([layer.blocks[name] for layer in layers], room // size)
         return out
 
     @contextmanager
@@ -313,7 +313,7 @@ class BlossomRecCache(Cache):
             self._items, self._last = self._items.to(device), self._last.to(device)
             for layer in self.layers:
                 layer.states = layer.states.to(device)
-                layer.block_keys = None if layer.block_keys is None else layer.block_keys.to(device)
+                layer.blocks = {name: rows.to(device) for name, rows in layer.blocks.items()}
         return self
 
     # On disk
@@ -325,8 +325,7 @@ class BlossomRecCache(Cache):
         tensors["last_length"] = self._last_length
         for i, layer in enumerate(self.layers):
             tensors[f"layers.{i}.states"] = layer.states
-            if layer.block_keys is not None:
-                tensors[f"layers.{i}.block_keys"] = layer.block_keys
+            tensors |= {f"layers.{i}.blocks.{name}": rows for name, rows in layer.blocks.items()}
         return tensors
 
     def save(self, path: str | os.PathLike) -> None:
@@ -339,15 +338,10 @@ class BlossomRecCache(Cache):
         """
         if self.lengths is None:
             raise ValueError("The cache holds no histories yet; there is nothing to save.")
-        cut = self.select(torch.arange(self.batch_size))._tensors()
-        length = self.get_seq_length()
-        for name, tensor in cut.items():
-            if name == "item_ids":
-                cut[name] = tensor[:, :length].contiguous()
-            elif name.endswith(".states"):
-                cut[name] = tensor[:, :, :length].contiguous()
-            elif name.endswith(".block_keys"):
-                cut[name] = tensor[:, :, : length // self.config.selection_block_size].contiguous()
+        tensors = self.select(torch.arange(self.batch_size))._tensors()
+        shapes = self._file_shapes(self.batch_size, self.get_seq_length())
+        # Free room is dropped, which lies along dimension 1.
+        cut = {name: x if x.dim() == 1 else x[:, : shapes[name][1]].contiguous() for name, x in tensors.items()}
         metadata = {"format": "pt", "blossomrec_cache": FILE_VERSION, "config": json.dumps(_fingerprint(self.config))}
         metadata["weights"] = json.dumps(self.weights)
         metadata["digest"] = _file_digest(cut, metadata)
@@ -390,7 +384,8 @@ class BlossomRecCache(Cache):
             )
         out._items, out._last = tensors["item_ids"], tensors["last_hidden_state"]
         for i, layer in enumerate(out.layers):
-            layer.states, layer.block_keys = tensors[f"layers.{i}.states"], tensors.get(f"layers.{i}.block_keys")
+            layer.states, prefix = tensors[f"layers.{i}.states"], f"layers.{i}.blocks."
+            layer.blocks = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         return out.to(device)
 
     def _read(self, path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], WeightsFingerprint]:
@@ -404,7 +399,8 @@ class BlossomRecCache(Cache):
                 if config is not None:
                     self.check_config(config)
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                sound = config is not None and shapes == self._file_shapes(shapes)
+                batch, length, *_ = (*shapes.get("item_ids", ()), -1, -1)
+                sound = config is not None and shapes == self._file_shapes(batch, length)
                 tensors = {name: file.get_tensor(name) for name in shapes} if sound else {}
         except (SafetensorError, OverflowError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as safetensors: {error}.") from error
@@ -416,18 +412,17 @@ class BlossomRecCache(Cache):
             )
         return tensors, WeightsFingerprint(*weights)
 
-    def _file_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors of a file must have, given the number of histories and the longest length."""
+    def _file_shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in a file of `batch` histories, the longest of `length` events."""
         config = self.config
-        batch, length, *_ = (*shapes.get("item_ids", ()), -1, -1)
         groups, width = config.num_key_value_heads, config.head_dim
-        expected = {"lengths": (batch,), "last_length": (batch,), "item_ids": (batch, length)}
-        expected["last_hidden_state"] = (batch, config.hidden_size)
-        for i, attention_type in enumerate(config.attention_types):
-            expected[f"layers.{i}.states"] = (batch, groups, length, 2 * width)
-            if attention_type in ("blossom", "long_term"):
-                expected[f"layers.{i}.block_keys"] = (batch, groups, length // config.selection_block_size, width)
-        return expected
+        shapes = {"lengths": (batch,), "last_length": (batch,), "item_ids": (batch, length)}
+        shapes["last_hidden_state"] = (batch, config.hidden_size)
+        for i, sizes in enumerate(_block_sizes(config)):
+            shapes[f"layers.{i}.states"] = (batch, length, groups, 2 * width)
+            for name, (block_size, block_width) in sizes.items():
+                shapes[f"layers.{i}.blocks.{name}"] = (batch, length // block_size, groups, block_width)
+        return shapes
 
     def _is_sound(self, tensors: dict[str, torch.Tensor]) -> bool:
         """Whether tensors of the right shapes have dtypes and values that a cache may have."""
@@ -485,6 +480,12 @@ def _fingerprint(config: BlossomRecConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in FINGERPRINT}
 
 
+def _block_sizes(config: BlossomRecConfig) -> list[dict[str, tuple[int, int]]]:
+    """For each layer, the `block_size` and `block_width` of the streams that summarize blocks, by name."""
+    layers = [build_streams(config, i) for i in range(config.num_hidden_layers)]
+    return [{x.name: (x.block_size, x.block_width) for x in streams if x.block_size is not None} for streams in layers]
+
+
 def _from_json(metadata: dict[str, str], name: str, kind: type) -> Any:
     """A value of the metadata of a file; `None` where it is missing or of another kind."""
     try:
@@ -510,15 +511,13 @@ def roomy(length: int, capacity: int, max_length: int | None) -> int:
     return room if max_length is None else max(length, min(room, max_length))
 
 
-def _stack(tensors: list[torch.Tensor], dim: int, size: int) -> torch.Tensor:
-    """The tensors end to end along dimension 0, cut or filled up with zeros to `size` along `dim`."""
-    shape = list(tensors[0].shape)
-    shape[0], shape[dim] = sum(x.shape[0] for x in tensors), size
-    out = tensors[0].new_zeros(shape)
+def _stack(tensors: list[torch.Tensor], size: int) -> torch.Tensor:
+    """The tensors end to end along dimension 0, cut or filled up with zeros to `size` along dimension 1."""
+    out = tensors[0].new_zeros(sum(x.shape[0] for x in tensors), size, *tensors[0].shape[2:])
     row = 0
     for x in tensors:
-        kept = min(x.shape[dim], size)
-        out[row : row + x.shape[0]].narrow(dim, 0, kept).copy_(x.narrow(dim, 0, kept))
+        kept = min(x.shape[1], size)
+        out[row : row + x.shape[0], :kept] = x[:, :kept]
         row += x.shape[0]
     return out
 

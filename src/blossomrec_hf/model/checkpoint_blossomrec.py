@@ -21,6 +21,7 @@ from .manifest_blossomrec import (
     inside,
     update_manifest,
 )
+from .streams_blossomrec import stream_names
 
 
 class CheckpointMixin(ManifestMixin):
@@ -193,7 +194,7 @@ def _require_plausible_size(
         with safe_open(file, "pt") as tensors:
             stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     width = config.hidden_size // config.num_attention_heads * config.compress_block_size
-    compressors = sum(kind in ("blossom", "long_term") for kind in config.attention_types)
+    compressors = sum("long_term" in stream_names(kind) for kind in config.attention_types)
     fewest = config.vocab_size * config.hidden_size + compressors * width**2
     fewest += config.num_hidden_layers * 2 * config.hidden_size * (config.hidden_size + config.intermediate_size)
     if fewest > 2 * stored + 2**20:

@@ -15,7 +15,6 @@ from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objec
 
 VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
 
-ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 SELECTION_GRADIENTS = ("straight_through", "none")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
@@ -71,8 +70,10 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         hidden_act (`str`): its activation.
         hidden_dropout_prob (`float`): dropout after the embedding, the attention and the feed-forward. Attention
             probabilities are never dropped.
-        attention_types (`str` or `list[str]`): what each layer attends with, one of `"blossom"` (both streams, gated),
-            `"long_term"`, `"short_term"` or `"full"`; one word means all layers. All `"full"` is SASRec with RoPE.
+        attention_types (`str` or `list[str]`): the streams that each layer attends with: `"blossom"` (both streams of
+            the paper, gated), `"long_term"`, `"short_term"`, `"full"`, or names joined by `+`, with a gate for each; one
+            word means all layers. All `"full"` is SASRec with RoPE. Streams of your own: `register_stream`. Names are
+            checked when a model is built.
         compress_block_size (`int`): l, the positions that a compression window covers.
         compress_stride (`int`): s ≤ l, the distance between the ends of two windows.
         selection_block_size (`int`): b, the positions of a selection block, a multiple of s.
@@ -314,7 +315,10 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
                 f"{self.num_hidden_layers}; give one word for all layers or one a layer."
             )
         for attention_type in self.attention_types:
-            _check_choice("attention_types", attention_type, ATTENTION_TYPES)
+            if not isinstance(attention_type, str):  # which streams there are is known when a model is built
+                raise ValueError(
+                    f"`attention_types` has {_short(attention_type)}; it must be a word or a list of words."
+                )
         _check_choice("selection_gradient", self.selection_gradient, SELECTION_GRADIENTS)
         if not isinstance(self.objective, str):
             raise ValueError(

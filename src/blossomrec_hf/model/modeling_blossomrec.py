@@ -18,7 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .append_blossomrec import Append
-from .attention_blossomrec import BlossomAttention, BlossomCompressor, BlossomGate
+from .attention_blossomrec import BlossomAttention, BlossomGate
 from .cache_blossomrec import BlossomRecCache
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
@@ -29,7 +29,9 @@ from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories
+from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
 from .recommendation_blossomrec import RecommendationMixin, as_ids
+from .streams_blossomrec import BlossomCompressor
 
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, BlossomGate):
             init.zeros_(module.weight)
-            bias = torch.tensor(self.config.gate_initial_bias).repeat_interleave(self.config.num_attention_heads)
+            bias = torch.tensor(module.initial_biases).repeat_interleave(self.config.num_attention_heads)
             init.copy_(module.bias, bias)
         elif isinstance(module, BlossomRecModel):
             init.zeros_(module.item_counts)

@@ -1,10 +1,13 @@
 """
-BlossomRec's attention written for the eye: dense masks over all pairs of packed positions, O(T²). This file is the
-oracle that every other implementation is tested against; nothing here is fast, and nothing should be.
+BlossomRec's attention written for the eye: dense masks over all pairs of queries and keys, O(T²). This file is the
+reference that every other implementation is tested against; nothing here is fast, and nothing should be.
 
-Conventions of all ops files. Histories lie end to end: `q` is `[T, H, d]`, `k` and `v` are `[T, G, d]` (rotary
-embeddings applied), history i holds the rows `cu_seqlens[i] … cu_seqlens[i + 1] − 1`. Every position, window and
-block is counted inside its own history. Section numbers are those of the paper, arXiv 2512.13368.
+Conventions of all ops files. Keys lie in token-major rows: `k` and `v` are `[N, G, d]` (rotary embeddings applied), and
+`first` `[S]` is the row of each history's position 0. A batch of packed histories and a cache differ in `first` alone.
+Queries are `[Q, H, d]`, each given by its history and its position there: all positions, the last ones or appended
+events are the same functions with other queries. Every position, window and block is counted inside its own history.
+The functions of this file also accept leading batch dimensions of `q`, `k` and `v`: `[…, Q, H, d]`, `[…, N, G, d]`.
+Section numbers are those of the paper, arXiv 2512.13368.
 """
 
 from collections.abc import Callable
@@ -14,14 +17,62 @@ import torch
 from torch import nn
 
 
+class Queries(NamedTuple):
+    """
+    The places of queries, sorted by history. Windows and blocks are given in the same way, by their last positions.
+
+    Attributes:
+        history (`torch.LongTensor` `[Q]`): the history of each query.
+        position (`torch.LongTensor` `[Q]`): its place in that history.
+        max_length (`int`): an upper bound of all lengths; greater than every position.
+        most (`int`): an upper bound of the number of queries of one history.
+        every (`bool`): whether the queries are all positions of packed histories, in the order of the keys.
+    """
+
+    history: torch.Tensor
+    position: torch.Tensor
+    max_length: int
+    most: int
+    every: bool = False
+
+
+class Keys(NamedTuple):
+    """
+    Keys and values of histories.
+
+    Attributes:
+        k, v (`torch.Tensor` `[N, G, d]`): rows of keys (rotary embedding applied) and of values.
+        first (`torch.LongTensor` `[S]`): the row of each history's position 0.
+        states (`torch.Tensor` `[N, G, 2·d]`, *optional*): keys and values side by side, if `k` and `v` are its halves.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    first: torch.Tensor
+    states: torch.Tensor | None = None
+
+
+class Blocks(NamedTuple):
+    """
+    What a stream has computed of complete blocks.
+
+    Attributes:
+        rows (`torch.Tensor` `[M, G, width]`): one row for each block.
+        first (`torch.LongTensor` `[S]`): the row of each history's block 0.
+    """
+
+    rows: torch.Tensor
+    first: torch.Tensor
+
+
 class Selection(NamedTuple):
     """
     What the long-term stream selected.
 
     Attributes:
-        block_indices (`torch.LongTensor` `[T, G, k]`): the selected blocks of each query and key/value head, counted
+        block_indices (`torch.LongTensor` `[Q, G, k]`): the selected blocks of each query and key/value head, counted
             inside the history, the most important first; −1 where fewer than k were selected.
-        importance (`torch.Tensor` `[T, G, k]`): their probabilities π (0 where nothing was selected).
+        importance (`torch.Tensor` `[Q, G, k]`): their probabilities π (0 where nothing was selected).
     """
 
     block_indices: torch.Tensor
@@ -36,62 +87,89 @@ class Ops(NamedTuple):
     attend_selected: Callable
     attend_short: Callable
     attend_full: Callable
+    attend_places: Callable
 
 
-def locate(cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The history of each packed position, and its place inside that history; both `[T]`."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
-    history = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return history, token - cu_seqlens[history]
+def locate(first: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The history of each of `num_rows` rows, and its place inside that history; both `[num_rows]`."""
+    row = torch.arange(num_rows, device=first.device)
+    history = torch.searchsorted(first, row, right=True) - 1
+    return history, row - first[history]
+
+
+def every_position(cu_seqlens: torch.Tensor, num_tokens: int, max_length: int) -> Queries:
+    """All positions of packed histories; `cu_seqlens` `[S + 1]` are their offsets, `num_tokens` the last of these."""
+    return Queries(*locate(cu_seqlens, num_tokens), max_length, max_length, every=True)
+
+
+def last_positions(cu_seqlens: torch.Tensor, max_length: int) -> Queries:
+    """The last position of each packed history; of an empty one, position 0."""
+    history = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    return Queries(history, (cu_seqlens.diff() - 1).clamp(min=0), max_length, 1)
+
+
+def complete_blocks(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> tuple[Queries, torch.Tensor]:
+    """
+    The complete blocks of `size` positions of packed histories, end to end, and the first block `[S]` of each history.
+    There are `num_tokens // size` of them; those after the last complete one mean nothing.
+    """
+    ends = torch.div(cu_seqlens.diff(), size, rounding_mode="floor").cumsum(0)
+    first = nn.functional.pad(ends, (1, 0))[:-1]
+    block = torch.arange(num_tokens // size, device=cu_seqlens.device)
+    history = torch.searchsorted(ends, block, right=True).clamp(max=cu_seqlens.shape[0] - 2)
+    position = (block - first[history] + 1) * size - 1
+    return Queries(history, position, num_tokens, num_tokens // size), first
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `x` `[1, heads, T, d]` by `cos` and `sin` `[1, T, d]`, in float32 or better."""
+    """Rotary embedding of `x` `[…, heads, T, d]` by `cos` and `sin` `[1, T, d]`, in float32 or better."""
     first, second = x.chunk(2, -1)
     return (x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]).to(x.dtype)
 
 
-def power_law_distances(num_blocks: int, window: int, base: int) -> list[int]:
-    """The block distances below `num_blocks` that the short-term stream attends to, ascending."""
-    distances = set(range(min(window, num_blocks)))
+def power_law_distances(
+    num_blocks: int, window: int, base: int, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """
+    The block distances below `num_blocks` that the short-term stream attends to, ascending. They are made on `device`:
+    copying them to a GPU would make the CPU wait.
+    """
+    near = torch.arange(min(window, num_blocks), device=device)
+    powers = []
     power = 1
     while power < num_blocks:
-        distances.add(power)
+        if power >= near.shape[0]:
+            powers.append(power)
         power *= base
-    return sorted(distances)
+    if not powers:
+        return near
+    return torch.cat([near, powers[0] * base ** torch.arange(len(powers), device=device)])
 
 
-def compress(k: torch.Tensor, compressor: nn.Module, cu_seqlens: torch.Tensor, *, stride: int) -> torch.Tensor:
+def compress(k: torch.Tensor, compressor: nn.Module, windows: Queries, first: torch.Tensor) -> torch.Tensor:
     """
-    Compressed keys `[W, G, d]`, one a complete window, histories end to end (long-term stream, split and compress).
+    Compressed keys `[W, G, d]` of windows (long-term stream, split and compress).
 
     Args:
-        k: keys `[T, G, d]`.
+        k: keys `[N, G, d]`.
         compressor: maps windows `[..., G, l, d]` to `[..., G, d]`; `compressor.position` `[G, l, d]` is the learned
-            position inside a window.
-        stride: s; window j ends at position (j + 1)·s − 1 and covers the l positions up to there.
+            position inside a window, which covers the l positions up to its last one. Keys before the start are 0.
+        windows: their histories and last positions.
+        first: the row of each history's position 0, `[S]`.
     """
-    length = compressor.position.shape[1]
-    windows = []
-    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
-        padded = torch.cat([k.new_zeros(length, *k.shape[1:]), k[start:end]])
-        for j in range((end - start) // stride):
-            last = length + (j + 1) * stride
-            windows.append(compressor(padded[last - length : last].transpose(0, 1)))
-    if not windows:  # the compressor still takes part, so that its gradients exist
-        return compressor(k.new_zeros(0, *compressor.position.shape))
-    return torch.stack(windows)
+    place = windows.position[:, None] + torch.arange(1 - compressor.position.shape[1], 1, device=k.device)  # [W, l]
+    row = (first[windows.history, None] + place).clamp(0, max(k.shape[-3] - 1, 0))
+    keys = k[..., row, :, :].masked_fill((place < 0)[..., None, None], 0.0)
+    return compressor(keys.transpose(-3, -2))
 
 
 def select(
     q: torch.Tensor,
-    c: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    blocks: Blocks,
+    queries: Queries,
     *,
-    max_seqlen: int,
     num_selected_blocks: int,
     block_size: int,
-    stride: int,
     threshold: float,
     scaling: float,
 ) -> Selection:
@@ -99,47 +177,28 @@ def select(
     The most important past blocks of every query (long-term stream, score and select).
 
     Args:
-        q: queries `[T, H, d]`.
-        c: compressed keys `[W, G, d]` of `compress`.
+        q: queries `[Q, H, d]`.
+        blocks: for each block, the mean of its compressed keys, `[M, G, d]` in float32 or better: the importance of a
+            block, a mean over its windows, is linear in them.
         threshold: β; a block with π ≤ β is dropped.
         scaling: 1/√d.
     """
-    num_tokens, num_groups = q.shape[0], c.shape[1]
-    history, position = locate(cu_seqlens, num_tokens)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(dtype).unflatten(1, (num_groups, -1))
-    scores = torch.einsum("tghd,wgd->tghw", q, c.to(dtype)).mul(scaling).mean(2)
-
-    # Pool the windows of each complete block; a history's leftover windows belong to no complete block.
-    lengths = cu_seqlens.diff()
-    windows_per_block = block_size // stride
-    pooled, block_history, block_index = [], [], []
-    first_window = 0
-    for i, n in enumerate(lengths.tolist()):
-        for m in range(n // block_size):
-            window = first_window + m * windows_per_block
-            pooled.append(scores[..., window : window + windows_per_block].mean(-1))
-            block_history.append(i)
-            block_index.append(m)
-        first_window += n // stride
-    importance = torch.stack(pooled, -1) if pooled else scores[..., :0]
-    block_history = torch.tensor(block_history, device=q.device, dtype=torch.long)
-    block_index = torch.tensor(block_index, device=q.device, dtype=torch.long)
-
-    candidate = (block_history == history[:, None]) & (block_index < (position // block_size)[:, None])
+    q = q.to(blocks.rows.dtype).unflatten(-2, (blocks.rows.shape[-2], -1))
+    importance = torch.einsum("...qghd,...mgd->...qghm", q, blocks.rows).mul(scaling).mean(-2)
+    history, block = locate(blocks.first, blocks.rows.shape[-3])
+    own = torch.div(queries.position, block_size, rounding_mode="floor")
+    candidate = (history == queries.history[:, None]) & (block < own[:, None])
     importance = importance.masked_fill(~candidate[:, None], -torch.inf)
-    constant = (
-        torch.full_like(importance[..., :1], -1000.0) if pooled else scores.new_full((*scores.shape[:2], 1), -1e3)
-    )
-    pi = torch.cat([importance, constant], -1).softmax(-1)[..., :-1]
+    pi = nn.functional.pad(importance, (0, 1), value=-1000.0).softmax(-1)[..., :-1]
 
-    k = num_selected_blocks
-    order = importance.sort(dim=-1, descending=True, stable=True).indices[..., :k]  # stable: ties to the lower block
-    order = nn.functional.pad(order, (0, k - order.shape[-1]), value=-1)
-    kept_pi = pi.gather(-1, order.clamp(min=0)) if pooled else pi.new_zeros(order.shape) + scores.sum() * 0
-    kept = (order >= 0) & (kept_pi > threshold)
-    blocks = block_index[order.clamp(min=0)] if pooled else order
-    return Selection(torch.where(kept, blocks, -1), torch.where(kept, kept_pi, 0.0))
+    # Columns of no block, so that there are always enough to choose from.
+    importance = nn.functional.pad(importance, (0, num_selected_blocks), value=-torch.inf)
+    pi, block = nn.functional.pad(pi, (0, num_selected_blocks)), nn.functional.pad(block, (0, num_selected_blocks))
+    order = importance.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower block
+    order = order[..., :num_selected_blocks]
+    pi = pi.gather(-1, order)
+    kept = pi > threshold
+    return Selection(torch.where(kept, block[order], -1), torch.where(kept, pi, 0.0))
 
 
 def straight_through(importance: torch.Tensor) -> torch.Tensor:
@@ -147,96 +206,119 @@ def straight_through(importance: torch.Tensor) -> torch.Tensor:
     return importance + (1 - importance).detach()
 
 
-def attend_selected(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    block_indices: torch.Tensor,
-    factor: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
-    block_size: int,
-    scaling: float,
-    return_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def selected_mask(
+    block_indices: torch.Tensor, queries: Queries, position: torch.Tensor, *, block_size: int
+) -> torch.Tensor:
     """
-    Attention over the selected blocks and the own block up to the query (long-term stream, attend).
+    The places that the long-term stream sees: the selected blocks and the own one up to the query, `[Q, G, N]`.
 
     Args:
-        block_indices: `[T, G, k]`, −1 for none.
-        factor: `[T, G, k]`, multiplies the logits of a selected block's keys; `None` for one everywhere.
-
-    Returns:
-        `[T, H, d]`, and with `return_probs` the probabilities `[H, T, T]` too.
+        block_indices: `[Q, G, k]`, −1 for none.
+        position: `[N]`, places in the query's history.
     """
-    num_groups = k.shape[1]
-    history, position = locate(cu_seqlens, q.shape[0])
-    block = position // block_size
-    same_history = history[:, None] == history
-    own = same_history & (block[:, None] == block) & (position[:, None] >= position)
-    chosen = block_indices[..., None] == block  # [T, G, k, T]
-    chosen = chosen & same_history[:, None, None]
-    mask = chosen.any(2) | own[:, None]  # [T, G, T]
+    block = torch.div(position, block_size, rounding_mode="floor")
+    own = torch.div(queries.position, block_size, rounding_mode="floor")
+    mask = (own[:, None] == block)[:, None]
+    for i in range(block_indices.shape[-1]):
+        mask = mask | (block_indices[..., i, None] == block)
+    return mask & full_mask(queries, position)
 
-    logits = torch.einsum("tghd,ugd->gtuh", q.unflatten(1, (num_groups, -1)), k) * scaling
+
+def short_mask(queries: Queries, position: torch.Tensor, *, block_size: int, window: int, base: int) -> torch.Tensor:
+    """The places that the short-term stream sees, `[Q, 1, N]` of `position` `[N]`."""
+    distances = power_law_distances(queries.max_length, window, base, position.device)
+    visible = (torch.arange(position.shape[0], device=position.device)[:, None] == distances).any(1)  # by distance
+    block = torch.div(position, block_size, rounding_mode="floor")
+    own = torch.div(queries.position, block_size, rounding_mode="floor")
+    return visible[(own[:, None] - block).clamp(min=0)][:, None] & full_mask(queries, position)
+
+
+def full_mask(queries: Queries, position: torch.Tensor) -> torch.Tensor:
+    """The places up to the query, `[Q, 1, N]` of `position` `[N]`."""
+    return (position <= queries.position[:, None])[:, None]
+
+
+def attend_selected(
+    q: torch.Tensor,
+    keys: Keys,
+    queries: Queries,
+    block_indices: torch.Tensor,
+    factor: torch.Tensor | None,
+    *,
+    block_size: int,
+    scaling: float,
+) -> torch.Tensor:
+    """
+    Attention over the selected blocks and the own block up to the query (long-term stream, attend), `[Q, H, d]`.
+
+    Args:
+        block_indices: `[Q, G, k]`, −1 for none.
+        factor: `[Q, G, k]`, multiplies the logits of a selected block's keys; `None` for one everywhere.
+    """
+    _, position = locate(keys.first, keys.k.shape[-3])
+    weight = None
     if factor is not None:
-        weight = torch.where(chosen, factor[..., None], 0.0).sum(2) + torch.where(chosen.any(2), 0.0, 1.0)
-        logits = logits * weight.transpose(0, 1)[..., None]
-    return _attend(logits, mask.transpose(0, 1), v, return_probs)
+        chosen = block_indices[..., None] == torch.div(position, block_size, rounding_mode="floor")  # [Q, G, k, N]
+        weight = torch.where(chosen, factor[..., None], 1.0).prod(-2)  # a block is chosen once at most
+    mask = selected_mask(block_indices, queries, position, block_size=block_size)
+    return _attend(q, keys, queries, mask, scaling, weight)
 
 
 def attend_short(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
-    block_size: int,
-    window: int,
-    base: int,
-    scaling: float,
-    return_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, keys: Keys, queries: Queries, *, block_size: int, window: int, base: int, scaling: float
+) -> torch.Tensor:
     """
-    Attention over short-term blocks at a distance below `window` or at a power of `base` (short-term stream).
-
-    Returns:
-        `[T, H, d]`, and with `return_probs` the probabilities `[H, T, T]` too.
+    Attention over short-term blocks at a distance below `window` or at a power of `base` (short-term stream),
+    `[Q, H, d]`.
     """
-    history, position = locate(cu_seqlens, q.shape[0])
-    distance = position[:, None] // block_size - position // block_size
-    distances = power_law_distances(max(max_seqlen, 1), window, base)
-    mask = torch.isin(distance, torch.tensor(distances, device=q.device))
-    mask = mask & (history[:, None] == history) & (position[:, None] >= position)
-    logits = torch.einsum("tghd,ugd->gtuh", q.unflatten(1, (k.shape[1], -1)), k) * scaling
-    return _attend(logits, mask[None], v, return_probs)
+    _, position = locate(keys.first, keys.k.shape[-3])
+    mask = short_mask(queries, position, block_size=block_size, window=window, base=base)
+    return _attend(q, keys, queries, mask, scaling)
 
 
-def attend_full(
+def attend_full(q: torch.Tensor, keys: Keys, queries: Queries, *, scaling: float) -> torch.Tensor:
+    """Causal attention over the whole history, `[Q, H, d]`."""
+    _, position = locate(keys.first, keys.k.shape[-3])
+    return _attend(q, keys, queries, full_mask(queries, position), scaling)
+
+
+def attend_places(
+    q: torch.Tensor, keys: Keys, queries: Queries, place: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """
+    Attention to given places of the history, `[Q, H, d]`: the generic form of a stream.
+
+    Args:
+        place: `[Q, G or 1, K]`, all different; those below 0 or behind the query are ignored, and at least one is left.
+    """
+    _, position = locate(keys.first, keys.k.shape[-3])
+    mask = (place[..., None] == position).any(-2) & full_mask(queries, position)
+    return _attend(q, keys, queries, mask, scaling)
+
+
+def _attend(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
+    keys: Keys,
+    queries: Queries,
+    mask: torch.Tensor,
     scaling: float,
-    return_probs: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention over the whole history. `[T, H, d]`, and with `return_probs` the probabilities too."""
-    history, position = locate(cu_seqlens, q.shape[0])
-    mask = (history[:, None] == history) & (position[:, None] >= position)
-    logits = torch.einsum("tghd,ugd->gtuh", q.unflatten(1, (k.shape[1], -1)), k) * scaling
-    return _attend(logits, mask[None], v, return_probs)
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Softmax attention to the rows of the query's history where `mask` `[Q, G or 1, N]` is set; `weight` `[Q, G, N]`
+    multiplies the logits.
+    """
+    history, _ = locate(keys.first, keys.k.shape[-3])
+    mask = mask & (history == queries.history[:, None])[:, None]
+    logits = torch.einsum("...qghd,...ngd->...qghn", q.unflatten(-2, (keys.k.shape[-2], -1)), keys.k)
+    logits = logits * scaling
+    if weight is not None:
+        logits = logits * weight[..., None, :]
+    logits = logits.to(torch.promote_types(q.dtype, torch.float32))
+    # Finite: the output of an empty history, which no one reads, has gradients.
+    logits = logits.masked_fill(~mask[..., None, :], torch.finfo(logits.dtype).min)
+    probs = logits.softmax(-1).to(keys.v.dtype)
+    return torch.einsum("...qghn,...ngd->...qghd", probs, keys.v).flatten(-3, -2)
 
 
-def _attend(logits: torch.Tensor, mask: torch.Tensor, v: torch.Tensor, return_probs: bool):
-    """Softmax of `logits` `[G, T, T, H/G]` over the keys where `mask` `[G or 1, T, T]` is set."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    probs = logits.to(dtype).masked_fill(~mask[..., None], -torch.inf).softmax(2)
-    out = torch.einsum("gtuh,ugd->tghd", probs.to(v.dtype), v).flatten(1, 2)
-    return (out, probs.permute(0, 3, 1, 2).flatten(0, 1)) if return_probs else out
-
-
-REFERENCE_OPS = Ops(compress, select, attend_selected, attend_short, attend_full)
+REFERENCE_OPS = Ops(compress, select, attend_selected, attend_short, attend_full, attend_places)

@@ -3,8 +3,8 @@ BlossomRec's attention in plain PyTorch, for any device and dtype: the functions
 names, with memory linear in the number of tokens. Nothing is ever laid out as positions × positions or as positions ×
 windows: queries meet their candidates in slices that are recomputed in the backward pass.
 
-The number of rows is always a bound that follows from the shapes (never read from the device), so nothing here
-synchronises and everything compiles. Conventions and docstrings of the public functions: `ops_reference.py`.
+The number of rows is always a bound that follows from the shapes (never read from a GPU), so nothing here
+synchronizes and everything compiles. Conventions and docstrings of the public functions: `ops_reference.py`.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops_reference import Ops, Selection, locate, power_law_distances
+from .ops_reference import Blocks, Keys, Ops, Queries, Selection, power_law_distances
 
 
 try:  # variable-length FlashAttention, since torch 2.10
@@ -30,10 +30,26 @@ SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 # Up to this length reading every key of a history is cheaper than gathering the selected blocks of every query.
 DENSE_MAX_LENGTH = 256
 
+# Queries of one history that read its blocks (or, in full attention, its keys) together.
+TILE = 64
+
 
 def is_half_on_cpu(x: torch.Tensor) -> bool:
     """Whether `x` has half precision on a CPU, where float32 attends: sums then depend on nothing but the history."""
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _reads_freely(x: torch.Tensor) -> bool:
+    """Whether reading the values of tensors costs nothing: on a CPU, outside of a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_alone(queries: Queries, first: torch.Tensor) -> bool:
+    """
+    Whether there is one query of one history. Its place is then a number, and it reads consecutive rows in less time
+    than small operations need to gather a few.
+    """
+    return queries.position.shape[0] == 1 and first.shape[0] == 1 and _reads_freely(first)
 
 
 class _Rows(NamedTuple):
@@ -55,41 +71,31 @@ def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
     return _Rows(token.clamp(max=num_tokens - 1), block, first)
 
 
-class _Blocks(NamedTuple):
-    """The complete selection blocks of all histories end to end; those after the last one mean nothing."""
-
-    first: torch.Tensor  # [S + 1]: the first block of each history
-    history: torch.Tensor  # [M]: the history of each block
-    window: torch.Tensor  # [M, b / s]: its rows of the compressed keys
-
-
-def _blocks(cu_seqlens: torch.Tensor, num_windows: int, block_size: int, stride: int) -> _Blocks:
-    """The blocks that `num_windows` ≥ b / s compressed keys belong to."""
-    per_block = block_size // stride
-    lengths = cu_seqlens.diff()
-    first = nn.functional.pad(torch.div(lengths, block_size, rounding_mode="floor").cumsum(0), (1, 0))
-    first_window = nn.functional.pad(torch.div(lengths, stride, rounding_mode="floor").cumsum(0), (1, 0))
-    block = torch.arange(num_windows // per_block, device=cu_seqlens.device)
-    history = (torch.searchsorted(first, block, right=True) - 1).clamp(max=lengths.shape[0] - 1)
-    window = first_window[history] + (block - first[history]) * per_block
-    window = window[:, None] + torch.arange(per_block, device=block.device)
-    return _Blocks(first, history, window.clamp(max=num_windows - 1))
-
-
-def _distances(num_blocks: int, window: int, base: int, device: torch.device) -> torch.Tensor:
-    """`power_law_distances`, made on the device: for a list that is copied to a GPU, the CPU waits."""
-    distances = power_law_distances(num_blocks, window, base)
-    near = torch.arange(min(window, num_blocks), device=device)
-    far = distances[near.shape[0] :]
-    return torch.cat([near, far[0] * base ** torch.arange(len(far), device=device)]) if far else near
-
-
-def short_places(position: torch.Tensor, max_seqlen: int, *, block_size: int, window: int, base: int) -> torch.Tensor:
+def _tiles(queries: Queries, num_histories: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The places `[…, J·B]` that the short-term stream attends to from each `position` `[…]`: those of them that are at
-    least 0 and at most the position.
+    Queries `[N, size]` of one history each, and the place `[Q]` of every query among the slots; `None` if they are the
+    slots, in their order.
     """
-    distances = _distances(-(-max_seqlen // block_size), window, base, position.device)
+    number = torch.arange(queries.history.shape[0], device=queries.history.device)
+    if queries.most == 1:
+        return number[:, None], None
+    history = torch.arange(num_histories + 1, device=number.device)
+    offsets = torch.searchsorted(queries.history, history)
+    size = min(queries.most, TILE)
+    rows = _rows(offsets, number.shape[0], size)
+    place = rows.first[queries.history] * size + number - offsets[queries.history]
+    token = rows.token
+    if _reads_freely(number):  # the bound may be far above the number of tiles
+        token = token[: int(place[-1]) // size + 1]
+    return token, place
+
+
+def short_places(position: torch.Tensor, max_length: int, *, block_size: int, window: int, base: int) -> torch.Tensor:
+    """
+    The places `[…, J·B]` that the short-term stream attends to from each `position` `[…]`, the own block first: those
+    of them that are at least 0 and at most the position.
+    """
+    distances = power_law_distances(-(-max_length // block_size), window, base, position.device)
     block = torch.div(position, block_size, rounding_mode="floor")[..., None] - distances
     return (block[..., None] * block_size + torch.arange(block_size, device=position.device)).flatten(-2)
 
@@ -120,80 +126,82 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def compress(k: torch.Tensor, compressor: nn.Module, cu_seqlens: torch.Tensor, *, stride: int) -> torch.Tensor:
-    """As `ops_reference.compress`, with `T // stride` rows: those after the last complete window mean nothing."""
-    num_tokens, length = k.shape[0], compressor.position.shape[1]
-    ends = torch.div(cu_seqlens.diff(), stride, rounding_mode="floor").cumsum(0)
-    window = torch.arange(num_tokens // stride, device=k.device)
-    history = torch.searchsorted(ends, window, right=True).clamp(max=cu_seqlens.shape[0] - 2)
-    last = (window - nn.functional.pad(ends, (1, 0))[history] + 1) * stride
-    inside = (last - length)[:, None] + torch.arange(length, device=k.device)
-    token = (inside + cu_seqlens[history, None]).clamp(0, max(num_tokens - 1, 0))
-    windows = _gather(k, token).masked_fill((inside < 0)[..., None, None], 0.0)
-    return compressor(windows.transpose(1, 2))
+def _gather_states(keys: Keys, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[…, d]` at the `index` of row · G + group."""
+    if keys.states is not None:
+        return _gather(keys.states.flatten(0, 1), index).chunk(2, -1)
+    return tuple(nn.functional.embedding(index, x.flatten(0, 1)) for x in (keys.k, keys.v))
+
+
+def compress(k: torch.Tensor, compressor: nn.Module, windows: Queries, first: torch.Tensor) -> torch.Tensor:
+    """As `ops_reference.compress`."""
+    place = windows.position[:, None] + torch.arange(1 - compressor.position.shape[1], 1, device=k.device)
+    row = (first[windows.history, None] + place).clamp(0, max(k.shape[0] - 1, 0))
+    keys = _gather(k, row).masked_fill((place < 0)[..., None, None], 0.0)
+    return compressor(keys.transpose(1, 2))
 
 
 def select(
     q: torch.Tensor,
-    c: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    blocks: Blocks,
+    queries: Queries,
     *,
-    max_seqlen: int,
     num_selected_blocks: int,
     block_size: int,
-    stride: int,
     threshold: float,
     scaling: float,
 ) -> Selection:
     """
-    As `ops_reference.select`. The importance is linear before its softmax and candidates are whole past blocks, so
-    the mean over a group's heads is taken of the queries, and the mean over a block's windows of the compressed keys.
+    As `ops_reference.select`. The importance is linear before its softmax and candidates are whole past blocks, so the
+    mean over a group's heads is taken of the queries.
     """
-    num_tokens, num_groups = q.shape[0], c.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    shape = (num_tokens, num_groups, num_selected_blocks)
-    num_blocks = c.shape[0] // (block_size // stride)
-    if num_blocks == 0:  # no candidate anywhere; the compressor still takes part, so that its gradients exist
+    (num_blocks, num_groups, _), dtype = blocks.rows.shape, blocks.rows.dtype
+    shape = (q.shape[0], num_groups, num_selected_blocks)
+    if num_blocks == 0 or q.shape[0] == 0:  # no candidate anywhere; the compressor still gets its gradients, zero
         nothing = torch.full(shape, -1, device=q.device)
-        return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + c.sum().to(dtype) * 0)
+        return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + blocks.rows.sum() * 0)
+    if _is_alone(queries, blocks.first):
+        return _select_alone(q[0], blocks.rows[: int(queries.position) // block_size], *shape[1:], threshold, scaling)
 
-    blocks = _blocks(cu_seqlens, c.shape[0], block_size, stride)
-    # A tile of consecutive queries meets the blocks from the first one of its first history on: that history's own,
-    # and those that begin inside the tile.
-    tile = 64 if max_seqlen <= 1024 else 512
-    width = max(max_seqlen // block_size + tile // block_size, num_selected_blocks)
-    num_tiles = -(-num_tokens // tile)
-    history, position = locate(cu_seqlens, num_tokens)
-    padding = num_tiles * tile - num_tokens
-    begin = nn.functional.pad(blocks.first[history], (0, padding)).view(num_tiles, tile)
-    end = begin + nn.functional.pad(torch.div(position, block_size, rounding_mode="floor"), (0, padding)).view_as(
-        begin
-    )
+    begin = blocks.first[queries.history]
+    end = begin + torch.div(queries.position, block_size, rounding_mode="floor")
+    place, reach_over = None, 0
+    if queries.every:
+        # A tile of consecutive queries meets the blocks from the first one of its first history on: that history's
+        # own, and those that begin inside the tile.
+        size = TILE if queries.max_length <= 1024 else 8 * TILE
+        reach_over = size // block_size
+        token = torch.arange(-(-q.shape[0] // size) * size, device=q.device).clamp(max=q.shape[0] - 1)
+        token = token.unflatten(0, (-1, size))
+    else:
+        token, place = _tiles(queries, blocks.first.shape[0])
+    width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
 
     with torch.autocast(q.device.type, enabled=False):
-        keys = _gather(c.to(dtype), blocks.window).mean(1)  # [M, G, d]
-        queries = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
-        queries = nn.functional.pad(queries, (0, 0, 0, 0, 0, padding)).unflatten(0, (num_tiles, tile))
+        mean_q = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
 
-        def rank(queries, begin, end):
+        def rank(token):
+            first, last = begin[token], end[token]
             reach = width
-            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading a tensor costs nothing
-                reach = max(int((end - begin[:, :1]).max()), num_selected_blocks)
-            met = begin[:, :1] + torch.arange(reach, device=q.device)
-            scores = queries.transpose(1, 2) @ _gather(keys, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
-            candidate = (met[:, None] >= begin[..., None]) & (met[:, None] < end[..., None])
-            pi, chosen = best_blocks(scores, candidate[:, None], num_selected_blocks)
-            chosen = chosen - (begin - begin[:, :1])[:, None, :, None]
+            if _reads_freely(token):
+                reach = max(int((last - first[:, :1]).max()), num_selected_blocks)
+            met = first[:, :1] + torch.arange(reach, device=q.device)
+            keys = _gather(blocks.rows, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
+            scores = _gather(mean_q, token).transpose(1, 2) @ keys  # [N, G, size, M]
+            candidate = (met[:, None] >= first[..., None]) & (met[:, None] < last[..., None])
+            pi, chosen = _best_blocks(scores, candidate[:, None], num_selected_blocks)
+            chosen = chosen - (first - first[:, :1])[:, None, :, None]
             # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
             return torch.stack([pi, chosen.to(dtype)]).permute(1, 3, 2, 4, 0)
 
-        ranked = _in_slices(rank, tile * width * num_groups, queries, begin, end).flatten(0, 1)[:num_tokens]
+        ranked = _in_slices(rank, token.shape[1] * width * num_groups, token).flatten(0, 1)
+    ranked = ranked[: q.shape[0]] if place is None else _gather(ranked, place)
     pi, chosen = ranked[..., 0], ranked[..., 1].detach().long()
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, chosen, -1), torch.where(kept, pi, 0.0))
 
 
-def best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The `number` best candidates by `scores` `[..., M]` (M ≥ `number`), ties to the lower block: their probabilities π
     (0 for what is no candidate) and their indices, `[..., number]` each.
@@ -209,40 +217,57 @@ def best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> t
     return (scores.gather(-1, chosen) - norm[..., None]).exp(), chosen
 
 
+def _select_alone(
+    q: torch.Tensor, rows: torch.Tensor, num_groups: int, number: int, threshold: float, scaling: float
+) -> Selection:
+    """The selection of one query `[H, d]`, all of whose candidates are `rows` `[M, G, d]`."""
+    queries = q.to(rows.dtype).unflatten(0, (num_groups, -1)).mean(1) * scaling
+    scores = (rows * queries).sum(-1).T  # [G, M]; no product of matrices, which autocast would round
+    if rows.shape[0] < number:
+        scores = nn.functional.pad(scores, (0, number - rows.shape[0]), value=-torch.inf)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :number]  # of equals the lower block first
+    pi = nn.functional.pad(scores, (0, 1), value=-1000.0).softmax(-1).gather(1, order)[None]
+    kept = pi > threshold
+    return Selection(torch.where(kept, order, -1), torch.where(kept, pi, 0.0))
+
+
 def attend_selected(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    keys: Keys,
+    queries: Queries,
     block_indices: torch.Tensor,
     factor: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
     *,
-    max_seqlen: int,
     block_size: int,
     scaling: float,
 ) -> torch.Tensor:
     """As `ops_reference.attend_selected`: every query gathers its selected blocks and its own."""
-    num_tokens, num_groups, width = k.shape
-    if num_tokens == 0:
+    num_rows, num_groups, width = keys.k.shape
+    if q.shape[0] == 0:
         return torch.zeros_like(q) + (0 if factor is None else factor.sum().to(q.dtype))
-    if max_seqlen <= DENSE_MAX_LENGTH:
-        return _attend_selected_dense(
-            q, k, v, block_indices, factor, cu_seqlens, max_seqlen=max_seqlen, block_size=block_size, scaling=scaling
-        )
-    history, position = locate(cu_seqlens, num_tokens)
-    rows = _rows(cu_seqlens, num_tokens, block_size)
-    k_blocks = _gather(k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, b·d]
-    v_blocks = _gather(v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
-    own = torch.div(position, block_size, rounding_mode="floor")[:, None, None].expand(-1, num_groups, 1)
+    if factor is None and _is_alone(queries, keys.first) and int(queries.position) + 1 == num_rows:
+        mask = _blocks_alone(block_indices[0], num_rows, block_size)
+        return _attend_alone(q, keys.k, keys.v, mask, scaling)
+    own = torch.div(queries.position, block_size, rounding_mode="floor")[:, None, None].expand(-1, num_groups, 1)
+    offset = torch.arange(block_size, device=q.device)
+    if not queries.every:
+        blocks = torch.cat([block_indices, own], -1)[..., None]  # block −1 lies before the start
+        if factor is not None:
+            factor = nn.functional.pad(factor, (0, 1), value=1.0).repeat_interleave(block_size, -1)
+        return _attend_places(q, keys, queries, (blocks * block_size + offset).flatten(2), scaling, factor)
+    if queries.max_length <= DENSE_MAX_LENGTH:
+        return _attend_selected_dense(q, keys, queries, block_indices, factor, block_size, scaling)
+    rows = _rows(_offsets(keys), num_rows, block_size)
+    k_blocks = _gather(keys.k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, b·d]
+    v_blocks = _gather(keys.v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
     blocks = torch.cat([block_indices, own], -1)
     group = torch.arange(num_groups, device=q.device)[:, None]
-    index = (rows.first[history][:, None, None] + blocks.clamp(min=0)) * num_groups + group
-    offset = torch.arange(block_size, device=q.device)
+    index = (rows.first[queries.history][:, None, None] + blocks.clamp(min=0)) * num_groups + group
     past = (block_indices >= 0)[..., None].expand(-1, -1, -1, block_size)
-    present = (offset <= position[:, None] % block_size)[:, None, None].expand(-1, num_groups, 1, -1)
+    present = (offset <= queries.position[:, None] % block_size)[:, None, None].expand(-1, num_groups, 1, -1)
     mask = torch.cat([past, present], 2).flatten(2)[:, :, None]
     if factor is not None:
-        factor = nn.functional.pad(factor, (0, 1), value=1.0).to(k.dtype)[..., None]
+        factor = nn.functional.pad(factor, (0, 1), value=1.0).to(q.dtype)[..., None]
 
     def attend(q, index, mask, factor):
         keys = nn.functional.embedding(index, k_blocks)
@@ -256,13 +281,12 @@ def attend_selected(
     return _in_slices(attend, row_elements, q.unflatten(1, (num_groups, -1)), index, mask, factor).flatten(1, 2)
 
 
-def _attend_selected_dense(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
+def _attend_selected_dense(q, keys, queries, block_indices, factor, block_size, scaling):
     """The same for short histories: one padded tile a history, unselected keys masked."""
-    num_tokens, num_groups = k.shape[:2]
-    history, position = locate(cu_seqlens, num_tokens)
-    place = torch.arange(max_seqlen, device=q.device)
-    token = (cu_seqlens[:-1, None] + place).clamp(max=num_tokens - 1)  # [S, L]
-    num_blocks = -(-max_seqlen // block_size)
+    num_tokens, num_groups, _ = keys.k.shape
+    place = torch.arange(queries.max_length, device=q.device)
+    token = (keys.first[:, None] + place).clamp(max=num_tokens - 1)  # [S, L]
+    num_blocks = -(-queries.max_length // block_size)
     block = torch.div(place, block_size, rounding_mode="floor")
     own = (block[:, None] == block) & (place[:, None] >= place)
     # Weight of each block in each query's row: f where selected, else 0; the last column takes the −1s.
@@ -274,44 +298,43 @@ def _attend_selected_dense(q, k, v, block_indices, factor, cu_seqlens, *, max_se
 
     def attend(token):
         queries = _gather(q, token).unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [S, G, H/G, L, d]
-        keys, values = (_gather(x, token).transpose(1, 2)[:, :, None] for x in (k, v))
+        k, v = (_gather(x, token).transpose(1, 2)[:, :, None] for x in (keys.k, keys.v))
         weights = _gather(weight, token).transpose(1, 2)[..., block] + own.to(q.dtype)  # [S, G, L, L]
-        logits = (queries * scaling) @ keys.transpose(-1, -2) * weights[:, :, None]
+        logits = (queries * scaling) @ k.transpose(-1, -2) * weights[:, :, None]
         logits = logits.masked_fill((weights.detach() == 0)[:, :, None], -torch.inf)
         probs = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return (probs @ values).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return (probs @ v).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    out = _in_slices(attend, q.shape[1] * max_seqlen**2, token)
-    return _gather(out.flatten(0, 1), history * max_seqlen + position)
+    out = _in_slices(attend, q.shape[1] * queries.max_length**2, token)
+    return _gather(out.flatten(0, 1), queries.history * queries.max_length + queries.position)
 
 
 def attend_short(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
-    block_size: int,
-    window: int,
-    base: int,
-    scaling: float,
+    q: torch.Tensor, keys: Keys, queries: Queries, *, block_size: int, window: int, base: int, scaling: float
 ) -> torch.Tensor:
     """As `ops_reference.attend_short`: all queries of a block gather the same few key blocks."""
-    num_tokens, num_groups, width = k.shape
-    if num_tokens == 0:
+    num_rows, num_groups, width = keys.k.shape
+    if q.shape[0] == 0:
         return torch.zeros_like(q)
-    distance = _distances(-(-max_seqlen // block_size), window, base, q.device)
-    if max_seqlen <= DENSE_MAX_LENGTH:
-        place = torch.arange(max_seqlen, device=q.device)
+    sizes = {"block_size": block_size, "window": window, "base": base}
+    if _is_alone(queries, keys.first):
+        position = int(queries.position)
+        place = short_places(queries.position[0], position + 1, **sizes)
+        place = place[place <= position]
+        return _attend_alone(q, keys.k.index_select(0, place), keys.v.index_select(0, place), None, scaling)
+    if not queries.every:
+        place = short_places(queries.position, queries.max_length, **sizes)
+        return _attend_places(q, keys, queries, place[:, None], scaling)
+    distance = power_law_distances(-(-queries.max_length // block_size), window, base, q.device)
+    if queries.max_length <= DENSE_MAX_LENGTH:
+        place = torch.arange(queries.max_length, device=q.device)
         block = torch.div(place, block_size, rounding_mode="floor")
         mask = torch.isin(block[:, None] - block, distance) & (place[:, None] >= place)
-        return _attend_padded(q, k, v, cu_seqlens, mask, max_seqlen=max_seqlen, scaling=scaling)
-    rows = _rows(cu_seqlens, num_tokens, block_size)
-    history, position = locate(cu_seqlens, num_tokens)
-    k_blocks = _gather(k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, B·d]
-    v_blocks = _gather(v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
-    queries = _gather(q, rows.token).unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)  # [N, G, B·H/G, d]
+        return _attend_padded(q, keys, queries, mask, scaling)
+    rows = _rows(_offsets(keys), num_rows, block_size)
+    k_blocks = _gather(keys.k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, B·d]
+    v_blocks = _gather(keys.v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
+    tiles = _gather(q, rows.token).unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)  # [N, G, B·H/G, d]
 
     past = rows.block[:, None] >= distance
     row = torch.arange(rows.token.shape[0], device=q.device)[:, None]
@@ -322,38 +345,107 @@ def attend_short(
     mask = past[:, None, :, None] & causal  # [N, B, J, B]
     mask = mask.flatten(2).repeat_interleave(q.shape[1] // num_groups, 1)[:, None]
 
-    def attend(queries, index, mask):
+    def attend(tiles, index, mask):
         keys, values = (nn.functional.embedding(index, x) for x in (k_blocks, v_blocks))
         keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
-        return nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        return nn.functional.scaled_dot_product_attention(tiles, keys, values, attn_mask=mask, scale=scaling)
 
     row_elements = mask.shape[-1] * max(num_groups * width, mask.shape[2])
-    out = _in_slices(attend, row_elements, queries, index, mask)
+    out = _in_slices(attend, row_elements, tiles, index, mask)
     out = out.unflatten(2, (block_size, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    return _gather(out, rows.first[history] * block_size + position)
+    return _gather(out, rows.first[queries.history] * block_size + queries.position)
 
 
-def attend_full(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
-    scaling: float,
-) -> torch.Tensor:
+def attend_full(q: torch.Tensor, keys: Keys, queries: Queries, *, scaling: float) -> torch.Tensor:
     """
     As `ops_reference.attend_full`, through PyTorch's fused attention: FlashAttention on the packed histories on a GPU
     in half precision, elsewhere on rows padded to the longest history.
     """
-    num_heads = q.shape[1]
+    num_rows, num_groups, _ = keys.k.shape
     if q.shape[0] == 0:
         return torch.zeros_like(q)
-    if _has_varlen(q):
-        k, v = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (k, v))
-        offsets = cu_seqlens.to(torch.int32)
-        return varlen_attn(q, k, v, offsets, offsets, max_seqlen, max_seqlen, scale=scaling, **_VARLEN_CAUSAL)
-    return _attend_padded(q, k, v, cu_seqlens, None, max_seqlen=max_seqlen, scaling=scaling)
+    if _is_alone(queries, keys.first):
+        length = int(queries.position) + 1
+        return _attend_alone(q, keys.k[:length], keys.v[:length], None, scaling)
+    if queries.every and _has_varlen(q):
+        k, v = (x.repeat_interleave(q.shape[1] // num_groups, 1) for x in (keys.k, keys.v))
+        offsets, length = _offsets(keys).to(torch.int32), queries.max_length
+        return varlen_attn(q, k, v, offsets, offsets, length, length, scale=scaling, **_VARLEN_CAUSAL)
+    if queries.every:
+        return _attend_padded(q, keys, queries, None, scaling)
+
+    token, slot = _tiles(queries, keys.first.shape[0])
+    place = torch.arange(queries.max_length, device=q.device)
+    group = torch.arange(num_groups, device=q.device)[:, None]
+
+    def attend(token):
+        # All heads of a group and all queries of the tile read the same keys.
+        tiles = _gather(q, token).unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, G, H/G, size, d]
+        row = keys.first[queries.history[token[:, 0]], None] + place
+        k, v = _gather_states(keys, row.clamp(max=num_rows - 1)[:, None] * num_groups + group)
+        mask = (place <= queries.position[token][..., None])[:, None, None]
+        mask = mask.expand(-1, 1, tiles.shape[2], -1, -1).flatten(2, 3)
+        out = nn.functional.scaled_dot_product_attention(
+            tiles.flatten(2, 3), k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scaling
+        )
+        return out.unflatten(2, (-1, token.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    row_elements = queries.max_length * max(token.shape[1] * q.shape[1], 2 * num_groups * q.shape[2])
+    out = _in_slices(attend, row_elements, token).flatten(0, 1)
+    return out if slot is None else _gather(out, slot)
+
+
+def attend_places(
+    q: torch.Tensor, keys: Keys, queries: Queries, place: torch.Tensor, *, scaling: float
+) -> torch.Tensor:
+    """As `ops_reference.attend_places`."""
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    return _attend_places(q, keys, queries, place, scaling)
+
+
+def _attend_places(q, keys, queries, place, scaling, factor=None):
+    """`attend_places` with a `factor` `[Q, G, K]` of the logits."""
+    num_rows, num_groups, width = keys.k.shape
+    group = torch.arange(num_groups, device=q.device)[:, None]
+    first = keys.first.clamp(max=num_rows - 1)  # an empty history at the end begins behind the last row
+
+    def attend(q, history, position, place, factor):
+        mask = (place >= 0) & (place <= position)
+        row = first[history] + torch.minimum(place.clamp(min=0), position)
+        k, v = (x.to(q.dtype) for x in _gather_states(keys, row * num_groups + group))
+        if factor is not None:
+            k = k * factor[..., None].to(q.dtype)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, None], scale=scaling)
+
+    at = queries.history[:, None, None], queries.position[:, None, None]
+    tiles = q.unflatten(1, (num_groups, -1))
+    return _in_slices(attend, num_groups * place.shape[2] * width, tiles, *at, place, factor).flatten(1, 2)
+
+
+def _blocks_alone(block_indices: torch.Tensor, length: int, block_size: int) -> torch.Tensor:
+    """Which of the `length` keys of a history `[G, 1, length]` its last position sees."""
+    num_blocks = -(-length // block_size)
+    # Column 0 takes the −1s, the last one is the own block.
+    seen = torch.zeros(block_indices.shape[0], num_blocks + 1, dtype=torch.bool, device=block_indices.device)
+    seen.scatter_(1, block_indices + 1, True)
+    seen[:, -1] = True
+    return seen[:, 1:, None].expand(-1, -1, block_size).flatten(1)[:, None, :length]
+
+
+def _attend_alone(q, k, v, mask, scaling):
+    """Attention of one query `[1, H, d]` to the rows of `k` and `v`, where `mask` `[G, 1, N]` is set (if given)."""
+    tiles, k, v = q.unflatten(1, (k.shape[1], -1)), k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    mask = None if mask is None else mask[None]
+    out = nn.functional.scaled_dot_product_attention(
+        tiles, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scaling
+    )
+    return out.flatten(1, 2)
+
+
+def _offsets(keys: Keys) -> torch.Tensor:
+    """`cu_seqlens` `[S + 1]` of packed histories."""
+    return nn.functional.pad(keys.first, (0, 1), value=keys.k.shape[0])
 
 
 def _has_varlen(q: torch.Tensor) -> bool:
@@ -361,26 +453,26 @@ def _has_varlen(q: torch.Tensor) -> bool:
     return varlen_attn is not None and q.is_cuda and half and q.shape[2] % 8 == 0
 
 
-def _attend_padded(q, k, v, cu_seqlens, mask, *, max_seqlen, scaling):
+def _attend_padded(q, keys, queries, mask, scaling):
     """Causal attention on histories padded to the longest, or attention under one `mask` `[L, L]` for all of them."""
     num_tokens, num_heads, width = q.shape
-    k, v = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (k, v))
-    history, position = locate(cu_seqlens, num_tokens)
-    token = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=q.device)
+    length = queries.max_length
+    k, v = (x.repeat_interleave(num_heads // x.shape[1], 1) for x in (keys.k, keys.v))
+    token = keys.first[:, None] + torch.arange(length, device=q.device)
     token = token.clamp(max=num_tokens - 1)  # padding is on the right, where a causal mask never looks
 
     def attend(token):
-        queries, keys, values = (_gather(x, token).transpose(1, 2) for x in (q, k, v))
+        tiles, keys, values = (_gather(x, token).transpose(1, 2) for x in (q, k, v))
         if mask is None:
-            out = nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+            out = nn.functional.scaled_dot_product_attention(tiles, keys, values, is_causal=True, scale=scaling)
         else:  # so few keys that the fused attention, which takes masks slowly on a CPU, does not pay
-            logits = (queries * scaling @ keys.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
+            logits = (tiles * scaling @ keys.transpose(-1, -2)).masked_fill(~mask, -torch.inf)
             out = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ values
         return out.transpose(1, 2)
 
-    row_elements = max_seqlen * num_heads * (width if mask is None else max_seqlen)
+    row_elements = length * num_heads * (width if mask is None else length)
     out = _in_slices(attend, row_elements, token)
-    return _gather(out.flatten(0, 1), history * max_seqlen + position)
+    return _gather(out.flatten(0, 1), queries.history * length + queries.position)
 
 
 # How the installed torch spells causal attention.
@@ -390,168 +482,4 @@ if varlen_attn is not None:
     _VARLEN_CAUSAL = {"window_size": (-1, 0)} if _new else {"is_causal": True}
 
 
-TORCH_OPS = Ops(compress, select, attend_selected, attend_short, attend_full)
-
-
-# The same for the query of each history's last position alone: `q` is `[S, H, d]`, and what follows from it has S rows;
-# compressed keys are those of `compress`. They need not be differentiated, so there is no factor. Of an empty history
-# the result is finite and means nothing. There is at least one token.
-
-
-def _last_position(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    return (cu_seqlens.diff() - 1).clamp(min=0)
-
-
-def last_select(
-    q: torch.Tensor,
-    c: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    *,
-    max_seqlen: int,
-    num_selected_blocks: int,
-    block_size: int,
-    stride: int,
-    threshold: float,
-    scaling: float,
-) -> Selection:
-    """Selection of the last positions, `[S, G, k]`; every block meets one query alone, that of its own history."""
-    num_groups, dtype = c.shape[1], torch.promote_types(q.dtype, torch.float32)
-    if c.shape[0] < block_size // stride:  # no candidate anywhere
-        nothing = torch.full((q.shape[0], num_groups, num_selected_blocks), -1, device=q.device)
-        return Selection(nothing, torch.zeros_like(nothing, dtype=dtype))
-    blocks = _blocks(cu_seqlens, c.shape[0], block_size, stride)
-    own = torch.div(_last_position(cu_seqlens), block_size, rounding_mode="floor")
-    width = max((max_seqlen - 1) // block_size, num_selected_blocks)
-    with torch.autocast(q.device.type, enabled=False):
-        queries = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
-        keys = _gather(c.to(dtype), blocks.window).mean(1)
-        scores = (keys * _gather(queries, blocks.history)).sum(-1)  # [M, G]
-
-        def rank(first, own):
-            reach = width
-            if q.device.type == "cpu" and not torch.compiler.is_compiling():  # where reading a tensor costs nothing
-                reach = max(int(own.max()), num_selected_blocks)
-            block = torch.arange(reach, device=q.device)
-            met = _gather(scores, (first[:, None] + block).clamp(max=scores.shape[0] - 1)).transpose(1, 2)
-            pi, chosen = best_blocks(met, (block < own[:, None])[:, None], num_selected_blocks)
-            return torch.stack([pi, chosen.to(dtype)], -1)
-
-        pi, chosen = _in_slices(rank, num_groups * width, blocks.first[:-1], own).unbind(-1)
-    kept = pi > threshold
-    return Selection(torch.where(kept, chosen.long(), -1), torch.where(kept, pi, 0.0))
-
-
-def last_attend_selected(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
-    """Attention of the last positions over their selected blocks and their own one."""
-    own = torch.div(_last_position(cu_seqlens), block_size, rounding_mode="floor")[:, None, None]
-    blocks = torch.cat([block_indices, own.expand(-1, k.shape[1], 1)], -1)[..., None]
-    # Block −1 lies before the start.
-    place = (blocks * block_size + torch.arange(block_size, device=q.device)).flatten(2)
-    return _last_attend(q, k, v, cu_seqlens, place, scaling)
-
-
-def last_attend_short(q, k, v, cu_seqlens, *, max_seqlen, block_size, window, base, scaling):
-    """Attention of the last positions over their short-term blocks."""
-    sizes = {"block_size": block_size, "window": window, "base": base}
-    place = short_places(_last_position(cu_seqlens)[:, None], max_seqlen, **sizes)
-    return _last_attend(q, k, v, cu_seqlens, place, scaling)
-
-
-def last_attend_full(q, k, v, cu_seqlens, *, max_seqlen, scaling):
-    """Attention of the last positions over their whole histories."""
-    if _has_varlen(q):
-        # The heads of a group are so many queries to the same keys, all of which they see.
-        heads = q.shape[1] // k.shape[1]
-        queries = q.unflatten(1, (-1, heads)).transpose(1, 2).flatten(0, 1)
-        offsets = heads * torch.arange(cu_seqlens.shape[0], device=q.device, dtype=torch.int32)
-        out = varlen_attn(queries, k, v, offsets, cu_seqlens.to(torch.int32), heads, max_seqlen, scale=scaling)
-        return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(1, 2)
-    place = torch.arange(max_seqlen, device=q.device).expand(q.shape[0], 1, -1)
-    return _last_attend(q, k, v, cu_seqlens, place, scaling)
-
-
-def _last_attend(q, k, v, cu_seqlens, place, scaling):
-    """Attention of the last positions to those of the places `[S, G or 1, K]` that their histories have."""
-    num_tokens, num_groups, width = k.shape
-    group = torch.arange(num_groups, device=q.device)[:, None]
-    k_rows, v_rows = k.flatten(0, 1), v.flatten(0, 1)  # [T·G, d]
-
-    def attend(q, start, position, place):
-        mask = (place >= 0) & (place <= position)
-        # An empty history at the end begins behind the last token.
-        token = (start + torch.minimum(place.clamp(min=0), position)).clamp(max=num_tokens - 1)
-        keys, values = (nn.functional.embedding(token * num_groups + group, x) for x in (k_rows, v_rows))
-        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, :, None], scale=scaling)
-
-    where = cu_seqlens[:-1, None, None], _last_position(cu_seqlens)[:, None, None]
-    queries = q.unflatten(1, (num_groups, -1))
-    return _in_slices(attend, num_groups * place.shape[2] * width, queries, *where, place).flatten(1, 2)
-
-
-LAST_OPS = Ops(compress, last_select, last_attend_selected, last_attend_short, last_attend_full)
-
-
-# The same where there is one history alone: its length, `max_seqlen`, is known without a look at `cu_seqlens`, and so is
-# where everything lies. A single query reads all keys in less time than small operations need to name a few.
-
-
-def one_compress(k, compressor, cu_seqlens, *, stride):
-    """As `compress`, with no row after the last complete window."""
-    complete, length = k.shape[0] // stride * stride, compressor.position.shape[1]
-    if complete == 0:
-        return k.new_zeros(0, k.shape[1], k.shape[2])
-    windows = nn.functional.pad(k[:complete], (0, 0, 0, 0, length - stride, 0)).unfold(0, length, stride)
-    return compressor(windows.transpose(2, 3))
-
-
-def one_select(q, c, cu_seqlens, *, max_seqlen, num_selected_blocks, block_size, stride, threshold, scaling):
-    """As `last_select`."""
-    num_groups, dtype = c.shape[1], torch.promote_types(q.dtype, torch.float32)
-    num_blocks, per_block = (max_seqlen - 1) // block_size, block_size // stride
-    queries = q[0].to(dtype).unflatten(0, (num_groups, -1)).mean(1) * scaling
-    keys = c[: num_blocks * per_block].to(dtype).unflatten(0, (num_blocks, per_block)).mean(1)
-    scores = (keys * queries).sum(-1).T  # [G, M]; no product of matrices, which autocast would round
-    if num_blocks < num_selected_blocks:
-        scores = nn.functional.pad(scores, (0, num_selected_blocks - num_blocks), value=-torch.inf)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices  # of equals the lower block first
-    order = order[:, :num_selected_blocks]
-    pi = nn.functional.pad(scores, (0, 1), value=-1000.0).softmax(-1).gather(1, order)[None]
-    kept = pi > threshold
-    return Selection(torch.where(kept, order, -1), torch.where(kept, pi, 0.0))
-
-
-def one_attend_selected(q, k, v, block_indices, factor, cu_seqlens, *, max_seqlen, block_size, scaling):
-    """As `last_attend_selected`."""
-    num_blocks = -(-max_seqlen // block_size)
-    # Column 0 takes the −1s, the last one is the own block.
-    seen = torch.zeros(k.shape[1], num_blocks + 1, dtype=torch.bool, device=q.device)
-    seen.scatter_(1, block_indices[0] + 1, True)
-    seen[:, -1] = True
-    mask = seen[:, 1:, None].expand(-1, -1, block_size).flatten(1)[:, None, :max_seqlen]
-    return _one_attend(q, k, v, mask, scaling)
-
-
-def one_attend_short(q, k, v, cu_seqlens, *, max_seqlen, block_size, window, base, scaling):
-    """As `last_attend_short`."""
-    own = (max_seqlen - 1) // block_size
-    places = []
-    for distance in power_law_distances(own + 1, window, base):
-        first = (own - distance) * block_size
-        places.extend(range(first, min(first + block_size, max_seqlen)))
-    place = torch.tensor(places, device=q.device)
-    return _one_attend(q, k.index_select(0, place), v.index_select(0, place), None, scaling)
-
-
-def one_attend_full(q, k, v, cu_seqlens, *, max_seqlen, scaling):
-    """As `last_attend_full`."""
-    return _one_attend(q, k, v, None, scaling)
-
-
-def _one_attend(q, k, v, mask, scaling):
-    queries, keys, values = q.unflatten(1, (k.shape[1], -1)), k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    mask = None if mask is None else mask[None]
-    out = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
-    return out.flatten(1, 2)
-
-
-ONE_OPS = Ops(one_compress, one_select, one_attend_selected, one_attend_short, one_attend_full)
+TORCH_OPS = Ops(compress, select, attend_selected, attend_short, attend_full, attend_places)

@@ -2,7 +2,7 @@
 The attention of new events to cached histories as GPU kernels: what `append_blossomrec.Append` computes, in a few launches
 a layer. An append has so little to compute that it costs what its operations cost to be launched.
 
-Layouts are those of the cache: `states` `[B, G, C, 2·d]` and `block_keys` `[B, G, C // b, d]`, contiguous. `events`
+Layouts are those of the cache: `states` `[B, C, G, 2·d]` and `block_keys` `[B, C // b, G, d]`, contiguous. `events`
 `[T, 2]` (int64) are the history and the place in it of each new event. Everything is computed in float32, whatever the
 dtype of the states, and the same events give the same bits. Nothing here has gradients, synchronises, or is specialised
 on a size that changes from one append to the next.
@@ -11,9 +11,9 @@ on a size that changes from one append to the next.
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ops_reference import Selection
+from .ops_reference import Queries, Selection
 from .ops_triton_kernels import jit, tl
 from .ops_triton_launch import Sizes, ceil, power_of_two
 
@@ -37,45 +37,43 @@ def store_kernel(k, v, cos, sin, events, states, T, num_rows, G: tl.constexpr, D
     source = ((t * G + group) * D)[:, None]
     keys = rotated(k, source, cos, sin, (t * D)[:, None], real[:, None], D)
     history, place = tl.load(events + 2 * t, real, 0), tl.load(events + 2 * t + 1, real, 0)
-    target = states + (((history * G + group) * num_rows + place) * (2 * D))[:, None] + d
+    target = states + (((history * num_rows + place) * G + group) * (2 * D))[:, None] + d
     tl.store(target, keys, real[:, None])
     tl.store(target + D, tl.load(v + source + d, real[:, None], 0.0), real[:, None])
 
 
 @jit
-def block_windows_kernel(
-    states,
+def windows_kernel(
+    k,
     learned,
-    blocks,
+    first,
+    history,
+    last,
     out,
-    num_rows,
+    row_stride,
     G: tl.constexpr,
     D: tl.constexpr,
-    B: tl.constexpr,
-    STRIDE: tl.constexpr,
     LENGTH: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One window of a complete block, with its learned positions."""
+    """One window of keys, with its learned positions."""
     window, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    block = blocks + 2 * (window // (B // STRIDE))
-    history, index = tl.load(block), tl.load(block + 1)
-    begin = index * B + (window % (B // STRIDE) + 1) * STRIDE - LENGTH
-    source = states + (history * G + group) * num_rows * (2 * D)
+    begin = tl.load(last + window) - (LENGTH - 1)
+    source = k + (tl.load(first + tl.load(history + window)) + begin) * row_stride + group * (row_stride // G)
     target = out + (window * G + group) * LENGTH * D
     d = tl.arange(0, D)[None, :]
     for n in range(0, LENGTH, BL):
         i = (n + tl.arange(0, BL))[:, None]
         inside = i < LENGTH
-        x = tl.load(source + (begin + i) * (2 * D) + d, inside & (begin + i >= 0), 0.0).to(tl.float32)
+        x = tl.load(source + i * row_stride + d, inside & (begin + i >= 0), 0.0).to(tl.float32)
         x += tl.load(learned + (group * LENGTH + i) * D + d, inside, 0.0).to(tl.float32)
         tl.store(target + i * D + d, x, inside)
 
 
 @jit
-def attend_to(queries, source, place, seen, m, norm, acc, scale2, D: tl.constexpr):
+def attend_to(queries, source, place, seen, m, norm, acc, scale2, G: tl.constexpr, D: tl.constexpr):
     """One step of attention of `queries` `[R, D]` to the `place` `[N]` of a history, where `seen`: a softmax in base 2."""
-    at = source + place[:, None] * (2 * D) + tl.arange(0, D)[None, :]
+    at = source + place[:, None] * (2 * D * G) + tl.arange(0, D)[None, :]
     keys = tl.load(at, seen[:, None], 0.0).to(tl.float32)
     values = tl.load(at + D, seen[:, None], 0.0).to(tl.float32)
     s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale2
@@ -135,8 +133,8 @@ def attend_kernel(
     head = group * REP + r
     at = ((t * H + head) * D)[:, None]
     queries = rotated(q, at, cos, sin, t * D, real, D)
-    history, place = tl.load(events + 2 * t) * G + group, tl.load(events + 2 * t + 1).to(tl.int32)
-    source = states + history * num_rows * (2 * D)
+    history, place = tl.load(events + 2 * t), tl.load(events + 2 * t + 1).to(tl.int32)
+    source = states + (history * num_rows * G + group) * (2 * D)
     scale2 = scaling * LOG2E
     column = tl.arange(0, N)
     total = tl.zeros((R, D), tl.float32)
@@ -144,7 +142,7 @@ def attend_kernel(
     if LONG:
         own = place // B
         mean = tl.sum(queries, 0)[None, :] * (scaling / REP)
-        keys = block_keys + history * (num_rows // B) * D
+        keys = block_keys + (history * (num_rows // B) * G + group) * D
         slot = tl.arange(0, KP)
         top = tl.where(slot < K, float("-inf"), float("inf"))
         chosen = NONE + slot
@@ -152,7 +150,7 @@ def attend_kernel(
         norm = tl.full((1,), 1.0, tl.float32)
         for n in range(0, own, BM):
             block = n + tl.arange(0, BM)
-            s = tl.sum(tl.load(keys + block[:, None] * D + d, (block < own)[:, None], 0.0) * mean, 1)
+            s = tl.sum(tl.load(keys + block[:, None] * (G * D) + d, (block < own)[:, None], 0.0) * mean, 1)
             s = tl.where(block < own, s, float("-inf"))
             best = tl.max(s, 0)
             m_new = tl.maximum(m, best * LOG2E)
@@ -188,7 +186,7 @@ def attend_kernel(
             block = tl.where(i == 0, own, block)
             key = block * B + (n + column) % B
             seen = (i <= K) & (block >= 0) & (key <= place)
-            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, D)
+            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, G, D)
         acc = acc / norm[:, None]
         if SHORT:
             gate = tl.load(gates + t * (2 * H) + head[:, None], real, 0.0).to(tl.float32)
@@ -211,7 +209,7 @@ def attend_kernel(
                 distance = tl.where(i == WINDOW + e, POWER * BASE**e, distance)
             key = (own - distance) * SB + (n + column) % SB
             seen = (i < number) & (key <= place)
-            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, D)
+            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, G, D)
         acc = acc / norm[:, None]
         if LONG:
             gate = tl.load(gates + t * (2 * H) + H + head[:, None], real, 0.0).to(tl.float32)
@@ -229,37 +227,34 @@ def store_events(k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, events: Tensor,
         k, v: `[1, G, T, d]`.
         cos, sin: `[1, T, d]`, in float32.
         events: `[T, 2]`.
-        states: `[B, G, C, 2·d]` in the dtype of `k`.
+        states: `[B, C, G, 2·d]` in the dtype of `k`.
     """
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))
     _, tokens, groups, width = k.shape
     grid = (ceil(tokens, 32), groups)
-    store_kernel[grid](k, v, cos, sin, events, states, tokens, states.shape[2], G=groups, D=width, BT=32)
+    store_kernel[grid](k, v, cos, sin, events, states, tokens, states.shape[1], G=groups, D=width, BT=32)
 
 
-def block_windows(states: Tensor, learned: Tensor, blocks: Tensor, *, block: int, stride: int) -> Tensor:
+def compress(k: Tensor, compressor: nn.Module, windows: Queries, first: Tensor) -> Tensor:
     """
-    The windows `[n, b / s, G, l, d]` of complete blocks, with their `learned` positions `[G, l, d]` added; `blocks`
-    `[n, 2]` (int64) are the history and the number in it of each block.
+    As `ops_reference.compress`, without gradients.
+
+    Args:
+        k: `[N, G, d]`, a view of states or contiguous.
+        compressor: a `BlossomCompressor`, whose weights are read here.
     """
+    learned = compressor.position
     groups, length, width = learned.shape
-    shape = (blocks.shape[0], block // stride, groups, length, width)
-    out = torch.empty(shape, device=states.device, dtype=torch.promote_types(states.dtype, learned.dtype))
+    number = windows.position.shape[0]
+    dtype = torch.promote_types(k.dtype, learned.dtype)
+    out = torch.empty((number, groups, length, width), device=k.device, dtype=dtype)
+    history, last = windows.history.contiguous(), windows.position.contiguous()
     lines = min(power_of_two(length), max(1, 4096 // width))
-    block_windows_kernel[(shape[0] * shape[1], groups)](
-        states,
-        learned,
-        blocks,
-        out,
-        states.shape[2],
-        G=groups,
-        D=width,
-        B=block,
-        STRIDE=stride,
-        LENGTH=length,
-        BL=lines,
-    )
-    return out
+    if number:
+        windows_kernel[(number, groups)](
+            k, learned, first, history, last, out, k.stride(0), G=groups, D=width, LENGTH=length, BL=lines
+        )
+    return compressor.mlp(out.flatten(2))
 
 
 @lru_cache
@@ -313,8 +308,8 @@ def attend_events(
         cos, sin: `[1, T, d]`, in float32.
         gates: `[1, T, H, 2]`.
         events: `[T, 2]`.
-        states: `[B, G, C, 2·d]` in the dtype of `q`.
-        block_keys: `[B, G, C // b, d]`, in float32.
+        states: `[B, C, G, 2·d]` in the dtype of `q`.
+        block_keys: `[B, C // b, G, d]`, in float32.
 
     Returns:
         head outputs `[1, T, H, d]` and the selection, `[T, G, k]` each.
@@ -322,7 +317,7 @@ def attend_events(
     q = q.transpose(1, 2).contiguous()
     gates = None if gates is None else gates.transpose(2, 3).contiguous()
     _, tokens, heads, width = q.shape
-    groups, long = states.shape[1], block_keys is not None
+    groups, long = states.shape[2], block_keys is not None
     out = torch.empty_like(q)
     blocks = torch.empty((tokens, groups, sizes.selected), device=q.device, dtype=torch.int64) if long else q
     pi = torch.empty(blocks.shape, device=q.device, dtype=torch.float32) if long else q
@@ -337,7 +332,7 @@ def attend_events(
         out,
         blocks,
         pi,
-        states.shape[2],
+        states.shape[1],
         scaling,
         threshold,
         **_constants(heads, groups, width, long, short, sizes),

@@ -1,0 +1,330 @@
+"""
+Streams: the ways in which a layer attends to a history, and their registry.
+
+A layer computes one or more streams from the same queries, keys and values, and adds their outputs up, each multiplied
+by a gate of its own per head. `config.attention_types` names the streams of each layer, joined by `+`
+(`"long_term+short_term"`; `"blossom"` is short for it). A stream that is registered with `register_stream` is trained,
+cached, exported and saved like those of this file.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from .configuration_blossomrec import BlossomRecConfig
+from .ops_reference import (
+    REFERENCE_OPS,
+    Blocks,
+    Keys,
+    Ops,
+    Queries,
+    Selection,
+    complete_blocks,
+    full_mask,
+    selected_mask,
+    short_mask,
+    straight_through,
+)
+from .ops_torch import DENSE_MAX_LENGTH, TORCH_OPS, is_half_on_cpu
+
+
+# The layer types of the package: three streams, and a combination of two of them under a name of its own.
+ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
+COMBINATIONS = {"blossom": ("long_term", "short_term")}
+
+# Combinations that fused kernels compute (`ops_triton.py`, `ops_triton_append.py`); others take the generic path.
+FUSED = (("long_term", "short_term"), ("long_term",), ("short_term",))
+
+# The entries of `config.auto_map` that name the code of streams begin with this.
+_AUTO_MAP_PREFIX = "BlossomRecStream."
+
+
+class Stream:
+    """
+    One way of attending. Subclasses override `attend` and, if they need them, `modules` and `summarize`; one instance
+    serves one layer, and every method gets that layer, which has the stream's modules as attributes.
+
+    All functions of `ops` (see `ops_reference.Ops`) accept leading batch dimensions in the reference and in exported
+    graphs, so a stream indexes tensors from the right: `x[..., n, :, :]`, never `x[n]`.
+
+    Attributes:
+        name: the name under which it is registered.
+        gate_bias: starting bias of its gate, before the sigmoid, in a layer of several streams.
+        block_size: positions of a block that `summarize` computes one row for; `None` without blocks.
+        block_width: width of that row, per key/value head.
+        has_probabilities: whether its output is a mean of the values of the history's positions, as attention to the
+            positions themselves is. Only then `output_attentions=True` works.
+
+    Args:
+        config: configuration of the model.
+    """
+
+    name: str = ""
+    gate_bias: float = 0.0
+    block_size: int | None = None
+    block_width: int = 0
+    has_probabilities: bool = True
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        self.config = config
+
+    def modules(self) -> dict[str, nn.Module]:
+        """New modules with the parameters of the stream, by the attribute of the layer that each becomes."""
+        return {}
+
+    def summarize(self, ops: Ops, layer: nn.Module, keys: Keys, blocks: Queries) -> torch.Tensor:
+        """
+        One row for each complete block, from the keys and values up to its end. They are computed once: a cache keeps
+        them, in float32 or better.
+
+        Args:
+            blocks: the histories and last positions of `M` blocks.
+
+        Returns:
+            `[M, G, block_width]`
+        """
+        raise NotImplementedError
+
+    def attend(
+        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: Blocks | None
+    ) -> tuple[torch.Tensor, Selection | None]:
+        """
+        Attention of the queries to their histories up to their own positions.
+
+        Args:
+            q: `[Q, H, d]`, rotary embedding applied.
+            blocks: the rows of `summarize`, those behind the queries included; `None` without `block_size`.
+
+        Returns:
+            the head outputs `[Q, H, d]`, and what was selected (or `None`).
+        """
+        raise NotImplementedError
+
+    def mask(self, queries: Queries, position: torch.Tensor, selection: Selection | None) -> torch.Tensor:
+        """
+        The places that each query sees, `[Q, G or 1, N]` bool of the places `position` `[N]` of its history: for
+        pictures.
+
+        Args:
+            selection: what `attend` selected for these queries.
+        """
+        raise NotImplementedError
+
+
+STREAMS: dict[str, type[Stream]] = {}
+
+
+def register_stream(name: str, stream: type[Stream]) -> None:
+    """
+    Register a stream, so that `config.attention_types` can name it.
+
+    Args:
+        name (`str`): a name of your own; registering it again replaces the class. The streams of the package cannot be
+            replaced.
+        stream (`type[Stream]`): its class.
+
+    Raises:
+        ValueError: for a name that is no identifier or that the package uses, and for a `stream` that is no class.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"`name` is {name!r}; it must be an identifier: `register_stream('recent', RecentStream)`.")
+    if not isinstance(stream, type) or not hasattr(stream, "attend"):
+        raise ValueError(f"`stream` is {stream!r}; it must be a subclass of `Stream`.")
+    if name in ATTENTION_TYPES and stream.__module__ != __name__:
+        raise ValueError(f"`name` is {name!r}, which the package uses; register the class under another name.")
+    stream.name = name
+    STREAMS[name] = stream
+
+
+def stream_names(attention_type: str) -> tuple[str, ...]:
+    """The streams of a layer type, in the order of their gates."""
+    parts = (COMBINATIONS.get(part, (part,)) for part in attention_type.split("+"))
+    return tuple(name for part in parts for name in part)
+
+
+def build_streams(config: BlossomRecConfig, layer_idx: int) -> tuple[Stream, ...]:
+    """
+    The streams of one layer.
+
+    Raises:
+        ValueError: for a name that is not registered, and for a stream that is named twice.
+    """
+    attention_type = config.attention_types[layer_idx]
+    names = stream_names(attention_type)
+    for name in names:
+        if name not in STREAMS:
+            raise ValueError(
+                f"`attention_types` names {attention_type!r}, but no stream is registered as {name!r} (only "
+                f"{', '.join(map(repr, (*COMBINATIONS, *STREAMS)))}); import the code that calls "
+                f"`register_stream({name!r}, ...)`, or choose registered ones."
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"`attention_types` names {attention_type!r}; a layer has each stream once at most.")
+    return tuple(STREAMS[name](config) for name in names)
+
+
+def generic_ops(config: BlossomRecConfig) -> Ops:
+    """The functions in PyTorch that compute streams without a fused kernel."""
+    return REFERENCE_OPS if config._attn_implementation == "eager" else TORCH_OPS
+
+
+def packed_blocks(ops: Ops, layer: nn.Module, keys: Keys, cu_seqlens: torch.Tensor) -> list[Blocks | None]:
+    """What the streams of a layer compute of the complete blocks of packed histories."""
+    found: list[Blocks | None] = []
+    for stream in layer.streams:
+        blocks = None
+        if stream.block_size is not None:
+            complete, first = complete_blocks(cu_seqlens, keys.k.shape[-3], stream.block_size)
+            blocks = Blocks(stream.summarize(ops, layer, keys, complete), first)
+        found.append(blocks)
+    return found
+
+
+def attend_streams(
+    ops: Ops,
+    layer: nn.Module,
+    q: torch.Tensor,
+    keys: Keys,
+    queries: Queries,
+    blocks: list[Blocks | None],
+    gates: torch.Tensor | None,
+) -> tuple[torch.Tensor, Selection | None]:
+    """
+    The gated sum of a layer's streams.
+
+    Args:
+        q: `[Q, H, d]`, rotary embedding applied.
+        blocks: of each stream.
+        gates: gate values, `[Q, H, number of streams]`; `None` for a single stream.
+
+    Returns:
+        the head outputs `[Q, H, d]`, and what was selected.
+    """
+    dtype = q.dtype
+    # On a CPU, sums in half precision depend on the shape of the batch, and so would the selection of the next layer.
+    wide = ops is not REFERENCE_OPS and is_half_on_cpu(q)
+    if layer.training and torch.is_grad_enabled() and queries.max_length <= DENSE_MAX_LENGTH:
+        wide = False  # it would take longer
+    if wide:
+        q = q.float()
+        keys = keys if keys.states is not None else keys._replace(k=keys.k.float(), v=keys.v.float())
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        parts = [
+            stream.attend(ops, layer, q, keys, queries, rows)
+            for stream, rows in zip(layer.streams, blocks, strict=True)
+        ]
+    selection = next((selected for _, selected in parts if selected is not None), None)
+    outs = [out for out, _ in parts]
+    if gates is not None:
+        outs = [out * gate[..., None] for out, gate in zip(outs, gates.to(q.dtype).unbind(-1), strict=True)]
+    return sum(outs[1:], outs[0]).to(dtype), selection
+
+
+class BlossomCompressor(nn.Module):
+    """Compresses a window of l keys into one: a learned position per key/value head, then a shared MLP."""
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__()
+        length, width = config.compress_block_size, config.head_dim
+        self.position = nn.Parameter(torch.empty(config.num_key_value_heads, length, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(length * width, length * width), nn.ReLU(), nn.Linear(length * width, width, bias=False)
+        )
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Windows of keys `[..., G, l, d]` → compressed keys `[..., G, d]`."""
+        return self.mlp((windows + self.position).flatten(-2))
+
+
+class LongTermStream(Stream):
+    """Long-term interest selection (paper, section 3.3): attention to the past blocks of the highest importance."""
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__(config)
+        self.gate_bias = config.gate_initial_bias[0]
+        self.block_size = config.selection_block_size
+        self.block_width = config.head_dim
+
+    def modules(self) -> dict[str, nn.Module]:
+        compressor = BlossomCompressor(self.config)
+        # Without a gradient the compressor cannot learn; frozen, it does not wait for one under DDP either.
+        compressor.requires_grad_(self.config.selection_gradient != "none")
+        return {"compressor": compressor}
+
+    def summarize(self, ops: Ops, layer: nn.Module, keys: Keys, blocks: Queries) -> torch.Tensor:
+        """The mean of each block's compressed keys."""
+        stride = self.config.compress_stride
+        per_block = self.block_size // stride
+        windows = blocks
+        if per_block > 1:
+            back = torch.arange(1 - per_block, 1, device=blocks.position.device) * stride
+            windows = blocks._replace(
+                history=blocks.history[:, None].expand(-1, per_block).flatten(),
+                position=(blocks.position[:, None] + back).flatten(),
+            )
+        compressed = ops.compress(keys.k, layer.compressor, windows, keys.first)
+        wide = torch.promote_types(keys.k.dtype, torch.float32)
+        return compressed.unflatten(-3, (-1, per_block)).mean(-3, dtype=wide)
+
+    def attend(
+        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: Blocks
+    ) -> tuple[torch.Tensor, Selection]:
+        config = self.config
+        selection = ops.select(
+            q,
+            blocks,
+            queries,
+            num_selected_blocks=config.num_selected_blocks,
+            block_size=self.block_size,
+            threshold=config.importance_threshold,
+            scaling=layer.scaling,
+        )
+        factor = None  # one in value
+        if config.selection_gradient == "straight_through" and torch.is_grad_enabled():
+            factor = straight_through(selection.importance)
+        out = ops.attend_selected(
+            q, keys, queries, selection.block_indices, factor, block_size=self.block_size, scaling=layer.scaling
+        )
+        return out, selection
+
+    def mask(self, queries: Queries, position: torch.Tensor, selection: Selection) -> torch.Tensor:
+        return selected_mask(selection.block_indices, queries, position, block_size=self.block_size)
+
+
+class ShortTermStream(Stream):
+    """Short-term interest selection (paper, section 3.4): the latest blocks, and blocks at power-law distances."""
+
+    def __init__(self, config: BlossomRecConfig) -> None:
+        super().__init__(config)
+        self.gate_bias = config.gate_initial_bias[1]
+        self.sizes = {
+            "block_size": config.short_term_block_size,
+            "window": config.short_term_window,
+            "base": config.power_law_base,
+        }
+
+    def attend(
+        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: None
+    ) -> tuple[torch.Tensor, None]:
+        return ops.attend_short(q, keys, queries, **self.sizes, scaling=layer.scaling), None
+
+    def mask(self, queries: Queries, position: torch.Tensor, selection: None) -> torch.Tensor:
+        return short_mask(queries, position, **self.sizes)
+
+
+class FullStream(Stream):
+    """Causal attention to the whole history."""
+
+    def attend(
+        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: None
+    ) -> tuple[torch.Tensor, None]:
+        return ops.attend_full(q, keys, queries, scaling=layer.scaling), None
+
+    def mask(self, queries: Queries, position: torch.Tensor, selection: None) -> torch.Tensor:
+        return full_mask(queries, position)
+
+
+register_stream("long_term", LongTermStream)
+register_stream("short_term", ShortTermStream)
+register_stream("full", FullStream)
