@@ -15,8 +15,8 @@ from .summary import RunGroup, group_runs, read_summary
 
 REPO_PLACEHOLDER = "OWNER/NAME"  # in a card that is written before its repository is known; `push` replaces it
 PICTURES = {
-    "selection.png": "Over the training: the mean gate of each head, how far back the selected blocks lie (the share at "
-    "1, 2–3, 4–7 … blocks), the entropy of the importance, and the norm of the gradient.",
+    "selection.png": "During training: the mean gate of each head, the distance of the selected blocks (shares at 1, 2–3, "
+    "4–7 … blocks), the entropy of the importance, and the norm of the gradient.",
 }
 # Protocol → description, in metadata and in the header of a table; see `RunGroup.suffixes`.
 _PROTOCOLS = {
@@ -24,7 +24,7 @@ _PROTOCOLS = {
     "_all": "leave-one-out, all items ranked, nothing masked",
     "_repeated": "leave-one-out, all items ranked, nothing masked, targets that repeat an item of the history",
     "_new": "leave-one-out, all items ranked, nothing masked, targets that are new to the history",
-    "_uni100": "leave-one-out, 100 items drawn uniformly ranked beside the right one",
+    "_uni100": "leave-one-out, the target ranked among 100 items drawn uniformly",
 }
 _HEADERS = {
     "_unseen": "seen items masked",
@@ -164,13 +164,13 @@ def _name_of_data(group: RunGroup) -> str:
 
 
 def _introduction(group: RunGroup) -> str:
-    names = {"num_hidden_layers": "layers", "hidden_size": "wide", "num_attention_heads": "heads"}
+    names = {"num_hidden_layers": "layers", "hidden_size": "features", "num_attention_heads": "heads"}
     names |= {"num_key_value_heads": "key/value heads"}
     sizes = ", ".join(f"{group.get(key)} {words}" for key, words in names.items() if group.get(key) is not None)
     return (
         "Predicts the next item of a user's history. BlossomRec ([arXiv 2512.13368](https://arxiv.org/abs/2512.13368)) "
-        "joins two sparse attention streams, one to a few selected past blocks (long-term interests) and one to blocks "
-        f"at growing distances (short-term interests), by a learned gate. Attention: {group.label}; {sizes}."
+        "combines two sparse attention streams with a learned gate: one attends to a few selected past blocks (long-term "
+        f"interests), the other to blocks at growing distances (short-term interests). Attention: {group.label}; {sizes}."
     )
 
 
@@ -180,7 +180,7 @@ def _usage(repo_id: str) -> list[str]:
         f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)',
         "recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last",
         *("```", ""),
-        "After `import blossomrec_hf`, the same without `trust_remote_code`. Remote code runs when it is loaded: pin "
+        "After `import blossomrec_hf`, `trust_remote_code` is not needed. Remote code runs when the model is loaded: pin "
         "`revision=` to a commit that you have read.",
         "",
     ]
@@ -217,7 +217,7 @@ def _eval_results(group: RunGroup, dataset_name: str, suffixes: Mapping[str, str
 
 def _results(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[str, str], k: int) -> list[str]:
     if not suffixes:
-        return ["None: no user of the log had an item held out, so nothing was measured."]
+        return ["None: no user of the log has a held-out item, so nothing was measured."]
     return [*_results_table(groups, suffixes, k), "", _protocol(groups, dataset_name, suffixes)]
 
 
@@ -243,30 +243,28 @@ def _results_table(groups: Sequence[RunGroup], suffixes: Mapping[str, str], k: i
 
 
 def _protocol(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[str, str]) -> str:
-    part = {"test": "the last item of each history", "validation": "the last but one item of each history"}
+    part = {"test": "the last item of each history", "validation": "the second-to-last item of each history"}
     text = (
-        f"{dataset_name[0].upper()}{dataset_name[1:]}, {groups[0].part} figures: {part[groups[0].part]} is to be found"
+        f"{dataset_name[0].upper()}{dataset_name[1:]}, {groups[0].part} figures: the target is {part[groups[0].part]}"
     )
     if "_uni100" not in suffixes:
-        text += " among all items"
-    text += ". Items of equal score share their ranks. The model does not see the time of the item to be found. "
+        text += ", ranked among all items"
+    text += ". Items with equal scores share ranks. The model does not see the time of the target. "
     if "_unseen" in suffixes:
-        text += "Masked means that items of the user's history are not ranked. "
+        text += "Masked: items of the user's history are not ranked. "
     shares = dict.fromkeys(run["repeat_share"] for group in groups for run in group.runs if "repeat_share" in run)
     if shares:
         text += f"{', '.join(f'{share:.1%}' for share in shares)} of the test items already occur in their user's history. "
     if "_uni100" in suffixes and not any(group.get("eval_negatives") for group in groups):
-        text += (
-            "The figures beside drawn items are those of `blossomrec evaluate` for the models that the runs saved. "
-        )
+        text += "The figures with drawn items were measured by `blossomrec evaluate` with the saved models. "
     if any(len(group.runs) > 1 for group in groups):
-        text += "Means over seeds, ± their standard deviation. "
+        text += "Figures are means over seeds ± standard deviation. "
     if any(run.get("refit") for group in groups for run in group.runs):
         return text + (
-            "These are figures of a first run, which chose the number of epochs. The weights are those of a new model, "
-            "trained for as many epochs on all events, the validation and test items included. It has no test figures."
+            "These are the figures of a first run, which selected the number of epochs. The weights belong to a new model, "
+            "trained for the same number of epochs on all events, including validation and test. It has no test figures."
         )
-    return text + "The weights are those of the best validation figure of each run."
+    return text + "The weights are those with the best validation figure of each run."
 
 
 def _published_table(published: Sequence[Mapping[str, Any]], k: int) -> list[str]:
@@ -278,7 +276,7 @@ def _published_table(published: Sequence[Mapping[str, Any]], k: int) -> list[str
     ]
     header = ["model", *(f"{label}@{k}" for label in _METRICS.values()), "protocol", "source"]
     return [
-        "Published by others, each with its own training and not measured here:",
+        "Published figures, each with its own training setup, not measured here:",
         *("", *_table(header, rows), ""),
     ]
 
@@ -318,7 +316,7 @@ def _duration(group: RunGroup) -> str:
     training = [run.get("training", {}) for run in group.runs]
     if all("seconds" in part and "epochs" in part for part in training):
         epochs = ", ".join(dict.fromkeys(str(part["epochs"]) for part in training))
-        text += f": {fmean(part['seconds'] for part in training):.0f} s a run, {epochs} epochs"
+        text += f": {fmean(part['seconds'] for part in training):.0f} s per run, {epochs} epochs"
     device = group.join("device")
     return f"{text}, on {device}" if device else text
 
@@ -340,19 +338,19 @@ def _versions(groups: Sequence[RunGroup]) -> list[str]:
 _USE_AND_LIMITS = """\
 ## Intended use
 
-Ranking the items of one catalogue for people of whom a history in that catalogue is known: a shop, a video or music
-site, research on sequential recommendation. Raw item ids are those of the training log.
+Ranking the items of a catalog for users with a history in it: a shop, a video or music site, research on sequential
+recommendation. Raw item ids are those of the training log.
 
 ## Limits
 
-- **Popularity.** Trained on what people did with what they were shown, it recommends popular items more often than
-  they deserve. `blossomrec evaluate` measures coverage and popularity lift; look at both before you deploy it.
-- **New items and new people.** An item that was not in the training log has no embedding: it is never recommended, and
-  dropped from histories (with a warning). `tokenizer.add_items` and fine-tuning take items in. A person without a
-  history gets the most frequent items.
-- **Privacy.** Histories are personal data. None is stored in the model, but it holds how often each item occurred,
-  and what was consumed together shows in its embeddings; with few users, that can tell of one. Do not publish a
-  model of a log that you could not publish in aggregate.
-- **Offline figures.** Leave-one-out figures rank models on the past of a log; they do not say what people would have
-  done with the recommendations.
+- **Popularity.** The model learns from what users did with the items that they were shown, so it recommends popular
+  items too often. `blossomrec evaluate` measures coverage and popularity lift; check both before deployment.
+- **New items and new users.** An item that is not in the training log has no embedding: it is never recommended, and
+  removed from histories with a warning. `tokenizer.add_items` and fine-tuning add items. For a user without a history,
+  the most frequent items are recommended.
+- **Privacy.** Histories are personal data. The model stores none, but it stores how often each item occurred, and its
+  embeddings show which items occurred together. With few users, these can reveal one of them. Do not publish a model of
+  a log that you could not publish in aggregate.
+- **Offline figures.** Leave-one-out figures compare models on past events. They do not show how users would have
+  reacted to the recommendations.
 """.split("\n")
