@@ -87,7 +87,7 @@ def test_results_of_runs_that_end_together_are_all_kept(tmp_path):
 def test_a_file_that_is_no_list_of_results_is_left_alone(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="has a dict where a list must be"):
+    with pytest.raises(ValueError, match="has a dict instead of a list"):
         append_result(path, configuration={}, seed=0, commit=None)
     assert json.loads(path.read_text()) == {"a": 1}
 
@@ -102,9 +102,9 @@ def test_a_tracker_that_is_not_installed_is_named_before_any_work(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"a: [", "is no YAML file"),
-        (b"\xff\x00", "is no YAML file"),
-        (b"3", "has 3; it must have names and values"),
+        (b"a: [", "is not a valid YAML file"),
+        (b"\xff\x00", "is not a valid YAML file"),
+        (b"3", "has 3; it must be a mapping"),
         (b"data: 3", "has 3 for `data`"),
         (b"max_length: [1]", r"has \[1\] for `max_length`"),
         (b"max_length: true", "has True for `max_length`"),

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from ..data.event_table import METADATA_FILE, EventTable
 from ..data.filters import FilterReport
+from ..data.options import LogOptions
 from ..data.splits import repeat_share
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
@@ -44,28 +45,30 @@ class LoopArguments:
     """
     Arguments of [`~blossomrec_hf.training.train`], readable by `HfArgumentParser`.
 
-    A step is one update of the weights. It sees about `tokens_per_step` items in all, whatever the number of processes
-    and of accumulation steps, so a learning rate found on one device holds on eight.
+    A step is one update of the weights. It reads about `tokens_per_step` items in total, whatever the number of processes
+    and accumulation steps, so that the learning rate need not change with the number of devices.
     """
 
     output_dir: str = field(
-        default="runs/blossomrec", metadata={"help": "Where checkpoints, metrics and the model go."}
+        default="runs/blossomrec", metadata={"help": "Output directory for checkpoints, metrics and the model."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the weights, the data order and the dropout."})
-    max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
+    seed: int = field(default=42, metadata={"help": "Seed of the initial weights, the data order and the dropout."})
+    max_length: int = field(
+        default=200, metadata={"help": "Number of latest items that the model reads of each history."}
+    )
     num_train_epochs: int = field(
-        default=200, metadata={"help": "Epochs at most; early stopping usually ends the run."}
+        default=200, metadata={"help": "Maximum number of epochs. Early stopping usually ends the run before."}
     )
-    max_steps: int = field(default=-1, metadata={"help": "Steps at most, whatever the epochs; -1: no such limit."})
+    max_steps: int = field(default=-1, metadata={"help": "Maximum number of steps; -1 for no limit."})
     tokens_per_step: int = field(
-        default=16384, metadata={"help": "Items a step, over all processes and accumulations."}
+        default=16384, metadata={"help": "Number of items per step, summed over processes and accumulation steps."}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Gradient accumulation steps: forward passes of each process per step."}
+        default=1, metadata={"help": "Number of forward passes per step and process."}
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, bf16 or fp16; by default, what `accelerate config` or `accelerate launch` say."},
+        metadata={"help": "no, bf16 or fp16; by default, the setting of `accelerate config` or `accelerate launch`."},
     )
     torch_compile: bool | None = field(
         default=None,
@@ -82,61 +85,77 @@ class LoopArguments:
     )
 
     optim: str = field(
-        default="adamw", metadata={"help": "adamw (fused where the device has it) or any optimizer of `transformers`."}
+        default="adamw",
+        metadata={"help": "adamw (fused if the device supports it), or any optimizer of `transformers`."},
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay of the weight matrices."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Clip the norm of the gradient to this; 0: do not clip."}
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of AdamW, applied to weight matrices only."}
     )
+    adam_beta1: float = field(default=0.9, metadata={"help": "beta1 of AdamW."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of AdamW."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum norm of the gradient; 0 disables clipping."})
     lr_scheduler_type: str = field(
-        default="constant_with_warmup", metadata={"help": "Any schedule of `transformers`: linear, cosine, ..."}
+        default="constant_with_warmup",
+        metadata={"help": "Learning rate schedule, any of `transformers`: linear, cosine, ..."},
     )
-    warmup_steps: int = field(default=100, metadata={"help": "Steps over which the learning rate rises from 0."})
+    warmup_steps: int = field(
+        default=100, metadata={"help": "Number of steps in which the learning rate rises from 0 to its peak."}
+    )
 
     ema_decay: float = field(
-        default=0.0, metadata={"help": "Validate and keep a moving average of the weights with this decay; 0: no."}
+        default=0.0,
+        metadata={"help": "Decay of the moving average of the weights that is validated and saved; 0 disables it."},
     )
 
-    eval_epochs: int = field(default=1, metadata={"help": "Epochs from one validation to the next."})
+    eval_epochs: int = field(default=1, metadata={"help": "Number of epochs between validations."})
     eval_users: int = field(
         default=0,
-        metadata={"help": "Validate on a fixed sample of this many users, the same in every run; 0: on all."},
+        metadata={"help": "Number of users in the validation sample, the same in every run; 0 for all users."},
     )
-    eval_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time in evaluation."})
+    eval_tokens: int = field(default=65536, metadata={"help": "Number of items per batch and process in evaluation."})
     metric_for_best_model: str = field(
         default="ndcg@10",
         metadata={
-            "help": "Which validation figure selects the best weights. Seen items are excluded from the ranking if at most "
+            "help": "Validation metric that selects the best weights. Seen items are excluded from the ranking if at most "
             "1 %% of the test targets repeat one; ndcg@10_unseen always excludes them, ndcg@10_all never."
         },
     )
     patience: int = field(
-        default=20, metadata={"help": "Stop after so many validations without a new best; 0: never stop early."}
+        default=20,
+        metadata={
+            "help": "Number of validations without improvement after which training stops; 0 disables early stopping."
+        },
     )
 
-    logging_steps: int = field(default=50, metadata={"help": "Steps from one line of training metrics to the next."})
+    logging_steps: int = field(default=50, metadata={"help": "Number of steps between two lines of training metrics."})
     save_seconds: float = field(
-        default=60.0, metadata={"help": "Write a checkpoint after an epoch if the last is older than this; 0: always."}
+        default=60.0,
+        metadata={
+            "help": "Minimum number of seconds between two checkpoints, which are written at the end of an epoch; 0 for every epoch."
+        },
     )
     save_steps: int = field(
-        default=0, metadata={"help": "Also write one every so many steps, inside an epoch; 0: no."}
+        default=0, metadata={"help": "Number of steps between two further checkpoints inside an epoch; 0 for none."}
     )
     report_to: str = field(
-        default="none", metadata={"help": "tensorboard, trackio, wandb, mlflow, ..., or none; it must be installed."}
+        default="none",
+        metadata={
+            "help": "Experiment tracker, which must be installed: tensorboard, trackio, wandb, mlflow, ..., or none."
+        },
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model at the end."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the best model to the Hub after training."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Where to; by default, the name of the output directory."}
+        default=None, metadata={"help": "Repository to upload to; by default, the name of the output directory."}
     )
-    hub_private_repo: bool = field(default=False, metadata={"help": "A new repository is private."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create a private repository."})
     hub_revision: str | None = field(
-        default=None, metadata={"help": "The branch to upload to, made if not there; by default, main."}
+        default=None, metadata={"help": "Branch to upload to, created if it does not exist; by default, main."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in the output directory."})
+    resume: bool = field(
+        default=False, metadata={"help": "Continue from the last checkpoint in the output directory."}
+    )
 
     def __post_init__(self):
         for name in (
@@ -166,12 +185,12 @@ class LoopArguments:
 
         check_tracker(self.report_to, [str(tracker) for tracker in get_available_trackers()])
 
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
+    def _require(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
             raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}.")
 
     def resume_critical_args(self) -> dict[str, Any]:
-        """The arguments that must be the same for a run to be continued."""
+        """The arguments that must be equal in an interrupted run and its resumption, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE_ON_RESUME}
 
 
@@ -182,50 +201,44 @@ def check_tracker(report_to: str, available: Sequence[str]) -> None:
     """
     if report_to not in ("none", "all", *available):
         raise ValueError(
-            f"`report_to` is {report_to!r}, which is not installed or not known: install it (`pip install {report_to}`), or "
+            f"`report_to` is {report_to!r}, which is unknown or not installed: install it (`pip install {report_to}`), or "
             f"give {', '.join(available)}{' or ' if available else ''}none."
         )
 
 
+_LOG_OPTIONS = {option.name: option for option in fields(LogOptions)}
+
+
+def _log_option(name: str) -> Any:
+    """A field with the default and the help text of the same option of `build_sequences`."""
+    return field(default=_LOG_OPTIONS[name].default, metadata=_LOG_OPTIONS[name].metadata)
+
+
 @dataclass
 class LogArguments:
-    """The log of interactions that an example reads."""
+    """The interaction log that a command reads."""
 
     data: str | None = field(
         default=None,
         metadata={
-            "help": "A log, a folder of blossomrec prepare, or a file of blossomrec export --data; by default, the built-in data set."
+            "help": "A log, a folder that `blossomrec prepare` wrote, or a file that `blossomrec export --data` wrote; by default, the "
+            "built-in data set."
         },
     )
-    format: str | None = field(
-        default=None, metadata={"help": "The format of the file; by default, found out by looking."}
+    format: str | None = _log_option("format")
+    user: str | None = _log_option("user")
+    item: str | None = _log_option("item")
+    timestamp: str | None = _log_option("timestamp")
+    time_format: str | None = _log_option("time_format")
+    keep_na_ids: bool = _log_option("keep_na_ids")
+    on_bad_rows: str = _log_option("on_bad_rows")
+    k_core: int = field(
+        default=1, metadata={"help": "Drop users and items with fewer events, until all have as many."}
     )
-    user: str | None = field(
-        default=None, metadata={"help": "The name of the column of users; the usual names are found without."}
-    )
-    item: str | None = field(
-        default=None, metadata={"help": "The name of the column of items; the usual names are found without."}
-    )
-    timestamp: str | None = field(
-        default=None, metadata={"help": "The name of the column of times; the usual names are found without."}
-    )
-    time_format: str | None = field(
-        default=None,
-        metadata={
-            "help": "How texts of times are written, as for strftime; by default, numbers and ISO 8601 are read."
-        },
-    )
-    keep_na_ids: bool = field(
-        default=False, metadata={"help": "Read NA, NULL, nan and None as ids; they are missing ids otherwise."}
-    )
-    on_bad_rows: str = field(
-        default="fail", metadata={"help": "What to do about rows that cannot be read: fail or skip."}
-    )
-    k_core: int = field(default=1, metadata={"help": "Drop users and items with fewer interactions, again and again."})
     titles: str | None = field(
         default=None,
         metadata={
-            "help": "A file of item titles (movies.dat, .item, CSV, ...) to keep beside the model; by default, the log's."
+            "help": "File of item titles (movies.dat, .item, CSV, ...) to save with the model; by default, the titles of the log."
         },
     )
 
@@ -240,7 +253,7 @@ class LogArguments:
 
     def read_table(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[EventTable, BlossomRecTokenizer]:
         """
-        Reads the log as an [`~blossomrec_hf.data.EventTable`]; arguments and errors as in [`~LogArguments.build`].
+        Read the log as an [`~blossomrec_hf.data.EventTable`]; arguments and errors as in [`~LogArguments.build`].
 
         A file of `blossomrec export --data` is memory-mapped, and needs neither `polars` nor `datasets` unless its ids
         change.
@@ -254,12 +267,12 @@ class LogArguments:
 
     def build(self, tokenizer: BlossomRecTokenizer | None = None) -> "tuple[Dataset, BlossomRecTokenizer]":
         """
-        Reads the log as sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder that it
-        wrote, and a file of `blossomrec export --data`, are read as they are. If their vocabulary is not the start of
+        Read the log as sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder of
+        `blossomrec prepare` and a file of `blossomrec export --data` are loaded without further processing. If their vocabulary is not the start of
         `tokenizer`'s, their items are looked up there ([`~blossomrec_hf.data.growth.recode`]).
 
         Raises:
-            ValueError: for prepared data with filters still to apply, and for a damaged file or folder.
+            ValueError: if filters are given for prepared data, and for a damaged file or folder.
         """
         from ..data import build_sequences, generate_log
         from ..data.growth import recode
@@ -295,10 +308,10 @@ class LogArguments:
 
     def _refuse_filters(self) -> None:
         if self.k_core > 1:
-            raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is built already; give the log instead.")
+            raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is already prepared; give the log instead.")
 
     def repeat_share(self, dataset: "Dataset | EventTable") -> float:
-        """The share of test targets that their user has met before: what prepared data say, or measured anew."""
+        """The share of test targets that already occur in their user's history: stored with prepared data, or measured."""
         if isinstance(dataset, EventTable) and dataset.repeat_share is not None:
             return dataset.repeat_share
         report = FilterReport.load(self.data) if self._is_built else None
@@ -316,14 +329,13 @@ class LogArguments:
             source = pl.read_parquet(content)
         from ..data import generate_titles
         from ..data.metadata import item_metadata
-        from ..data.options import LogOptions
         from ..data.readers import open_log
 
         if source is None and self.data is None:
             source = generate_titles()
         elif source is None and self._is_built:
-            beside = Path(self.data) / METADATA_FILE
-            source = beside if beside.exists() else None
+            stored = Path(self.data) / METADATA_FILE
+            source = stored if stored.exists() else None
         elif source is None:
             names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
             source = open_log(self.data, LogOptions(format=self.format, **names)).titles
@@ -337,23 +349,25 @@ def parse_arguments(
     defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """
-    Reads dataclasses from the command line, and from a YAML file of the same names if `--config FILE` is given; what
-    stands on the command line comes first, then the file, then the defaults.
+    Parse dataclasses from the command line, and from a YAML file of the same names if `--config FILE` is given. The command
+    line has precedence over the file, and the file over the defaults.
 
     Args:
-        defaults: take the place of the classes' own.
-        built_in: defaults for the built-in data set, where no `data` is given.
+        argument_classes: the dataclasses.
+        description: text of `--help` before the options.
+        built_in: defaults for the built-in data set, which is used if `data` is not given.
+        defaults: defaults that replace those of the classes.
 
     Raises:
-        ValueError: for a name in the file that is no argument, and a value of another type.
+        ValueError: if the file has an unknown name or a value of a wrong type.
     """
     epilog = None
     if built_in:
-        told = ", ".join(f"--{name} {value}" for name, value in built_in.items())
-        epilog = textwrap.fill(f"With the built-in data set, other defaults hold: {told}.", 100)
+        listed = ", ".join(f"--{name} {value}" for name, value in built_in.items())
+        epilog = textwrap.fill(f"Defaults for the built-in data set: {listed}.", 100)
     parser = HfArgumentParser(argument_classes, description=description, epilog=epilog, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--config", help="A YAML file of arguments, like the run.yaml in a run's folder; by default, none."
+        "--config", help="YAML file of arguments, such as the run.yaml of an earlier run; by default, none."
     )
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args()
@@ -362,7 +376,7 @@ def parse_arguments(
         from_file = read_arguments(known.config, *argument_classes)
         if unknown := sorted(set(from_file) - set(vars(known))):
             raise ValueError(
-                f"`config` {known.config} holds {', '.join(unknown)}, which are no arguments of this command."
+                f"`config` {known.config} has {', '.join(unknown)}, which this command has no arguments for."
             )
     if known.data is None and from_file.get("data") is None:
         parser.set_defaults(**(built_in or {}))
@@ -373,21 +387,22 @@ def parse_arguments(
 
 def read_arguments(path: str | Path, *argument_classes: type) -> dict[str, Any]:
     """
-    What a YAML file of arguments has, by name.
+    Read a YAML file of arguments into a dictionary.
 
     Args:
-        argument_classes: the dataclasses of the arguments. A text may stand for a value of any type, as on the command line.
+        argument_classes: the dataclasses of the arguments. A string is accepted for a value of any type, as on the command
+            line.
 
     Raises:
-        ValueError: for a file that is no YAML or has something else than names and values, and for a value of a wrong type.
+        ValueError: if the file is not valid YAML, is not a mapping, or has a value of a wrong type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML file ({error}); write it again, or give another.") from error
+        raise ValueError(f"{path} is not a valid YAML file ({error}); correct it, or give another file.") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{path} has {values!r}; it must have names and values of arguments.")
+        raise ValueError(f"{path} has {values!r}; it must be a mapping of argument names to values.")
     for argument_class in argument_classes:
         for name, hint in get_type_hints(argument_class).items():
             if name in values and not _may_be(values[name], hint):
@@ -397,7 +412,7 @@ def read_arguments(path: str | Path, *argument_classes: type) -> dict[str, Any]:
 
 
 def _may_be(value: Any, hint: Any) -> bool:
-    """Whether a value, or the text that it is on the command line, is of an annotated type."""
+    """Whether a value may be assigned to an annotated type; a string always may, as on the command line."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [get_origin(kind) or kind for kind in kinds]
     if isinstance(value, str) or not all(isinstance(kind, type) for kind in kinds):
@@ -406,7 +421,7 @@ def _may_be(value: Any, hint: Any) -> bool:
 
 
 def save_arguments(path: str | Path, *arguments: Any) -> None:
-    """Writes dataclasses as a YAML file that `--config` reads."""
+    """Write dataclasses to a YAML file that `--config` reads."""
     values = {name: value for part in arguments for name, value in asdict(part).items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
