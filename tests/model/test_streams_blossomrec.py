@@ -61,7 +61,7 @@ def test_it_is_cached_and_recommends(toy, implementation):
     whole, cut = model(ids).logits, random.randint(1, 88)
     cache = model(ids[:, :cut], use_cache=True).cache
     for start in (cut, 89):
-        logits = model(ids[:, start : 89 if start < 89 else 90], past_key_values=cache).logits
+        logits = model(ids[:, start : 89 if start < 89 else 90], cache=cache).logits
         torch.testing.assert_close(logits, whole[:, start : start + logits.shape[1]], rtol=0, atol=1e-10)
     best = model.recommend(ids, top_k=58, exclude_seen=False)
     torch.testing.assert_close(best.scores, whole[:, -1].gather(1, best.item_ids), rtol=0, atol=1e-10)
