@@ -11,7 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from blossomrec_hf import BlossomRecCache, BlossomRecForSequentialRecommendation
 from blossomrec_hf.evaluation.ranking import last_item_scores
-from blossomrec_hf.model import attention_blossomrec, recommendation_blossomrec
+from blossomrec_hf.model import attention_blossomrec, ranking_blossomrec
 from blossomrec_hf.model.modules_blossomrec import dense_weight, is_plain, weights_fingerprint
 from blossomrec_hf.sharing.export import HistoryScorer
 
@@ -107,7 +107,7 @@ def test_weights_made_of_several_tensors_are_not_read():
 
 
 def test_rows_are_scored_some_at_a_time(monkeypatch, tmp_path):
-    monkeypatch.setitem(recommendation_blossomrec.MAX_SCORES, "cpu", 130)
+    monkeypatch.setitem(ranking_blossomrec.MAX_SCORES, "cpu", 130)
     model, rows = model_and_histories()
     twin = offloaded(model, "cpu", tmp_path)
     candidates = torch.randint(2, 62, (4, 9))

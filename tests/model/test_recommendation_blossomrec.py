@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from ranking_cases import draw_ids, padded, sorted_with_python
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.model import recommendation_blossomrec as recommendation
-from blossomrec_hf.model.recommendation_blossomrec import rank_items, top_of_rows
+from blossomrec_hf.model.recommendation_blossomrec import as_ids
 
 
 VOCAB_SIZE = 60
@@ -23,75 +23,6 @@ def recommender(**kwargs) -> BlossomRecForSequentialRecommendation:
 
 def histories(*lengths: int) -> list[list[int]]:
     return [torch.randint(2, VOCAB_SIZE, (n,)).tolist() for n in lengths]
-
-
-def padded(rows: list[list[int]], side: str = "left", padding: int = 0) -> torch.Tensor:
-    length = max(map(len, rows))
-    fill = [[padding] * (length - len(row)) for row in rows]
-    return torch.tensor([f + r if side == "left" else r + f for f, r in zip(fill, rows)], dtype=torch.long)
-
-
-def sorted_with_python(scores: list[float], top_k: int, excluded=(), candidates=None, min_score=None):
-    """(ids, scores) of the best items of one row of scores."""
-    items = range(2, len(scores)) if candidates is None else {item for item in candidates if item >= 2}
-    order = sorted((-scores[item], item) for item in items if item not in set(excluded))
-    order = [(item, -score) for score, item in order if min_score is None or -score >= min_score][:top_k]
-    order += [(-1, -torch.inf)] * (top_k - len(order))
-    return [item for item, _ in order], [score for _, score in order]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 50])
-def test_the_top_of_rows_is_that_of_a_stable_sort(size):
-    for k in (1, 2, 5, size, size + 3):
-        scores = torch.randint(-3, 3, (40, size)).float()
-        scores[torch.rand(40, size) < 0.3] = -torch.inf
-        scores[:3] = 1.0
-        expected = scores.sort(dim=1, descending=True, stable=True)
-        values, places = top_of_rows(scores, k)
-        assert torch.equal(values, expected.values[:, :k])
-        left = values > -torch.inf
-        assert torch.equal(places[left], expected.indices[:, :k][left])
-
-
-def draw_ids(rows: int, most: int, vocab_size: int) -> list[list[int]]:
-    """Ids with repeats and with special ones among them."""
-    return [torch.randint(0, vocab_size, (random.randint(0, most),)).tolist() for _ in range(rows)]
-
-
-@pytest.mark.parametrize("choice", ["all", "shared", "own few", "own many"])
-@pytest.mark.parametrize("popular", [False, True])
-def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popular):
-    monkeypatch.setitem(recommendation.MAX_SCORES, "cpu", 2**11)  # several chunks of items, and of rows
-    rows, vocab_size, top_k = 7, 4000, random.choice([1, 10, 30])
-    # Small whole numbers: sums are exact and most scores occur many times.
-    states, weight = torch.randint(-1, 2, (rows, 3)), torch.randint(-1, 2, (vocab_size, 3))
-    counts = torch.randint(0, 9, (vocab_size,))
-    empty = torch.rand(rows) < 0.5
-    scores = (states @ weight.T).tolist()
-    if popular:
-        scores = [counts.tolist() if empty[i] else scores[i] for i in range(rows)]
-    excluded = draw_ids(rows, 3000, vocab_size)
-    candidates = {
-        "all": None,
-        "shared": draw_ids(1, 3000, vocab_size)[0],
-        "own few": [*draw_ids(rows - 1, 100, vocab_size), []],
-        "own many": draw_ids(rows, 3000, vocab_size),
-    }[choice]
-    tensor = None
-    if candidates is not None:
-        tensor = torch.tensor(candidates) if choice == "shared" else padded(candidates, padding=-1)
-    ids, found = rank_items(
-        states.float(),
-        weight.float(),
-        top_k,
-        excluded=padded(excluded, padding=-1),
-        candidates=tensor,
-        popular=empty if popular else None,
-        item_counts=counts,
-    )
-    for i in range(rows):
-        own = candidates[i] if choice.startswith("own") else candidates
-        assert (ids[i].tolist(), found[i].tolist()) == sorted_with_python(scores[i], top_k, excluded[i], own)
 
 
 @pytest.mark.parametrize("form", ["left", "right", "lists"])
@@ -143,11 +74,11 @@ def test_recommend_agrees_with_the_twin(form, exclude_seen):
     ],
 )
 def test_histories_of_any_kind_are_filled_up(rows):
-    ids = recommendation.as_ids("input_ids", rows, 0, torch.device("cpu"), VOCAB_SIZE)
+    ids = as_ids("input_ids", rows, 0, torch.device("cpu"), VOCAB_SIZE)
     longest = max((len(row) for row in rows), default=0)
     wanted = [[*map(int, row), *[0] * (longest - len(row))] for row in rows]
     assert ids.dtype == torch.long and ids.tolist() == wanted
-    one_list = recommendation.as_ids("candidate_ids", list(np.array([7, 8])), -1, torch.device("cpu"), VOCAB_SIZE)
+    one_list = as_ids("candidate_ids", list(np.array([7, 8])), -1, torch.device("cpu"), VOCAB_SIZE)
     assert one_list.tolist() == [7, 8]
 
 

@@ -29,7 +29,7 @@ from ..batches.histories import budget_batches, to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.packing_blossomrec import pack_histories
-from ..model.recommendation_blossomrec import top_of_rows
+from ..model.ranking_blossomrec import top_of_rows
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
 from .metrics import DEFAULT_KS, per_user_metrics

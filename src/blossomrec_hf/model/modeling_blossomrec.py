@@ -1,15 +1,11 @@
 """BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalog out."""
 
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -18,59 +14,23 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .append_blossomrec import Append
-from .attention_blossomrec import BlossomAttention, BlossomGate
+from .attention_blossomrec import BlossomAttention
 from .cache_blossomrec import BlossomRecCache
-from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
-from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
+from .ids_blossomrec import IGNORE_INDEX
 from .loss_blossomrec import given_targets, next_item_targets
-from .manifest_blossomrec import require_loadable
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories
 from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
+from .pretrained_blossomrec import BlossomRecPreTrainedModel, NoGenerationMixin
 from .recommendation_blossomrec import RecommendationMixin, as_ids
-from .streams_blossomrec import BlossomCompressor
-
-
-if TYPE_CHECKING:
-    # Nothing here uses them. `transformers` copies to a checkpoint, and loads from one, the files that this one imports
-    # anywhere: these two are to travel, too.
-    from .pipeline_blossomrec import SequentialRecommendationPipeline  # noqa: F401
-    from .tokenization_blossomrec import BlossomRecTokenizer  # noqa: F401
-
-# Where the Auto classes and `pipeline` find the code in a checkpoint.
-AUTO_MAP = {
-    "AutoConfig": "configuration_blossomrec.BlossomRecConfig",
-    "AutoModel": "modeling_blossomrec.BlossomRecModel",
-    "AutoModelForCausalLM": "modeling_blossomrec.BlossomRecForSequentialRecommendation",
-    "AutoTokenizer": ["tokenization_blossomrec.BlossomRecTokenizer", None],
-}
-CUSTOM_PIPELINES = {
-    "sequential-recommendation": {
-        "impl": "pipeline_blossomrec.SequentialRecommendationPipeline",
-        "pt": ["AutoModelForCausalLM"],
-        "type": "text",
-    }
-}
 
 
 # Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
 _HARMLESS_KEYWORDS = {"is_causal": True, "output_router_logits": False}
 _PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-class GenerationError(AttributeError, ValueError):
-    """
-    Raised for everything that generates sequences. An `AttributeError`, so that `hasattr(model, "generate")` is false.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            "BlossomRec recommends the next item and does not generate sequences; use `model.recommend(input_ids)` or "
-            '`pipeline("sequential-recommendation", model=...)`.'
-        )
 
 
 class Dropout(nn.Dropout):
@@ -100,77 +60,6 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         hidden_states = self.attention_norm(hidden_states + self.dropout(attended, training))
         fed = self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.feed_forward_norm(hidden_states + self.dropout(fed, training)), *details
-
-
-class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """Initialisation, and what `transformers` must know of BlossomRec models."""
-
-    config: BlossomRecConfig
-    config_class = BlossomRecConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["BlossomRecLayer"]
-    _supports_attention_backend = True
-
-    def __init__(self, config: BlossomRecConfig, *args: Any, **kwargs: Any) -> None:
-        config.check()  # its attributes may have been set since it was made
-        super().__init__(config, *args, **kwargs)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("torch."):
-            # FSDP2 gives a sharded model a class of its own, which no checkpoint can name: it goes by its parent's name.
-            parent = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
-            cls.__module__, cls.__name__ = parent.__module__, parent.__name__
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # Where nothing is asked, `transformers` would turn a custom model to "eager", the reference.
-        return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """
-        As in `transformers`; the configuration also names the code of the model, the tokenizer and the pipeline.
-
-        Raises:
-            ValueError: for a model or configuration of a class that is defined in a script, a notebook or a function.
-        """
-        for part in (self, self.config):
-            require_loadable(type(part))
-        if self._auto_class is not None:  # set where the code itself is saved
-            self.config.auto_map = dict(AUTO_MAP)
-            self.config.custom_pipelines = CUSTOM_PIPELINES
-        return super().save_pretrained(save_directory, *args, **kwargs)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, BlossomCompressor):
-            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, BlossomGate):
-            init.zeros_(module.weight)
-            bias = torch.tensor(module.initial_biases).repeat_interleave(self.config.num_attention_heads)
-            init.copy_(module.bias, bias)
-        elif isinstance(module, BlossomRecModel):
-            init.zeros_(module.item_counts)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """
-        As in `transformers`, for a catalog: old rows are left as they are, `item_counts` grows along with zeros, and
-        with `mean_resizing` (the default) a new item begins at the mean of the old ones.
-        """
-        old = self.get_input_embeddings().num_embeddings
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
-        new = embeddings.num_embeddings
-        base = self.base_model
-        counts = base.item_counts.new_zeros(new)
-        counts[: min(old, new)] = base.item_counts[:new]
-        base.item_counts = counts
-        tables = {id(m.weight): m.weight for m in (embeddings, self.get_output_embeddings()) if m is not None}
-        if mean_resizing and new > old:
-            for weight in tables.values():
-                weight.data[old:] = weight.data[NUM_SPECIAL_IDS:old].mean(0)
-        return embeddings
 
 
 class BlossomRecModel(BlossomRecPreTrainedModel):
@@ -417,7 +306,7 @@ def _layer_selection(histories: PackedHistories, selection, gates) -> LayerSelec
     return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates[0]))
 
 
-class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTrainedModel):
+class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
     """BlossomRec with scores over the catalog: next-item training, evaluation and recommendation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.item_embedding.weight"}
@@ -433,24 +322,6 @@ class BlossomRecForSequentialRecommendation(RecommendationMixin, BlossomRecPreTr
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _shift_labels_of(cls)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("generate", "generation_config"):
-            raise GenerationError
-        return super().__getattr__(name)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises `GenerationError`; adapters with `task_type="CAUSAL_LM"` ask for it and never call it in training."""
-        raise GenerationError
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """
-        `False`. A pipeline that generates asks this first and would then fail without a reason: it is refused here.
-        """
-        if getattr(sys._getframe(1).f_locals.get("self"), "_pipeline_calls_generate", False):
-            raise GenerationError
-        return False
 
     @property
     def item_counts(self) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""The parts of BlossomRec models that are not computation: initialization, saving, resizing, refusal of generation."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from .attention_blossomrec import BlossomGate
+from .checkpoint_blossomrec import CheckpointMixin
+from .configuration_blossomrec import BlossomRecConfig
+from .ids_blossomrec import NUM_SPECIAL_IDS
+from .manifest_blossomrec import require_loadable
+from .streams_blossomrec import BlossomCompressor
+
+
+if TYPE_CHECKING:
+    # Unused here: `transformers` copies to a checkpoint the files that its model imports, and these belong there.
+    from .pipeline_blossomrec import SequentialRecommendationPipeline  # noqa: F401
+    from .tokenization_blossomrec import BlossomRecTokenizer  # noqa: F401
+
+# The places of the classes in a checkpoint, for the Auto classes and `pipeline`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_blossomrec.BlossomRecConfig",
+    "AutoModel": "modeling_blossomrec.BlossomRecModel",
+    "AutoModelForCausalLM": "modeling_blossomrec.BlossomRecForSequentialRecommendation",
+    "AutoTokenizer": ["tokenization_blossomrec.BlossomRecTokenizer", None],
+}
+CUSTOM_PIPELINES = {
+    "sequential-recommendation": {
+        "impl": "pipeline_blossomrec.SequentialRecommendationPipeline",
+        "pt": ["AutoModelForCausalLM"],
+        "type": "text",
+    }
+}
+
+
+class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Initialization, saving and resizing of BlossomRec models."""
+
+    config: BlossomRecConfig
+    config_class = BlossomRecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BlossomRecLayer"]
+    _supports_attention_backend = True
+
+    def __init__(self, config: BlossomRecConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()  # attributes may have been set since its creation
+        super().__init__(config, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            # FSDP2 gives a sharded model a class of its own, which no checkpoint can name.
+            parent = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = parent.__module__, parent.__name__
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # By default, `transformers` would choose "eager", the reference, for a custom model.
+        return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in `transformers`; the configuration also names the code of the model, the tokenizer and the pipeline.
+
+        Raises:
+            ValueError: for a model or configuration of a class that is defined in a script, a notebook or a function.
+        """
+        for part in (self, self.config):
+            require_loadable(type(part))
+        if self._auto_class is not None:  # then the code is saved, too
+            self.config.auto_map = dict(AUTO_MAP)
+            self.config.custom_pipelines = CUSTOM_PIPELINES
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BlossomCompressor):
+            init.normal_(module.position, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, BlossomGate):
+            init.zeros_(module.weight)
+            bias = torch.tensor(module.initial_biases).repeat_interleave(self.config.num_attention_heads)
+            init.copy_(module.bias, bias)
+        elif "item_counts" in module._buffers:
+            init.zeros_(module.item_counts)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        As in `transformers`, for a catalog: old rows do not change, and `item_counts` grows by zeros. With
+        `mean_resizing` (the default), a new item starts at the mean of the old ones.
+        """
+        old = self.get_input_embeddings().num_embeddings
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
+        new = embeddings.num_embeddings
+        base = self.base_model
+        counts = base.item_counts.new_zeros(new)
+        counts[: min(old, new)] = base.item_counts[:new]
+        base.item_counts = counts
+        tables = {id(m.weight): m.weight for m in (embeddings, self.get_output_embeddings()) if m is not None}
+        if mean_resizing and new > old:
+            for weight in tables.values():
+                weight.data[old:] = weight.data[NUM_SPECIAL_IDS:old].mean(0)
+        return embeddings
+
+
+class GenerationError(AttributeError, ValueError):
+    """
+    Raised by everything that generates sequences. An `AttributeError`, so that `hasattr(model, "generate")` is false.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "BlossomRec recommends the next item and does not generate sequences; use `model.recommend(input_ids)` or "
+            '`pipeline("sequential-recommendation", model=...)`.'
+        )
+
+
+class NoGenerationMixin:
+    """Refusal of the methods that generate sequences, in place of errors deep inside of them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("generate", "generation_config"):
+            raise GenerationError
+        return super().__getattr__(name)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `GenerationError`; adapters with `task_type="CAUSAL_LM"` require the method and do not call it in training."""
+        raise GenerationError
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """`False`; a pipeline that generates calls this first, and is refused here in one sentence."""
+        if getattr(sys._getframe(1).f_locals.get("self"), "_pipeline_calls_generate", False):
+            raise GenerationError
+        return False
