@@ -1,4 +1,4 @@
-"""The look at the data, the card, the push, and the command that does it all."""
+"""The overview of a data set, and the command that prepares one."""
 
 import base64
 import re
@@ -6,15 +6,13 @@ import re
 import numpy as np
 import polars as pl
 import pytest
-from datasets import Dataset, load_from_disk
-from huggingface_hub import DatasetCard, HfApi
+from datasets import load_from_disk
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import build_sequences, split
 from blossomrec_hf.data.overview import describe, write_report
-from blossomrec_hf.sharing.dataset_cards import dataset_card, push_dataset
 
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
@@ -55,38 +53,6 @@ def test_a_page_holds_everything(log, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "page.html", "page.png"}
     with pytest.raises(ValueError, match="an .html page or a .png"):
         write_report(tmp_path / "page.pdf", tmp_path / "out")
-
-
-def test_the_card_says_what_is_in_the_folder(log, tmp_path):
-    log.write_csv(tmp_path / "log.csv")
-    build_sequences(tmp_path / "log.csv", k_core=5, output_dir=tmp_path / "out")
-    card = DatasetCard(dataset_card(tmp_path / "out"))
-    assert "sequential-recommendation" in card.data.tags
-    for text in ("`log.csv`", "k-core 5, 5", "| `input_ids` | `list<", "not known", "| Users | 96 |"):
-        assert text in card.text
-    assert str(tmp_path) not in card.text
-
-
-def test_a_push_is_private_and_complete(local_hub, log, tmp_path, monkeypatch):
-    """The repository is made; what would reach it then is recorded."""
-    calls = {}
-    build_sequences(log, output_dir=tmp_path / "out")
-    generated = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
-    monkeypatch.setattr(Dataset, "push_to_hub", lambda self, repo, **kw: calls.update(rows=len(self), repo=repo, **kw))
-    monkeypatch.setattr(DatasetCard, "load", classmethod(lambda cls, repo, **kw: DatasetCard(generated)))
-    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, repo, **kw: calls.update(card=str(self)))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kw: calls.update(upload=kw) or "address")
-    with pytest.raises(PermissionError, match="Cannot push to ada/log: no valid token was found; .*hf auth login"):
-        push_dataset(tmp_path / "out", "ada/log")
-    assert not calls
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    assert push_dataset(tmp_path / "out", "ada/log") == "address"
-    assert (calls["rows"], calls["repo"], calls["private"]) == (100, "ada/log", True)
-    assert local_hub.repository("ada/log", "dataset").private
-    assert "path: data/train-*" in calls["card"] and "## Filters" in calls["card"]
-    assert calls["upload"]["repo_type"] == "dataset" and "item_metadata.parquet" in calls["upload"]["allow_patterns"]
-    push_dataset(tmp_path / "out", "ada/log", private=False)
-    assert calls["private"] is False
 
 
 def test_the_command_builds_all(log, tmp_path, capsys):

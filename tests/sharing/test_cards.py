@@ -10,11 +10,9 @@ from statistics import fmean
 import pytest
 from card_rules import metadata_errors
 from checkpoint_cases import told
-from huggingface_hub import DatasetCard, ModelCard
+from huggingface_hub import ModelCard
 
-from blossomrec_hf.data import build_sequences
 from blossomrec_hf.sharing.cards import model_card, train_command, write_card
-from blossomrec_hf.sharing.dataset_cards import dataset_card
 from blossomrec_hf.sharing.summary import group_runs
 from blossomrec_hf.training import changed_arguments
 
@@ -108,11 +106,6 @@ def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
     assert metadata_errors(str(card), "model") == []
 
 
-def test_layers_of_several_kinds_are_told_in_their_order():
-    (group,) = group_runs([run(types=["short_term", "short_term", "blossom", "blossom", "short_term"])])
-    assert group.label == "2 × short_term, then 2 × blossom, then 1 × short_term"
-
-
 def test_the_command_names_what_differs_from_the_defaults():
     command = train_command(run(3, types=["full", "blossom"], num_key_value_heads=8, patience=20, learning_rate=0.002))
     assert " ".join(command.replace("\\\n", " ").split()) == (
@@ -135,12 +128,3 @@ def test_a_license_that_the_hub_does_not_know_is_found():
     card = model_card(run(), name="x", license="apache-2.0")
     assert metadata_errors(str(card), "model") == []
     assert metadata_errors(str(model_card(run(), name="x", license="mine")), "model") != []
-
-
-def test_the_card_of_a_data_set_is_valid(tmp_path):
-    log = tmp_path / "ring.csv"
-    log.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{i}\n" for u in range(5) for i in range(6)))
-    build_sequences(log, output_dir=tmp_path / "built")
-    card = DatasetCard(dataset_card(tmp_path / "built"))
-    assert metadata_errors(str(card), "dataset") == []
-    assert card.data.license == "other" and "ring.csv" in card.text

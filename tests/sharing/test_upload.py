@@ -294,11 +294,6 @@ def test_a_card_with_wrong_metadata_is_not_pushed(local_hub, folder):
     assert len(local_hub.repository("ada/rec").commits) == 1
 
 
-def test_summary_is_json_without_the_place_of_the_log(folder):
-    summary = json.loads((folder / SUMMARY_FILE).read_text())
-    assert summary["configuration"]["data"] == "log.csv" and summary["seed"] == 1
-
-
 @pytest.mark.parametrize("first", ["model", "tokenizer"])
 def test_uploads_by_transformers_itself_load(local_hub, first):
     model, tokenizer = small_model(), small_tokenizer()
