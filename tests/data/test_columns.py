@@ -87,28 +87,49 @@ def test_a_name_of_two_columns_is_refused(tmp_path):
 def test_an_event_is_no_header(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("1,10,100\n1,11,101\n")
-    with pytest.raises(ValueError, match="If its first row is an event, write the names of the columns above it"):
+    with pytest.raises(ValueError, match="If its first row is an event, name the columns with columns=…"):
         build_sequences(path)
     dataset, _ = build_sequences(path, user="1", item="10", timestamp="100")
     assert "the first row is read as the names of columns, though '1' is a number" in dataset.info.description
 
 
-@pytest.mark.parametrize("text", ["user;item\n1;2\n", "user;item;price\n1;2;3,5\n", "user|item\n1|2\n"])
-def test_another_separator_is_named(tmp_path, text):
-    path = tmp_path / "log.csv"
+@pytest.mark.parametrize(
+    "text, options",
+    [
+        ("user;item\n1;a\n", {}),
+        ("user;price;item\n1;3,5;a\n", {}),
+        ("user|item\n1|a\n", {}),
+        ('"user"^"item"\n1^"a"\n', {"separator": "^"}),
+        ("item~user\n'a~1\n", {"separator": "~"}),
+        ("kunde;preis;artikel\n1;3,5;a\n", {"user": "kunde", "item": "artikel"}),
+        ("1;x;a\n", {"columns": "user,,item"}),
+        ("1|a|x\n", {"columns": "kunde, artikel, y", "user": "kunde", "item": "artikel"}),
+        ('1\t"a\n', {"columns": "user,item"}),
+        ('1\t"a"\n', {"columns": "user,item", "quoting": True}),
+    ],
+)
+def test_separators_are_recognized_or_named(tmp_path, text, options):
+    path = tmp_path / "log.txt"
     path.write_text(text)
-    with pytest.raises(
-        ValueError, match="has no header of names separated by ',' .*; write the log with commas or tabs"
-    ):
-        build_sequences(path)
+    dataset, tokenizer = build_sequences(path, **options)
+    assert list(dataset["user_id"]) == [1]
+    assert tokenizer.decode_items(dataset["input_ids"][0])[0].strip("\"'") == "a"
 
 
-def test_many_columns_are_named_in_one_short_sentence(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text("user,item\r1,2\r" * 5000)
-    with pytest.raises(ValueError, match="and 9981 more") as refused:
-        build_sequences(path)
-    assert len(str(refused.value)) < 600
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"separator": "::"}, "separator is '::'; it may be one ASCII character"),
+        ({"separator": '"'}, "separator is '\"'; it may be one ASCII character"),
+        ({"encoding": "utf-7.5"}, "encoding is 'utf-7.5', which is unknown"),
+        ({"columns": "user,item,user"}, "columns is 'user,item,user'; give each column a name of its own"),
+        ({"columns": "user,sku"}, "has no column known to be the item"),
+    ],
+)
+def test_options_of_text_are_checked(tmp_path, options, said):
+    (tmp_path / "log.txt").write_text("1,a\n")
+    with pytest.raises(ValueError, match=said):
+        build_sequences(tmp_path / "log.txt", **options)
 
 
 @pytest.mark.parametrize("name", ["log.txt", "log.csv", "log"])

@@ -11,11 +11,11 @@ from plain_reader import parse
 
 from blossomrec_hf.data import build_sequences, delimited, text_files
 from blossomrec_hf.data.delimited import DelimitedFile
-from blossomrec_hf.data.text_files import BadRows
+from blossomrec_hf.data.text_files import BadRows, LogFile
 
 
 def read(path, separator: str, quoting: bool, bad: BadRows) -> list[tuple[int, list[str]]]:
-    file = DelimitedFile(path, separator, quoting=quoting)
+    file = DelimitedFile(LogFile(str(path)), separator, quoting=quoting)
     width = len(file.columns)
     return [
         (row[-1], [field or "" for field in row[:-1]])

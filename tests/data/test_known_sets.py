@@ -134,16 +134,3 @@ def test_a_page_in_place_of_a_log_is_not_kept(publisher, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ratings_Beauty.csv is damaged or another edition"):
         build_sequences("ml-1m")
     assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
-
-
-def test_every_known_set_is_described():
-    wanted = {"ml-100k", "ml-1m", "ml-20m", "ml-32m", "amazon-beauty", "amazon-video-games", "gowalla", "steam"}
-    assert set(known_sets.KNOWN) == wanted
-    for known in known_sets.KNOWN.values():
-        assert known.url.startswith("https://") and known.licence and known.format in known_sets_formats()
-
-
-def known_sets_formats() -> set[str]:
-    from blossomrec_hf.data.formats import FORMATS
-
-    return set(FORMATS)

@@ -78,13 +78,20 @@ def find_columns(
     return found
 
 
+def find_usual(columns: Iterable[str]) -> dict[str, str]:
+    """The column of each role but `user` and `item` that goes by a usual name."""
+    plain = {_plain(name): name for name in columns}
+    found = {role: [plain[key] for key in map(_plain, usual) if key in plain] for role, usual in _USUAL.items()}
+    return {role: names[0] for role, names in found.items() if names and role not in ("user", "item")}
+
+
 def _not_found(role: str, columns: Sequence[str], where: str) -> ValueError:
     near = difflib.get_close_matches(role, columns, n=3, cutoff=0.4)
     hint = f" Near matches: {_listed(near)}." if near else ""
     if numbers(columns):
-        hint += " If its first row is an event, write the names of the columns above it."
+        hint += " If its first row is an event, name the columns with columns=…"
     return ValueError(
-        f"{where} has no column known to be the {role}; it has {_listed(columns)}.{hint} Name it with {role}=…"
+        f"{where} has no column known to be the {role}; it has {_listed(columns)}.{hint} Name the column with {role}=…"
     )
 
 

@@ -1,96 +1,89 @@
-"""Comma- and tab-separated values: every row is checked before Polars reads it, which would shift rows that are too long."""
+"""Values between separators. Every row is checked before Polars reads it, because Polars would shift rows that are too long."""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from .text_files import (
-    BOM,
-    GZIP_ERRORS,
-    LONGEST_ROW,
-    BadRows,
-    incomplete_gzip,
-    not_utf8,
-    open_text,
-    read_blocks,
-    too_long,
-    with_end,
-)
+from .text_files import BOM, LONGEST_ROW, BadRows, LogFile, not_utf8, read_blocks, too_long, with_end
 
 
 _NEWLINE, _RETURN, _QUOTE = b'\n\r"'
-_PIECE = 1 << 18  # bytes looked at together: they and what is derived from them fit into a processor's cache
+_PIECE = 1 << 18  # bytes per step: they and what is derived from them fit into the cache of a processor
 
 
 class DelimitedFile:
     """
-    A text file whose first row names its columns.
+    A text file of rows with a separator between fields.
 
-    A field that begins with a quote ends with one, if `quoting`; any other quote is a character of its field.
+    If `quoting` is set, a field that begins with a quote ends with one; any other quote is a character of its field.
 
     Args:
-        path: may be compressed with gzip.
+        file ([`LogFile`]): the file.
         separator (`str`): one ASCII character.
-        quoting (`bool`): whether fields may be quoted.
+        quoting (`bool`): whether fields may be in double quotes.
+        columns (*optional*): names of the columns of a file without a header; by default, the first row names them.
 
     Attributes:
         columns (`list[str]`): the names of the columns.
 
     Raises:
-        `ValueError`: no header. `OSError`: no complete gzip file.
+        ValueError: if the header is missing.
+        OSError: if a compressed file is damaged.
     """
 
-    def __init__(self, path: Path, separator: str, *, quoting: bool) -> None:
-        self.path, self.separator, self.quoting = path, separator, quoting
+    def __init__(self, file: LogFile, separator: str, *, quoting: bool, columns: Sequence[str] | None = None) -> None:
+        self.file, self.separator, self.quoting = file, separator, quoting
         self._syntax = _Syntax(separator.encode(), quoting)
-        with open_text(path) as file:
-            try:
-                block = file.read(1 << 20) + b"\n"
-            except GZIP_ERRORS as error:
-                raise incomplete_gzip(path, error) from error
-        start = len(BOM) if block.startswith(BOM) else 0
+        with file.open() as text, file.damage_named():
+            block = text.read(1 << 20) + b"\n"
+        self._start, self._first_line = len(BOM) if block.startswith(BOM) else 0, 1
+        self._has_header = columns is None
+        if columns is not None:
+            self.columns = list(columns)
+            return
+        start = self._start
         while (header := self._syntax.row.match(block, start)) and not header[0].strip():
             start = header.end()
         if header is None or separator.encode() not in header[0]:
             line = block[start : start + 80].decode("utf-8", "replace").splitlines()[:1]
             raise ValueError(
-                f"{path} has no header of names separated by {separator!r} (first line {''.join(line)!r}); write the log "
-                "with commas or tabs, and the names of its columns in the first row."
+                f"{file} has no header of names separated by {separator!r} (first line {''.join(line)!r}); name its separator "
+                "with separator=…, or, if its first row is an event, its columns with columns=…"
             )
         self.columns = [_unquoted(name).decode("utf-8", "replace") for name in self._syntax.fields(header[0])]
         self._start, self._first_line = header.end(), 1 + block.count(b"\n", 0, header.end())
 
     def read(self, wanted: Sequence[int], bad: BadRows) -> Iterator[pl.DataFrame]:
         """
-        The rows in blocks, without blank ones. Rows with more or fewer fields than the header go to `bad`.
+        Yields the rows in blocks, without blank ones. Rows with more or fewer fields than columns go to `bad`.
 
         Args:
-            wanted: the places of the columns to read.
+            wanted: the positions of the columns to read.
 
         Yields:
             `polars.DataFrame`: `row` (int64, from 1), the line on which a row begins, and for each of `wanted` a column
-            of strings, called "0", "1" … by place.
+            of strings, named "0", "1" … by position.
 
         Raises:
-            `ValueError`: see [`BadRows`]; text that is no UTF-8; a row longer than 16 MiB.
-            `OSError`: no complete gzip file.
+            ValueError: see [`BadRows`]; also if a text is not of the file's encoding, or a row is longer than 16 MiB.
+            OSError: if a compressed file is damaged.
         """
         rest, line, wanted = b"", self._first_line, sorted(set(wanted))
-        for block in chain(with_end(read_blocks(self.path, self._start)), [b""]):
+        for block in chain(with_end(read_blocks(self.file, self._start)), [b""]):
             data = rest + block
             rows = self._syntax.split(data, last=not block)
             if rows is None:
-                raise too_long(self.path, line)
+                raise too_long(self.file, line)
             yield from self._frames(rows, line, wanted, bad)
             rest, line = data[rows.used :], line + data.count(b"\n", 0, rows.used)
 
     def _frames(self, rows: "_Rows", line: int, wanted: Sequence[int], bad: BadRows) -> Iterator[pl.DataFrame]:
         """One frame of the good rows, or none."""
+        expected = "the header has" if self._has_header else "columns= names"
         width, data, lines = len(self.columns), rows.data, line + rows.lines
         good = rows.fields == width
         if not good.all():
@@ -98,14 +91,14 @@ class DelimitedFile:
             faulty = [n for n in np.flatnonzero(~good) if data[starts[n] : rows.ends[n]].strip()]
             fields = rows.fields[faulty]
             for problem, chosen in (
-                ("more fields than the header has", fields > width),
-                ("fewer fields than the header has", (fields < width) & (fields > 0)),
+                (f"more fields than {expected}", fields > width),
+                (f"fewer fields than {expected}", (fields < width) & (fields > 0)),
                 ("quotes that do not enclose a field", fields == 0),
             ):
                 if chosen.any():
                     first = faulty[int(np.argmax(chosen))]
                     counted = f" ({rows.fields[first]}, not {width})" if rows.fields[first] else ""
-                    bad.add(problem, int(chosen.sum()), f"{self.path}, line {lines[first]}: {problem}{counted}")
+                    bad.add(problem, int(chosen.sum()), f"{self.file}, line {lines[first]}: {problem}{counted}")
             data = b"".join(data[start:end] for start, end in zip(starts[good], rows.ends[good]))
         if not good.any():
             return
@@ -119,11 +112,11 @@ class DelimitedFile:
                 data.decode()
             except UnicodeDecodeError as position:
                 number = int(np.searchsorted(rows.ends, position.start, side="right")) if good.all() else 0
-                raise not_utf8(self.path, lines[number]) from error
+                raise not_utf8(self.file, lines[number]) from error
             raise
         if frame.height != good.sum():
             raise ValueError(
-                f"{self.path}, after line {line}: {frame.height} rows where {good.sum()} were counted; is this a text "
+                f"{self.file}, after line {line}: {frame.height} rows where {good.sum()} were counted; is this a text "
                 f"file of values separated by {self.separator!r}?"
             )
         frame.columns = list(map(str, wanted))
@@ -133,9 +126,14 @@ class DelimitedFile:
 @dataclass
 class _Rows:
     """
-    The complete rows at the start of a block: their bytes as `data`, and for each row where it `ends` in it, how many
-    `fields` it has (0: it is malformed) and the place of its line among the block's `lines`. `used` bytes of the block
-    made them.
+    The complete rows at the start of a block.
+
+    Args:
+        data (`bytes`): the bytes of the rows.
+        ends (int64 [rows]): where each row ends in `data`.
+        fields (int64 [rows]): the number of fields of each row; 0 if it is malformed.
+        lines (int64 [rows]): the line on which each row begins, from 0.
+        used (`int`): the number of bytes of the block that the rows are made of.
     """
 
     data: bytes
@@ -146,7 +144,7 @@ class _Rows:
 
 
 class _Syntax:
-    """What separates fields and rows."""
+    """The syntax of rows and fields."""
 
     def __init__(self, separator: bytes, quoting: bool) -> None:
         self.separator, self.quoting = separator, quoting
@@ -159,7 +157,7 @@ class _Syntax:
         self._open_quote = re.compile(rb'(?:%s%s)*+%s(?:"\r?)?\Z' % (field, mark, quoted))
 
     def fields(self, row: bytes) -> list[bytes]:
-        """The fields of a well-formed row, with their quotes."""
+        """The fields of a well-formed row, including their quotes."""
         row, fields, place = row.removesuffix(b"\n").removesuffix(b"\r"), [], 0
         while True:
             field = self._field.match(row, place)
@@ -169,7 +167,7 @@ class _Syntax:
             place = field.end() + 1
 
     def split(self, block: bytes, *, last: bool) -> _Rows | None:
-        """The rows of a block that begins with one; `None` if a row is longer than any may be."""
+        """The rows of a block that begins with a row; `None` if a row is longer than `LONGEST_ROW`."""
         array = np.frombuffer(block, np.uint8)
         quoted = self.quoting and b'"' in block
         if quoted and (last or self._quotes_are_irregular(array)):
@@ -187,7 +185,7 @@ class _Syntax:
         return _Rows(block[:used], ends, np.diff(row_ends, prepend=-1), lines, used)
 
     def _marks(self, array: np.ndarray, quoted: bool) -> Iterator[np.ndarray]:
-        """The places of separators and of row ends, those inside quotes aside."""
+        """The positions of separators and row ends outside of quotes."""
         inside = False
         for start, piece in _pieces(array):
             mark = (piece == _NEWLINE) | (piece == ord(self.separator))
@@ -198,12 +196,12 @@ class _Syntax:
             yield np.flatnonzero(mark) + start
 
     def _quotes_are_irregular(self, array: np.ndarray) -> bool:
-        """Whether a quote is neither at the start or end of a field nor one of a pair."""
+        """Whether a quote is neither at the start or end of a field nor one of two."""
         quotes = _concatenate(_places(array, _QUOTE))
         opening, closing = quotes[0::2], quotes[1::2]
         limits = np.frombuffer(self.separator + b'\n"', np.uint8)
         after = closing[closing + 1 < array.size] + 1
-        after = after[~np.isin(array[after], limits)]  # what is left may be the \r of a row that ends with \r\n
+        after = after[~np.isin(array[after], limits)]  # the remaining bytes may be the \r of \r\n
         next_to_last = after + 1 < array.size
         ends = (array[after] == _RETURN) & (
             array[np.where(next_to_last, after + 1, after)] == _NEWLINE
@@ -211,7 +209,7 @@ class _Syntax:
         return not (np.isin(array[opening[opening > 0] - 1], limits).all() and ends.all())
 
     def _split_one_by_one(self, block: bytes, last: bool) -> _Rows | None:
-        """As `split`, for blocks with quotes in odd places: slower, and each quote in a plain field is doubled."""
+        """`split` for blocks with quotes inside of fields: slower, and each quote in a plain field is doubled."""
         place, line = 0, 0
         pieces, fields, lines = [], [], []
         while place < len(block):

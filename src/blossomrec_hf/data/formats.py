@@ -1,17 +1,20 @@
 """The file formats of logs: how each is recognized and opened. A new format is one call of [`register_format`]."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from .columns import ROLES, is_header
+from .layouts import LAYOUTS, Layout
 from .lines import (
+    find_separator,
     open_amazon_ratings,
     open_delimited,
     open_fields,
     open_foursquare,
+    open_impressions,
     open_item_sequences,
     open_json_lines,
     open_pairs,
@@ -22,7 +25,7 @@ from .lines import (
 from .options import LogOptions
 from .parts import Part
 from .tables import open_parquet
-from .text_files import first_lines
+from .text_files import LogFile, first_lines
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,20 @@ class Look:
     What a file is recognized by.
 
     Args:
-        suffix (`str`): the last suffix of its name in lowercase, without a dot and before `.gz`.
+        suffix (`str`): the last suffix of its name in lowercase, without a dot and before `.gz` or `.zst`.
         lines (`list[str]`): its first lines that are not blank; an empty line if it is Parquet.
-        named (`bool`): whether the options name a column.
+        options ([`LogOptions`]): the options given.
     """
 
     suffix: str
     lines: list[str]
-    named: bool
+    options: LogOptions
+
+    @property
+    def named(self) -> bool:
+        """Whether an option names columns or how they are separated."""
+        options = self.options
+        return any((*options.column_names.values(), options.columns, options.separator))
 
     @property
     def first(self) -> str:
@@ -55,16 +64,22 @@ class Format:
     A file format.
 
     Args:
-        open: opens a file as a [`~data.parts.Part`]. It gets the path, the [`~data.options.LogOptions`] and a list, to which
+        open: opens a file as a [`~data.parts.Part`]. It gets the [`LogFile`], the [`~data.options.LogOptions`] and a list, to which
             it may add sentences for the report on how the file is read.
         looks_like (*optional*): whether a file is of this format; by default, only `format=` selects it.
         has_column_names (`bool`): whether the columns have names, which `user=`, `item=`, `timestamp=` and `rating=` choose
             from.
+        defaults (`dict`): options of the format, for those that are not given.
     """
 
-    open: Callable[[Path, LogOptions, list[str]], Part]
+    open: Callable[[LogFile, LogOptions, list[str]], Part]
     looks_like: Callable[[Look], bool] | None = None
     has_column_names: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def complete(self, options: LogOptions) -> LogOptions:
+        """The options given, and the defaults of the format for the others."""
+        return replace(options, **{name: x for name, x in self.defaults.items() if getattr(options, name) is None})
 
 
 def _is_json(look: Look) -> bool:
@@ -76,17 +91,12 @@ def _is_python(look: Look) -> bool:
 
 
 def _is_tsv(look: Look) -> bool:
-    if _has_header(look, "\t"):
-        return True
-    return (look.named or look.suffix == "tsv") and look.first.count("\t") >= max(1, look.first.count(","))
+    return find_separator(look.first, look.options) == "\t" and _is_delimited(look)
 
 
-def _is_csv(look: Look) -> bool:
-    return _has_header(look, ",") or look.named or look.suffix in ("csv", "tsv")
-
-
-def _has_header(look: Look, separator: str) -> bool:
-    return is_header(look.first.replace('"', "").split(separator))
+def _is_delimited(look: Look) -> bool:
+    header = is_header(look.first.replace('"', "").split(find_separator(look.first, look.options)))
+    return header or look.named or look.suffix in ("csv", "tsv")
 
 
 def _is_amazon_ratings(look: Look) -> bool:
@@ -116,13 +126,14 @@ FORMATS: dict[str, Format] = {
     "pairs": Format(
         open_pairs, lambda look: all(len(line.split()) == 2 for line in look.lines)
     ),  # SASRec: "user item"
+    "impressions": Format(open_impressions),  # MIND
     "ml-100k": Format(partial(open_fields, separator="\t", columns=ROLES), _is_movielens_100k),
     "foursquare": Format(open_foursquare, lambda look: look.has_fields("\t", 8)),
     "gowalla": Format(
         partial(open_fields, separator="\t", columns=("user", "timestamp", "", "", "item")), _is_gowalla
     ),
     "ml-1m": Format(partial(open_fields, separator="::", columns=ROLES), lambda look: "::" in look.first),
-    "csv": Format(partial(open_delimited, separator=","), _is_csv, has_column_names=True),
+    "csv": Format(open_delimited, _is_delimited, has_column_names=True),
     "amazon-csv": Format(open_amazon_ratings, _is_amazon_ratings),
     "tsv": Format(partial(open_delimited, separator="\t"), _is_tsv, has_column_names=True),
     "recbole": Format(
@@ -131,6 +142,24 @@ FORMATS: dict[str, Format] = {
     "jsonl": Format(open_json_lines, _is_json, has_column_names=True),
     "python-lines": Format(open_python_lines, _is_python, has_column_names=True),
     "parquet": Format(open_parquet, lambda look: look.suffix == "parquet", has_column_names=True),
+}
+
+
+def _has_pattern(look: Look, *, layout: Layout) -> bool:
+    if look.named or not layout.pattern:
+        return False
+    lines = look.lines if layout.columns != look.first else look.lines[:1]
+    return all(re.fullmatch(layout.pattern, line) for line in lines)
+
+
+FORMATS |= {
+    name: Format(
+        FORMATS[layout.format].open,
+        partial(_has_pattern, layout=layout),
+        has_column_names=FORMATS[layout.format].has_column_names,
+        defaults=layout.options,
+    )
+    for name, layout in LAYOUTS.items()
 }
 
 
@@ -147,20 +176,19 @@ def register_format(name: str, format: Format) -> None:
     FORMATS[name] = format
 
 
-def recognize_format(path: Path, options: LogOptions) -> str:
+def recognize_format(file: LogFile, options: LogOptions) -> str:
     """
     The name of a file's format, by the file's name and first lines.
 
     Raises:
         ValueError: if the file looks like no known format.
     """
-    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    lines = [""] if suffix == "parquet" else first_lines(path, 20)
-    look = Look(suffix, lines, named=any(options.column_names.values()))
+    lines = [""] if file.suffix == "parquet" else first_lines(file, 20)
+    look = Look(file.suffix, lines, options)
     for name, format in reversed(FORMATS.items()):
         if format.looks_like is not None and format.looks_like(look):
             return name
     raise ValueError(
-        f"{path} looks like no known format (first line {look.first[:80]!r}); name its format with format=, one of "
+        f"{file} looks like no known format (first line {look.first[:80]!r}); name its format with format=, one of "
         f"{', '.join(sorted(FORMATS))}, or its columns with user=… and item=…"
     )

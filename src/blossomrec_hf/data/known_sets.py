@@ -1,4 +1,4 @@
-"""Public data sets by name: fetched from their publisher once, checked, and kept in a cache."""
+"""Public data sets by name: downloaded from their publisher once, checked, and stored in a cache."""
 
 import hashlib
 import logging
@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ..utils.files import atomic_write
 from .formats import FORMATS
+from .layouts import LAYOUTS
 from .options import LogOptions
-from .text_files import BadRows, is_gzip, read_blocks
+from .text_files import BadRows, LogFile, read_blocks
 
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,17 @@ _DAMAGED = (ValueError, OSError, KeyError, EOFError, RuntimeError, zipfile.BadZi
 @dataclass(frozen=True)
 class KnownSet:
     """
-    Where a set comes from and what its files are: `log` and `titles` name files in the unpacked folder. `md5` is the
-    checksum that the publisher states; where none does, that of the first download is kept and compared from then on.
+    A public data set.
+
+    Args:
+        url (`str`): the file to download, or, with `download=False`, the page to get it from.
+        log (`str`): the log's file, or a glob pattern of several, in the unpacked folder.
+        format (`str`): its format, one of [`~data.formats.FORMATS`].
+        licence (`str`): terms of use.
+        md5 (`str`, *optional*): the checksum that the publisher states. Without one, the checksum of the first download is
+            stored, and later downloads are compared with it.
+        titles (`str`, *optional*): the file of item titles in the unpacked folder.
+        download (`bool`): whether the license permits this package to download it.
     """
 
     url: str
@@ -37,6 +47,12 @@ class KnownSet:
     licence: str
     md5: str | None = None
     titles: str | None = None
+    download: bool = True
+
+
+def _by_hand(log: str, format: str, licence: str, url: str | None = None, titles: str | None = None) -> KnownSet:
+    """A data set that users have to get themselves, by default from the page of its layout."""
+    return KnownSet(url or LAYOUTS[format].source, log, format, licence, titles=titles, download=False)
 
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
@@ -65,6 +81,52 @@ KNOWN = {
         _GROUPLENS + "ml-32m.zip", "ml-32m/ratings.csv", "csv", _GROUPLENS_LICENCE,
         "d472be332d4daa821edc399621853b57", "ml-32m/movies.csv",
     ),
+    "ml-10m": KnownSet(
+        _GROUPLENS + "ml-10m.zip", "ml-10M100K/ratings.dat", "ml-10m", _GROUPLENS_LICENCE,
+        "ce571fd55effeba0271552578f2648bd", "ml-10M100K/movies.dat",
+    ),
+    "ml-25m": KnownSet(
+        _GROUPLENS + "ml-25m.zip", "ml-25m/ratings.csv", "csv", _GROUPLENS_LICENCE,
+        "6b51fb2759a8657d3bfcbfc42b592ada", "ml-25m/movies.csv",
+    ),
+    "ml-latest-small": _by_hand(  # its content changes, so that there is no checksum
+        "ratings.csv", "ml-csv", _GROUPLENS_LICENCE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
+    ),
+    "ml-latest": _by_hand(
+        "ratings.csv", "ml-csv", _GROUPLENS_LICENCE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
+    ),
+    "rees46": _by_hand("*.csv*", "rees46", "REES46 Marketing Platform; see its page."),
+    "otto": _by_hand("*.jsonl", "otto", "OTTO; see its page."),
+    "mind-small": _by_hand("behaviors.tsv", "mind", "Microsoft Research License; see its page."),
+    "mind-large": _by_hand("behaviors.tsv", "mind", "Microsoft Research License; see its page."),
+    "h-and-m": _by_hand("transactions_train.csv", "h-and-m", "H&M Group, for the competition; see its page."),
+    "yoochoose": _by_hand("yoochoose-clicks.dat", "yoochoose", "YOOCHOOSE; see its page."),
+    "taobao": _by_hand("UserBehavior.csv", "taobao", "Alibaba, for research; see its page."),
+    "diginetica": _by_hand("train-item-views.csv", "diginetica", "DIGINETICA; see its page."),
+    "retailrocket": _by_hand("events.csv", "retailrocket", "CC BY-NC-SA 4.0, Retailrocket; see its page."),
+    "tenrec": _by_hand("QB-video.csv", "tenrec", "CC BY-NC 4.0, Tencent; see its page."),
+    "kuairand-pure": _by_hand("log_standard_*_pure.csv", "kuairand", "CC BY-SA 4.0; see its page."),
+    "kuairand-1k": _by_hand("log_standard_*_1k.csv", "kuairand", "CC BY-SA 4.0; see its page."),
+    "kuairand-27k": _by_hand("log_standard_*_27k*.csv", "kuairand", "CC BY-SA 4.0; see its page."),
+    "kuairec": _by_hand("big_matrix.csv", "kuairec", "CC BY-SA 4.0; see its page."),
+    "yambda-50m": _by_hand("multi_event.parquet", "yambda", "Apache-2.0, Yandex; see its page (flat/50m)."),
+    "yambda-500m": _by_hand("multi_event.parquet", "yambda", "Apache-2.0, Yandex; see its page (flat/500m)."),
+    "yambda-5b": _by_hand("multi_event.parquet", "yambda", "Apache-2.0, Yandex; see its page (flat/5b)."),
+    "yelp": _by_hand("yelp_academic_dataset_review.json", "yelp", "Yelp Dataset Terms of Use; see its page."),
+    "foursquare-nyc": _by_hand(
+        "dataset_TSMC2014_NYC.txt", "foursquare", "For research; cite Yang et al., doi:10.1109/TSMC.2014.2327053.",
+        LAYOUTS["foursquare-global"].source,
+    ),
+    "foursquare-tokyo": _by_hand(
+        "dataset_TSMC2014_TKY.txt", "foursquare", "For research; cite Yang et al., doi:10.1109/TSMC.2014.2327053.",
+        LAYOUTS["foursquare-global"].source,
+    ),
+    "foursquare-global": _by_hand(
+        "dataset_TIST2015_Checkins.txt", "foursquare-global", "For research; see its page."
+    ),
+    "lastfm-1k": _by_hand(
+        "userid-timestamp-artid-artname-traid-traname.tsv", "lastfm-1k", "Last.fm, for non-commercial use; see its page."
+    ),
     "amazon-beauty": KnownSet(
         _AMAZON + "ratings_Beauty.csv", "ratings_Beauty.csv", "amazon-csv", _AMAZON_LICENCE
     ),
@@ -89,17 +151,24 @@ def cache_folder() -> Path:
 
 def fetch(name: str) -> Path:
     """
-    The folder that holds a known set; downloads, checks and unpacks it the first time. The licence is logged once, then.
+    The folder of a known set, which is downloaded, checked and unpacked the first time. The license is logged once.
 
-    A download put by hand into `$BLOSSOMREC_CACHE/<name>/` is taken instead of fetching.
+    A download that is already in `$BLOSSOMREC_CACHE/<name>/` is used as it is.
 
     Raises:
-        `FileNotFoundError`: it is not there and can not be fetched; the message says where to put it.
-        `ValueError`: a wrong checksum or a damaged file; it is not kept.
+        FileNotFoundError: if it cannot be downloaded; the message says where to put which file.
+        ValueError: if its checksum is wrong or it is damaged; it is removed.
     """
     known = KNOWN[name]
     folder = cache_folder() / name
     if (folder / ".complete").is_file():
+        return folder
+    if not known.download:
+        if not list(folder.glob(known.log)):
+            raise FileNotFoundError(
+                f"{name} is not downloaded by this package (license: {known.licence.rstrip('.')}); get {known.log} from "
+                f"{known.url} and put it into {folder}."
+            )
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     download = folder / known.url.rsplit("/", 1)[-1]
@@ -151,7 +220,7 @@ def _noted(download: Path) -> Path:
 
 
 def _check_digest(download: Path, md5: str | None) -> None:
-    """Compares with the publisher's checksum, or with the one noted at the first download."""
+    """Compares with the publisher's checksum, or with that of the first download."""
     if md5 is None and not _noted(download).is_file():
         return
     found, wanted = (
@@ -162,10 +231,13 @@ def _check_digest(download: Path, md5: str | None) -> None:
 
 
 def _check_content(log: Path, format: str) -> None:
-    """Reads a log without a known checksum: to its end if it is compressed, else its first rows."""
-    next(FORMATS[format].open(log, LogOptions(), []).read(("user", "item"), BadRows()), None)
-    if is_gzip(log):
-        for _ in read_blocks(log):
+    """Reads a log without a known checksum: to its end if it is compressed, otherwise its first rows."""
+    file = LogFile(str(log))
+    next(
+        FORMATS[format].open(file, FORMATS[format].complete(LogOptions()), []).read(("user", "item"), BadRows()), None
+    )
+    if file.compression:
+        for _ in read_blocks(file):
             pass
 
 

@@ -12,7 +12,7 @@ from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .event_table import METADATA_FILE
 from .parts import reading
-from .text_files import read_blocks
+from .text_files import LogFile, read_blocks
 
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,11 @@ def _read(source: Any) -> pl.DataFrame:
     with reading(str(path)):
         if suffix == "parquet":
             return pl.read_parquet(path, glob=False)
-        text = b"".join(read_blocks(path))
+        text = b"".join(read_blocks(LogFile(str(path))))
         if suffix in ("json", "jsonl", "ndjson"):
             return pl.read_ndjson(text, infer_schema_length=1000)
         if suffix == "dat" or path.name == "u.item":
-            lines = pl.DataFrame({"line": text.decode("iso-8859-1").splitlines()})
+            lines = pl.DataFrame({"line": text.decode().splitlines()})
             fields = pl.col("line").str.splitn("|" if path.name == "u.item" else "::", 3).struct
             return lines.select(fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"))
         separator = "," if suffix == "csv" else "\t"

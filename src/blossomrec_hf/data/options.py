@@ -1,5 +1,6 @@
 """The options of `build_sequences`: declared once for Python, Spark and the command line, and checked before any work."""
 
+import codecs
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,14 @@ class LogOptions:
         'Column of times; by default, the first usual name. An empty name ("") reads every history in the order of rows.'
     )
     rating: str | None = _option("Column of ratings; by default, the first usual name.")
+    columns: str | None = _option(
+        "Names of the columns of a file without a header, in order, separated by commas; by default, the first row names them."
+    )
+    separator: str | None = _option("Character between fields; by default, recognized among comma, tab, ; and |.")
+    quoting: bool | None = _option(
+        "Whether fields may be in double quotes; by default, unless the separator is a tab."
+    )
+    encoding: str | None = _option("Encoding of text files; by default, recognized among UTF-8, UTF-16 and Latin-1.")
     time_format: str | None = _option(
         "Format of times, as for strftime (%%d/%%m/%%Y %%H:%%M); by default, numbers and ISO 8601 dates are read."
     )
@@ -37,6 +46,26 @@ class LogOptions:
     def __post_init__(self) -> None:
         if self.on_bad_rows not in ("fail", "skip"):
             raise ValueError(f'on_bad_rows is {self.on_bad_rows!r}; it may be "fail" or "skip".')
+        if self.separator is not None:
+            object.__setattr__(self, "separator", self.separator.replace("\\t", "\t"))
+            if len(self.separator) != 1 or not self.separator.isascii() or self.separator in '"\r\n':
+                raise ValueError(
+                    f"separator is {self.separator!r}; it may be one ASCII character, such as , or ; or |."
+                )
+        if self.encoding is not None:
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError as error:
+                raise ValueError(
+                    f"encoding is {self.encoding!r}, which is unknown; it may be utf-8, utf-16, latin-1 or another of Python's."
+                ) from error
+        if self.columns is not None and len(set(named := [name for name in self.column_list if name])) < len(named):
+            raise ValueError(f"columns is {self.columns!r}; give each column a name of its own.")
+
+    @property
+    def column_list(self) -> list[str] | None:
+        """The names of the columns of a file without a header."""
+        return None if self.columns is None else [name.strip() for name in self.columns.split(",")]
 
     @property
     def column_names(self) -> dict[str, str | None]:

@@ -46,3 +46,14 @@ def reading(name: str) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise kind(f"{name} can not be read to its end ({reason[0]}); is it complete and of this format?") from error
+
+
+def explode(rows: pl.DataFrame, lists: Sequence[str]) -> pl.DataFrame:
+    """
+    One row per element of the columns `lists`. Rows with empty lists disappear; missing lists, and lists of different
+    lengths in one row, give one row without values.
+    """
+    lengths = [pl.col(name).list.len() for name in lists]
+    same = pl.all_horizontal(length.eq_missing(lengths[0]) for length in lengths)
+    rows = rows.with_columns(pl.when(same).then(pl.col(name)).alias(name) for name in lists)
+    return rows.filter(lengths[0].fill_null(1) > 0).explode(lists)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import polars as pl
 
 from ..utils.files import recover_folder
 from . import known_sets
-from .columns import no_times_note
+from .columns import find_usual, no_times_note
 from .formats import FORMATS, recognize_format
 from .options import LogOptions
 from .parts import Part
 from .tables import open_table
+from .text_files import BadRows, LogFile, find_files
 from .times import check_time_type
 
 
@@ -57,16 +59,18 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
     Opens a log without reading it.
 
     Args:
-        source: a file; a folder or a glob pattern of files of one format, which are read in the order of their names; the
-            name of a public data set ([`~data.known_sets.KNOWN`]), which is downloaded once; a folder of
-            `Dataset.save_to_disk`, or the id of a data set on the Hub (its split `train`); a Polars or pandas frame, a
-            pyarrow table or a `Dataset`.
+        source: a file; a folder or a glob pattern (`**` stands for any folders) of files of one format, which are read in
+            the order of their names; a URL of `fsspec` to one of these (`s3://…`, `gs://…`, `hf://…`,
+            `zip://member.csv::archive.zip`); the name of a public data set ([`~data.known_sets.KNOWN`]), which is
+            downloaded once; a folder of `Dataset.save_to_disk`, or the id of a data set on the Hub (its split `train`); a
+            Polars or pandas frame, a pyarrow table or a `Dataset`. The keys of Hive partitions (folders such as
+            `date=2024-01-01`) are columns. In JSON lines, Parquet and tables, the events of a user may be in lists.
         options ([`LogOptions`]): `format` is one of [`~data.formats.FORMATS`]. The columns of `csv`, `tsv`, `parquet`,
             `jsonl`, `recbole` and `python-lines` (Steam) have names, which `user`, `item`, `timestamp` and `rating` choose
             from. The others are `pairs` (user item), `sequences` (user item item …, a line per user), `item-sequences`
             (item item …, never recognized; the user ids are the numbers of the lines), `ml-100k` (`u.data`), `ml-1m`
-            (`::`), `amazon-csv` (ratings without a header, 2014 or 2018), `gowalla` and `foursquare`. Every format but
-            Parquet may be compressed with gzip.
+            (`::`), `amazon-csv` (ratings without a header, 2014 or 2018), `gowalla`, `foursquare` and the layouts of
+            [`~data.layouts.LAYOUTS`]. Text files may be compressed (`.gz`, `.zst`) or the member of a zip archive.
 
     Raises:
         FileNotFoundError: if there is no such file; for a public data set that cannot be downloaded, with the place to
@@ -83,20 +87,30 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
     if str(source) in known_sets.KNOWN and not path.exists():
         known = known_sets.KNOWN[str(source)]
         folder = known_sets.fetch(str(source))
-        log = _open_files([folder / known.log], str(source), replace(options, format=known.format))
-        log.licence, log.titles = known.licence, folder / known.titles if known.titles else None
+        files = find_files(str(folder / known.log), options.encoding)
+        log = _open_files(files, str(source), replace(options, format=known.format))
+        log.licence = known.licence
+        if known.titles is not None and (folder / known.titles).is_file():
+            log.titles = folder / known.titles
         return log
     if (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return _open_table(_stored_dataset(str(source)), str(source), options)
-    return _open_files(_files(path), path.name, options)  # the name alone: a card does not need this machine's folders
+    files = find_files(str(source), options.encoding)
+    if not files:
+        raise FileNotFoundError(
+            f"source {str(source)!r} is no file, no folder with files and no pattern that finds any, nor one of the public data "
+            f"sets {', '.join(known_sets.KNOWN)}."
+        )
+    return _open_files(files, path.name, options)  # the name alone: a card does not need this machine's folders
 
 
-def _open_files(files: list[Path], name: str, options: LogOptions) -> Log:
+def _open_files(files: list[LogFile], name: str, options: LogOptions) -> Log:
     for file in files:
-        if file.stat().st_size == 0:
+        if file.size == 0:
             raise ValueError(f"{file} is empty; a log needs at least one event.")
     notes: list[str] = []
     format = options.format or recognize_format(files[0], options)
+    options = FORMATS[format].complete(options)
     if format == "sequences" and options.format is None:
         notes.append(
             'each line is read as a user and the items of this user; format="item-sequences" is without users'
@@ -106,7 +120,9 @@ def _open_files(files: list[Path], name: str, options: LogOptions) -> Log:
             f"source is {len(files)} files, but the users of item-sequences are the numbers of their lines; join the files."
         )
     logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
-    parts = [FORMATS[format].open(file, options, notes) for file in files]
+    parts = [_open_part(file, format, options, notes) for file in files]
+    if recoded := {file.text_encoding for file in files if format != "parquet"} - {"utf-8", options.encoding}:
+        notes.append(f"the encoding is recognized as {' and '.join(sorted(recoded))}; name another with encoding=…")
     if not FORMATS[format].has_column_names:
         if named := [f"{column}={name!r}" for column, name in options.column_names.items() if name]:
             raise ValueError(
@@ -116,6 +132,25 @@ def _open_files(files: list[Path], name: str, options: LogOptions) -> Log:
             for part in parts:
                 part.types = {column: dtype for column, dtype in part.types.items() if column != "timestamp"}
     return _checked(Log(parts, name, format, options, notes=notes))
+
+
+def _open_part(file: LogFile, format: str, options: LogOptions, notes: list[str]) -> Part:
+    """A file as a part, with the keys of its Hive partition as columns that its own columns take precedence over."""
+    keys = {role: key for role, key in options.column_names.items() if key in file.partition}
+    if wrong := [role for role in ("user", "item") if role in keys]:
+        raise ValueError(f"{wrong[0]}={keys[wrong[0]]!r} is a folder's name; ids have to be in a column of the files.")
+    part = FORMATS[format].open(file, replace(options, **dict.fromkeys(keys, "")), notes)
+    usual = find_usual(file.partition)
+    keys |= {role: key for role, key in usual.items() if getattr(options, role) is None and role not in part.types}
+    if not keys:
+        return part
+    constants = [pl.lit(file.partition[key], pl.String).alias(role) for role, key in keys.items()]
+
+    def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
+        for batch in part.read([role for role in wanted if role not in keys], bad):
+            yield batch.with_columns(constants).select("row", *wanted)
+
+    return replace(part, types={**part.types, **dict.fromkeys(keys, pl.String())}, read=read)
 
 
 def _open_table(source: Any, name: str, options: LogOptions) -> Log:
@@ -138,21 +173,6 @@ def _checked(log: Log) -> Log:
         log.notes.append(no_times_note(log.options.timestamp))
     log.notes = list(dict.fromkeys(log.notes))
     return log
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
-    else:
-        files = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []
-    if not files:
-        raise FileNotFoundError(
-            f"source {str(path)!r} is no file, no folder with files and no pattern that finds any, nor one of the public "
-            f"sets {', '.join(known_sets.KNOWN)}."
-        )
-    return files
 
 
 def _stored_dataset(source: str) -> Any:
