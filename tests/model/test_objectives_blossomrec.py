@@ -240,7 +240,7 @@ def test_the_model_trains_on_its_objective(seed, objective):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"objective": "bce", "num_negatives": 29}, "`num_negatives` is 29; it must lie in 1 … 28"),
+        ({"objective": "bce", "num_negatives": 29}, "`num_negatives` is 29; it must be from 1 to 28"),
         ({"negative_sampling": "hard"}, "`negative_sampling` is 'hard'"),
         ({"cross_entropy_implementation": "apex"}, "`cross_entropy_implementation` is 'apex'"),
         ({"gbce_calibration": 1.5}, "`gbce_calibration` is 1.5"),

@@ -13,12 +13,12 @@ from .manifest_blossomrec import CONFIG_NAMES, ManifestMixin, require_loadable, 
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objective
 
 
-VERSION = "0.1.0"  # that of the package, which this file cannot import where it travels with a checkpoint
+VERSION = "0.1.0"  # of the package, which this file cannot import when it is loaded as remote code
 
 SELECTION_GRADIENTS = ("straight_through", "none")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
-# The numbers that a `rope_type` needs, in addition to `rope_theta`.
+# The numbers that each `rope_type` requires, besides `rope_theta`.
 _ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
@@ -52,65 +52,97 @@ _NUMBERS = {
     "repeat_share": (0, 1, "[0, 1]"),
 }
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
-MAX_REPEAT_SHARE = 0.01  # up to here, seen items are excluded by default
+MAX_REPEAT_SHARE = 0.01  # up to this share, seen items are excluded by default
 
 
 class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
     r"""
-    Everything that defines a BlossomRec model (arXiv 2512.13368). The catalogue is the vocabulary: id 0 is `[PAD]`,
-    id 1 is `[UNK]`, the items follow.
+    Configuration of a BlossomRec model (arXiv 2512.13368). The catalog is the vocabulary: id 0 is `[PAD]`, id 1 is `[UNK]`,
+    and the items follow.
 
     Args:
-        vocab_size (`int`): number of items plus the two special ids.
-        hidden_size (`int`): width of the item embedding and of every layer.
-        num_hidden_layers (`int`): number of layers.
-        num_attention_heads (`int`): query heads H; `hidden_size / H`, the head width, must be even (rotary embedding).
-        num_key_value_heads (`int`, *optional*): key/value heads G, a divisor of H. `None` means H.
-        intermediate_size (`int`): inner width of the feed-forward.
-        hidden_act (`str`): its activation.
-        hidden_dropout_prob (`float`): dropout after the embedding, the attention and the feed-forward. Attention
-            probabilities are never dropped.
-        attention_types (`str` or `list[str]`): the streams that each layer attends with: `"blossom"` (both streams of
-            the paper, gated), `"long_term"`, `"short_term"`, `"full"`, or names joined by `+`, with a gate for each; one
-            word means all layers. All `"full"` is SASRec with RoPE. Streams of your own: `register_stream`. Names are
-            checked when a model is built.
-        compress_block_size (`int`): l, the positions that a compression window covers.
-        compress_stride (`int`): s ≤ l, the distance between the ends of two windows.
-        selection_block_size (`int`): b, the positions of a selection block, a multiple of s.
-        num_selected_blocks (`int`): k, how many past blocks a query attends to.
-        importance_threshold (`float`): β; a block whose probability is not above it is dropped.
-        selection_gradient (`str`): `"straight_through"` lets the importance be learned through the logits of the
-            selected blocks; `"none"` leaves the compressor at its random start, as in the authors' code.
-        short_term_block_size (`int`): B, the positions of a short-term block. With 8 and a window of 1, models ranked
-            better on MovieLens-1M and on the built-in data set than with 1 and 8, the constants of the authors' code.
-        short_term_window (`int`): w, how many of the latest short-term blocks (the own one included) are attended.
-        power_law_base (`int`): p; blocks at a distance of 1, p, p², … are attended too.
-        gate_initial_bias (`list[float]`): starting biases of the long-term and the short-term gate (before the sigmoid).
-        attention_bias (`bool`): biases in the query, key, value and output projections.
-        rope_parameters (`dict`, *optional*): as in `transformers`; `rope_theta` defaults to 10,000.
-        max_position_embeddings (`int`): read by scaled `rope_type`s only; the length of a history is not limited.
-        objective (`str` or `Callable`): the training loss, at every position: `"cross_entropy"` (full softmax over the
-            catalog); against drawn items, `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`; or
-            another name of `register_objective`, which is looked up when the model is built. A function is registered
-            under its `__name__`, and the configuration keeps the name.
-        cross_entropy_implementation (`str`): what computes the full softmax: `"torch"`, `"triton"` (fused kernels that
-            never write the logits), `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, the fastest
-            that the device, the precision and the hidden size allow. Value and gradients are the same.
-        num_negatives (`int`): how many items are drawn for those; at most the number of items.
-        negative_sampling (`str`): `"uniform"`, `"popularity"` or `"in_batch"` (targets of other positions).
-        shared_negatives (`bool`): the same drawn items for all positions of a batch, or drawn for each.
-        gbce_calibration (`float`): t of gBCE, from 0 (plain BCE) to 1 (fully calibrated).
-        initializer_range (`float`): standard deviation of the initial weights.
-        layer_norm_eps (`float`): epsilon of the layer norms.
-        tie_word_embeddings (`bool`): whether the logits use the item embedding.
-        repeat_share (`float`, *optional*): the share of the test items of the training log that already occur in their
-            user's history. Up to 0.01, `recommend`, evaluation and early stopping exclude seen items by default; above,
-            they exclude nothing. `None` means not measured: `recommend` excludes seen items, evaluation measures.
-        blossomrec_version (`str`, *optional*): the version of this package that saved the configuration; one that a
-            newer version saved is refused, because it may mean something else.
+        vocab_size (`int`, *optional*, defaults to 3418):
+            Number of items plus the two special ids.
+        hidden_size (`int`, *optional*, defaults to 128):
+            Size of the item embedding and of the hidden states.
+        num_hidden_layers (`int`, *optional*, defaults to 2):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Number of query heads H. The head width `hidden_size / H` must be even.
+        num_key_value_heads (`int`, *optional*, defaults to 2):
+            Number of key/value heads G, a divisor of H. `None` means H.
+        intermediate_size (`int`, *optional*, defaults to 256):
+            Size of the hidden layer of the feed-forward network.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation function of the feed-forward network.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.3):
+            Dropout probability after the embedding, the attention and the feed-forward network. There is no dropout on
+            attention probabilities.
+        attention_types (`str` or `list[str]`, *optional*, defaults to `"blossom"`):
+            The streams of each layer: `"blossom"` (both streams of the paper with a gate), `"long_term"`, `"short_term"`,
+            `"full"`, or names joined by `+`, with a gate for each. A single name applies to all layers. `"full"` in all
+            layers is SASRec with rotary embeddings. Further streams are added by `register_stream`. Names are checked
+            when a model is built.
+        compress_block_size (`int`, *optional*, defaults to 32):
+            Number of positions l that a compression window covers.
+        compress_stride (`int`, *optional*, defaults to 16):
+            Distance s ≤ l between the ends of two windows.
+        selection_block_size (`int`, *optional*, defaults to 16):
+            Number of positions b of a selection block, a multiple of s.
+        num_selected_blocks (`int`, *optional*, defaults to 4):
+            Number of past blocks k that each query attends to.
+        importance_threshold (`float`, *optional*, defaults to 1e-10):
+            Minimum probability β. Blocks with a probability of β or less are not selected.
+        selection_gradient (`str`, *optional*, defaults to `"straight_through"`):
+            `"straight_through"` trains the importance through the logits of the selected blocks. With `"none"`, the
+            compressor keeps its initial weights, as in the authors' code.
+        short_term_block_size (`int`, *optional*, defaults to 8):
+            Number of positions B of a short-term block. With 8 and a window of 1, models ranked better on MovieLens-1M and
+            on the built-in data set than with 1 and 8, the constants of the authors' code.
+        short_term_window (`int`, *optional*, defaults to 1):
+            Number of latest short-term blocks w that are attended to, including the query's own.
+        power_law_base (`int`, *optional*, defaults to 2):
+            Base p of the distances 1, p, p², … at which further blocks are attended to.
+        gate_initial_bias (`list[float]`, *optional*, defaults to `(-2.0, 2.0)`):
+            Initial biases of the long-term and the short-term gate, before the sigmoid.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether the query, key, value and output projections have biases.
+        rope_parameters (`dict`, *optional*):
+            Parameters of the rotary embedding, as in `transformers`. `rope_theta` defaults to 10,000.
+        max_position_embeddings (`int`, *optional*, defaults to 2048):
+            Original length for scaled `rope_type`s. Does not limit the length of histories.
+        objective (`str` or `Callable`, *optional*, defaults to `"cross_entropy"`):
+            Training loss of each position: `"cross_entropy"` (full softmax over the catalog); with sampled negatives
+            `"sampled_softmax"` (with log-Q correction), `"bce"`, `"gbce"` or `"bpr"`; or another name that was given to
+            `register_objective`, which is looked up when a model is built. A function is registered under its `__name__`,
+            and the configuration stores the name.
+        cross_entropy_implementation (`str`, *optional*, defaults to `"auto"`):
+            Implementation of the full softmax: `"torch"`, `"triton"` (fused kernels that do not materialize the logits),
+            `"liger"` (the fused kernel of the package liger-kernel), or `"auto"`, the fastest that supports the device,
+            the dtype and the hidden size. Value and gradients are the same.
+        num_negatives (`int`, *optional*, defaults to 256):
+            Number of sampled negatives, at most the number of items.
+        negative_sampling (`str`, *optional*, defaults to `"uniform"`):
+            Distribution of negatives: `"uniform"`, `"popularity"` or `"in_batch"` (targets of other positions).
+        shared_negatives (`bool`, *optional*, defaults to `True`):
+            Whether all positions of a batch share the same negatives.
+        gbce_calibration (`float`, *optional*, defaults to 0.75):
+            Calibration t of gBCE, from 0 (BCE) to 1 (fully calibrated).
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
+            Epsilon of the layer norms.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the output embedding is the item embedding.
+        repeat_share (`float`, *optional*):
+            Share of the test items in the training log that occur earlier in their user's history. Up to 0.01,
+            `recommend`, evaluation and early stopping exclude seen items by default; above, they exclude none. `None` means
+            that it was not measured: `recommend` excludes seen items, and evaluation measures the share.
+        blossomrec_version (`str`, *optional*):
+            Version of this package that saved the configuration. Configurations of newer versions are refused.
 
     Raises:
-        ValueError: for every value that does not fit, naming the argument and what it may be.
+        ValueError: If a value is not valid; the message names the argument and the valid values.
     """
 
     model_type = "blossomrec"
@@ -159,8 +191,8 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         self._check_types()
         if _is_newer(self.blossomrec_version, VERSION):
             raise ValueError(
-                f"This checkpoint was saved by blossomrec-hf {self.blossomrec_version}, here is {VERSION}: "
-                "`pip install -U blossomrec-hf`, or load it with `trust_remote_code=True`, which takes its own code."
+                f"This checkpoint was saved by blossomrec-hf {self.blossomrec_version}, but {VERSION} is installed: run "
+                "`pip install -U blossomrec-hf`, or load it with `trust_remote_code=True`, which uses its own code."
             )
         self.blossomrec_version = VERSION
         if self.num_key_value_heads is None:
@@ -169,11 +201,11 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             self.attention_types = [self.attention_types] * self.num_hidden_layers
         self.attention_types = list(self.attention_types)
         self.gate_initial_bias = list(self.gate_initial_bias)
-        # A dict of its own: `transformers` completes it in place.
+        # A copy, because `transformers` completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
         if not type(self).__module__.startswith("transformers_modules."):
-            # Where the package is at hand its pipeline is registered, and the checkpoint's code is not needed;
-            # `transformers` would refuse to go on without leave to run that.
+            # The package registers its own pipeline. `transformers` would refuse to continue without permission to run
+            # the checkpoint's code.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self.check()
@@ -184,8 +216,8 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         As in `transformers`.
 
         Raises:
-            ValueError: for a damaged file, and for every value that does not fit.
-            OSError: where there is no such file, or it is no JSON.
+            ValueError: If the file is damaged, or a value is not valid.
+            OSError: If there is no such file, or it is no JSON.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -200,7 +232,7 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         As in `transformers`; also writes the hash of the file to the manifest of the folder.
 
         Raises:
-            ValueError: for a class that is defined in a script, a notebook or a function.
+            ValueError: If the class is defined in a script, a notebook or a function.
         """
         require_loadable(type(self))
         super().save_pretrained(save_directory, **kwargs)
@@ -230,13 +262,13 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE
 
     def _check_types(self) -> None:
-        """What a damaged or edited config.json can have in the place of a number, before anything is computed from it."""
+        """Check the types and ranges of single values, which a damaged or edited config.json can violate."""
         for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if name == "num_key_value_heads" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise ValueError(f"`{name}` is {_short(value)}; it must be a whole number of {least} to {most}.")
+                raise ValueError(f"`{name}` is {_short(value)}; it must be an integer from {least} to {most}.")
         for name, (least, most, interval) in _NUMBERS.items():
             value = getattr(self, name)
             if name == "repeat_share" and value is None:
@@ -254,7 +286,7 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             )
         if not isinstance(self.attention_types, str | list | tuple):
             raise ValueError(
-                f"`attention_types` is {_short(self.attention_types)}; it must be a word or a list of words."
+                f"`attention_types` is {_short(self.attention_types)}; it must be a name or a list of names."
             )
         _check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         dtype = self.dtype
@@ -262,7 +294,7 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             raise ValueError(f"`dtype` is {_short(dtype)}; it must be one of {', '.join(map(repr, _DTYPES))}.")
         if not isinstance(self.blossomrec_version, str | None):
             raise ValueError(
-                f"`blossomrec_version` is {_short(self.blossomrec_version)}; it must be text such as '0.1.0'."
+                f"`blossomrec_version` is {_short(self.blossomrec_version)}; it must be a string such as '0.1.0'."
             )
         self._check_rope()
 
@@ -280,46 +312,54 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
                 raise ValueError(f"`rope_parameters[{name!r}]` is {_short(value)}; it must be a number above 0.")
 
     def check(self) -> None:
-        """Raises `ValueError` for every value that does not fit, naming the argument and what it may be."""
+        """Raise `ValueError` if a value is not valid; the message names the argument and the valid values."""
         self._check_types()
         _check_choice("model_type", self.model_type, (type(self).model_type,))
         special = (self.pad_token_id, self.unk_token_id)
         if special != (0, 1) or not all(type(token_id) is int for token_id in special):
             raise ValueError(
-                f"`pad_token_id` and `unk_token_id` are {self.pad_token_id!r} and {self.unk_token_id!r}; BlossomRec's "
-                "vocabulary has [PAD] at 0 and [UNK] at 1."
+                f"`pad_token_id` and `unk_token_id` are {self.pad_token_id!r} and {self.unk_token_id!r}; they must be 0 and 1."
             )
+        self._check_heads()
+        self._check_blocks()
+        if len(self.attention_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`attention_types` has {len(self.attention_types)} names, but `num_hidden_layers` is "
+                f"{self.num_hidden_layers}; give one name for all layers or one per layer."
+            )
+        for attention_type in self.attention_types:
+            if not isinstance(attention_type, str):  # the names are looked up when a model is built
+                raise ValueError(
+                    f"`attention_types` has {_short(attention_type)}; it must be a name or a list of names."
+                )
+        self._check_objective()
+
+    def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be `num_attention_heads` ({self.num_attention_heads}) times "
-                "an even head width."
+                f"`hidden_size` is {self.hidden_size}; it must be an even multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+                f"`num_attention_heads` is {self.num_attention_heads}; it must be a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads})."
             )
+
+    def _check_blocks(self) -> None:
         if self.compress_block_size < self.compress_stride:
             raise ValueError(
-                f"`compress_block_size` ({self.compress_block_size}) must be at least `compress_stride` "
-                f"({self.compress_stride}), or positions between two windows would never be seen."
+                f"`compress_block_size` is {self.compress_block_size}; it must be at least `compress_stride` "
+                f"({self.compress_stride}), because positions between two windows would be ignored otherwise."
             )
         if self.selection_block_size % self.compress_stride:
             raise ValueError(
-                f"`selection_block_size` ({self.selection_block_size}) must be a multiple of `compress_stride` "
+                f"`selection_block_size` is {self.selection_block_size}; it must be a multiple of `compress_stride` "
                 f"({self.compress_stride})."
             )
-        if len(self.attention_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"`attention_types` names {len(self.attention_types)} layers, `num_hidden_layers` is "
-                f"{self.num_hidden_layers}; give one word for all layers or one a layer."
-            )
-        for attention_type in self.attention_types:
-            if not isinstance(attention_type, str):  # which streams there are is known when a model is built
-                raise ValueError(
-                    f"`attention_types` has {_short(attention_type)}; it must be a word or a list of words."
-                )
         _check_choice("selection_gradient", self.selection_gradient, SELECTION_GRADIENTS)
+
+    def _check_objective(self) -> None:
         if not isinstance(self.objective, str):
             raise ValueError(
                 f"`objective` is {_short(self.objective)}; it must be the name of an objective, or a function."
@@ -328,12 +368,12 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         _check_choice("negative_sampling", self.negative_sampling, NEGATIVE_SAMPLINGS)
         if self.objective in SAMPLED_OBJECTIVES and not 1 <= self.num_negatives <= self.num_items:
             raise ValueError(
-                f"`num_negatives` is {self.num_negatives!r}; it must lie in 1 … {self.num_items}, the number of items."
+                f"`num_negatives` is {self.num_negatives!r}; it must be from 1 to {self.num_items}, the number of items."
             )
 
 
 def _is_newer(saved: str | None, here: str) -> bool:
-    """Whether `saved` is of a later version than `here`, but for the last of their three numbers, which fixes errors."""
+    """Whether the version `saved` is newer than `here`, ignoring the patch number."""
     numbers = [re.findall(r"\d+", version)[:2] for version in (saved or "0", here)]
     return [int(number) for number in numbers[0]] > [int(number) for number in numbers[1]]
 
