@@ -7,7 +7,7 @@ from html import escape
 import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
-from blossomrec_hf.model.ops_reference import power_law_distances
+from blossomrec_hf.model.ops_reference import Selection, last_positions
 
 
 Span = tuple[int, int]  # first and last position, counted from 0, both included
@@ -41,28 +41,37 @@ def explain(model: BlossomRecForSequentialRecommendation, history: Sequence[int]
     Args:
         history: vocabulary ids, at least one, the latest last.
     """
-    config, last = model.config, len(history) - 1
+    config, length = model.config, len(history)
     outputs = model.model(torch.tensor([history], device=model.device), output_selection=True)
+    last, position = last_positions(torch.tensor([0, length]), length), torch.arange(length)
     readings = []
-    for attention_type, layer in zip(config.attention_types, outputs.selections):
-        size = config.selection_block_size
+    for attention_type, layer, found in zip(config.attention_types, model.model.layers, outputs.selections):
+        selection = None
+        if found.block_indices is not None:
+            selection = Selection(found.block_indices[:, -1].cpu(), found.importance[:, -1].cpu())
+        streams = layer.self_attn.streams
+        seen = {stream.name: stream.mask(last, position, selection)[0, 0] for stream in streams}
         selected: list[list[tuple[Span, float]]] = []
-        if layer.block_indices is not None:
-            for blocks, importance in zip(layer.block_indices[0, -1].tolist(), layer.importance[0, -1].tolist()):
+        own, short = None, []
+        if "long_term" in seen:
+            size = config.selection_block_size
+            own = _blocks_seen(seen["long_term"], size)[0]
+            for blocks, importance in zip(selection.block_indices[0].tolist(), selection.importance[0].tolist()):
                 chosen = [(block, weight) for block, weight in zip(blocks, importance) if block >= 0]
                 selected.append([((block * size, (block + 1) * size - 1), weight) for block, weight in chosen])
-        own = (last - last % size, last) if selected else None
-        if attention_type == "full":
-            own = (0, last)
-        short: list[Span] = []
-        if attention_type in ("blossom", "short_term"):
-            size = config.short_term_block_size
-            block = last // size
-            for distance in power_law_distances(block + 1, config.short_term_window, config.power_law_base):
-                short.append(((block - distance) * size, min((block - distance + 1) * size - 1, last)))
-        gates = [] if layer.gates is None else [(long, near) for long, near in layer.gates[0, -1].tolist()]
+        if "full" in seen:
+            (own,) = _blocks_seen(seen["full"], length)
+        if "short_term" in seen:
+            short = _blocks_seen(seen["short_term"], config.short_term_block_size)
+        gates = [] if found.gates is None else [(long, near) for long, near in found.gates[0, -1].tolist()]
         readings.append(LayerReading(attention_type, selected, own, short, gates))
     return readings
+
+
+def _blocks_seen(mask: torch.Tensor, size: int) -> list[Span]:
+    """The blocks of `size` positions in which `mask` `[length]` is set, the latest first."""
+    blocks = (mask.nonzero()[:, 0] // size).unique().flip(0).tolist()
+    return [(block * size, min((block + 1) * size, len(mask)) - 1) for block in blocks]
 
 
 def render_recommendations(heading: str, rows: Iterable[tuple[str, str, str, float]], note: str) -> str:

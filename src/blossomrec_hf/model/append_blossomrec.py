@@ -69,7 +69,7 @@ class Append:
         self.layers = [BlossomRecCacheLayer(x.states, dict(x.blocks)) for x in cache.layers]
 
         if self.from_start:
-            self.events = torch.stack(locate(cu_seqlens, num_tokens), 1)
+            self.events = torch.stack(locate(cu_seqlens[:-1], num_tokens), 1)
         else:  # few: a copy to the device costs less than what would compute them there
             row = torch.repeat_interleave(counts)
             position = torch.arange(num_tokens) + (lengths - self.offsets[:-1])[row]

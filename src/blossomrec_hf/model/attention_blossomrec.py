@@ -214,6 +214,12 @@ class BlossomAttention(nn.Module):
         if len(self.streams) > 1:
             self.gate = BlossomGate(config, [stream.gate_bias for stream in self.streams])
 
+    def gate_values(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The gates `[..., H, number of streams]` at hidden states `[..., hidden_size]`; `None` for a single stream."""
+        if len(self.streams) == 1:
+            return None
+        return self.gate(hidden_states).unflatten(-1, (len(self.streams), -1)).transpose(-1, -2).sigmoid()
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -252,9 +258,7 @@ class BlossomAttention(nn.Module):
         last_alone = keep is not None and not output_attentions and _answers_queries(self, k)
         asking = hidden_states[:, keep] if last_alone else hidden_states
         q = heads(self.q_proj(asking))
-        gates = None
-        if len(self.streams) > 1:
-            gates = self.gate(asking).unflatten(-1, (len(self.streams), -1)).transpose(-1, -2).sigmoid()
+        gates = self.gate_values(asking)
         kwargs = {
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,

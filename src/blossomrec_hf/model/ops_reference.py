@@ -91,15 +91,20 @@ class Ops(NamedTuple):
 
 
 def locate(first: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The history of each of `num_rows` rows, and its place inside that history; both `[num_rows]`."""
+    """
+    The history of each of `num_rows` rows, and its place inside that history, both `[num_rows]`; `first` `[S]` is the
+    row of each history's place 0.
+    """
     row = torch.arange(num_rows, device=first.device)
+    if first.shape[0] == 1:
+        return torch.zeros_like(row), row
     history = torch.searchsorted(first, row, right=True) - 1
     return history, row - first[history]
 
 
 def every_position(cu_seqlens: torch.Tensor, num_tokens: int, max_length: int) -> Queries:
     """All positions of packed histories; `cu_seqlens` `[S + 1]` are their offsets, `num_tokens` the last of these."""
-    return Queries(*locate(cu_seqlens, num_tokens), max_length, max_length, every=True)
+    return Queries(*locate(cu_seqlens[:-1], num_tokens), max_length, max_length, every=True)
 
 
 def last_positions(cu_seqlens: torch.Tensor, max_length: int) -> Queries:
@@ -113,12 +118,10 @@ def complete_blocks(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> tup
     The complete blocks of `size` positions of packed histories, end to end, and the first block `[S]` of each history.
     There are `num_tokens // size` of them; those after the last complete one mean nothing.
     """
-    ends = torch.div(cu_seqlens.diff(), size, rounding_mode="floor").cumsum(0)
-    first = nn.functional.pad(ends, (1, 0))[:-1]
-    block = torch.arange(num_tokens // size, device=cu_seqlens.device)
-    history = torch.searchsorted(ends, block, right=True).clamp(max=cu_seqlens.shape[0] - 2)
-    position = (block - first[history] + 1) * size - 1
-    return Queries(history, position, num_tokens, num_tokens // size), first
+    number = torch.div(cu_seqlens.diff(), size, rounding_mode="floor")
+    first = nn.functional.pad(number.cumsum(0)[:-1], (1, 0))
+    history, block = locate(first, num_tokens // size)
+    return Queries(history, (block + 1) * size - 1, num_tokens, num_tokens // size), first
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -189,16 +192,20 @@ def select(
     own = torch.div(queries.position, block_size, rounding_mode="floor")
     candidate = (history == queries.history[:, None]) & (block < own[:, None])
     importance = importance.masked_fill(~candidate[:, None], -torch.inf)
-    pi = nn.functional.pad(importance, (0, 1), value=-1000.0).softmax(-1)[..., :-1]
+    norm = nn.functional.pad(importance, (0, 1), value=-1000.0).logsumexp(-1, keepdim=True)
 
     # Columns of no block, so that there are always enough to choose from.
-    importance = nn.functional.pad(importance, (0, num_selected_blocks), value=-torch.inf)
-    pi, block = nn.functional.pad(pi, (0, num_selected_blocks)), nn.functional.pad(block, (0, num_selected_blocks))
-    order = importance.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lower block
-    order = order[..., :num_selected_blocks]
-    pi = pi.gather(-1, order)
+    left = nn.functional.pad(importance, (0, num_selected_blocks), value=-torch.inf)
+    block = nn.functional.pad(block, (0, num_selected_blocks))
+    scores, chosen = [], []
+    for _ in range(num_selected_blocks):
+        score, best = left.max(-1, keepdim=True)  # the first of equals: ties to the lower block
+        scores.append(score)
+        chosen.append(best)
+        left = left.scatter(-1, best, -torch.inf)
+    pi = (torch.cat(scores, -1) - norm).exp()
     kept = pi > threshold
-    return Selection(torch.where(kept, block[order], -1), torch.where(kept, pi, 0.0))
+    return Selection(torch.where(kept, block[torch.cat(chosen, -1)], -1), torch.where(kept, pi, 0.0))
 
 
 def straight_through(importance: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,14 @@ import os
 import torch
 from torch import nn
 
-from ..model.attention_blossomrec import BlossomAttention, rotate
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation, BlossomRecLayer
 from ..model.modules_blossomrec import has_plain_compressor, is_plain
+from ..model.ops_reference import REFERENCE_OPS, Keys, Queries, rotate
+from ..model.streams_blossomrec import attend_streams, packed_blocks
+
+
+MAX_LENGTH = 2**31 - 1  # longer than any history, of which a graph does not know the length
 
 
 class HistoryScorer(nn.Module):
@@ -37,9 +41,6 @@ class HistoryScorer(nn.Module):
                 "`model` is offloaded, quantized or adapted; load the checkpoint without that to export it."
             )
         self.model = model.eval()
-        config = model.config
-        powers = [config.power_law_base**i for i in range(40)] if config.power_law_base > 1 else [1]
-        self.register_buffer("powers", torch.tensor([p for p in powers if p < 2**31]), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         config, base = self.model.config, self.model.model
@@ -62,61 +63,20 @@ class HistoryScorer(nn.Module):
         return scores.masked_fill(special, -torch.inf)
 
     def _layer(self, layer: BlossomRecLayer, x: torch.Tensor, position: torch.Tensor, cos_sin: tuple) -> torch.Tensor:
-        attention: BlossomAttention = layer.self_attn
+        """One layer on rows `[B, L, hidden_size]`, every row a history of its own."""
+        attention = layer.self_attn
         q, k, v = (
-            projection(x).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            projection(x).unflatten(2, (-1, attention.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        q = q.unflatten(1, (k.shape[1], -1))  # [B, G, H/G, L, d]
-        logits = q @ k[:, :, None].transpose(-1, -2) * attention.scaling
-        causal = position[:, None] >= position
-        streams = []
-        if attention.attention_type == "full":
-            streams.append(causal)
-        if attention.attention_type in ("blossom", "long_term"):
-            streams.append(self._selected(attention, q, k, position) & causal)
-        if attention.attention_type in ("blossom", "short_term"):
-            streams.append(self._short(position) & causal)
-        outs = [logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v[:, :, None] for mask in streams]
-        outs = [out.flatten(1, 2).transpose(1, 2) for out in outs]  # [B, L, H, d]
-        out = outs[0]
-        if attention.attention_type == "blossom":
-            gates = attention.gate(x).unflatten(-1, (2, -1)).sigmoid()
-            out = outs[0] * gates[:, :, 0, :, None] + outs[1] * gates[:, :, 1, :, None]
+        q, k = (rotate(heads.transpose(1, 2), *cos_sin).transpose(1, 2) for heads in (q, k))
+        history = torch.zeros_like(position)
+        keys, queries = Keys(k, v, history[:1]), Queries(history, position, MAX_LENGTH, MAX_LENGTH)
+        offsets = torch.stack([position[0], position[-1] + 1])
+        blocks = packed_blocks(REFERENCE_OPS, attention, keys, offsets)
+        out, _ = attend_streams(REFERENCE_OPS, attention, q, keys, queries, blocks, attention.gate_values(x))
         x = layer.attention_norm(x + attention.o_proj(out.flatten(2)))
         return layer.feed_forward_norm(x + layer.down_proj(layer.act_fn(layer.up_proj(x))))
-
-    def _selected(self, attention: BlossomAttention, q, k, position: torch.Tensor) -> torch.Tensor:
-        """Which keys lie in the selected blocks or the own one, `[B, G, 1, L, L]`."""
-        config = self.model.config
-        stride, length, size = config.compress_stride, config.compress_block_size, config.selection_block_size
-        chosen = config.num_selected_blocks
-        compressor = attention.compressor
-        windows = torch.arange(k.shape[2] // stride, device=k.device)[:, None] * stride
-        inside = windows + torch.arange(length, device=k.device)
-        padded = nn.functional.pad(k, (0, 0, length - stride, 0))
-        compressed = padded[:, :, inside] + compressor.position[:, None]
-        compressed = compressor.mlp(compressed.flatten(3))
-        blocks = compressed.unflatten(2, (-1, size // stride)).mean(3)  # [B, G, M, d]
-        own = position // size
-        scores = q.mean(2) @ blocks.transpose(-1, -2) * attention.scaling  # [B, G, L, M]
-        block = torch.arange(blocks.shape[2], device=k.device)
-        scores = scores.masked_fill(block >= own[:, None], -1e30)
-        norm = torch.logsumexp(nn.functional.pad(scores, (0, 1), value=-1000.0), -1, keepdim=True)
-        # Empty columns, so that there are always enough to choose from.
-        best, index = nn.functional.pad(scores, (0, chosen), value=-1e30).topk(chosen, dim=-1)
-        kept = (best - norm).exp() > config.importance_threshold
-        selected = nn.functional.pad(torch.zeros_like(scores), (0, chosen)).scatter(-1, index, kept.to(scores.dtype))
-        return ((selected[..., own] > 0) | (own[:, None] == own))[:, :, None]
-
-    def _short(self, position: torch.Tensor) -> torch.Tensor:
-        """Which keys the short-term stream sees of the past, `[L, L]`."""
-        config = self.model.config
-        block = position // config.short_term_block_size
-        distance = block[:, None] - block
-        visible = (position < config.short_term_window) | (position[:, None] == self.powers).any(1)
-        return visible[distance.clamp(min=0)]
 
 
 def _example(model: BlossomRecForSequentialRecommendation) -> tuple[tuple[torch.Tensor, torch.Tensor], dict]:
