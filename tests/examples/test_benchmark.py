@@ -133,7 +133,7 @@ def test_every_peer_computes_full_attention(benchmark, implementation, rotated):
     query, key, value = torch.randn(3, 1, 8, 60, 16).unbind()
     angle = torch.randn(60, 8).repeat(1, 2)[None]
     embeddings = (angle.cos(), angle.sin())
-    settings = {"cu_seqlens": torch.tensor([0, 20, 40, 60]), "max_seqlen": 20, "scaling": 0.25, "gates": None}
+    settings = {"cu_seqlens": torch.tensor([0, 20, 40, 60]), "max_seqlen": 20, "gates": None}
     args = argparse.Namespace(device="cpu", hidden_size=128, num_hidden_layers=1, num_key_value_heads=2)
     peer = next(c for c in benchmark.CONTESTANTS if c.implementation == implementation)
     module = benchmark.build(peer, args).model.layers[0].self_attn
