@@ -3,103 +3,18 @@
 import copy
 import random
 
-import hypothesis
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from cache_cases import TOLERANCE, append, assert_continues, padded_anywhere, recommender, whole
+from model_cases import histories
 from transformers import DynamicCache
 
-from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf import BlossomRecCache, BlossomRecConfig
 from blossomrec_hf.model import ops_torch
-from blossomrec_hf.model.cache_blossomrec import _file_digest
 from blossomrec_hf.model.modules_blossomrec import weights_fingerprint
 from blossomrec_hf.model.ops_reference import Keys, every_position, rotate
 from blossomrec_hf.model.ops_torch import TORCH_OPS
 from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES, packed_blocks
-
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-ROPES = [
-    {"rope_type": "default", "rope_theta": 100.0},
-    {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
-    {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1000.0, "original_max_position_embeddings": 64},
-    {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "rope_theta": 1000.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-]
-
-
-def recommender(dtype: torch.dtype = torch.float64, **kwargs) -> BlossomRecForSequentialRecommendation:
-    """A small model whose importance is far from uniform; block sizes, heads and rotary embedding drawn anew."""
-    stride = random.choice([1, 2, 4])
-    heads, groups = random.choice([(4, 2), (4, 1), (2, 2)])
-    settings = {
-        "vocab_size": 60,
-        "hidden_size": 16,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "intermediate_size": 24,
-        "compress_stride": stride,
-        "compress_block_size": stride * random.choice([1, 2, 3]) + random.choice([0, 1]),
-        "selection_block_size": stride * random.choice([1, 2, 4]),
-        "num_selected_blocks": random.choice([1, 2, 4]),
-        "short_term_block_size": random.choice([1, 3, 4]),
-        "short_term_window": random.choice([1, 2]),
-        "power_law_base": random.choice([2, 3]),
-        "rope_parameters": random.choice(ROPES),
-        "initializer_range": 0.3,
-    }
-    config = BlossomRecConfig(**(settings | kwargs))
-    print({name: getattr(config, name) for name in settings})
-    return BlossomRecForSequentialRecommendation(config).to(dtype).eval()
-
-
-def histories(*lengths: int) -> list[torch.Tensor]:
-    return [torch.randint(2, 60, (n,)) for n in lengths]
-
-
-def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the left, on the right, or anywhere, and their mask."""
-    length = max([len(row) for row in rows]) + random.choice([0, 0, 2])
-    side = random.choice(["left", "right", "anywhere"])
-    ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = torch.randperm(length)[: len(row)].sort().values
-        if side != "anywhere":
-            place = torch.arange(len(row)) + (length - len(row) if side == "left" else 0)
-        ids[i, place], mask[i, place] = row, 1
-    return ids, mask
-
-
-@torch.no_grad()
-def append(model, cache, rows: list[torch.Tensor], **kwargs):
-    """The output for the new events `rows`, and the logits of each row's events."""
-    ids, mask = padded(rows)
-    mask_given = random.random() < 0.7
-    out = model(ids, attention_mask=mask if mask_given else None, cache=cache, use_cache=True, **kwargs)
-    return out, mask, [out.logits[i][mask[i] == 1] for i in range(len(rows))]
-
-
-def whole(model, row: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(row[None]).logits[0]
-
-
-def assert_continues(model, cache, rows: list[torch.Tensor], events: int = 9) -> None:
-    """The cache holds `rows`: new events after them get the logits of whole histories."""
-    assert cache.lengths.tolist() == [len(row) for row in rows]
-    assert [cache.item_ids[i, : len(row)].tolist() for i, row in enumerate(rows)] == [row.tolist() for row in rows]
-    new = histories(*(random.randint(0, events) for _ in rows))
-    _, _, logits = append(model, cache, new)
-    for row, events, found in zip(rows, new, logits):
-        expected = whole(model, torch.cat([row, events]))[len(row) :]
-        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[found.dtype])
 
 
 def sharp_choices(model, row: torch.Tensor) -> list[torch.Tensor | None]:
@@ -242,14 +157,6 @@ def test_logits_to_keep_are_the_last_new_ones():
 # What can be done with the histories of a cache
 
 
-@pytest.fixture
-def held():
-    """A model, its cache, and what that holds; every kind of layer."""
-    model = recommender(attention_types=list(ATTENTION_TYPES), num_hidden_layers=4)
-    rows = histories(50, 0, 7, 21)
-    return model, append(model, None, rows)[0].cache, rows
-
-
 def test_select_reorder_repeat_and_evict(held):
     model, cache, rows = held
     assert_continues(model, cache.select([3, 3, 1]), [rows[3], rows[3], rows[1]])
@@ -305,68 +212,6 @@ def test_the_last_hidden_state_is_not_known_after_a_crop(held):
         torch.testing.assert_close(cache.last_hidden_state[i], expected)
 
 
-def test_save_and_load(held, tmp_path):
-    model, cache, rows = held
-    path = tmp_path / "cache.safetensors"
-    cache.crop([49, 0, 7, 21])
-    rows = [rows[0][:-1], *rows[1:]]
-    cache.save(path)
-    assert [x.name for x in tmp_path.iterdir()] == ["cache.safetensors"]
-    assert path.stat().st_size < cache.nbytes
-    loaded = BlossomRecCache.load(path, model, max_length=70)
-    assert loaded.capacity == 49
-    torch.testing.assert_close(loaded.select([2]).last_hidden_state, cache.select([2]).last_hidden_state)
-    with pytest.raises(ValueError, match="history 0"):
-        _ = loaded.last_hidden_state
-    assert_continues(model, loaded, rows)
-    with pytest.raises(ValueError, match="max_length.*48.*49 events"):
-        BlossomRecCache.load(path, model, max_length=48)
-
-
-def test_a_file_that_does_not_fit_is_refused(held, tmp_path):
-    model, cache, _ = held
-    path = tmp_path / "cache.safetensors"
-    cache.save(path)
-    other = recommender(
-        attention_types="full", **{"rope_parameters": model.config.rope_parameters | {"rope_theta": 7.0}}
-    )
-    with pytest.raises(ValueError, match="num_hidden_layers` is 2 and 4") as error:
-        BlossomRecCache.load(path, other)
-    assert "attention_types" in str(error.value) and "rope_parameters" in str(error.value)
-    assert "vocab_size" not in str(error.value)
-    with pytest.raises(ValueError, match="another configuration"):
-        other(torch.tensor([[5]] * 4), cache=cache)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cache.safetensors"):
-        BlossomRecCache.load(path, model)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model.safetensors.*not written"):
-        BlossomRecCache.load(tmp_path / "model.safetensors", model)
-    with pytest.raises(ValueError, match="nothing to save"):
-        BlossomRecCache(model.config).save(path)
-
-
-def test_histories_of_other_weights_are_refused(held, tmp_path):
-    model, cache, rows = held
-    path = tmp_path / "cache.safetensors"
-    cache.save(path)
-    other = copy.deepcopy(model)
-    assert_continues(other, copy.deepcopy(cache), rows)
-    with torch.no_grad():
-        other.model.layers[1].up_proj.weight[3, 5] += 1e-4
-    event = torch.tensor([[5]] * 4)
-    refused = (
-        lambda: BlossomRecCache.load(path, other),
-        lambda: other(event, cache=cache),
-        lambda: other.recommend(event, cache=cache),
-        lambda: BlossomRecCache.cat([cache, append(other, None, rows)[0].cache]),
-    )
-    for action in refused:
-        with pytest.raises(ValueError, match="weights"):
-            action()
-    assert_continues(model, BlossomRecCache.load(path, model), rows)
-
-
 def test_a_training_step_ends_the_histories_of_a_cache(held):
     model, cache, rows = held
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -376,20 +221,6 @@ def test_a_training_step_ends_the_histories_of_a_cache(held):
         append(model.eval(), cache, [row[:1] for row in rows])
 
 
-def test_histories_outlive_a_vocabulary_that_grows(held, tmp_path):
-    model, cache, rows = held
-    path = tmp_path / "cache.safetensors"
-    cache.save(path)
-    model.resize_token_embeddings(70)
-    for kept in (cache, BlossomRecCache.load(path, model)):
-        append(model, kept, [torch.tensor([69])] * 4)
-        assert_continues(model, kept, [torch.cat([row, torch.tensor([69])]) for row in rows])
-    with torch.no_grad():
-        model.get_input_embeddings().weight[69] += 1
-    with pytest.raises(ValueError, match="other weights"):
-        append(model, cache, rows)
-
-
 def test_a_fingerprint_does_not_depend_on_memory_dtype_or_inference_mode():
     model = recommender(torch.float32).model
     fingerprint = weights_fingerprint(model)
@@ -397,98 +228,6 @@ def test_a_fingerprint_does_not_depend_on_memory_dtype_or_inference_mode():
     with torch.inference_mode():
         assert weights_fingerprint(copy.deepcopy(model)) == fingerprint
     assert weights_fingerprint(copy.deepcopy(model).bfloat16().float()) == weights_fingerprint(model.bfloat16())
-
-
-@pytest.mark.parametrize(
-    "damage",
-    "zeroed states, wrong length, huge length, negative length, no states, cut states, nan, other items, "
-    "half the block keys, another dtype".split(", "),
-)
-def test_a_damaged_file_is_refused(held, tmp_path, damage):
-    """Even if what was changed fits in shape: a digest of all tensors is part of the file."""
-    model, cache, rows = held
-    path = tmp_path / "cache.safetensors"
-    cache.save(path)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    if damage == "zeroed states":
-        tensors["layers.1.states"].zero_()
-    elif damage.endswith("length"):
-        tensors["lengths"][1] = {"wrong": 5, "huge": 2**40, "negative": -1}[damage.split()[0]]
-    elif damage == "no states":
-        del tensors["layers.1.states"]
-    elif damage == "cut states":
-        tensors["layers.1.states"] = tensors["layers.1.states"][:, :-1].contiguous()
-    elif damage == "nan":
-        tensors["last_hidden_state"][0, 0] = torch.nan
-    elif damage == "other items":
-        tensors["item_ids"][0, 0] = 2 + tensors["item_ids"][0, 0] % 50
-    elif damage == "half the block keys":
-        name = "layers.0.blocks.long_term"
-        tensors[name] = tensors[name][..., :1].contiguous()
-    else:
-        tensors["last_hidden_state"] = tensors["last_hidden_state"].float()
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="cache.safetensors is damaged"):
-        BlossomRecCache.load(path, model)
-    if damage not in (
-        "no states",
-        "cut states",
-        "half the block keys",
-        "zeroed states",
-        "other items",
-        "wrong length",
-    ):
-        # Nor does a digest that fits help: a length of 2**40 is refused before anything of this size is made.
-        save_file(tensors, path, metadata | {"digest": _file_digest(tensors, metadata)})
-        with pytest.raises(ValueError, match="cache.safetensors is damaged"):
-            BlossomRecCache.load(path, model)
-
-
-@hypothesis.settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    derandomize=False,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-@hypothesis.given(data=hypothesis.strategies.data())
-def test_no_damage_of_a_file_is_silent_or_a_foreign_error(saved_cache, data):
-    """Bytes changed, cut or inserted anywhere: a `ValueError` with one sentence, or the very cache that was saved."""
-    path, model, tensors, original = saved_cache
-    raw = bytearray(original)
-    header = int.from_bytes(raw[:8], "little") + 8
-    integers = hypothesis.strategies.integers
-    for _ in range(data.draw(integers(1, 3))):
-        place = data.draw(hypothesis.strategies.one_of(integers(0, header - 1), integers(0, len(raw) - 1)))
-        kind = data.draw(hypothesis.strategies.sampled_from(["change", "cut", "insert", "truncate"]))
-        if kind == "change":
-            raw[place % len(raw)] = data.draw(integers(0, 255))
-        elif kind == "insert":
-            raw[place:place] = data.draw(hypothesis.strategies.binary(min_size=1, max_size=9))
-        else:
-            del raw[place : place + data.draw(integers(1, 9)) if kind == "cut" else len(raw)]
-        if not raw:
-            break
-    path.write_bytes(raw)
-    try:
-        loaded = BlossomRecCache.load(path, model)
-    except ValueError as error:
-        assert type(error) is ValueError and path.name in str(error) or "configuration" in str(error)
-        return
-    torch.testing.assert_close(loaded._tensors(), tensors, rtol=0, atol=0)
-
-
-@pytest.fixture(scope="module")
-def saved_cache(tmp_path_factory):
-    """A file of a small cache, the model, the tensors that loading it gives, and its bytes."""
-    torch.manual_seed(0)
-    random.seed(0)
-    model = recommender(torch.float32, attention_types=["blossom", "full"])
-    path = tmp_path_factory.mktemp("cache") / "cache.safetensors"
-    append(model, cache := BlossomRecCache(model.config), histories(12, 0, 3))
-    cache.save(path)
-    return path, model, BlossomRecCache.load(path, model)._tensors(), path.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -661,7 +400,7 @@ def test_on_a_gpu(dtype):
     cache = None
     found = [[] for _ in rows]
     for part in (slice(0, 30), slice(30, 31), slice(31, 70)):
-        ids, mask = padded([row[part].cpu() for row in rows])
+        ids, mask = padded_anywhere([row[part].cpu() for row in rows])
         with torch.no_grad():
             out = model(ids.cuda(), attention_mask=mask.cuda(), cache=cache, use_cache=True)
         cache = out.cache
