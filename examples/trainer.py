@@ -8,8 +8,9 @@ Fine-tuning with `transformers.Trainer`: a trained model learns from new events.
 from transformers import TrainingArguments
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.batches import PackingCollator
 from blossomrec_hf.data import build_sequences, generate_log, split
-from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer
+from blossomrec_hf.training import SequentialRecommendationTrainer
 
 
 path = "runs/quickstart"
@@ -31,7 +32,7 @@ trainer = SequentialRecommendationTrainer(
     ),
     train_dataset=split(dataset, "train"),
     eval_dataset=split(dataset, "validation"),
-    data_collator=RankingCollator(max_length=200),
+    data_collator=PackingCollator(max_length=200),
     processing_class=tokenizer,
 )
 trainer.train()

@@ -84,11 +84,11 @@ def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) 
 
 def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seconds: float) -> None:
     """Epochs of packed batches; a sleep of `step_seconds` stands for the training step that workers run beside."""
-    from blossomrec_hf.batches import HistoryWindows, PackedDataLoader
+    from blossomrec_hf.batches import HistoryDataLoader, HistoryWindows
     from blossomrec_hf.data import build_sequences
 
     windows = HistoryWindows(build_sequences(log)[0], max_length)
-    loader = PackedDataLoader(windows, max_tokens, num_workers=workers)
+    loader = HistoryDataLoader(windows, max_tokens=max_tokens, num_workers=workers)
     padded = len(windows) * int(windows.lengths.max())
     for epoch in range(4):
         loader.set_epoch(epoch)

@@ -32,12 +32,11 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.batches import HistoryStore, PackingCollator
 from blossomrec_hf.evaluation import HeldOutItems, rank_held_out_items
 from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.training import (
     LoopArguments,
-    RankingCollator,
     SequentialRecommendationTrainer,
     initialize_from_events,
     train,
@@ -223,7 +222,7 @@ def fine_tune(
         training_args = TrainingArguments(**settings)
         training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
         SequentialRecommendationTrainer(
-            model, training_args, data_collator=RankingCollator(), train_dataset=rows
+            model, training_args, data_collator=PackingCollator(), train_dataset=rows
         ).train()
 
 

@@ -42,7 +42,7 @@ import transformers
 from tqdm import tqdm
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.batches.histories import budget_batches
+from blossomrec_hf.batches import budget_batches
 from blossomrec_hf.data import build_sequences, generate_log
 from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.serving.index import ItemIndex

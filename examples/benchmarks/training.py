@@ -16,7 +16,7 @@ gradients relative to the largest gradient.
 take the same histories in the same steps, of about `--tokens` items.
 
 `epoch`: whole epochs of forward, backward and AdamW over packed batches of `--tokens` tokens, by BlossomRec and by full
-attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `PackedDataLoader`
+attention (with as many key/value heads as heads), once with the batches ready in memory and once as a `HistoryDataLoader`
 with `--workers` gives them. Of the epochs of each kind, the first two are not counted. On a GPU, forward and
 backward are compiled and replayed as a CUDA graph, as in a long run of the training loop (`--no_compile`; `--no_graphs`:
 neither, launched operation by operation).
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.batches import HistoryStore, HistoryWindows, PackedDataLoader, PaddingCollator, TokenBudgetSampler
+from blossomrec_hf.batches import HistoryDataLoader, HistoryStore, HistoryWindows, PaddingCollator, TokenBudgetSampler
 from blossomrec_hf.data import build_sequences, generate_log, split
 from blossomrec_hf.model import loss_blossomrec
 from blossomrec_hf.model.ids_blossomrec import IGNORE_INDEX
@@ -185,7 +185,7 @@ def compare_epochs(args: argparse.Namespace) -> list[dict]:
     dataset, tokenizer = build_sequences(generate_log() if args.data is None else args.data)
     on_gpu = args.device == "cuda"
     windows = HistoryWindows(dataset, args.max_length)
-    loader = PackedDataLoader(windows, args.tokens, num_workers=args.workers, pin_memory=on_gpu)
+    loader = HistoryDataLoader(windows, max_tokens=args.tokens, num_workers=args.workers, pin_memory=on_gpu)
     ready, figures = list(loader), []
     for attention_types, num_key_value_heads in (("blossom", 2), ("full", 8)):
         config = BlossomRecConfig(

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blossomrec_hf.batches import (
+    HistoryDataLoader,
     HistoryWindows,
-    PackedDataLoader,
     PackingCollator,
     PaddingCollator,
     TokenBudgetSampler,
@@ -183,7 +183,9 @@ def test_a_loader_gives_each_history_once_on_two_ranks(workers):
     dataset = built(lengths)
     windows = HistoryWindows(dataset, 30)
     wanted = sorted(row["input_ids"][: row["train_end"]][-30:] for row in dataset)
-    loaders = [PackedDataLoader(windows, 128, num_replicas=2, rank=rank, num_workers=workers) for rank in range(2)]
+    loaders = [
+        HistoryDataLoader(windows, max_tokens=128, num_replicas=2, rank=rank, num_workers=workers) for rank in range(2)
+    ]
     for epoch in range(2):
         found, steps = [], []
         for loader in loaders:
@@ -198,6 +200,6 @@ def test_a_loader_gives_each_history_once_on_two_ranks(workers):
 
 def test_more_ranks_than_histories():
     windows = HistoryWindows(built([9, 8]), 30)
-    batches = [list(PackedDataLoader(windows, 64, num_replicas=3, rank=rank)) for rank in range(3)]
+    batches = [list(HistoryDataLoader(windows, max_tokens=64, num_replicas=3, rank=rank)) for rank in range(3)]
     assert [len(part) for part in batches] == [1, 1, 1]
     assert sorted(len(segments(part[0])) for part in batches) == [0, 1, 1]

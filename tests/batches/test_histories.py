@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from blossomrec_hf.batches import HistoryWindows, PackingCollator
-from blossomrec_hf.batches.histories import HistoryStore, budget_batches, concatenate
+from blossomrec_hf.batches import HistoryStore, HistoryWindows, PackingCollator, budget_batches
+from blossomrec_hf.batches.histories import concatenate
 from blossomrec_hf.data import split
 
 

@@ -7,8 +7,9 @@ from small_cases import make_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from blossomrec_hf.batches import PackingCollator
 from blossomrec_hf.data import split
-from blossomrec_hf.training import RankingCollator, SequentialRecommendationTrainer
+from blossomrec_hf.training import SequentialRecommendationTrainer
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def trainer(log, tmp_path, monkeypatch):
     return SequentialRecommendationTrainer(
         make_model(),
         TrainingArguments(tmp_path / "out", max_steps=2, report_to="none", use_cpu=True, save_strategy="no"),
-        data_collator=RankingCollator(max_length=20),
+        data_collator=PackingCollator(max_length=20),
         train_dataset=split(dataset, "train"),
         eval_dataset=split(dataset, "validation"),
         processing_class=tokenizer,

@@ -20,7 +20,6 @@ from blossomrec_hf.model import packing_blossomrec
 from blossomrec_hf.training import (
     LogLinesCallback,
     LoopArguments,
-    RankingCollator,
     SequentialRecommendationTrainer,
     TrainingLoop,
 )
@@ -48,7 +47,7 @@ def test_figures_are_those_of_evaluate(log, tmp_path, max_length):
     model = make_model()
     view = split(log[0], "test")
     trainer = SequentialRecommendationTrainer(
-        model, training_arguments(tmp_path), data_collator=RankingCollator(max_length=max_length), eval_dataset=view
+        model, training_arguments(tmp_path), data_collator=PackingCollator(max_length=max_length), eval_dataset=view
     )
     figures = trainer.evaluate()
     expected = evaluate(model, view, max_length=max_length, progress=False)

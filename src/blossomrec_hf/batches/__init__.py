@@ -2,17 +2,19 @@
 
 from .collators import PackingCollator, PaddingCollator
 from .histories import HistoryStore
-from .packed_loader import PackedDataLoader, PackedTrainerMixin
-from .sampling import TokenBudgetSampler
+from .loader import HistoryDataLoader
+from .sampling import BatchSizeSampler, HistorySampler, TokenBudgetSampler, budget_batches
 from .windows import HistoryWindows
 
 
 __all__ = [
+    "BatchSizeSampler",
+    "HistoryDataLoader",
+    "HistorySampler",
     "HistoryStore",
     "HistoryWindows",
-    "PackedDataLoader",
-    "PackedTrainerMixin",
     "PackingCollator",
     "PaddingCollator",
     "TokenBudgetSampler",
+    "budget_batches",
 ]

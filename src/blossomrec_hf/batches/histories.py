@@ -1,11 +1,15 @@
-"""Histories held in memory as one long array of items, and packed batches cut out of it.
+"""
+Histories in memory, and the batches made of them.
 
-A collator that walks over lists of Python integers costs more than a GPU training step of a small model. Here a batch
-is a few vectorised operations whatever the number of histories in it, so the loop and the evaluation never wait for
-data.
+All events lie end to end in one array per column. A batch takes a few array operations, whatever the number of histories in
+it, so that training and evaluation never wait for data.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,21 +18,28 @@ from torch.utils.data import Dataset
 from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
-class HistoryStore:
+class HistoryStore(Dataset):
     """
-    Histories end to end in one array, each with its latest `max_length` items in use.
+    Histories whose events have columns, and the packed or padded batches of some of them.
+
+    It is a data set for a `DataLoader`: `store[i]` is a row such as `{"input_ids": int32 [n]}`, and several rows at once are
+    another store, which [`PackingCollator`] and [`PaddingCollator`] take without a loop over rows.
 
     Args:
-        items: int32 [total], the vocabulary ids of all histories, one history after the other.
-        offsets: int64 [number of histories + 1], where each history starts; the last entry is the total.
-        max_length: how many of its latest items each history gives to a batch; all when left out.
-        num_known: int64 [number of histories], how many of its first items are context and no targets, as
-            [`~blossomrec_hf.batches.HistoryWindows`] that overlap have them; 1 when left out.
+        items: int32 [events], vocabulary ids of all histories, one history after the other.
+        offsets: int64 [histories + 1], index of each history's first event; the last entry is the number of events.
+        max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
+        num_known: int64 [histories], number of first events of each history that are context and no targets, as in
+            overlapping windows. Defaults to 1: nothing precedes the first event.
+        columns: other columns of the events, by name, [events] each: times, event types, weights.
 
     Attributes:
-        lengths: int64 [number of histories], the items in use.
-        num_targets: int64 [number of histories], the positions the model is trained on: every item in use but the
-            known ones, unless it is `[PAD]` or `[UNK]`.
+        columns (`dict[str, torch.Tensor]`): all columns, with the items as `input_ids`.
+        starts, lengths: int64 [histories], index of the first event in use and number of events in use.
+        num_known: int64 [histories], as the argument, for the events in use.
+
+    Raises:
+        ValueError: if `max_length` is below 1, or a column has another number of values than `items`.
     """
 
     def __init__(
@@ -38,77 +49,130 @@ class HistoryStore:
         *,
         max_length: int | None = None,
         num_known: np.ndarray | None = None,
+        columns: Mapping[str, np.ndarray] | None = None,
     ):
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-        self.items = torch.from_numpy(np.require(items, dtype=np.int32, requirements=["C", "W"]))
-        full_lengths = np.diff(offsets)
-        self.lengths = full_lengths if max_length is None else np.minimum(full_lengths, max_length)
-        self.starts = offsets[1:] - self.lengths
-
-        targets_before = np.zeros(len(items) + 1, dtype=np.int64)
-        np.cumsum(np.asarray(items) >= NUM_SPECIAL_IDS, out=targets_before[1:])
-        known = np.ones_like(full_lengths) if num_known is None else np.asarray(num_known, dtype=np.int64)
-        # Of the items in use; an item without one before it can never be predicted.
-        self.num_known = np.maximum(known - (full_lengths - self.lengths), 1)
-        first_targets = np.minimum(self.starts + self.num_known, offsets[1:])
-        self.num_targets = targets_before[offsets[1:]] - targets_before[first_targets]
+        arrays = {"input_ids": np.asarray(items, dtype=np.int32), **(columns or {})}
+        for name, values in arrays.items():
+            if len(values) != len(items):
+                raise ValueError(
+                    f"`columns` has {len(values)} values in {name} for {len(items)} events; give one each."
+                )
+        self.columns = {
+            name: torch.from_numpy(np.require(values, requirements=["C", "W"])) for name, values in arrays.items()
+        }
+        known = np.ones(len(offsets) - 1, np.int64) if num_known is None else np.asarray(num_known, dtype=np.int64)
+        self._set_spans(offsets[:-1], np.diff(offsets), known)
+        if max_length is not None:
+            self._set_spans(*self._latest(max_length))
 
     @classmethod
     def from_rows(
-        cls, rows: Dataset | Sequence[Mapping], *, column: str = "input_ids", max_length: int | None = None
-    ) -> "HistoryStore":
+        cls,
+        rows: Dataset | Sequence[Mapping] | HistoryStore,
+        *,
+        columns: Sequence[str] = (),
+        max_length: int | None = None,
+    ) -> HistoryStore:
         """
-        Reads one column of a data set, a view of [`~blossomrec_hf.data.split`],
-        [`~blossomrec_hf.batches.HistoryWindows`] or a list of dictionaries; and `num_known`, where rows have it.
+        Reads rows with `input_ids`: a view of [`~blossomrec_hf.data.split`], a list of dictionaries, or another store, of
+        which only the spans are copied.
+
+        Args:
+            rows: the histories. Their `num_known` is read if they have it.
+            columns: other columns to read, one value per event.
+            max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
         """
-        if len(rows) and "num_known" in rows[0]:
-            histories, num_known = zip(*iterate_columns(rows, column, "num_known"))
-            return cls(*concatenate(histories), max_length=max_length, num_known=np.array(num_known))
-        items, offsets = concatenate(values for (values,) in iterate_columns(rows, column))
-        return cls(items, offsets, max_length=max_length)
+        if isinstance(rows, HistoryStore):
+            store = copy.copy(rows)
+            if max_length is not None:
+                store._set_spans(*rows._latest(max_length))
+            return store
+        values: dict[str, list] = {name: [] for name in ("input_ids", *columns)}
+        known: list[int] = []
+        for batch in _row_batches(rows):
+            for name, lists in values.items():
+                lists += batch[name]
+            known += batch.get("num_known", [1] * len(batch["input_ids"]))
+        items, offsets = concatenate(values.pop("input_ids"))
+        joined = {name: _join(lists) for name, lists in values.items()}
+        return cls(items, offsets, max_length=max_length, num_known=np.array(known, np.int64), columns=joined)
+
+    @property
+    def items(self) -> torch.Tensor:
+        """int32 [events], the vocabulary ids of all events."""
+        return self.columns["input_ids"]
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """
+        int64 [histories], number of events that are targets: those in use without the known ones, `[PAD]` and `[UNK]`.
+        """
+        if self._num_targets is None:
+            targets_before = np.zeros(len(self.items) + 1, dtype=np.int64)
+            np.cumsum(self.items.cpu().numpy() >= NUM_SPECIAL_IDS, out=targets_before[1:])
+            stops = self.starts + self.lengths
+            firsts = np.minimum(self.starts + self.num_known, stops)
+            self._num_targets = targets_before[stops] - targets_before[firsts]
+        return self._num_targets
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def to(self, device: torch.device | str) -> "HistoryStore":
-        """Moves the items, so that batches are cut where they are needed. Lengths and offsets stay on the CPU."""
-        self.items = self.items.to(device)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        span = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        row: dict[str, Any] = {name: values[span].cpu().numpy() for name, values in self.columns.items()}
+        return row if self.num_known[index] == 1 else row | {"num_known": int(self.num_known[index])}
+
+    def __getitems__(self, indices: Sequence[int]) -> HistoryStore:
+        return self.select(indices)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> HistoryStore:
+        """The store of some of the histories, which shares the columns."""
+        store = copy.copy(self)
+        rows = np.asarray(rows, dtype=np.int64)
+        store._set_spans(self.starts[rows], self.lengths[rows], self.num_known[rows])
+        return store
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the events in use in an epoch, if they differ between epochs."""
+
+    def to(self, device: torch.device | str) -> HistoryStore:
+        """Moves the columns to the device where the batches are needed. Spans stay on the CPU."""
+        self.columns = {name: values.to(device) for name, values in self.columns.items()}
         return self
 
     def pack(self, rows: np.ndarray | Sequence[int], *, labels: bool = False) -> dict[str, torch.Tensor | int]:
         """
-        Packs some of the histories into one row.
+        Packs some of the histories into one row, without padding.
 
         Args:
-            rows: int [S], which histories, in the order of the batch. Empty histories are not allowed.
-            labels: also give `labels`.
+            rows: int [S], indices of the histories, none of them empty.
+            labels (`bool`): whether to add `labels`.
 
         Returns:
-            The model's arguments, on the device of the items: `input_ids` int64 [1, T], `cu_seq_lens_q/k` int32 [S +
-            1], `max_length_q/k` (plain integers) and, if asked for, `labels` int64 [1, T]: the items, with −100 for
-            the known items of each history (its first, if nothing else is told) and for `[PAD]` and `[UNK]`.
+            Arguments of the model, on the device of the columns: `input_ids` int64 [1, T], the other columns [1, T]
+            (integers as int64), `cu_seq_lens_q` and `cu_seq_lens_k` int32 [S + 1], `max_length_q` and `max_length_k`
+            (`int`) and, with `labels`, `labels` int64 [1, T]: the items, with −100 for the known events of each history and
+            for `[PAD]` and `[UNK]`.
         """
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         begins = ends - lengths
-        # One small copy to the device instead of several of the size of the batch; `repeat_interleave` is told the
-        # total, which it would wait for the device to learn.
+        # One small copy to the device instead of several of the size of the batch. `output_size` saves waiting for the
+        # device, which would have to report the total.
         plan = np.stack([self.starts[rows] - begins, lengths, begins, begins + self.num_known[rows]])
         shifts, counts, firsts, first_targets = to_device(torch.from_numpy(plan), self.items.device)
-        total = int(ends[-1])
+        total = int(lengths.sum())
         places = torch.arange(total, device=self.items.device)
-        input_ids = self.items[places + torch.repeat_interleave(shifts, counts, output_size=total)].long()
-        cu_seq_lens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        max_length = int(lengths.max())
-        batch = {
-            "input_ids": input_ids[None],
-            "cu_seq_lens_q": cu_seq_lens,
-            "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": max_length,
-            "max_length_k": max_length,
-        }
+        events = places + torch.repeat_interleave(shifts, counts, output_size=total)
+        batch: dict[str, torch.Tensor | int] = {}
+        for name, values in self.columns.items():
+            values = values[events][None]
+            batch[name] = values if values.is_floating_point() or values.dtype == torch.bool else values.long()
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        batch["max_length_q"] = batch["max_length_k"] = int(lengths.max(initial=0))
         if labels:
+            input_ids = batch["input_ids"][0]
             targets = input_ids.masked_fill(input_ids < NUM_SPECIAL_IDS, IGNORE_INDEX)
             if (self.num_known[rows] == 1).all():
                 targets = targets.index_fill(0, firsts, IGNORE_INDEX)
@@ -118,6 +182,46 @@ class HistoryStore:
             batch["labels"] = targets[None]
         return batch
 
+    def pad(
+        self, rows: np.ndarray | Sequence[int], *, padding_side: Literal["right", "left"] = "right"
+    ) -> dict[str, torch.Tensor]:
+        """
+        Pads some of the histories to the longest of them.
+
+        Args:
+            rows: int [B], indices of the histories.
+            padding_side (`"right"` or `"left"`, defaults to `"right"`): where the padding goes.
+
+        Returns:
+            `input_ids` and the other columns [B, L], 0 at padding; `attention_mask` int64 [B, L], 0 at padding, else 1;
+            `labels` int64 [B, L] as in [`~HistoryStore.pack`], −100 at padding.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        width = int(lengths.max(initial=0))
+        packed = self.pack(rows[lengths > 0], labels=True)
+        counts = torch.from_numpy(lengths)[:, None].to(self.items.device)
+        column = torch.arange(width, device=self.items.device)
+        mask = column < counts if padding_side == "right" else column >= width - counts
+        batch = {"attention_mask": mask.long()}
+        for name in (*self.columns, "labels"):
+            padding = IGNORE_INDEX if name == "labels" else 0
+            batch[name] = packed[name].new_full(mask.shape, padding).masked_scatter(mask, packed[name])
+        return batch
+
+    def _latest(self, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts, lengths and known events of the latest `max_length` events of each history."""
+        if max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
+        lengths = np.minimum(self.lengths, max_length)
+        cut = self.lengths - lengths
+        return self.starts + cut, lengths, self.num_known - cut
+
+    def _set_spans(self, starts: np.ndarray, lengths: np.ndarray, num_known: np.ndarray) -> None:
+        self.starts, self.lengths = starts, lengths
+        self.num_known = np.maximum(num_known, 1)  # an event without one before it can never be predicted
+        self._num_targets: np.ndarray | None = None
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies without making the CPU wait for the device."""
@@ -126,14 +230,22 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def iterate_columns(rows: Dataset | Sequence[Mapping], *columns: str, batch_size: int = 1000) -> Iterable[tuple]:
-    """Yields the named columns of one row after the other, reading a `datasets.Dataset` many rows at a time."""
+def _row_batches(rows: Dataset | Sequence[Mapping]) -> Iterator[Mapping[str, list]]:
+    """Columns of some rows at a time: of many rows of a `datasets.Dataset`, else of one row."""
     if hasattr(rows, "iter"):
-        for batch in rows.iter(batch_size=batch_size):
-            yield from zip(*(batch[column] for column in columns), strict=True)
-    else:
-        for row in rows:
-            yield tuple(row[column] for column in columns)
+        return rows.iter(batch_size=1000)
+    return ({name: [value] for name, value in row.items()} for row in rows)
+
+
+def iterate_columns(rows: Dataset | Sequence[Mapping], *columns: str) -> Iterator[tuple]:
+    """Yields the named columns of one row after the other."""
+    for batch in _row_batches(rows):
+        yield from zip(*(batch[column] for column in columns), strict=True)
+
+
+def _join(lists: list) -> np.ndarray:
+    arrays = [np.asarray(values) for values in lists if len(values)]
+    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
 
 
 def concatenate(lists: Iterable[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -142,21 +254,3 @@ def concatenate(lists: Iterable[Sequence[int] | np.ndarray]) -> tuple[np.ndarray
     offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     return np.concatenate([np.empty(0, dtype=np.int32), *arrays]), offsets
-
-
-def budget_batches(sizes: np.ndarray, max_total: int, *, max_count: int | None = None) -> list[slice]:
-    """
-    Cuts a list of sizes, in its order, into runs whose sum stays within `max_total` and whose count within
-    `max_count`. One size above the budget makes a run of its own.
-    """
-    ends = np.cumsum(sizes)
-    batches: list[slice] = []
-    start = 0
-    while start < len(sizes):
-        spent = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, spent + max_total, side="right")))
-        if max_count is not None:
-            stop = min(stop, start + max_count)
-        batches.append(slice(start, stop))
-        start = stop
-    return batches

@@ -33,7 +33,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from ..batches import HistoryStore
+from ..batches import HistoryStore, PackingCollator
 from ..batches.histories import concatenate
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
@@ -44,7 +44,6 @@ from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..training import (
     LogArguments,
     LogLinesCallback,
-    RankingCollator,
     SequentialRecommendationTrainer,
     add_items,
     check_tracker,
@@ -315,7 +314,7 @@ def main() -> None:
     trainer = SequentialRecommendationTrainer(
         model,
         training_args,
-        data_collator=RankingCollator(max_length=args.max_length),
+        data_collator=PackingCollator(max_length=args.max_length),
         train_dataset=rows,
         eval_dataset=validation,
         processing_class=tokenizer,

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from datasets import Dataset, disable_progress_bars
 
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from ..batches.histories import budget_batches
+from ..batches import budget_batches
 from ..data.parts import reading
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint

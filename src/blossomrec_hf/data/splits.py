@@ -192,7 +192,7 @@ def event_batches(dataset: Dataset | EventTable, column: str = "input_ids") -> I
         return
     for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
         events = table[column].combine_chunks()
-        yield events.flatten().to_numpy(), events.value_lengths().to_numpy().astype(np.int64)
+        yield events.flatten().to_numpy(zero_copy_only=False), events.value_lengths().to_numpy().astype(np.int64)
 
 
 class _View:

@@ -25,7 +25,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from ..batches.histories import budget_batches, to_device
+from ..batches import budget_batches
+from ..batches.histories import to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.packing_blossomrec import pack_histories

@@ -14,7 +14,7 @@ from .loop import TrainingLoop, train
 from .new_items import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
 from .refit import check_refit_folder, refit, refit_folder
 from .state import TrainingResult
-from .trainer import RankingCollator, SequentialRecommendationTrainer, ranking_compute_metrics
+from .trainer import SequentialRecommendationTrainer, ranking_compute_metrics
 
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "LogLinesCallback",
     "LoopArguments",
     "LoopCallback",
-    "RankingCollator",
     "SelectionWatch",
     "SequentialRecommendationTrainer",
     "TrainingLoop",

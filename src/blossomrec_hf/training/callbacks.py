@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
-from ..batches.histories import HistoryStore, budget_batches
+from ..batches import HistoryStore, budget_batches
 from ..evaluation.ranking import evaluating
 from ..utils.progress import LogLines
 from .state import LoopState

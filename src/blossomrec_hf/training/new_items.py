@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
-from ..batches.histories import HistoryStore, budget_batches
+from ..batches import HistoryStore, budget_batches
 from ..evaluation.ranking import evaluating
 from ..model.packing_blossomrec import pack_histories
 from ..model.tokenization_blossomrec import BlossomRecTokenizer

@@ -1,7 +1,10 @@
 """Training and evaluation with `transformers.Trainer`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +12,16 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..batches import PaddingCollator
-from ..batches.histories import HistoryStore, concatenate
+from ..batches import HistoryDataLoader, HistoryStore, PackingCollator, PaddingCollator
 from ..evaluation.held_out import HeldOutItems
 from ..evaluation.metrics import DEFAULT_KS
 from ..evaluation.ranking import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
-from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
+from ..model.ids_blossomrec import IGNORE_INDEX
 from ..model.manifest_blossomrec import require_loadable
 from ..sharing.cards import write_card
 from ..sharing.summary import write_summary
@@ -27,35 +30,35 @@ from ..utils.environment import describe_environment
 from ..utils.files import remove_folder
 
 
+logger = logging.getLogger(__name__)
+
 _MODEL_SETTINGS = (
     "attention_types hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
     "hidden_dropout_prob objective".split()
 )
 
 
-class RankingCollator(PaddingCollator):
-    """
-    A [`~blossomrec_hf.batches.PaddingCollator`] for training rows and evaluation rows alike. Rows that hold items to
-    predict also give `target_ids` int64 [B, n] and `seen_ids` int64 [B, m], each padded with −100.
-    """
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(rows)
-        if any(len(row.get("target_ids", ())) > 0 for row in rows):
-            batch["target_ids"] = pad([np.unique(row["target_ids"]) for row in rows])
-            batch["seen_ids"] = pad([row.get("seen_ids", row["input_ids"]) for row in rows])
-        return batch
-
-
 class SequentialRecommendationTrainer(Trainer):
     """
-    A `Trainer` whose evaluation ranks the whole catalogue for every user and gathers ranks, never scores.
+    A `Trainer` that packs histories without padding, and whose evaluation ranks the whole catalog for every user and
+    gathers ranks, never scores.
 
-    `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`]. Left out, `data_collator` is a
-    [`RankingCollator`] (pass one to set `max_length`) and `compute_metrics` is [`ranking_compute_metrics`], which
-    gives the figures of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, ....
+    `per_device_train_batch_size` is the number of histories of a batch. With a token budget,
+    `data_collator=PackingCollator(max_length, max_tokens=16384)`, a batch has as many histories as fit, is filled to exactly
+    that many positions, and `per_device_train_batch_size` has no effect. Each history occurs once per epoch, on any number
+    of processes; a run that resumes in the middle of an epoch sees the same batches.
 
-    `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included.
+    `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`], rows like theirs, or, for training, a
+    [`~blossomrec_hf.batches.HistoryStore`] such as [`~blossomrec_hf.batches.HistoryWindows`]. By default, `data_collator` is
+    [`~blossomrec_hf.batches.PackingCollator`] (pass one to set `max_length`), and `compute_metrics` is
+    [`ranking_compute_metrics`], which computes the metrics of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, ….
+    Any other `data_collator`, an overridden sampler, `train_sampling_strategy` and streams (`IterableDataset`) get the
+    batches of `Trainer`, in which several processes may share a history. Rows with `target_ids` are ranked whatever the
+    collator.
+
+    `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included. The noise of
+    `neftune_noise_alpha` shrinks with the length of a row, which packing increases; use
+    [`~blossomrec_hf.batches.PaddingCollator`] with it.
 
     Raises:
         ValueError: for label smoothing of another objective than `"cross_entropy"`, which it would replace, and for a
@@ -63,9 +66,23 @@ class SequentialRecommendationTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.setdefault("data_collator", RankingCollator())
-        kwargs.setdefault("compute_metrics", ranking_compute_metrics())
-        super().__init__(*args, **kwargs)
+        given = inspect.signature(Trainer).bind(*args, **kwargs).arguments
+        given["data_collator"] = given.get("data_collator") or PackingCollator()
+        self._only_ranks = "compute_metrics" not in given
+        given.setdefault("compute_metrics", ranking_compute_metrics())
+        super().__init__(**given)
+        self._histories: HistoryStore | None = None
+        packing = isinstance(self.data_collator, PackingCollator)
+        if packing and self.args.n_gpu > 1:
+            logger.warning(
+                "Packed batches cannot be divided by `torch.nn.DataParallel`: trains on one of %d GPUs. Start with "
+                "`accelerate launch` to use all of them.",
+                self.args.n_gpu,
+            )
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
+        if packing:
+            self.accelerator.dataloader_config.dispatch_batches = False  # which would slice the offsets of a stream
         if self.args.save_strategy != "no":
             require_loadable(type(self.model))
         objective = getattr(self.model.config, "objective", "cross_entropy")
@@ -132,6 +149,7 @@ class SequentialRecommendationTrainer(Trainer):
                 **{name: getattr(self.args, name) for name in settings},
                 "lr_scheduler_type": str(self.args.lr_scheduler_type),
                 "max_length": getattr(self.data_collator, "max_length", None),
+                "max_tokens": getattr(self.data_collator, "max_tokens", None),
             },
             "seed": self.args.seed,
             **figures,
@@ -200,6 +218,64 @@ class SequentialRecommendationTrainer(Trainer):
                 "`processing_class` is None; pass the tokenizer, without which nobody could use the model."
             )
 
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        Returns the batches of `train_dataset`, a [`~blossomrec_hf.batches.HistoryDataLoader`] or, in the cases that the
+        class names, a `DataLoader` as `Trainer` makes it.
+        """
+        args, collate, rows = self.args, self.data_collator, self.train_dataset
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        if (
+            rows is None
+            or isinstance(rows, IterableDataset)
+            or not isinstance(collate, (PackingCollator, PaddingCollator))
+            or type(self)._get_train_sampler is not Trainer._get_train_sampler
+            or strategy not in ("random", "sequential")
+        ):
+            return super().get_train_dataloader()
+        if self._histories is None:
+            self._histories = HistoryStore.from_rows(rows, columns=collate.columns, max_length=collate.max_length)
+        max_tokens = getattr(collate, "max_tokens", None)
+        return HistoryDataLoader(
+            self._histories,
+            batch_size=None if max_tokens else self._train_batch_size,
+            max_tokens=max_tokens,
+            collate=collate,
+            drop_last=args.dataloader_drop_last,
+            shuffle=strategy == "random",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_replicas=args.world_size,
+            rank=args.process_index,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As in `Trainer`; rows with `target_ids` become held-out items, unless only a loss is asked for."""
+        if self.args.prediction_loss_only or self.compute_metrics is None:
+            return super().get_eval_dataloader(eval_dataset)
+        with self._collating_held_out_items():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As in `Trainer`; rows with `target_ids` become held-out items, unless only a loss is asked for."""
+        if self.args.prediction_loss_only:
+            return super().get_test_dataloader(test_dataset)
+        with self._collating_held_out_items():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating_held_out_items(self) -> Iterator[None]:
+        """`Trainer` makes its evaluation loaders with `data_collator`."""
+        collate = self.data_collator
+        self.data_collator = _EvaluationCollator(collate)
+        try:
+            yield
+        finally:
+            self.data_collator = collate
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -208,27 +284,21 @@ class SequentialRecommendationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
-        For rows with items to predict: no loss, of these items (float64 [B, n, 4]) the ranks over all and over unseen
-        items, whether the user's history has them, and whether the model excludes seen items by default (1, 0, or NaN
-        where its `repeat_share` is not known), and the items themselves (int64 [B, n], padded with −100). Other rows are
-        evaluated as in `Trainer`.
+        For rows with items to predict, no loss; the ranks of these items over all and over unseen items, whether the
+        user's history has them, and whether the model excludes seen items by default (1, 0, or NaN if its `repeat_share` is
+        `None`), float64 [B, n, 4]; and the items, int64 [B, n]. Both are padded with −100. For other rows, the loss and,
+        with `compute_metrics` of your own, logits and labels as in `Trainer`.
         """
-        if prediction_loss_only or "target_ids" not in inputs:
-            inputs = {name: value for name, value in inputs.items() if name not in ("target_ids", "seen_ids")}
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        target_ids = inputs["target_ids"].cpu()
-        real = inputs["attention_mask"].bool().cpu()
-        histories = [row[kept].numpy() for row, kept in zip(inputs["input_ids"].cpu(), real)]
-        seen = [row[row >= NUM_SPECIAL_IDS].numpy() for row in inputs["seen_ids"].cpu()]
-        targets = [row[row != IGNORE_INDEX].numpy() for row in target_ids]
-        held_out = HeldOutItems(HistoryStore(*concatenate(histories)), targets, seen, range(len(targets)))
+        if "held_out" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only or self._only_ranks, ignore_keys)
+        held_out, target_ids = inputs["held_out"], inputs["target_ids"]
         bare_model = self.accelerator.unwrap_model(model)
         with evaluating(bare_model):
             doubled = double_ranks(
                 ModelScores(bare_model, held_out, self.compute_loss_context_manager),
                 held_out,
                 vocab_size=bare_model.config.vocab_size,
-                device=inputs["input_ids"].device,
+                device=self.args.device,
             )
         ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
         config = bare_model.config
@@ -236,8 +306,29 @@ class SequentialRecommendationTrainer(Trainer):
         repeated = torch.from_numpy(held_out.repeated).to(ranks)
         columns = torch.stack([*ranks.unbind(1), repeated, torch.full_like(repeated, exclude_seen)], dim=1)
         padded = columns.new_full((*target_ids.shape, 4), float(IGNORE_INDEX))
-        padded[(target_ids != IGNORE_INDEX).to(doubled.device)] = columns
+        padded[target_ids.to(doubled.device) != IGNORE_INDEX] = columns
         return None, padded, target_ids.to(doubled.device)
+
+
+class _EvaluationCollator:
+    """
+    Rows of a validation or test view -> [`~blossomrec_hf.evaluation.HeldOutItems`], and their `target_ids` int64 [B, n]
+    padded with −100. Batches without any item to predict are collated by `collate`.
+
+    Args:
+        collate: the collator of other rows, whose `max_length` the histories get.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]):
+        self.collate, self.max_length = collate, getattr(collate, "max_length", None)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        if not any(len(row.get("target_ids", ())) > 0 for row in rows):
+            return self.collate(rows)
+        targets = [np.unique(row["target_ids"]) for row in rows]
+        inputs = HistoryStore.from_rows(rows, max_length=self.max_length)
+        seen = [row.get("seen_ids", row["input_ids"]) for row in rows]
+        return {"target_ids": _pad(targets), "held_out": HeldOutItems(inputs, targets, seen, range(len(rows)))}
 
 
 def ranking_compute_metrics(
@@ -266,7 +357,7 @@ def ranking_compute_metrics(
     return compute_metrics
 
 
-def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def _pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """int64 [rows, longest], padded at the end with −100."""
     padded = np.full((len(rows), max(len(row) for row in rows)), IGNORE_INDEX, dtype=np.int64)
     for place, row in enumerate(rows):
