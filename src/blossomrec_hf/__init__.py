@@ -13,6 +13,7 @@ from .model.modeling_blossomrec import (
 from .model.objectives_blossomrec import mean_over_targets, register_objective
 from .model.pipeline_blossomrec import SequentialRecommendationPipeline
 from .model.recommendation_blossomrec import RecommendationOutput
+from .model.streams_blossomrec import Stream, register_stream
 from .model.tokenization_blossomrec import BlossomRecTokenizer
 
 
@@ -41,6 +42,8 @@ __all__ = [
     "BlossomRecTokenizer",
     "RecommendationOutput",
     "SequentialRecommendationPipeline",
+    "Stream",
     "mean_over_targets",
     "register_objective",
+    "register_stream",
 ]

@@ -21,7 +21,7 @@ from .manifest_blossomrec import (
     inside,
     update_manifest,
 )
-from .streams_blossomrec import stream_names
+from .streams_blossomrec import load_streams, stream_names
 
 
 class CheckpointMixin(ManifestMixin):
@@ -67,6 +67,7 @@ class CheckpointMixin(ManifestMixin):
             ValueError: if the weights are in pickle files, do not fit the configuration (unless
                 `ignore_mismatched_sizes=True`) or are of two uploads, or if a file is damaged, has another hash than the
                 saved one, or is outside of the folder.
+            ImportError: if the code of a stream needs a package that is not installed.
             OSError: if there is no such checkpoint, or the Hub cannot be reached and the cache is incomplete.
         """
         path = pretrained_model_name_or_path
@@ -81,8 +82,11 @@ class CheckpointMixin(ManifestMixin):
         try:
             if from_files:
                 files = _weight_files(path, **kwargs)
-                if not any_size:
-                    _require_plausible_size(cls.config_class, path, files, **kwargs)
+                config = _saved_config(cls.config_class, path, **kwargs) if files else None
+                if config is not None and kwargs.get("trust_remote_code"):
+                    load_streams(config, path, **_finding(kwargs))
+                if config is not None and not any_size:
+                    _require_plausible_size(config, path, files)
             kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(path, *model_args, **kwargs)
         except Exception as error:
@@ -125,7 +129,7 @@ def _weight_files(path: str | os.PathLike, **kwargs: Any) -> list[Path]:
     """
     if os.path.isfile(path):
         return []
-    finding = {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
+    finding = _finding(kwargs)
     subfolder = finding.get("subfolder", "")
 
     def find(name: str, **options: Any) -> Path | None:
@@ -179,16 +183,22 @@ def _indexed_files(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _require_plausible_size(
-    config_class: type[PreTrainedConfig], path: str | os.PathLike, files: list[Path], **kwargs: Any
-) -> None:
+def _finding(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say where to find a file."""
+    return {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
+
+
+def _saved_config(
+    config_class: type[PreTrainedConfig], path: str | os.PathLike, config: Any = None, **kwargs: Any
+) -> PreTrainedConfig:
+    """The configuration of a checkpoint, or the one that is given to `from_pretrained` in its place."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    return config_class.from_pretrained(path if config is None else config, **_finding(kwargs))
+
+
+def _require_plausible_size(config: PreTrainedConfig, path: str | os.PathLike, files: list[Path]) -> None:
     """Refuse a configuration that is far too large for its weights, before memory is allocated."""
-    if not files:
-        return
-    config = kwargs.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        finding = {name: kwargs[name] for name in (*FINDING, "revision") if kwargs.get(name) is not None}
-        config = config_class.from_pretrained(path if config is None else config, **finding)
     stored = 0
     for file in files:
         with safe_open(file, "pt") as tensors:

@@ -14,7 +14,7 @@ from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import require_loadable
-from .streams_blossomrec import BlossomCompressor
+from .streams_blossomrec import BlossomCompressor, save_streams
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """
-        As in `transformers`; the configuration also names the code of the model, the tokenizer and the pipeline.
+        As in `transformers`; the configuration also names the code of the model, the tokenizer, the pipeline and streams of
+        your own, which is saved, too.
 
         Raises:
             ValueError: for a model or configuration of a class that is defined in a script, a notebook or a function.
@@ -75,6 +76,7 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         if self._auto_class is not None:  # then the code is saved, too
             self.config.auto_map = dict(AUTO_MAP)
             self.config.custom_pipelines = CUSTOM_PIPELINES
+        save_streams(self.config, save_directory, write=kwargs.get("is_main_process", args[0] if args else True))
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

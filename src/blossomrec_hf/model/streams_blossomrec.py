@@ -7,12 +7,19 @@ by a gate of its own per head. `config.attention_types` names the streams of eac
 cached, exported and saved like those of this file.
 """
 
+import os
+import shutil
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
 
 from .configuration_blossomrec import BlossomRecConfig
+from .manifest_blossomrec import require_loadable
 from .ops_reference import (
     REFERENCE_OPS,
     Blocks,
@@ -35,9 +42,6 @@ COMBINATIONS = {"blossom": ("long_term", "short_term")}
 
 # Combinations that fused kernels compute (`ops_triton.py`, `ops_triton_append.py`); others take the generic path.
 FUSED = (("long_term", "short_term"), ("long_term",), ("short_term",))
-
-# The entries of `config.auto_map` that name the code of streams begin with this.
-_AUTO_MAP_PREFIX = "BlossomRecStream."
 
 
 class Stream:
@@ -157,11 +161,81 @@ def build_streams(config: BlossomRecConfig, layer_idx: int) -> tuple[Stream, ...
             raise ValueError(
                 f"`attention_types` names {attention_type!r}, but no stream is registered as {name!r} (only "
                 f"{', '.join(map(repr, (*COMBINATIONS, *STREAMS)))}); import the code that calls "
-                f"`register_stream({name!r}, ...)`, or choose registered ones."
+                f"`register_stream({name!r}, ...)`, or load a checkpoint that has it with `trust_remote_code=True`."
             )
     if len(set(names)) < len(names):
         raise ValueError(f"`attention_types` names {attention_type!r}; a layer has each stream once at most.")
     return tuple(STREAMS[name](config) for name in names)
+
+
+def save_streams(config: BlossomRecConfig, folder: str | os.PathLike, *, write: bool = True) -> None:
+    """
+    Copy the code of streams from outside of the package to a checkpoint, with the files that it imports relatively, and
+    name their classes in `config.auto_map`.
+
+    Args:
+        write: whether this process writes files.
+
+    Raises:
+        ValueError: if a class is defined in a script, a notebook or a function, and for a file that is named like one of
+            the model's own.
+    """
+    for name in _outside_streams(config):
+        stream = STREAMS[name]
+        require_loadable(stream)
+        file = Path(sys.modules[stream.__module__].__file__)
+        if (Path(__file__).parent / file.name).exists():
+            raise ValueError(
+                f"The stream {name!r} is defined in {file}, but a checkpoint has a file {file.name} of the model; rename it."
+            )
+        config.auto_map = {
+            **(getattr(config, "auto_map", None) or {}),
+            _auto_map_key(name): f"{file.stem}.{stream.__name__}",
+        }
+        if not write:
+            continue
+        os.makedirs(folder, exist_ok=True)
+        for source in (file, *map(Path, get_relative_import_files(file))):
+            if source.parent.resolve() != Path(folder).resolve():
+                shutil.copyfile(source, Path(folder) / source.name)
+
+
+def load_streams(config: BlossomRecConfig, path: str | os.PathLike, **finding: Any) -> None:
+    """
+    Register the streams of a checkpoint that are not registered yet, which runs their code.
+
+    Args:
+        path: a folder, or the name of a repository.
+        finding: arguments of `from_pretrained` that say where to find a file.
+
+    Raises:
+        ImportError: if the code needs a package that is not installed.
+    """
+    auto_map = getattr(config, "auto_map", None) or {}
+    for name in _outside_streams(config):
+        reference = auto_map.get(_auto_map_key(name))
+        if name in STREAMS or reference is None:
+            continue
+        try:
+            stream = get_class_from_dynamic_module(reference, path, **finding)
+        except ImportError as error:
+            if "blossomrec_hf" not in str(error):
+                raise
+            raise ImportError(
+                f"{os.fspath(path)} attends with the stream {name!r}, whose code needs the package blossomrec-hf: "
+                "`pip install blossomrec-hf`."
+            ) from error
+        register_stream(name, stream)
+
+
+def _outside_streams(config: BlossomRecConfig) -> list[str]:
+    """The streams of a configuration that are not part of the package."""
+    names = {name for attention_type in config.attention_types for name in stream_names(attention_type)}
+    return sorted(names.difference(ATTENTION_TYPES))
+
+
+def _auto_map_key(name: str) -> str:
+    return f"BlossomRecStream.{name}"
 
 
 def generic_ops(config: BlossomRecConfig) -> Ops:
