@@ -7,6 +7,7 @@ from small_cases import make_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.batches import PackingCollator
 from blossomrec_hf.data import split
 from blossomrec_hf.training import SequentialRecommendationTrainer
@@ -69,6 +70,20 @@ def test_what_is_pushed_while_training_is_the_model_alone(local_hub, trainer, lo
         SequentialRecommendationTrainer(make_model(), arguments, processing_class=log[1], **views)
 
 
+def test_training_continues_if_the_hub_cannot_be_reached(local_hub, trainer, log, tmp_path, caplog):
+    arguments = TrainingArguments(
+        tmp_path / "out", max_steps=2, save_steps=1, report_to="none", use_cpu=True, push_to_hub=True,
+        hub_model_id="ada/rec",
+    )  # fmt: skip
+    views = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
+    running = SequentialRecommendationTrainer(make_model(), arguments, processing_class=log[1], **views)
+    local_hub.fail("drop", path="/commit/")
+    running.train()
+    assert "The model of step 1 was not uploaded; training continues." in caplog.text
+    titles = {commit.title for commit in local_hub.repository("ada/rec").commits.values()}
+    assert "Training in progress, step 2" in titles and "Training in progress, step 1" not in titles
+
+
 def test_a_missing_token_is_told_before_the_training(local_hub, log, tmp_path, monkeypatch):
     arguments = {"report_to": "none", "use_cpu": True, "push_to_hub": True, "hub_model_id": "ada/later"}
     tokenizer = {"processing_class": log[1]}
@@ -83,9 +98,10 @@ def test_a_missing_token_is_told_before_the_training(local_hub, log, tmp_path, m
     assert not local_hub.repositories
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     assert start().hub_model_id == "ada/later" and local_hub.repository("ada/later")
-    tokenizer["processing_class"] = None
-    with pytest.raises(ValueError, match="processing_class"):
-        start()
+    for other in (None, BlossomRecTokenizer.from_items([1, 2, 3])):
+        tokenizer["processing_class"] = other
+        with pytest.raises(ValueError, match="processing_class"):
+            start()
 
 
 def test_without_a_tokenizer_nothing_is_pushed(local_hub, trainer):

@@ -124,15 +124,23 @@ class SequentialRecommendationTrainer(Trainer):
             raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What `hub_strategy="every_save"` pushes: the checkpoint's model, where `Trainer` uploads all of `output_dir`."""
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+        """
+        With `hub_strategy="every_save"`, upload the checkpoint's model and tokenizer (`Trainer` would upload all of
+        `output_dir`). If the Hub cannot be reached, log a warning and continue.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            return
+        step = self.state.global_step
+        try:
             push(
                 checkpoint_folder,
                 self.hub_model_id,
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
-                commit_message=f"Training in progress, step {self.state.global_step}",
+                commit_message=f"Training in progress, step {step}",
             )
+        except ConnectionError as error:
+            logger.warning("The model of step %d was not uploaded; training continues. %s", step, error)
 
     def training_summary(self) -> dict[str, Any]:
         """What a card is made of, see [`~blossomrec_hf.sharing.summary.write_summary`]: what this trainer did and last measured."""
@@ -213,9 +221,15 @@ class SequentialRecommendationTrainer(Trainer):
         return push(self.args.output_dir, repo_id, **options)
 
     def _require_tokenizer(self) -> None:
+        """Refuse an upload without a tokenizer, or with one that does not fit the model."""
         if self.processing_class is None:
             raise ValueError(
-                "`processing_class` is None; pass the tokenizer, without which nobody could use the model."
+                "`processing_class` is None; pass the tokenizer, because a model without one cannot be used."
+            )
+        num_ids, vocab_size = len(self.processing_class), self.model.config.vocab_size
+        if num_ids != vocab_size:
+            raise ValueError(
+                f"`processing_class` has {num_ids} ids, the model's vocabulary {vocab_size}; pass the tokenizer of the model."
             )
 
     def get_train_dataloader(self) -> DataLoader:
