@@ -32,3 +32,9 @@ def test_links_work_on_an_index_page():
     links = [*re.findall(r"\]\(([^)\s]*)", text), *re.findall(r"(?:href|src)=[\"']([^\"']*)", text)]
     for link in [*links, *PROJECT["urls"].values()]:
         assert link.startswith("https://"), f"{link} is relative: an index page cannot resolve it"
+
+
+def test_no_file_is_longer_than_600_lines():
+    for folder in ("src", "tests", "examples"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            assert len(path.read_text("utf-8").splitlines()) <= 600, path
