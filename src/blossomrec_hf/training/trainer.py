@@ -143,7 +143,7 @@ class SequentialRecommendationTrainer(Trainer):
             logger.warning("The model of step %d was not uploaded; training continues. %s", step, error)
 
     def training_summary(self) -> dict[str, Any]:
-        """What a card is made of, see [`~blossomrec_hf.sharing.summary.write_summary`]: what this trainer did and last measured."""
+        """The settings and latest figures of this trainer, for [`~blossomrec_hf.sharing.summary.write_summary`]."""
         figures: dict[str, dict[str, float]] = {}
         for part, prefix in (("test", "test_"), ("validation", "eval_")):
             logged = [line for line in self.state.log_history if any(name.startswith(prefix) for name in line)]
@@ -170,7 +170,7 @@ class SequentialRecommendationTrainer(Trainer):
         }
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes `training_summary.json` and the card made of it; where nothing was measured, the card of `Trainer`."""
+        """Write `training_summary.json` and its card. Without any evaluation, write the card of `Trainer`."""
         if not self.is_world_process_zero():
             return
         summary = self.training_summary()
@@ -192,16 +192,18 @@ class SequentialRecommendationTrainer(Trainer):
         **kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """
-        Saves the model and uploads it with its tokenizer, a card, the summary of its training and what else the output
-        folder holds for others, in one commit; not the arguments of `Trainer`, which are a pickle. `None` on other
-        processes than the first.
+        Save the model and upload the output folder with [`~blossomrec_hf.sharing.push`]: model, tokenizer, card, training
+        summary, titles and item index in one commit. The arguments of `Trainer`, a pickle, are not uploaded.
 
         Args:
-            blocking: `False` uploads in the background and returns a future.
-            kwargs: of `create_model_card`: `model_name`, `dataset`, `license`.
+            blocking: whether to wait for the upload. `False` uploads in the background and returns a future.
+            kwargs: arguments of `create_model_card`: `model_name`, `dataset`, `license`.
+
+        Returns:
+            The commit, or a future of it; `None` on all processes except the first.
 
         Raises:
-            as [`~blossomrec_hf.sharing.push`], and `ValueError` if there is no `processing_class`.
+            ValueError: if there is no `processing_class`, and the errors of [`~blossomrec_hf.sharing.push`].
         """
         self._require_tokenizer()
         self.save_model(_internal_call=True)
