@@ -11,7 +11,8 @@ from transformers import AttentionInterface
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.model import ops_triton, ops_triton_launch
-from blossomrec_hf.model.attention_blossomrec import BlossomAttention, eager_attention_forward
+from blossomrec_hf.model.attention_blossomrec import BlossomAttention, attend_packed, eager_attention_forward
+from blossomrec_hf.model.ops_reference import REFERENCE_OPS, Selection
 
 
 if ops_triton_launch.triton is None:
@@ -29,6 +30,18 @@ pytestmark = [
 ODD = {"compress_block_size": 7, "compress_stride": 4, "selection_block_size": 16, "num_selected_blocks": 3}
 ODD |= {"short_term_block_size": 5, "short_term_window": 2, "power_law_base": 3}
 WIDE = {"selection_block_size": 32, "compress_block_size": 16, "num_selected_blocks": 1, "short_term_block_size": 16}
+
+# Query heads per key/value head, head width, block size. In the interpreter, which takes seconds for each, every pair of
+# two of them once.
+REPEATS, WIDTHS, BLOCKS = (1, 2, 4, 8), (16, 32, 64), (16, 32, 64)
+ALL_SIZES = [
+    pytest.param(
+        repeat, width, block, marks=[] if (i + j + k) % 3 == 0 else pytest.mark.gpu, id=f"{repeat}-{width}-{block}"
+    )
+    for i, repeat in enumerate(REPEATS)
+    for j, width in enumerate(WIDTHS)
+    for k, block in enumerate(BLOCKS)
+]
 
 
 class Layer:
@@ -52,6 +65,9 @@ class Layer:
         self.inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, gates)][: 4 if kind == "blossom" else 3]
         if kind != "short_term":
             torch.nn.init.normal_(self.layer.compressor.position, std=0.25)
+            # So far from zero that rounding takes no hidden unit to the other side.
+            bias = self.layer.compressor.mlp[0].bias
+            torch.nn.init.constant_(bias, 10).data[torch.rand_like(bias) < 0.5] = -10
             self.layer.to(dtype)
             if self.config.selection_gradient != "none":
                 self.inputs += self.layer.compressor.parameters()
@@ -69,8 +85,8 @@ class Layer:
         out, selection = self.outputs(attend)
         return out, selection, torch.autograd.grad(out, self.inputs, self.direction)
 
-    def exact_gradients(self) -> tuple[torch.Tensor, ...]:
-        """Those of the reference in float64."""
+    def exact(self, attend=eager_attention_forward):
+        """What `run` gives in float64."""
         exact = copy.copy(self)
         exact.layer = copy.deepcopy(self.layer).double()
         given = 4 if self.layer.attention_type == "blossom" else 3
@@ -80,7 +96,28 @@ class Layer:
         exact.direction = self.direction.double()
         rotary = tuple(x.double() for x in self.where["position_embeddings"])
         exact.where = self.where | {"position_embeddings": rotary}
-        return exact.run(eager_attention_forward)[2]
+        return exact.run(attend)
+
+
+def reference_given(selection: Selection):
+    """The reference with the blocks of a `selection`, whose importance it computes itself."""
+
+    def select(q, blocks, queries, *, num_selected_blocks, threshold, **sizes):
+        everything = queries.max_length // sizes["block_size"] + 1
+        every = REFERENCE_OPS.select(q, blocks, queries, num_selected_blocks=everything, threshold=-1.0, **sizes)
+        # A column of its own for what stands for no block, in both.
+        place = torch.where(every.importance > 0, every.block_indices, everything)
+        pi = torch.zeros_like(every.importance).new_zeros(*every.importance.shape[:2], everything + 1)
+        pi = pi.scatter_add(2, place, every.importance)
+        chosen = selection.block_indices
+        return Selection(chosen, torch.where(chosen < 0, 0.0, pi.gather(2, chosen.clamp(min=0))))
+
+    ops = REFERENCE_OPS._replace(select=select)
+
+    def attend(module, query, key, value, attention_mask=None, **kwargs):
+        return attend_packed(ops, module, query, key, value, **kwargs)
+
+    return attend
 
 
 def triton_forward(*args, **kwargs):
@@ -114,9 +151,73 @@ def test_a_layer_has_the_values_and_gradients_of_the_reference(kwargs):
         torch.testing.assert_close(selection.block_indices, expected_selection.block_indices)
         torch.testing.assert_close(selection.importance, expected_selection.importance, rtol=1e-4, atol=1e-6)
     # Near π = 1 the reference in float32 loses as many digits as the kernels do.
-    for i, (actual, exact) in enumerate(zip(gradients, layer.exact_gradients(), strict=True)):
+    for i, (actual, exact) in enumerate(zip(gradients, layer.exact()[2], strict=True)):
         assert actual.dtype == torch.float32
         assert_close(actual, exact, 1e-5, f"input {i}")
+
+
+@pytest.mark.parametrize(("repeat", "width", "block"), ALL_SIZES)
+def test_every_size_has_the_values_and_gradients_of_the_reference(repeat, width, block):
+    sizes = {"selection_block_size": block, "compress_stride": block, "compress_block_size": block + 3}
+    sizes |= {"num_selected_blocks": 2, "short_term_block_size": 8}
+    layer = Layer([min(2 * block, 80) + 9, 0, 1], heads=repeat, groups=1, width=width, **sizes)
+    out, selection, gradients = layer.run(triton_forward)
+    expected, _, expected_gradients = layer.exact(reference_given(selection))
+    assert_close(out, expected, 1e-5)
+    for i, (actual, exact) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        assert_close(actual, exact, 1e-5, f"input {i}")
+
+
+# The interpreter has no arithmetic in bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("repeat", "width", "block"), [(1, 32, 16), (4, 16, 16), (8, 16, 32)])
+def test_half_precision_stays_close_when_the_selection_is_given(repeat, width, block, dtype):
+    sizes = {"selection_block_size": block, "selection_gradient": "none"}
+    layer = Layer([2 * block + 30, 20], heads=2 * repeat, groups=2, width=width, dtype=dtype, **sizes)
+    out, selection, gradients = layer.run(triton_forward)
+    expected, _, expected_gradients = layer.exact(reference_given(selection))
+    assert_close(out, expected, 1e-2)
+    for i, (actual, exact) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        assert_close(actual, exact, 1e-2, f"input {i}")
+
+
+@pytest.mark.parametrize(
+    "distances",
+    [
+        {"short_term_block_size": 1, "short_term_window": 3},
+        {"short_term_block_size": 24, "short_term_window": 1, "power_law_base": 3},
+        {"short_term_block_size": 4, "short_term_window": 40},
+        {"short_term_block_size": 2, "short_term_window": 5, "power_law_base": 2**31 - 1},
+    ],
+    ids=lambda x: "-".join(map(str, x.values())),
+)
+def test_short_term_distances_are_those_of_the_reference(distances):
+    layer = Layer([90, 1, 7], kind="short_term", heads=2, groups=1, **distances)
+    expected, _, expected_gradients = layer.run(eager_attention_forward)
+    out, _, gradients = layer.run(triton_forward)
+    assert_close(out, expected, 1e-5)
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        assert_close(actual, reference, 1e-5)
+
+
+def test_a_block_that_many_queries_choose_is_split(monkeypatch):
+    layer = Layer([70], heads=2, groups=1)
+    expected, _, gradients = layer.run(triton_forward)
+    monkeypatch.setattr(ops_triton_launch, "CHUNK_ROWS", 8)
+    out, _, split_gradients = layer.run(triton_forward)
+    assert torch.equal(out, expected)
+    for actual, reference in zip(split_gradients, gradients, strict=True):
+        assert_close(actual, reference, 1e-5)
+
+
+def test_wide_offsets_give_the_same(monkeypatch):
+    layer = Layer([40, 9], heads=2, groups=1)
+    expected, _, gradients = layer.run(triton_forward)
+    wide = property(lambda self: {"INDEX": ops_triton_launch.tl.int64})
+    monkeypatch.setattr(ops_triton_launch.Layout, "index", wide)
+    out, _, wide_gradients = layer.run(triton_forward)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(wide_gradients, gradients))
 
 
 @pytest.mark.parametrize("lengths", [[1], [0, 1, 15], [16, 1], [17]], ids=str)

@@ -1,18 +1,24 @@
 """
 BlossomRec's attention as fused GPU kernels, forward and backward: `blossom_attention`, one operation for a whole layer
 (rotary embedding, compressor, selection, both streams, gates). It is a `torch.library` custom op with a fake
-implementation and registered autograd, so that `torch.compile` sees single nodes and activation checkpointing works.
+implementation and registered autograd, so `torch.compile` sees a single node and activation checkpointing works.
 
-Nothing here synchronises, and no sum is added atomically, so gradients are bitwise the same from run to run.
-Conventions: `ops_reference.py`; the kernels and how they lay out blocks and tiles: `ops_triton_kernels.py`; how they are
-launched: `ops_triton_launch.py`.
+Nothing here synchronizes, and no sum is added atomically, so gradients are bitwise the same from run to run.
+Conventions: `ops_reference.py`; the kernels and their layout: `ops_triton_launch.py`.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .ops_reference import Selection
-from .ops_triton_launch import Layout, Sizes, check, short_tile
+from .ops_triton_launch import Layout, Sizes, check
+from .ops_triton_rotate import plan, rotate, windows
+from .ops_triton_select import pool, select, select_backward
+from .ops_triton_selected import Pairs, pair_shapes, selected, selected_backward, sort_pairs
+from .ops_triton_streams import Stream, streams
+from .ops_triton_streams_backward import LongGradients, gradient_terms, key_backward, query_backward
 
 
 # Part of the operations' names: two versions of this package in one process must not replace each other's. It is that
@@ -21,119 +27,171 @@ VERSION = "0.1.0"
 NAMESPACE = "blossomrec_hf_" + VERSION.replace(".", "_")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gates: Tensor | None,
-    position: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    cu_seqlens: Tensor,
-    settings: list[int],
-    scaling: float,
-    threshold: float,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
+class Settings(NamedTuple):
     """
-    `settings` are max_seqlen, whether there is a long-term and a short-term stream, whether the importance is learned,
-    whether to save for a backward pass, and the `Sizes`; few arguments, each of which costs time at every call.
+    The integers of an operation, which takes them as one list: few arguments, each of which costs time at every call.
 
-    Returns head outputs `[T, H, d]`, blocks and π `[T, G, k]`, and what the backward pass needs (empty where it needs
-    nothing): rotated q and k, mean q, score keys, u, lse of the scores, long-term output and lse, short-term output and
-    lse, the compressor's hidden activations, its weights in the dtype of q, start, stop, tile_history.
+    Attributes:
+        long, short: whether there is a long-term and a short-term stream.
+        factor: whether the importance is learned.
+        save: whether to save what the backward pass needs.
+        The others are those of `Sizes`.
     """
-    max_seqlen, long, short, factor, save, *sizes = settings
-    layout = Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
-    save_scores = save and long and factor
-    start, stop, tile_history = layout.plan()
-    q, k, mean_q = layout.rotate(q, k, cos, sin, mean=long)
-    blocks = layout.empty(0, dtype=torch.int64)
-    pi, score_lse, long_lse, short_lse = (layout.empty(0, dtype=torch.float32) for _ in range(4))
-    c, u, hidden, long_out, short_out, w1_cast, w2_cast = (layout.empty(0) for _ in range(7))
-    if long:
-        windows = layout.windows(k, position, start, stop)
+
+    max_seqlen: int
+    long: int
+    short: int
+    factor: int
+    save: int
+    stride: int
+    length: int
+    block: int
+    selected: int
+    short_block: int
+    window: int
+    base: int
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(*self[5:])
+
+
+class Results(NamedTuple):
+    """
+    What the forward operation returns. From `q` on, it is what the backward pass takes, empty if it needs nothing.
+
+    Attributes:
+        out `[T, H, d]`: head outputs.
+        blocks, pi `[T, G, k]`: the selection.
+        q, k: with rotary embeddings.
+        mean_q `[T, G, d]`, c `[rows, G, d]`, score_lse `[T, G]`, u `[T, G, d]`: mean queries, score keys, lse of the
+            scores, and the sum of π · c.
+        order, offsets, chunks: the `Pairs`.
+        long_out, long_lse, short_out, short_lse: each `Stream`.
+        hidden: the hidden activations of the compressor.
+        w1, w2: its weights in the dtype of q, if theirs is another.
+        start, stop, query_tiles, key_tiles: of `ops_triton_rotate.plan`.
+    """
+
+    out: Tensor
+    blocks: Tensor
+    pi: Tensor
+    q: Tensor
+    k: Tensor
+    mean_q: Tensor
+    c: Tensor
+    score_lse: Tensor
+    u: Tensor
+    order: Tensor
+    offsets: Tensor
+    chunks: Tensor
+    long_out: Tensor
+    long_lse: Tensor
+    short_out: Tensor
+    short_lse: Tensor
+    hidden: Tensor
+    w1: Tensor
+    w2: Tensor
+    start: Tensor
+    stop: Tensor
+    query_tiles: Tensor
+    key_tiles: Tensor
+
+
+def _wanted(settings: Settings, gated: bool, cast: bool) -> set[str]:
+    """Which of the results are not empty; `cast`: whether the compressor's weights have another dtype than q."""
+    names = {"out"}
+    if settings.long:
+        names |= {"blocks", "pi"}
+    if settings.save:
+        names |= {"q", "k", "start", "stop", "query_tiles", "key_tiles"}
+        for stream in ("long",) * settings.long + ("short",) * settings.short:
+            names |= {f"{stream}_lse"} | ({f"{stream}_out"} if gated else set())
+        if settings.long:
+            names |= {"order", "offsets", "chunks"}
+        if settings.factor:
+            names |= {"mean_q", "c", "score_lse", "u", "hidden"} | ({"w1", "w2"} if cast else set())
+    return names
+
+
+def _schema(arguments: str, results: int) -> str:
+    return f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1, Tensor? b1"
+)
+_INPUTS += ", Tensor? w2, Tensor cu_seqlens, int[] settings, float scaling, float threshold"
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=(), schema=_schema(_INPUTS, len(Results._fields)))
+def _attention(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, settings, scaling, threshold):
+    """The `Results` of one layer; `settings`: `Settings`."""
+    settings = Settings(*settings)
+    layout = Layout(q, k.shape[1], cu_seqlens, settings.max_seqlen, settings.sizes, scaling)
+    start, stop, query_tiles, key_tiles = plan(layout)
+    q, k, mean_q = rotate(layout, q, k, cos, sin, mean=settings.long)
+    found = {"q": q, "k": k, "mean_q": mean_q}
+    found |= {"start": start, "stop": stop, "query_tiles": query_tiles, "key_tiles": key_tiles}
+    blocks = parts = None
+    if settings.long:
         w1_cast, w2_cast = w1.to(q.dtype), w2.to(q.dtype)
-        hidden = torch.addmm(b1.to(q.dtype), windows.view(-1, w1.shape[1]), w1_cast.t()).relu_()
-        c = layout.pool((hidden @ w2_cast.t()).view(-1, layout.groups, layout.width))
-        if not save_scores or w1.dtype == q.dtype:
-            w1_cast, w2_cast = layout.empty(0), layout.empty(0)
-        blocks, pi, score_lse, u = layout.select(mean_q, c, start, threshold, save_scores)
-        long_out, long_lse = layout.selected(q, k, v, blocks, start, save)
-        if not save_scores:
-            hidden = layout.empty(0)
-    if short:
-        out, short_out, short_lse = layout.short(q, k, v, tile_history, long_out if long else None, gates, save)
-    else:
-        out, long_out = long_out, layout.empty(0)
-    if not save:
-        q, k, mean_q, c, u, long_out = (layout.empty(0) for _ in range(6))
-    return (
-        *(out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out, short_lse),
-        *(hidden, w1_cast, w2_cast, start, stop, tile_history),
+        inputs = windows(layout, k, position, start, stop).view(-1, w1.shape[1])
+        hidden = torch.addmm(b1.to(q.dtype), inputs, w1_cast.t()).relu_()
+        c = pool(layout, (hidden @ w2_cast.t()).view(-1, layout.groups, layout.width))
+        blocks, number, pi, score_lse, u = select(
+            layout, mean_q, c, start, threshold, settings.save and settings.factor
+        )
+        pairs = sort_pairs(layout, number, start, stop)
+        parts = selected(layout, q, k, v, pairs)
+        found |= {"blocks": blocks, "pi": pi, "c": c, "score_lse": score_lse, "u": u, "hidden": hidden}
+        found |= {"w1": w1_cast, "w2": w2_cast} | pairs._asdict()
+    out, long_stream, short_stream = streams(
+        layout, q, k, v, query_tiles, blocks, parts, gates, settings.short, settings.save
     )
+    found |= {"out": out, "long_out": long_stream.out, "long_lse": long_stream.lse}
+    found |= {"short_out": short_stream.out, "short_lse": short_stream.lse}
+    wanted = _wanted(settings, gates is not None, settings.long and w1.dtype != q.dtype)
+    return tuple(found[name] if name in wanted else q.new_empty(0) for name in Results._fields)
 
 
 @_attention.register_fake
 def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, settings, scaling, threshold):
-    _, long, short, factor, save, *sizes = settings
-    sizes = Sizes(*sizes)
-    tokens, heads, width = q.shape
-    groups = k.shape[1]
-    save_scores = save and long and factor
-    cast = save_scores and w1.dtype != q.dtype
-    rows = tokens // sizes.block
-    windows = rows * (sizes.block // sizes.stride)
-
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = q.dtype) -> Tensor:
-        return q.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    blocks = (tokens, groups, sizes.selected)
+    settings = Settings(*settings)
+    layout = Layout(q, k.shape[1], cu_seqlens, settings.max_seqlen, settings.sizes, scaling)
     single, integer = torch.float32, torch.int32
-    return (
-        empty(True, *q.shape),
-        empty(long, *blocks, dtype=torch.int64),
-        empty(long, *blocks, dtype=single),
-        empty(save, *q.shape),
-        empty(save, *k.shape),
-        empty(save and long, *k.shape),
-        empty(save and long, rows, groups, width),
-        empty(save_scores, *k.shape),
-        empty(save_scores, tokens, groups, dtype=single),
-        empty(save and long and short, *q.shape),
-        empty(save and long, tokens, heads, dtype=single),
-        empty(save and short and gates is not None, *q.shape),
-        empty(save and short, tokens, heads, dtype=single),
-        empty(save_scores, windows * groups, sizes.length * width),
-        empty(cast, *(w1.shape if cast else ())),
-        empty(cast, *(w2.shape if cast else ())),
-        empty(True, tokens, dtype=integer),
-        empty(True, tokens, dtype=integer),
-        empty(True, tokens // short_tile(sizes.short_block) + cu_seqlens.shape[0] - 1, dtype=integer),
-    )
+    blocks = (layout.num_tokens, layout.groups, settings.selected)
+    per_head, per_group = q.shape[:2], blocks[:2]
+    shapes = dict.fromkeys(("out", "q", "long_out", "short_out"), (q.shape, q.dtype))
+    shapes |= dict.fromkeys(("k", "mean_q", "u"), (k.shape, q.dtype))
+    shapes |= dict.fromkeys(("long_lse", "short_lse"), (per_head, single))
+    shapes |= {"blocks": (blocks, torch.int64), "pi": (blocks, single), "score_lse": (per_group, single)}
+    shapes["c"] = ((layout.rows, layout.groups, layout.width), q.dtype)
+    shapes |= pair_shapes(layout)
+    if settings.long:
+        num_windows = layout.num_keys * (settings.block // settings.stride)
+        shapes["hidden"] = ((num_windows, w1.shape[0]), q.dtype)
+        shapes |= {"w1": (w1.shape, q.dtype), "w2": (w2.shape, q.dtype)}
+    shapes |= dict.fromkeys(("start", "stop"), ((layout.num_tokens,), integer))
+    shapes["query_tiles"] = ((layout.num_tiles(layout.query_tile), 4), integer)
+    shapes["key_tiles"] = ((layout.num_tiles(layout.key_tile), 4), integer)
+    wanted = _wanted(settings, gates is not None, settings.long and w1.dtype != q.dtype)
+    empty = ((0,), q.dtype)
+    made = (shapes[name] if name in wanted else empty for name in Results._fields)
+    return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in made)
+
+
+class Gradients(NamedTuple):
+    """The gradients of the inputs, empty if there is none."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tensor
+    position: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,73 +201,58 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
-def _attention_backward(
-    grad: Tensor,
-    saved: list[Tensor],
-    gates: Tensor | None,
-    position: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    settings: list[int],
-    scaling: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, gates, position, w1, b1, w2; empty where there is none."""
-    max_seqlen, long, short, factor, _, *sizes = settings
-    v, cos, sin, cu_seqlens, out, blocks, pi, q, k, mean_q, c, u, score_lse, long_out, long_lse, short_out = saved[:16]
-    short_lse, hidden, w1_cast, w2_cast, start, stop, tile_history = saved[16:]
-    layout = Layout(q, k.shape[1], cu_seqlens, max_seqlen, Sizes(*sizes), scaling)
-    grad = grad.contiguous()
-    gated = gates is not None
-    dgates = torch.empty_like(gates) if gated else layout.empty(0)
-    long_part = dwindows = long_dq = None
+def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums of the columns of a matrix; as a product, they take a GPU a fraction of the time."""
+    return _product(x.new_ones(1, x.shape[0]), x, dtype)[0]
+
+
+_SAVED = "Tensor grad, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1, Tensor? b1"
+_SAVED += ", Tensor? w2, Tensor cu_seqlens, Tensor[] results, int[] settings, float scaling"
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::attention_backward", mutates_args=(), schema=_schema(_SAVED, len(Gradients._fields))
+)
+def _attention_backward(grad, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, results, settings, scaling):
+    """The `Gradients` of one layer from its `Results`."""
+    settings, results = Settings(*settings), Results(*results)
+    q, k, start, stop = results.q, results.k, results.start, results.stop
+    layout = Layout(q, k.shape[1], cu_seqlens, settings.max_seqlen, settings.sizes, scaling)
+    grad, rotary = grad.contiguous(), (cos, sin)
     dposition, dw1, db1, dw2 = (layout.empty(0) for _ in range(4))
-    if long:
-        scored = (pi, c, u) if factor else None
-        long_dq, delta, weight, weight_sum, pair = layout.selected_backward(
-            *(q, k, v, long_out if short else out, grad, gates, long_lse, blocks, start, dgates, scored, factor)
-        )
-        if layout.rows:
-            inverted = layout.invert(pair)
-            pairs = (mean_q, weight) if factor else None
-            parts = layout.inverted(q, k, v, grad, gates, long_lse, delta, start, stop, inverted, pairs)
-            long_part = (long_lse, delta, *parts[:2], inverted[1])
-        else:  # no complete block anywhere: nothing was selected
-            long_part = (long_lse, delta, long_lse, long_lse, start)
-        if factor:
-            if layout.rows:
-                spread = layout.spread(mean_q, c, score_lse, weight_sum, pair, start, stop)
-                dc = layout.score_keys(parts[2], spread, inverted[1]).flatten(0, 1)
-            else:
-                dc = layout.empty(0, layout.width)
-            windows = layout.windows(k, position, start, stop)  # cheaper to make again than to keep
-            if w1.dtype == q.dtype:
-                w1_cast, w2_cast = w1, w2
-            dw2 = _product(dc.t(), hidden, w2.dtype)
-            dhidden = torch.ops.aten.threshold_backward(dc @ w2_cast, hidden, 0)
-            db1 = dhidden.sum(0, dtype=b1.dtype)
-            dw1 = _product(dhidden.t(), windows.view(-1, w1.shape[1]), w1.dtype)
-            dwindows = (dhidden @ w1_cast).view_as(windows)
-            dposition = dwindows.sum(0, dtype=position.dtype)
-    rotary = (cos, sin)
-    short_part = None
-    dq, short_delta = layout.query_backward(
-        *(q, k, v, tile_history, short_out if gated else out, grad, gates, short_lse, long_dq, rotary, dgates, short)
-    )
-    if short:
-        short_part = (short_lse, short_delta)
-    if dwindows is not None and not layout.rows:
-        dwindows = None
-    dk, dv = layout.key_backward(q, k, v, tile_history, grad, gates, long_part, short_part, dwindows, rotary)
-    return dq, dk, dv, dgates, dposition, dw1, db1, dw2
+    gated = gates is not None  # a stream without a gate is the output
+    long_stream = Stream(results.long_out if gated else results.out, results.long_lse) if settings.long else None
+    short_stream = Stream(results.short_out if gated else results.out, results.short_lse) if settings.short else None
+    long_terms, short_terms, dgates = gradient_terms(layout, grad, gates, long_stream, short_stream)
+    long = chosen = dwindows = None
+    if settings.long:
+        pairs = Pairs(results.order, results.offsets, results.chunks)
+        parts = selected_backward(layout, q, k, v, grad, long_terms, results.pi, pairs, settings.factor)
+        factor = (parts.weight, results.c, results.u) if settings.factor else None
+        long = LongGradients(long_terms, results.blocks, parts.dq, factor)
+        chosen = (parts.dk, parts.dv, pairs.offsets) if layout.rows else None
+    dq, weight_sum = query_backward(layout, q, k, v, results.query_tiles, grad, long, short_terms, rotary)
+    if settings.factor:
+        scores = (results.mean_q, results.c, results.score_lse, weight_sum, results.blocks, start, stop)
+        dc = select_backward(layout, *scores, parts.dc, pairs.offsets).flatten(0, 1)
+        inputs = windows(layout, k, position, start, stop)  # cheaper to make again than to keep
+        w1_cast, w2_cast = (w1, w2) if w1.dtype == q.dtype else (results.w1, results.w2)
+        dw2 = _product(dc.t(), results.hidden, w2.dtype)
+        dhidden = torch.ops.aten.threshold_backward(dc @ w2_cast, results.hidden, 0)
+        db1 = _column_sums(dhidden, b1.dtype)
+        dw1 = _product(dhidden.t(), inputs.view(-1, w1.shape[1]), w1.dtype)
+        dwindows = (dhidden @ w1_cast).view_as(inputs)
+        dposition = _column_sums(dwindows.flatten(1), position.dtype).view_as(position)
+        dwindows = dwindows if layout.rows else None
+    dk, dv = key_backward(layout, q, k, v, results.key_tiles, grad, long_terms, short_terms, chosen, dwindows, rotary)
+    return Gradients(dq, dk, dv, dgates, dposition, dw1, db1, dw2)
 
 
 @_attention_backward.register_fake
-def _(grad, saved, gates, position, w1, b1, w2, settings, scaling):
-    q, k = saved[7], saved[8]
-    learned = settings[1] and settings[3]
-    return (
+def _(grad, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, results, settings, scaling):
+    q, k = Results(*results)[3:5]
+    learned = Settings(*settings).factor
+    return Gradients(
         *(q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)),
         torch.empty_like(gates) if gates is not None else q.new_empty(0),
         *(x.new_empty(x.shape) if learned else q.new_empty(0) for x in (position, w1, b1, w2)),
@@ -218,21 +261,20 @@ def _(grad, saved, gates, position, w1, b1, w2, settings, scaling):
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, ctx.settings, ctx.scaling, _ = inputs
-    ctx.save_for_backward(v, cos, sin, cu_seqlens, *output, gates, position, w1, b1, w2)
+    ctx.save_for_backward(v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *others):
-    *saved, gates, position, w1, b1, w2 = ctx.saved_tensors
     if grad is None:
         return (None,) * 14
-    dq, dk, dv, dgates, *dcompressor = _attention_backward(
-        grad, saved, gates, position, w1, b1, w2, ctx.settings, ctx.scaling
-    )
-    if not (ctx.settings[1] and ctx.settings[3]):
-        dcompressor = (None,) * 4
-    return dq, dk, dv, None, None, None if gates is None else dgates, *dcompressor, *(None,) * 4
+    saved = ctx.saved_tensors  # to be read once, or checkpointing fails
+    inputs, results = saved[:9], saved[9:]
+    gradients = Gradients(*_attention_backward(grad, *inputs, list(results), ctx.settings, ctx.scaling))
+    compressor = gradients[4:] if Settings(*ctx.settings).factor else (None,) * 4
+    gates = None if inputs[3] is None else gradients.gates
+    return *gradients[:3], None, None, gates, *compressor, *(None,) * 4
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -263,7 +305,7 @@ def blossom_attention(
         q, k, v: `[T, H, d]`, `[T, G, d]`, `[T, G, d]`, rotary embedding not yet applied; any strides of the first two
             dimensions.
         cos, sin: of the rotary embedding, `[T, d]`, float32.
-        gates: `[T, H, 2]`, values of the long-term and the short-term stream; `None` with one stream.
+        gates: `[T, H, 2]`, values (not negative) of the long-term and the short-term stream; `None` with one stream.
         position, mlp: the compressor; `None` without the long-term stream.
         factor: whether the importance is learned (straight through).
         short: whether the short-term stream takes part.
@@ -286,12 +328,10 @@ def blossom_attention(
     inputs = (q, k, v, gates, *(weights if factor else ()))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    settings = [max_seqlen, long, short, factor, save, *sizes]
-    out, blocks, pi, *_ = _attention(
+    settings = Settings(max_seqlen, long, short, factor and long, save, *sizes)
+    results = _attention(
         *(q, k, v.contiguous(), cos.float().contiguous(), sin.float().contiguous()),
-        *(gates, *weights, cu_seqlens, settings, scaling, threshold),
+        *(gates, *weights, cu_seqlens, list(settings), scaling, threshold),
     )
+    out, blocks, pi = results[:3]
     return out, Selection(blocks, pi) if long else None
-
-
-# The functions of `ops_reference.py` one by one.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops_reference import Queries, Selection
-from .ops_triton_kernels import jit, tl
-from .ops_triton_launch import Sizes, ceil, power_of_two
+from .ops_triton_launch import Sizes, ceil, jit, power_of_two, tl
 
 
 @jit

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops_triton import NAMESPACE
-from .ops_triton_kernels import jit, tl, triton
-from .ops_triton_launch import DTYPES, INTERPRETED
+from .ops_triton_launch import DTYPES, INTERPRETED, jit, tl, triton
 
 
 WIDTHS = (16, 32, 64, 128, 256)

@@ -1,34 +1,49 @@
 """
-What the kernels of `ops_triton_kernels.py` and `ops_triton_backward_kernels.py` can do, and how each of them is launched:
-grids, tile sizes, buffers. Sizes of buffers and grids follow from shapes and `max_seqlen`, so nothing here synchronises.
+What the operations of `ops_triton.py` share: Triton itself, what the kernels support, and how a call is laid out in
+memory and split among programs. Each operation is a file of its own, `ops_triton_*.py`, kernels next to their launchers:
+
+- `ops_triton_rotate.py`: offsets of histories, rotary embedding, compression windows;
+- `ops_triton_select.py`: scores, softmax and the best blocks; the gradient of the score keys;
+- `ops_triton_selected.py`: attention to the selected blocks, one program per block;
+- `ops_triton_streams.py`, `ops_triton_streams_backward.py`: attention to the own block and to short-term blocks, and the
+  gated sum of the streams.
+
+Conventions of the kernels:
+
+- Layouts are those of `ops_reference.py`, contiguous unless strides are passed: `[T, H, D]` queries, `[T, G, D]` keys.
+  `REP` query heads share a key/value head; tiles of query rows have `REPP` (a power of two) rows per query.
+- A history that begins at token `lo` owns the rows from `lo // N` on in every array with one row per N complete
+  positions, and the tiles from `lo // N + i` on among tiles that may be incomplete (i is its number). Both follow
+  from the offset alone, so nothing is counted, scanned or read back. A few rows and tiles stay unused.
+- `start` and `stop` `[T]` are the offsets of the history around each token.
+- Softmaxes work in base 2: rotated queries carry the factor scaling · log2(e), and an `lse` is a base-2 logarithm.
+- Offsets of elements are `INDEX`: int32 if no buffer needs more, which saves registers.
+- A pair is a query and one of its selected blocks, for one key/value head: number (t · G + g) · K + slot.
+- Nothing is added atomically: every sum has one writer and a fixed order, so results are bitwise reproducible.
+- Sizes of buffers and grids follow from shapes and `max_seqlen`, so no launch synchronizes.
 """
 
-import math
 import os
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .configuration_blossomrec import BlossomRecConfig
-from .ops_triton_backward_kernels import (
-    invert_kernel,
-    inverted_kernel,
-    keys_kernel,
-    score_key_kernel,
-    selected_dq_kernel,
-    short_dq_kernel,
-    spread_kernel,
-)
-from .ops_triton_kernels import (
-    plan_kernel,
-    rotate_kernel,
-    select_kernel,
-    selected_kernel,
-    short_kernel,
-    triton,
-    windows_kernel,
-)
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit(do_not_specialize=["T", "num_rows", "num_keys", "num_pairs", "num_splits", "num_powers", "span"])
+except ImportError:  # `why_unsupported` says so before any kernel is called
+    triton = None
+    tl = SimpleNamespace(constexpr=None)
+
+    def jit(function):
+        return function
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: the kernels run on the CPU
@@ -40,26 +55,24 @@ MAX_SHORT_BLOCK = 64
 MAX_TILE_BYTES = 2**16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Pairs of (query, selected block) that one program of the backward pass works on; blocks chosen more often are split.
-CHUNK = 256
-# Positions of a tile of the short-term stream, at least.
-SHORT_TILE = 16
-# Tile sizes, warps and pipeline stages of each kernel, the fastest of some twenty on an H100 (bfloat16, H=8, G=2, d=16,
-# b=16, k=4, B=8, 65,536 tokens). Warps are those of that case; larger tiles and heads get more.
+# Rows of queries that one program of the selected stream works on; blocks that are chosen more often are split.
+CHUNK_ROWS = 512
+# Tile sizes, warps and pipeline stages of each kernel, the fastest measured on an H100 (bfloat16; 65,536 tokens with H=8,
+# G=2, d=16, and 16,384 tokens with H=G=8, d=32; b=16, k=4, B=8). Larger tiles and heads get more warps. `ROWS` are rows of
+# queries (fewer of wider heads in "selected_backward"), `COLUMNS` and `KEYS` keys.
 LAUNCH = {
     "select": {"BQ": 16, "BM": 64, "num_warps": 1, "num_stages": 2},
-    "selected": {"num_warps": 1, "num_stages": 1},
-    "short": {"num_warps": 1, "num_stages": 2},
-    "selected_dq": {"num_warps": 1, "num_stages": 1},
-    "short_dq": {"num_warps": 4, "num_stages": 2},
-    "inverted": {"PQ": 16, "num_warps": 1, "num_stages": 2},
+    "selected": {"ROWS": 64, "num_warps": 2, "num_stages": 3},
+    "selected_backward": {"ROWS": 32, "num_warps": 1, "num_stages": 2},
+    "streams": {"ROWS": 16, "COLUMNS": 32, "num_warps": 1, "num_stages": 1},
+    "query_backward": {"COLUMNS": 32, "num_warps": 1, "num_stages": 2},
+    "key_backward": {"KEYS": 8, "ROWS": 32, "num_warps": 1, "num_stages": 2},
     "spread": {"BM": 64, "BQ": 64, "num_warps": 2, "num_stages": 3},
-    "keys": {"num_warps": 1, "num_stages": 1},
 }
 
 
 class Sizes(NamedTuple):
-    """The numbers of a configuration that the kernels are specialised on."""
+    """The numbers of a configuration that the kernels are specialized on."""
 
     stride: int
     length: int
@@ -94,7 +107,7 @@ def why_unsupported(
     heads_per_group: int = 1,
 ) -> str | None:
     """
-    A sentence that says what the kernels cannot do, or `None` where they can do everything asked.
+    A sentence that says what the kernels cannot do, or `None` if they support all of it.
 
     Args:
         device: `"cuda"` or another device type.
@@ -116,11 +129,11 @@ def why_unsupported(
         if value not in choices:
             allowed = f"1 to {choices[-1]}" if isinstance(choices, range) else ", ".join(map(str, choices))
             return f"`blossom_triton` has no kernels for {name} {value} (only {allowed}); use `blossom_torch`."
-    rows = max(16, power_of_two(short_tile(short_block_size))) * power_of_two(heads_per_group)
+    rows = max(16, power_of_two(whole_blocks(16, short_block_size))) * power_of_two(heads_per_group)
     if rows * width * dtype.itemsize > MAX_TILE_BYTES:
         return (
-            f"`blossom_triton` cannot hold a short-term block of {short_block_size} positions with {heads_per_group} "
-            f"heads of width {width} in {dtype} for each key/value head; use `blossom_torch`."
+            f"`blossom_triton` does not support a short-term block of {short_block_size} positions with "
+            f"{heads_per_group} heads of width {width} in {dtype} per key/value head; use `blossom_torch`."
         )
     return None
 
@@ -136,12 +149,13 @@ def ceil(a: int, b: int) -> int:
 
 
 def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 
-def short_tile(block_size: int) -> int:
-    """Positions of a tile of the short-term stream: whole blocks of it."""
-    return max(1, SHORT_TILE // block_size) * block_size
+def whole_blocks(positions: int, block_size: int) -> int:
+    """The largest multiple of a block size in `positions`, at least one block."""
+    return max(1, positions // block_size) * block_size
 
 
 class Layout:
@@ -154,415 +168,58 @@ class Layout:
         self.max_seqlen = max_seqlen
         self.sizes = sizes
         self.scaling = scaling
-        self.scale2 = scaling * math.log2(math.e)
         self.dtype, self.device = q.dtype, q.device
         self.rows = self.num_tokens // sizes.block
+        self.num_keys = self.rows * num_groups
         rep = self.heads // num_groups
         self.heads_kw = {"H": self.heads, "G": num_groups, "D": self.width}
         self.rep_kw = {"REP": rep, "REPP": power_of_two(rep)}
+        self.chunk = max(1, min(256, CHUNK_ROWS // self.rep_kw["REPP"]))  # in pairs
         self.precision = {"PREC": "ieee" if q.dtype == torch.float32 else "tf32"}
-        # Queries of a tile of the selected stream: 16 rows, but no more keys than shared memory holds.
-        fitting = 512 * 2 // (self.width * q.element_size())
-        self.query_tile = max(1, min(16 // self.rep_kw["REPP"], fitting))
-        self.selected_kw = self.rep_kw | {"REPP": max(self.rep_kw["REPP"], 16 // self.query_tile)}
-        self.selected_rows = self.query_tile * self.selected_kw["REPP"]
-        short = sizes.short_block
-        self.tile = short_tile(short)
-        power = next(p for p in (sizes.base**e for e in range(64)) if p >= sizes.window)
-        self.short_kw = {"B": short, "WINDOW": sizes.window, "POWER": power, "BASE": sizes.base}
-        self.tile_kw = {"TILE": self.tile, "N": max(16, power_of_two(self.tile))}
-        self.num_tiles = self.num_tokens // self.tile + cu_seqlens.shape[0] - 1
+        # The distances of short-term blocks are 0 … window − 1, then `power`, `power` · base, …
+        powers = [sizes.base**e for e in range(32)]
+        first = next(i for i, p in enumerate(powers) if p >= sizes.window)
+        self.num_powers = sum(p * sizes.short_block < max_seqlen for p in powers[first:])
+        self.short_kw = {"B": sizes.short_block, "WINDOW": sizes.window, "BASE": sizes.base}
+        self.short_kw["POWER"] = min(powers[first], 2**31 - 1)
+        # Positions of a tile of queries, and of one of keys: whole short-term blocks.
+        self.query_tile = whole_blocks(ceil(LAUNCH["streams"]["ROWS"], self.rep_kw["REPP"]), sizes.short_block)
+        self.key_tile = whole_blocks(LAUNCH["key_backward"]["KEYS"], sizes.short_block)
 
-    def launch(self, name: str, rows: int, columns: int, **changes: int) -> dict[str, int]:
-        """The entry of `LAUNCH`, with warps for tiles of `rows` times `columns` or the head width."""
+    def launch(self, name: str, rows: int, columns: int) -> dict[str, int]:
+        """The warps for tiles of `rows` times `columns` or the head width, and the pipeline stages of `LAUNCH`."""
         elements = rows * max(columns, self.width) * (2 if self.dtype == torch.float32 else 1)
-        options = LAUNCH[name] | changes
-        return options | {"num_warps": min(max(options["num_warps"], options["num_warps"] * elements // 1024), 8)}
+        warps = min(max(LAUNCH[name]["num_warps"], elements // 1024), 8)
+        return {"num_warps": warps, "num_stages": LAUNCH[name]["num_stages"]}
+
+    @property
+    def index(self) -> dict[str, object]:
+        """The integers that count the elements of the largest buffers: the parts of pairs and of chunks, and windows."""
+        chunk_rows = self.num_tokens * self.groups * (1 + self.sizes.selected * self.sizes.block // self.chunk)
+        window_rows = self.num_tokens // self.sizes.stride * self.groups * self.sizes.length
+        rows = max(self.num_tokens * self.heads * self.sizes.selected, chunk_rows, window_rows)
+        return {"INDEX": tl.int32 if rows * self.width < 2**31 else tl.int64}
+
+    def num_tiles(self, tile: int) -> int:
+        return self.num_tokens // tile + self.cu_seqlens.shape[0] - 1
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
 
-    def plan(self) -> tuple[Tensor, Tensor, Tensor]:
-        start = self.empty(self.num_tokens, dtype=torch.int32)
-        stop = self.empty(self.num_tokens, dtype=torch.int32)
-        tile_history = self.empty(self.num_tiles, dtype=torch.int32)
-        grid = (self.cu_seqlens.shape[0] - 1, max(1, ceil(self.max_seqlen, 1024)))
-        plan_kernel[grid](self.cu_seqlens, start, stop, tile_history, TILE=self.tile, CHUNK=1024)
-        return start, stop, tile_history
 
-    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-        q_out = self.empty(*q.shape)
-        k_out = self.empty(*k.shape)
-        mean_q = self.empty(*(k.shape if mean else (0,)))
-        grid = (ceil(self.num_tokens, 32), self.groups)
-        rotate_kernel[grid](
-            q,
-            k,
-            cos,
-            sin,
-            q_out,
-            k_out,
-            mean_q,
-            self.num_tokens,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            self.scale2,
-            **self.heads_kw,
-            REP=self.rep_kw["REP"],
-            MEAN=mean,
-            BT=32,
-        )
-        return q_out, k_out, mean_q
-
-    def windows(self, k: Tensor, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        stride, length, block = self.sizes[:3]
-        out = self.empty(self.rows * (block // stride), self.groups, length, self.width)
-        if out.shape[0]:
-            lines = min(power_of_two(length), max(1, 4096 // self.width))
-            windows_kernel[(out.shape[0], self.groups)](
-                k,
-                position,
-                start,
-                stop,
-                out,
-                self.num_tokens,
-                G=self.groups,
-                D=self.width,
-                B=block,
-                STRIDE=stride,
-                LENGTH=length,
-                BL=lines,
-                num_warps=1 if lines * self.width <= 1024 else 4,
-            )
-        return out
-
-    def pool(self, c: Tensor) -> Tensor:
-        """Score keys `[rows, G, d]` of compressed keys `[rows · b / s, G, d]`."""
-        per_block = self.sizes.block // self.sizes.stride
-        return c if per_block == 1 else c.unflatten(0, (-1, per_block)).mean(1, dtype=torch.float32).to(c.dtype)
-
-    def select(self, mean_q: Tensor, c: Tensor, start: Tensor, threshold: float, save: bool):
-        tokens, groups, selected = self.num_tokens, self.groups, self.sizes.selected
-        blocks = self.empty(tokens, groups, selected, dtype=torch.int64)
-        pi = self.empty(tokens, groups, selected, dtype=torch.float32)
-        lse = self.empty(*((tokens, groups) if save else (0,)), dtype=torch.float32)
-        u = self.empty(*((tokens, groups, self.width) if save else (0,)))
-        padded = power_of_two(selected)
-        launch = self.launch("select", LAUNCH["select"]["BQ"], LAUNCH["select"]["BM"])
-        select_kernel[(ceil(tokens, launch["BQ"]), groups)](
-            mean_q,
-            c,
-            start,
-            blocks,
-            pi,
-            lse,
-            u,
-            tokens,
-            self.rows,
-            threshold,
-            G=groups,
-            D=self.width,
-            B=self.sizes.block,
-            K=selected,
-            KP=padded,
-            SAVE=save,
-            **self.precision,
-            **launch,
-        )
-        return blocks, pi, lse, u
-
-    def selected(self, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, start: Tensor, save: bool):
-        out = self.empty(*q.shape)
-        lse = self.empty(*(q.shape[:2] if save else (0,)), dtype=torch.float32)
-        selected_kernel[(ceil(self.num_tokens, self.query_tile), self.groups)](
-            q,
-            k,
-            v,
-            blocks,
-            start,
-            out,
-            lse,
-            self.num_tokens,
-            self.scale2,
-            **self.heads_kw,
-            B=self.sizes.block,
-            K=self.sizes.selected,
-            **self.selected_kw,
-            BQ=self.query_tile,
-            SAVE=save,
-            **self.precision,
-            **self.launch("selected", 16 * self.query_tile, self.selected_rows),
-        )
-        return out, lse
-
-    def short(self, q, k, v, tile_history, long_out: Tensor | None, gates: Tensor | None, save: bool):
-        gated = gates is not None
-        out = self.empty(*q.shape)
-        # Without gates the stream is the output.
-        short_out = self.empty(*(q.shape if save and gated else (0,)))
-        lse = self.empty(*(q.shape[:2] if save else (0,)), dtype=torch.float32)
-        short_kernel[(self.num_tiles, self.groups)](
-            q,
-            k,
-            v,
-            self.cu_seqlens,
-            tile_history,
-            long_out if gated else q,
-            gates if gated else q,
-            out,
-            short_out if gated else out,
-            lse,
-            self.scale2,
-            *(gates.stride() if gated else (0, 0, 0)),
-            **self.heads_kw,
-            **self.rep_kw,
-            **self.short_kw,
-            **self.tile_kw,
-            GATED=gated,
-            SAVE=save,
-            **self.precision,
-            **self.launch("short", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
-        )
-        return out, short_out, lse
-
-    def selected_backward(
-        self, q, k, v, out, grad, gates, lse, blocks, start, dgates, scored: tuple[Tensor, ...] | None, factor: bool
-    ):
-        """
-        Args:
-            scored: π, score keys and u of the selection, to carry the factor's gradient on to the queries.
-
-        Returns:
-            dq (without the rotary embedding's part), delta, the factor's gradient, its sum over blocks, and the number of
-            the (block, group) of each pair. If `scored`, the gradient is that of the scores but for what `spread` adds.
-        """
-        num_keys = self.rows * self.groups
-        pairs = blocks.shape if factor else (0,)
-        dq = self.empty(*q.shape)
-        delta = self.empty(*q.shape[:2], dtype=torch.float32)
-        weight = self.empty(*pairs, dtype=torch.float32)
-        weight_sum = self.empty(*(blocks.shape[:2] if scored else (0,)), dtype=torch.float32)
-        pair = self.empty(*blocks.shape, dtype=torch.int16 if num_keys < 2**15 else torch.int32)
-        gated = gates is not None
-        selected_dq_kernel[(ceil(self.num_tokens, self.query_tile), self.groups)](
-            q,
-            k,
-            v,
-            out,
-            grad,
-            gates if gated else q,
-            lse,
-            blocks,
-            *(scored or (lse, q, q)),
-            start,
-            dq,
-            delta,
-            dgates if gated else q,
-            weight,
-            weight_sum,
-            pair,
-            self.num_tokens,
-            num_keys,
-            self.scale2,
-            self.scaling,
-            *(gates.stride() + dgates.stride() if gated else (0,) * 6),
-            **self.heads_kw,
-            B=self.sizes.block,
-            K=self.sizes.selected,
-            **self.selected_kw,
-            BQ=self.query_tile,
-            GATED=gated,
-            FACTOR=factor,
-            SCORED=scored is not None,
-            **self.precision,
-            **self.launch("selected_dq", 16 * self.query_tile, self.selected_rows),
-        )
-        return dq, delta, weight, weight_sum, pair
-
-    def query_backward(self, q, k, v, tile_history, out, grad, gates, lse, long_dq, rotary, dgates, short: bool):
-        dq = self.empty(*q.shape)
-        delta = self.empty(*(q.shape[:2] if short else (0,)), dtype=torch.float32)
-        gated = gates is not None
-        short_dq_kernel[(self.num_tiles, self.groups)](
-            q,
-            k,
-            v,
-            self.cu_seqlens,
-            tile_history,
-            out,
-            grad,
-            gates if gated else q,
-            lse,
-            q if long_dq is None else long_dq,
-            *(rotary or (q, q)),
-            dq,
-            delta,
-            dgates if gated else q,
-            self.scale2,
-            self.scaling,
-            *(gates.stride() + dgates.stride() if gated else (0,) * 6),
-            **self.heads_kw,
-            **self.rep_kw,
-            **self.short_kw,
-            **self.tile_kw,
-            SHORT=short,
-            LONG=long_dq is not None,
-            GATED=gated,
-            ROTARY=rotary is not None,
-            **self.precision,
-            **self.launch("short_dq", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
-        )
-        return dq, delta
-
-    def invert(self, pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The pairs in the order of their (block, group), where each one's begin, and whose each chunk is."""
-        num_keys = self.rows * self.groups
-        values, order = pair.flatten().sort(stable=True)
-        offsets = self.empty(num_keys + 1, dtype=torch.int32)
-        chunk_key = self.empty(pair.numel() // CHUNK + num_keys, dtype=torch.int32)
-        invert_kernel[(ceil(num_keys, 128),)](values, offsets, chunk_key, pair.numel(), num_keys, CHUNK=CHUNK, BK=128)
-        return order, offsets, chunk_key
-
-    def inverted(self, q, k, v, grad, gates, lse, delta, start, stop, inverted, scored: tuple[Tensor, Tensor] | None):
-        """Parts of dk, dv and of the score keys' gradient, one for each chunk; `scored`: mean queries and weights."""
-        order, offsets, chunk_key = inverted
-        num_chunks = chunk_key.shape[0]
-        queries = max(1, 4 * LAUNCH["inverted"]["PQ"] // self.rep_kw["REPP"])
-        shape = (num_chunks, self.sizes.block, self.width)
-        dk, dv = self.empty(*shape, dtype=torch.float32), self.empty(*shape, dtype=torch.float32)
-        dc = self.empty(*((num_chunks, self.width) if scored else (0,)), dtype=torch.float32)
-        gated = gates is not None
-        inverted_kernel[(num_chunks,)](
-            q,
-            k,
-            v,
-            grad,
-            gates if gated else q,
-            lse,
-            delta,
-            *(scored or (q, lse)),
-            order,
-            offsets,
-            chunk_key,
-            start,
-            stop,
-            dk,
-            dv,
-            dc,
-            self.num_tokens,
-            self.rows * self.groups,
-            self.scale2,
-            *(gates.stride()[:2] if gated else (0, 0)),
-            **self.heads_kw,
-            B=self.sizes.block,
-            K=self.sizes.selected,
-            **self.rep_kw,
-            CHUNK=CHUNK,
-            GATED=gated,
-            SCORED=scored is not None,
-            **self.precision,
-            **self.launch("inverted", queries * self.rep_kw["REPP"], self.sizes.block, PQ=queries),
-        )
-        return dk, dv, dc
-
-    def spread(self, mean_q, c, lse, weight_sum, pair, start, stop) -> Tensor:
-        """
-        Parts (to be subtracted) of the score keys' gradient that come through the softmax; `pair` `[T, G, k]`: number of
-        the (block, group) of each pair, of which the first takes no part.
-        """
-        block = self.sizes.block
-        keys, queries = LAUNCH["spread"]["BM"], LAUNCH["spread"]["BQ"]
-        span = max(1024, ceil(self.max_seqlen, 16 * queries) * queries)
-        num_splits = ceil(keys * block + self.max_seqlen, span)
-        parts = self.empty(num_splits, self.rows, self.groups, self.width, dtype=torch.float32)
-        spread_kernel[(ceil(self.rows, keys), self.groups, num_splits)](
-            mean_q,
-            c,
-            lse,
-            weight_sum,
-            pair,
-            start,
-            stop,
-            parts,
-            self.num_tokens,
-            self.rows,
-            span,
-            G=self.groups,
-            D=self.width,
-            B=block,
-            K=self.sizes.selected,
-            **self.precision,
-            **self.launch("spread", keys // 4, queries),
-        )
-        return parts
-
-    def score_keys(self, dc_part: Tensor, spread_part: Tensor, offsets: Tensor) -> Tensor:
-        """The gradient of the compressed keys `[rows · b / s, G, d]`."""
-        stride, _, block = self.sizes[:3]
-        dc = self.empty(self.rows * (block // stride), self.groups, self.width)
-        # The mean queries carry scaling · log2(e).
-        score_key_kernel[(ceil(self.rows * self.groups, 16),)](
-            dc_part,
-            spread_part,
-            offsets,
-            dc,
-            self.rows,
-            spread_part.shape[0],
-            math.log(2) * stride / block,
-            G=self.groups,
-            D=self.width,
-            CHUNK=CHUNK,
-            PER_BLOCK=block // stride,
-            BR=16,
-            num_warps=1,
-        )
-        return dc
-
-    def key_backward(
-        self, q, k, v, tile_history, grad, gates, long: tuple[Tensor, ...] | None, short, dwindows, rotary
-    ) -> tuple[Tensor, Tensor]:
-        """`long`: lse, delta, dk and dv parts and their offsets; `short`: lse, delta."""
-        dk, dv = self.empty(*k.shape), self.empty(*v.shape)
-        gated = gates is not None
-        long_lse, long_delta, dk_part, dv_part, offsets = long or (q,) * 5
-        keys_kernel[(self.num_tiles, self.groups)](
-            q,
-            k,
-            v,
-            self.cu_seqlens,
-            tile_history,
-            grad,
-            gates if gated else q,
-            long_lse,
-            long_delta,
-            *(short or (q, q)),
-            dk_part,
-            dv_part,
-            offsets,
-            q if dwindows is None else dwindows,
-            *(rotary or (q, q)),
-            dk,
-            dv,
-            self.scale2,
-            self.scaling,
-            *(gates.stride() if gated else (0, 0, 0)),
-            **self.heads_kw,
-            **self.rep_kw,
-            SB=self.sizes.block,
-            CHUNK=CHUNK,
-            STRIDE=self.sizes.stride,
-            LENGTH=self.sizes.length,
-            **self.short_kw,
-            **self.tile_kw,
-            SHORT=short is not None,
-            LONG=long is not None,
-            WINDOWS=dwindows is not None,
-            GATED=gated,
-            ROTARY=rotary is not None,
-            **self.precision,
-            **self.launch("keys", self.tile_kw["N"] * self.rep_kw["REPP"], self.tile_kw["N"]),
-        )
-        return dk, dv
+@jit
+def block_place(row, T, start, stop, B: tl.constexpr):
+    """The first token of the complete block in a `row`, the start of its history, and whether there is one."""
+    token = tl.minimum((row + 1) * B - 1, T - 1)  # lies in the block wherever there is one
+    lo = tl.load(start + token)
+    first = lo + (row - lo // B) * B
+    return first, lo, first + B <= tl.load(stop + token)
 
 
-# One layer in one operation.
+@jit
+def unrotate(x, cos, sin, ROWS: tl.constexpr, D: tl.constexpr):
+    """Gradient of a rotary embedding, as two halves `[ROWS, D / 2]`; `cos` and `sin` `[ROWS, D]`."""
+    x1, x2 = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, D // 2)), (0, 2, 1)))
+    c1, c2 = tl.split(tl.permute(tl.reshape(cos, (ROWS, 2, D // 2)), (0, 2, 1)))
+    s1, s2 = tl.split(tl.permute(tl.reshape(sin, (ROWS, 2, D // 2)), (0, 2, 1)))
+    return x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
