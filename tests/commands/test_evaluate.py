@@ -59,10 +59,10 @@ def test_what_cannot_be_compared_is_named(run_command, tmp_path):
         repeated = np.zeros(len(users), bool)
         np.savez(tmp_path / folder / "ranks.npz", **common, repeated=repeated, model=ranks, model_unseen=ranks)
     for arguments, status, words in (
-        (("--reports", tmp_path / "c"), 2, "c has no ranks.npz; blossomrec evaluate writes it"),
-        (("--reports", tmp_path / "a", tmp_path / "b"), 2, "b is of other users than"),
-        (("--reports", tmp_path / "a", tmp_path / "d"), 2, "one excludes seen items and one does not"),
-        (("--reports", tmp_path / "a"), 2, "--second is other; the reports are of model"),
+        (("--reports", tmp_path / "c"), 2, "c has no ranks.npz; run blossomrec evaluate"),
+        (("--reports", tmp_path / "a", tmp_path / "b"), 2, "b has other users than"),
+        (("--reports", tmp_path / "a", tmp_path / "d"), 2, "excludes seen items; run blossomrec evaluate"),
+        (("--reports", tmp_path / "a"), 2, "--second is other; the reports have model"),
     ):
         told = run_command(
             "compare", *arguments, "--first", "mod*", "--second", "other", status=status, field="stderr"

@@ -147,7 +147,7 @@ def test_a_week_of_digits_continues_a_text_log_and_counts_once(run_command, tmp_
     (tmp_path / "week").rename(tmp_path / "model")
     _, after_whole, printed = finetune("model", "whole.csv", "whole", "auto")
     assert f"Continues {tmp_path / 'prepared'}, {tmp_path / 'week.csv'}." in printed
-    assert "The earlier log has every event of the new one" in printed
+    assert "The earlier log contains every event of the new one" in printed
     alone = join_logs(None, build_sequences(tmp_path / "whole.csv", tokenizer=grown)[0])
     whole = item_counts(alone, len(grown))
     assert after_whole == {token: max(after_week[token], whole[index]) for token, index in grown.get_vocab().items()}
@@ -191,7 +191,7 @@ def test_a_log_too_small_to_hold_anything_out_is_learned(run_command, tmp_path):
     said = run_command("finetune", "--model", tmp_path / "model", "--data", tmp_path / "week.csv", "--output_dir",
         tmp_path / "run", "--min_steps", 10, "--use_cpu", "true", field="stderr",
     )  # fmt: skip
-    assert "nothing is validated" in said
+    assert "there is no validation" in said
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "run"))
     assert after.config.vocab_size == 6 and not torch.equal(before.lm_head.weight, after.lm_head.weight[:5])
     assert not (tmp_path / "run" / "test_results.json").exists()

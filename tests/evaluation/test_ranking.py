@@ -140,7 +140,7 @@ def test_bfloat16_does_not_score_in_bfloat16(log):
 def test_bad_input_is_named():
     model = make_model(40)
     row = {"user_id": 0, "input_ids": [2], "target_ids": [4], "seen_ids": [2]}
-    with pytest.raises(ValueError, match="nothing to evaluate"):
+    with pytest.raises(ValueError, match="none of them has an item to predict"):
         evaluate(model, [{**row, "target_ids": []}])
     with pytest.raises(ValueError, match="item 40, but the model's vocabulary ends at 39"):
         evaluate(model, [{**row, "target_ids": [40]}])

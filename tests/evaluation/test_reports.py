@@ -8,7 +8,7 @@ from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.data import build_sequences, item_counts, split
 from blossomrec_hf.evaluation import (
     HeldOutItems,
-    LastItemNeighbours,
+    LastItemNeighbors,
     PopularityScores,
     RecentPopularity,
     UserFrequentItems,
@@ -72,7 +72,7 @@ def test_several_held_out_items_of_a_user_are_ranked_in_one_list_with_the_drawn_
 
 def test_a_user_who_has_met_everything_is_named():
     rows = [{"user_id": "eve", "input_ids": [2], "target_ids": [3], "seen_ids": [2, 4]}]
-    with pytest.raises(ValueError, match="user 'eve' has met every item"):
+    with pytest.raises(ValueError, match="user 'eve' has seen every item"):
         HeldOutItems.from_rows(rows).sample_negatives(100, vocab_size=5)
 
 
@@ -93,7 +93,7 @@ def test_baselines_score_as_counted_by_hand(log, held_out):
     histories = [row["input_ids"] for row in split(log[0], "train")]
     popularity = PopularityScores(counts)(np.array([0, 3]))
     assert popularity.tolist() == [counts.tolist()] * 2
-    scores = LastItemNeighbours(HistoryStore.from_rows(split(log[0], "train")), held_out, counts)(np.arange(60))
+    scores = LastItemNeighbors(HistoryStore.from_rows(split(log[0], "train")), held_out, counts)(np.arange(60))
     for user, row in enumerate(split(log[0], "test")):
         followers = [b for history in histories for a, b in zip(history, history[1:]) if a == row["input_ids"][-1]]
         expected = np.bincount(followers, minlength=62) + counts / (counts.max() + 1)
@@ -131,7 +131,7 @@ def test_recent_popularity_counts_training_events_of_the_week_before_the_last_kn
             recent = [i for i, t in events if now - 7 * day < t <= now]
             expected = np.bincount(recent, minlength=len(counts)) + counts / (counts.max() + 1)
             np.testing.assert_allclose(scores[place], expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="needs a log with times"):
+    with pytest.raises(ValueError, match="build it from a log with times"):
         RecentPopularity(dataset.remove_columns("timestamps"), "test", held_out, counts)
 
 

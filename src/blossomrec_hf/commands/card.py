@@ -1,7 +1,7 @@
 """
-Makes the card of a model from what its training wrote; no figure in it comes from anywhere else.
+Write the model card of a run. All figures in it come from the files that the run wrote.
 
-    blossomrec card --folder runs/ml-1m                                   # README.md of a run's folder
+    blossomrec card --folder runs/ml-1m                                   # writes its README.md
     blossomrec card --results model_cards/blossomrec-ml-1m.json --dataset_name "MovieLens-1M" \\
         --published model_cards/published-ml-1m.json --output model_cards/blossomrec-ml-1m.md
 """
@@ -19,33 +19,32 @@ from ..utils.files import atomic_write, read_json
 
 @dataclass
 class CardArguments:
-    """Which runs, and where the card goes."""
+    """The runs and the file of the card."""
 
     folder: str | None = field(
-        default=None, metadata={"help": "A run's folder; its README.md is written. This, or `results`."}
+        default=None,
+        metadata={"help": "Folder of a run, in which README.md is written. Give either this or `results`."},
     )
-    results: str | None = field(
-        default=None, metadata={"help": "A file that `blossomrec train --results_json` wrote."}
-    )
-    output: str | None = field(default=None, metadata={"help": "Where the card of `results` goes."})
+    results: str | None = field(default=None, metadata={"help": "File that `blossomrec train --results_json` wrote."})
+    output: str | None = field(default=None, metadata={"help": "File for the card, if `results` is given."})
     name: str | None = field(
-        default=None, metadata={"help": "The model's name; by default, that of the folder or file."}
+        default=None, metadata={"help": "Name of the model; by default, the name of the folder or file."}
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "What people call the data; by default, the name of its file."}
+        default=None, metadata={"help": "Name of the data set; by default, the name of its file."}
     )
     published: str | None = field(
-        default=None, metadata={"help": "A JSON file of others' figures to stand beside; by default, none."}
+        default=None, metadata={"help": "JSON file of published figures to list for comparison; by default, none."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "An identifier of the Hub, such as apache-2.0; by default, none."}
+        default=None, metadata={"help": "License identifier of the Hub, such as apache-2.0; by default, none."}
     )
 
     def __post_init__(self):
         if (self.folder is None) == (self.results is None):
             raise ValueError("Give either `folder` or `results`.")
         if self.results is not None and self.output is None:
-            raise ValueError("`results` needs `output`, the file of the card.")
+            raise ValueError("`results` requires `output`; give the file of the card.")
 
 
 @exit_on_error()

@@ -1,7 +1,8 @@
 """
-Compares models by the ranks that blossomrec evaluate wrote: the means over the models (seeds) of one kind beside those
-of another, each ± their standard deviation, and the difference with its standard error, by a bootstrap over users who are
-the same on both sides.
+Run a paired significance test between two groups of checkpoints, such as several seeds of two configurations.
+
+Reads the ranks that `blossomrec evaluate` wrote. Prints the mean and the standard deviation of each group, and the difference
+with its standard error from a bootstrap over users. Both groups must have been evaluated on the same users.
 
     blossomrec evaluate --models runs/blossom-1 runs/blossom-2 --max_length 1000 --output_dir reports/blossom ...
     blossomrec evaluate --models runs/full-1 runs/full-2 --max_length 200 --output_dir reports/full ...
@@ -19,38 +20,40 @@ from ..evaluation import paired_difference, per_user_metrics
 from ..utils.command_line import HelpFormatter, exit_on_error
 
 
-COMMON = ("users", "user_ids", "repeated", "exclude_seen")  # what the reports of one comparison share
+COMMON = ("users", "user_ids", "repeated", "exclude_seen")  # equal in all reports of a comparison
 
 
 def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The ranks of all users' items by suffix and name of the model, and what the reports share."""
+    """Read the ranks of all held-out items by metric suffix and model, and the arrays that all reports share."""
     files = []
     for folder in folders:
         path = Path(folder) / "ranks.npz"
         if not path.is_file():
-            raise ValueError(f"`reports`: {folder} has no ranks.npz; blossomrec evaluate writes it.")
+            raise ValueError(f"`reports`: {folder} has no ranks.npz; run blossomrec evaluate with it as `output_dir`.")
         try:
             with np.load(path) as file:
                 files.append({name: file[name] for name in file.files})
-        except Exception as error:  # whatever a damaged file makes of the reader
+        except Exception as error:  # a damaged file raises errors of many types
             raise ValueError(f"`reports`: {path} is damaged ({error}); run blossomrec evaluate again.") from error
         if missing := set(COMMON) - files[-1].keys():
             raise ValueError(f"`reports`: {path} lacks {', '.join(sorted(missing))}; run blossomrec evaluate again.")
         if not all(np.array_equal(files[0][name], files[-1][name]) for name in COMMON[:3]):
-            raise ValueError(f"`reports`: {folder} is of other users than {folders[0]}; they cannot be paired.")
+            raise ValueError(f"`reports`: {folder} has other users than {folders[0]}; evaluate both on the same data.")
         if files[0]["exclude_seen"] != files[-1]["exclude_seen"]:
             raise ValueError(
-                f"`reports`: of {folder} and {folders[0]}, one excludes seen items and one does not; run "
-                "blossomrec evaluate with the same --exclude_seen."
+                f"`reports`: only one of {folder} and {folders[0]} excludes seen items; run blossomrec evaluate with the same "
+                "--exclude_seen."
             )
     ranks: dict[str, dict[str, np.ndarray]] = {}
     for folder, file in zip(folders, files):
         for name in file.keys() - set(COMMON):
             model, suffix = re.fullmatch(r"(.*?)(_all|_unseen|_uni\d+|)", name).groups()
-            model, suffix = (model, suffix) if model in file else (name, "")  # a folder may be called so
+            model, suffix = (model, suffix) if model in file else (name, "")  # a folder may have such a name
             known = ranks.setdefault(suffix, {})
             if model in known and not np.array_equal(known[model], file[name]):
-                raise ValueError(f"`reports`: {folder} has other ranks of {model} than a report before it.")
+                raise ValueError(
+                    f"`reports`: {folder} has other ranks of {model} than an earlier report; give only one of them."
+                )
             known[model] = file[name]
     return dict(sorted(ranks.items())), {name: files[0][name] for name in COMMON}
 
@@ -58,18 +61,20 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], di
 @exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--reports", nargs="+", required=True, help="folders that `blossomrec evaluate` wrote")
-    parser.add_argument("--first", required=True, help="models of one kind: names as in --models, with * and ?")
-    parser.add_argument("--second", required=True, help="those of the other kind")
-    parser.add_argument("--k", type=int, default=10, help="the cut-off")
-    parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--reports", nargs="+", required=True, help="Folders that `blossomrec evaluate` wrote.")
+    parser.add_argument(
+        "--first", required=True, help="Models of the first group: names as in --models, with * and ?."
+    )
+    parser.add_argument("--second", required=True, help="Models of the second group.")
+    parser.add_argument("--k", type=int, default=10, help="Cut-off of the metrics.")
+    parser.add_argument("--samples", type=int, default=1000, help="Number of bootstrap samples.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the bootstrap.")
     args = parser.parse_args()
     ranks, common = read_ranks(args.reports)
     models = {side: fnmatch.filter(ranks[""], getattr(args, side)) for side in ("first", "second")}
     for side, names in models.items():
         if not names:
-            parser.error(f"--{side} is {getattr(args, side)}; the reports are of {', '.join(ranks[''])}")
+            parser.error(f"--{side} is {getattr(args, side)}; the reports have {', '.join(ranks[''])}")
         print(f"{side}: {', '.join(names)}")
     print("\n| | first | second | difference ± its standard error |\n|---|---|---|---|")
     kinds = [(suffix, suffix, slice(None)) for suffix in ranks]
@@ -78,7 +83,7 @@ def main() -> None:
     for suffix, shown, targets in kinds:
         by_model, (_, users) = ranks[suffix], np.unique(common["users"][targets], return_inverse=True)
         if len(users) == 0 or not by_model.keys() >= {*models["first"], *models["second"]}:
-            continue  # no such target, or drawn items of some alone
+            continue  # no such target, or not reported for all models
         for name in (f"recall@{args.k}", f"ndcg@{args.k}"):
             sides = [
                 np.stack(
@@ -86,7 +91,7 @@ def main() -> None:
                 )
                 for names in models.values()
             ]
-            means = [values.mean(1) for values in sides]  # of each model
+            means = [values.mean(1) for values in sides]  # one per model
             spread = [f" ± {np.std(mean, ddof=1):.4f}" if len(mean) > 1 else "" for mean in means]
             better, error = paired_difference(*sides, samples=args.samples, seed=args.seed)
             cells = [f"{mean.mean():.4f}{more}" for mean, more in zip(means, spread)]

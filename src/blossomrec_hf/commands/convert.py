@@ -1,12 +1,12 @@
 """
-Converts a checkpoint of the authors' code (BlossomRec in RecBole) into one of this package, or the other way.
+Convert a checkpoint of the authors' code (BlossomRec in RecBole) to this package, or back.
 
     blossomrec convert --checkpoint saved/BlossomRec-Dec-01.pth --output_dir runs/converted --items items.txt
     blossomrec convert --model runs/converted --output_file BlossomRec.pth
 
-The scores are the same, or the conversion is refused with a sentence. A model goes back if it has their sizes: 2 key/value
-heads, 4 selected blocks and `blossomrec train --config_overrides '{"short_term_block_size": 1, "short_term_window": 8}'`. Nothing in
-a `.pth` file is run.
+The converted model gives the same scores; a checkpoint for which this is not possible is refused. A model can be converted
+back if it has the authors' sizes: 2 key/value heads, 4 selected blocks, and `blossomrec train --config_overrides
+'{"short_term_block_size": 1, "short_term_window": 8}'`. No code in a `.pth` file is executed.
 """
 
 from dataclasses import dataclass, field
@@ -25,25 +25,38 @@ from ..utils.files import atomic_files, atomic_write, require_folder
 
 @dataclass
 class ConversionArguments:
-    """From what into what."""
+    """The source and the target of a conversion."""
 
     checkpoint: str | None = field(
-        default=None, metadata={"help": "A .pth file of RecBole, or of a state_dict, to convert into ours."}
+        default=None,
+        metadata={"help": "The authors' checkpoint to convert: a .pth file of RecBole or of a state_dict."},
     )
-    output_dir: str = field(default="runs/converted", metadata={"help": "Where our model and tokenizer go."})
+    output_dir: str = field(
+        default="runs/converted", metadata={"help": "Folder for the converted model and its tokenizer."}
+    )
     items: str | None = field(
-        default=None, metadata={"help": "Raw item ids, one a line, from RecBole's id 1 on; by default, those numbers."}
+        default=None,
+        metadata={
+            "help": "File of raw item ids, one per line, starting at RecBole's id 1; by default, the numbers 1, 2, ..."
+        },
     )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Where the file does not tell; 8 there."})
-    hidden_act: str | None = field(default=None, metadata={"help": "Where the file does not tell; gelu there."})
+    num_attention_heads: int | None = field(
+        default=None,
+        metadata={"help": "Number of query heads, if the file does not state it; 8 in the authors' code."},
+    )
+    hidden_act: str | None = field(
+        default=None, metadata={"help": "Activation, if the file does not state it; gelu in the authors' code."}
+    )
     model: str | None = field(
-        default=None, metadata={"help": "Our model, a folder or a Hub id, to convert into theirs."}
+        default=None, metadata={"help": "Model of this package to convert back: a folder or a Hub id."}
     )
-    output_file: str = field(default="BlossomRec.pth", metadata={"help": "Where their weights go."})
+    output_file: str = field(default="BlossomRec.pth", metadata={"help": "File for the authors' weights."})
 
     def __post_init__(self):
         if (self.checkpoint is None) == (self.model is None):
-            raise ValueError("Give either `checkpoint` (theirs, to ours) or `model` (ours, to theirs).")
+            raise ValueError(
+                "Give either `checkpoint`, to convert the authors' checkpoint, or `model`, to convert a model back."
+            )
 
 
 @exit_on_error()
@@ -61,15 +74,17 @@ def convert(args: ConversionArguments) -> None:
         return
     require_folder(args.output_dir)
     state, settings = read_checkpoint(args.checkpoint)
-    asked = {"num_attention_heads": args.num_attention_heads, "hidden_act": args.hidden_act}
-    model = from_authors(state, **settings | {name: value for name, value in asked.items() if value is not None})
+    given = {"num_attention_heads": args.num_attention_heads, "hidden_act": args.hidden_act}
+    model = from_authors(state, **settings | {name: value for name, value in given.items() if value is not None})
     num_items = model.config.num_items
     items: list[int] | list[str] = list(range(1, num_items + 1))
     if args.items is not None:
         with reading(args.items):
             items = Path(args.items).read_text("utf-8").splitlines()
         if len(items) != num_items:
-            raise ValueError(f"`items` {args.items} has {len(items)} lines, the checkpoint {num_items} items.")
+            raise ValueError(
+                f"`items` {args.items} has {len(items)} lines, but the checkpoint has {num_items} items; give one line per item."
+            )
     tokenizer = BlossomRecTokenizer.from_items(items)
     with atomic_files(args.output_dir) as folder:
         model.save_pretrained(folder)

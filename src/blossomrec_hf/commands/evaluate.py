@@ -1,15 +1,18 @@
 """
-Evaluates checkpoints on a log, next to rules without a model.
+Evaluate checkpoints on a log, next to baselines that need no training.
 
     blossomrec evaluate --models runs/ml-1m --data ml-1m/interactions.txt --max_length 1000
     accelerate launch -m blossomrec_hf.commands.evaluate --models runs/a runs/b --data log.csv --part validation --output_dir reports
 
-Every item is ranked for every user. Where at most 1 % of the test targets already occur in their user's history, seen
-items are excluded from the ranking; elsewhere nothing is, and repeated and new targets are also reported apart. The
-`_uni100` figures rank against 100 drawn items as RecBole does. Next to the models: the most popular items, overall and
-of the 7 days before the user's latest event (if the log has times), the user's most frequent items, and the items that
-follow the last one. Writes `evaluation.json` (figures with bootstrap intervals, by history length, coverage,
-popularity lift), `evaluation.md`, and `ranks.npz` (the rank of every user's item, for paired comparisons later).
+All items are ranked for every user. If at most 1 % of the test targets already occur in their user's history, seen items
+are excluded from the ranking. Otherwise nothing is excluded, and repeated and new targets are also reported separately.
+Metrics that end in `_uni100` rank each target among 100 sampled items, as RecBole does.
+
+The baselines are the most popular items, overall and in the 7 days before the user's latest event (if the log has times), the
+user's most frequent items, and the items that followed the user's last item in training.
+
+Output files: `evaluation.json` (metrics with bootstrap intervals, also by history length, coverage and popularity lift),
+`evaluation.md` (a table), and `ranks.npz` (all ranks, for `blossomrec compare`).
 """
 
 import logging
@@ -25,7 +28,7 @@ from ..data import item_counts, split
 from ..evaluation import (
     PROTOCOL,
     HeldOutItems,
-    LastItemNeighbours,
+    LastItemNeighbors,
     PopularityScores,
     RecentPopularity,
     UserFrequentItems,
@@ -43,32 +46,36 @@ from ..utils.progress import set_up_logging
 
 @dataclass
 class EvaluationArguments:
-    """What to evaluate, and how."""
+    """The models and the protocol."""
 
     models: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of models with their tokenizers, or Hub ids; at least one."}
+        default_factory=list, metadata={"help": "Folders of trained models, or Hub ids; at least one."}
     )
-    part: str = field(default="test", metadata={"help": "test or validation."})
-    max_length: int = field(default=200, metadata={"help": "The latest items of a history that a model reads."})
-    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
+    part: str = field(default="test", metadata={"help": "Part of the data to evaluate: test or validation."})
+    max_length: int = field(
+        default=200, metadata={"help": "Number of latest items that a model reads of each history."}
+    )
+    max_tokens: int = field(default=65536, metadata={"help": "Number of items per batch and process."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; by default, what `accelerate launch` says."}
+        default=None, metadata={"help": "no, bf16 or fp16; by default, the setting of `accelerate launch`."}
     )
-    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
-    num_negatives: int = field(default=100, metadata={"help": "Items drawn for the sampled figures; 0: none."})
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the metrics."})
+    num_negatives: int = field(
+        default=100, metadata={"help": "Number of sampled items for the sampled metrics; 0 for none."}
+    )
     exclude_seen: bool | None = field(
         default=None,
         metadata={
-            "help": "Exclude seen items from the ranking, or not; by default, as the models recommend, or as the log's share "
-            "of repeated targets suggests if they do not know it."
+            "help": "Exclude seen items from the ranking. By default, the models' setting is used, or, if they have none, the "
+            "share of repeated targets in the log decides."
         },
     )
     all_and_unseen: bool = field(
-        default=False, metadata={"help": "Also report the figures with nothing excluded and with seen items excluded."}
+        default=False, metadata={"help": "Also report the metrics with nothing excluded and with seen items excluded."}
     )
-    samples: int = field(default=1000, metadata={"help": "Bootstrap samples."})
-    seed: int = field(default=0, metadata={"help": "Seed of the drawn items and of the bootstrap."})
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where the reports go."})
+    samples: int = field(default=1000, metadata={"help": "Number of bootstrap samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampled items and of the bootstrap."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder for the reports."})
 
     def __post_init__(self):
         if self.part not in ("test", "validation"):
@@ -89,10 +96,12 @@ def main() -> None:
     for folder in args.models:
         tokenizer = load_checkpoint(BlossomRecTokenizer, folder, "models")
         model = load_checkpoint(BlossomRecForSequentialRecommendation, folder, "models").to(accelerator.device)
-        # The baselines and the held-out items serve every model with the same catalogue.
+        # Baselines and held-out items are shared by models with the same catalog.
         if not tokenizers or tokenizer.get_vocab() != tokenizers[-1].get_vocab():
             if tokenizers:
-                raise ValueError(f"`models`: {folder} has another catalogue than {args.models[0]}.")
+                raise ValueError(
+                    f"`models`: {folder} has another catalog than {args.models[0]}; evaluate them in two runs."
+                )
             dataset, _ = log_args.read_table(tokenizer)
             held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
             counts = item_counts(dataset, len(tokenizer))
@@ -113,11 +122,13 @@ def main() -> None:
     device = {"device": accelerator.device}
     baselines = {"most popular": PopularityScores(counts, **device)}
     baselines["user's most frequent"] = UserFrequentItems(held_out, counts, **device)
-    baselines["after the last item"] = LastItemNeighbours(training, held_out, counts, **device)
+    baselines["after the last item"] = LastItemNeighbors(training, held_out, counts, **device)
     if "timestamps" in dataset.column_names:
         baselines["popular in the last 7 days"] = RecentPopularity(dataset, args.part, held_out, counts, **device)
     else:
-        logging.warning("The log has no times: no figures of the items that were popular in the last 7 days.")
+        logging.warning(
+            "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
+        )
     for name, scores in baselines.items():
         ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)
     if not accelerator.is_main_process:

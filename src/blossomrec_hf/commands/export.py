@@ -1,16 +1,16 @@
 """
-Writes a checkpoint for use outside of Python (ONNX, with the extra `onnx`, or a program of `torch.export`), or a prepared
-data set as one file.
+Export a checkpoint for use outside Python (ONNX, extra `onnx`, or a `torch.export` program), or a prepared data set as one
+file.
 
     blossomrec export --model runs/ml-1m --output ml-1m.onnx
     blossomrec export --model runs/ml-1m --output ml-1m.pt2
     blossomrec export --data data/ml-1m --output ml-1m.safetensors
 
-The exported data set is for machines without `polars` and `datasets`: `blossomrec train --data ml-1m.safetensors`. It has
-the events, the splits, the tokenizer and the item titles of the folder that `blossomrec prepare` wrote.
+An exported data set trains on machines without `polars` and `datasets`: `blossomrec train --data ml-1m.safetensors`. It
+contains the events, the splits, the tokenizer and the item titles of a folder that `blossomrec prepare` wrote.
 
-The exported models take `input_ids` and `attention_mask` `[batch, length]` int64 of any batch and length and give `scores` `[batch,
-vocab_size]` of the next item (−inf for [PAD] and [UNK]); with ONNX Runtime:
+Exported models take `input_ids` and `attention_mask` (int64 `[batch, length]`, any batch size and length) and return `scores`
+`[batch, vocab_size]` of the next item (−inf for [PAD] and [UNK]). With ONNX Runtime:
 
     onnxruntime.InferenceSession("ml-1m.onnx").run(["scores"], {"input_ids": ids, "attention_mask": mask})
 """
@@ -31,10 +31,13 @@ from ..utils.files import atomic_files, require_folder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="folder of a trained model, or a Hub id")
-    source.add_argument("--data", help="folder that blossomrec prepare wrote")
+    source.add_argument("--model", help="Folder of a trained model, or a Hub id.")
+    source.add_argument("--data", help="Folder that `blossomrec prepare` wrote.")
     parser.add_argument(
-        "--output", type=Path, required=True, help="a file that ends in .onnx or .pt2; for --data, in .safetensors"
+        "--output",
+        type=Path,
+        required=True,
+        help="Output file, ending in .onnx or .pt2; with --data, in .safetensors.",
     )
     args = parser.parse_args()
     suffixes = (".safetensors",) if args.model is None else (".onnx", ".pt2")
@@ -53,15 +56,13 @@ def main() -> None:
 
 
 def export_model(path: str, output: Path) -> None:
-    """Writes the checkpoint at `path` in the format that the suffix of `output` names."""
+    """Export the checkpoint at `path` in the format that the suffix of `output` names."""
     model = load_checkpoint(BlossomRecForSequentialRecommendation, path)
-    with atomic_files(output.parent) as folder:  # large ONNX weights are a file of their own
+    with atomic_files(output.parent) as folder:  # large ONNX weights are written to a second file
         if output.suffix == ".onnx":
             export_onnx(model, folder / output.name)
         else:
-            program = (
-                BytesIO()
-            )  # where PyTorch writes this to a file itself, a full disk ends the process with SIGABRT
+            program = BytesIO()  # if PyTorch writes the file itself, a full disk ends the process with SIGABRT
             torch.export.save(export_program(model), program)
             (folder / output.name).write_bytes(program.getbuffer())
 

@@ -1,20 +1,19 @@
 """
-Fine-tunes a BlossomRec model with `transformers.Trainer`; without a checkpoint, trains a small one from scratch.
+Fine-tune a BlossomRec model with `transformers.Trainer`. Without `--model`, a small new model is trained.
 
     blossomrec finetune                                                   # the built-in data set
     blossomrec finetune --model runs/ml-1m --data new-interactions.csv --replay none
     blossomrec finetune --model runs/ml-1m --data new-interactions.csv --train_only lora
     blossomrec finetune --model runs/ml-1m --data new.csv --replay old.csv --item_vectors vectors.parquet
 
-The new events of a known user continue the user's history: they are learned with the past in view. The earlier events
-are found in the logs that the checkpoint was trained on, where its logs.yaml or run.yaml names some that still exist
-(`--replay` names another one, `--replay none` does without), and a share of them is learned again (`--replay_share`). The
-log may also be the earlier one and a week more: an event counts once. The last two of a user's new events are held out for
-validation and test, if there are at least four.
+The new events of a user extend the user's earlier history, and only they are prediction targets. The earlier logs are those
+that logs.yaml or run.yaml of the checkpoint name, if they still exist; `--replay` names another one. A share of the earlier
+events is learned again (`--replay_share`). A log that repeats the earlier events is accepted: each event counts once. If a
+user has at least four new events, the last two are held out for validation and test.
 
-The catalog grows by the items that the checkpoint does not know. The rows of the old items stay in place, and new items
-begin where their events place them (`initialize_from_events`) or at given vectors. All options of `TrainingArguments`
-are there: `blossomrec finetune --help`. `examples/benchmarks/finetune.py` measures what fine-tuning achieves.
+Items that the checkpoint lacks are added to the catalog. Existing items keep their rows, and the vectors of new items start
+at given vectors or at an estimate from their events (`initialize_from_events`). All options of `TrainingArguments` are
+available. `examples/benchmarks/finetune.py` measures the quality of fine-tuned models.
 """
 
 import logging
@@ -94,42 +93,45 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 @dataclass
 class FineTuneArguments:
-    """What to fine-tune, and how much of it."""
+    """The model, the events and the parameters to train."""
 
     model: str | None = field(
-        default=None, metadata={"help": "The folder of a trained model, or a Hub id; a new small model, if not given."}
+        default=None, metadata={"help": "Folder of a trained model, or a Hub id; by default, a small new model."}
     )
-    max_length: int = field(default=200, metadata={"help": "The latest items of a history that the model reads."})
-    eval_users: int = field(default=0, metadata={"help": "Validate on a fixed sample of this many users; 0: on all."})
+    max_length: int = field(
+        default=200, metadata={"help": "Number of latest items that the model reads of each history."}
+    )
+    eval_users: int = field(default=0, metadata={"help": "Number of users in the validation sample; 0 for all users."})
     train_only: str = field(
         default="all",
         metadata={
-            "help": "all; embeddings: the layers stay as they are; new_items: the old items too; lora: low-rank "
-            "adapters in the layers, saved in adapter/ and merged into the model, and the new items (needs peft)."
+            "help": "all: every parameter; embeddings: the item embeddings; new_items: the embeddings of new items; lora: "
+            "the embeddings of new items and low-rank adapters of the layers, which are saved in adapter/ and merged into the "
+            "model (requires peft)."
         },
     )
-    lora_rank: int = field(default=8, metadata={"help": "The rank of the adapters."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
     item_vectors: str | None = field(
         default=None,
         metadata={
-            "help": "Where new items begin: .parquet with columns item, vector, or .safetensors by item; by default, "
-            "where their events place them."
+            "help": "Initial vectors of new items: a .parquet file with the columns item and vector, or a .safetensors file "
+            "with one tensor per item; by default, an estimate from their events."
         },
     )
     replay: str = field(
         default="auto",
         metadata={
-            "help": "The earlier log, which the new one continues; auto: the logs that `model` was trained on, if they "
-            "are there; none."
+            "help": "The earlier log that the new one continues; auto for the logs that the model was trained on, if they "
+            "exist; none for no earlier log."
         },
     )
     replay_share: float = field(
         default=REPLAY_SHARE,
-        metadata={"help": "Of the events to learn, the share that are earlier ones: 0 or more and below 1."},
+        metadata={"help": "Share of earlier events among the prediction targets, at least 0 and below 1."},
     )
     min_steps: int = field(
         default=MIN_STEPS,
-        metadata={"help": "Steps at least: a small log is learned for more epochs than num_train_epochs."},
+        metadata={"help": "Minimum number of steps. A small log is repeated for more epochs than num_train_epochs."},
     )
 
     def __post_init__(self):
@@ -139,7 +141,7 @@ class FineTuneArguments:
             raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
         replay = self.replay not in ("auto", "none")
         if self.model is None and (self.train_only != "all" or self.item_vectors or replay):
-            raise ValueError("`train_only`, `item_vectors` and `replay` are for a `model` that is there already.")
+            raise ValueError("`train_only`, `item_vectors` and `replay` require `model`; give a trained model.")
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"`replay_share` must be 0 or more and below 1, got {self.replay_share}.")
         if self.max_length < 2:
@@ -167,24 +169,24 @@ def past_logs(model: str, replay: str) -> list[LogArguments]:
 
 
 def save_logs(folder: str, logs: Sequence[LogArguments]) -> None:
-    """Writes which logs the model in `folder` was trained on, for [`past_logs`]."""
+    """Write the logs that the model in `folder` was trained on to the file that [`past_logs`] reads."""
     unique = [asdict(log) for number, log in enumerate(logs) if log not in logs[:number]]
     with atomic_write(Path(folder) / LOGS_FILE) as partial:
         partial.write_text(yaml.safe_dump({"logs": unique}, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def read_past(logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTokenizer) -> Dataset | None:
-    """The events of the logs that `model` was trained on; a log that does not exist anymore is reported."""
+    """Read the events of the logs that `model` was trained on. Logs that no longer exist are reported."""
     past = []
     for log in logs:
         if log.data is None or Path(log.data).exists():
             past.append(log)
         else:
             logger.warning(
-                "%s, which %s was trained on, does not exist: nothing of it is learned again.", log.data, model
+                "%s, a log that %s was trained on, does not exist; its events are not replayed.", log.data, model
             )
     if not past:
-        print("No earlier log is known (`--replay`); what it taught may be forgotten.")
+        print("No earlier log was found (see `--replay`); the model may forget what it learned from it.")
         return None
     print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
     return reduce(join_logs, (log.build(tokenizer)[0] for log in past))
@@ -198,15 +200,15 @@ def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
 
 
 def continue_past(model: BlossomRecForSequentialRecommendation, new_log: Dataset, old_log: Dataset | None) -> Dataset:
-    """The new events after the earlier ones, which the model's item frequencies now include."""
+    """Join the new events to the earlier ones, and update the item frequencies of the model."""
     dataset = join_logs(old_log, new_log)
     counts = model.item_counts.numpy()
     if (np.array(dataset["past_end"]) < list(map(len, read_histories(dataset)))).any():
         counts = add_item_counts(counts, dataset, old_log)
     else:
-        print("The earlier log has every event of the new one: all of them are learned again.")
+        print("The earlier log contains every event of the new one; all of them are learned again.")
         dataset = join_logs(None, new_log)
-        # A log that grew under its name has events that the model has not counted.
+        # If the log has grown since training, the model has not counted all of its events.
         counts = np.maximum(counts, item_counts(dataset, len(counts)))
     model.item_counts.copy_(torch.as_tensor(counts))
     return dataset
@@ -219,11 +221,11 @@ def held_out(dataset: Dataset, part: str) -> Dataset | None:
 
 
 def validation_users(dataset: Dataset, training_args: TrainingArguments, eval_users: int) -> Dataset | None:
-    """The users to validate on; without any, `training_args` no longer asks for a validation."""
+    """The users to validate on. If there are none, validation is disabled in `training_args`."""
     validation = held_out(dataset, "validation")
     if validation is None:
         logger.warning(
-            "No user has enough new events to hold some out: nothing is validated, the last weights are kept."
+            "No user has enough new events to hold some out; there is no validation, and the last weights are saved."
         )
         training_args.eval_strategy = IntervalStrategy.NO
         training_args.load_best_model_at_end = False
@@ -232,7 +234,7 @@ def validation_users(dataset: Dataset, training_args: TrainingArguments, eval_us
 
 
 def add_adapters(model: BlossomRecForSequentialRecommendation, rank: int) -> "PeftModel":
-    """Low-rank adapters in `model` itself, which stays what `Trainer` trains."""
+    """Add low-rank adapters to `model` in place."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES))
@@ -245,8 +247,8 @@ def require_another_folder(output_dir: str, model: str) -> None:
     """
     if Path(output_dir).resolve() == Path(model).resolve():
         raise ValueError(
-            f"`output_dir` {output_dir} is the folder of `model`, which a run that is interrupted would damage; give "
-            "another folder."
+            f"`output_dir` is {output_dir}, the folder of `model`, which an interrupted run would damage; give another "
+            "folder."
         )
 
 
@@ -295,7 +297,8 @@ def main() -> None:
     )
     if not rows:
         raise ValueError(
-            f"`data` {log_args.data} has no event with another one of its user before it: nothing to learn."
+            f"`data` is {log_args.data}, in which no user has an earlier event before a new one, so there is nothing to "
+            "learn; give a log with longer histories."
         )
     if args.model is not None:
         items = tokenizer.decode_items(range(first_new, len(tokenizer)))

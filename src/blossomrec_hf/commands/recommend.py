@@ -1,13 +1,13 @@
 """
-Recommends to all users of a data set: raw ids in, Parquet out.
+Write recommendations for all users of a log to Parquet files, with raw item ids.
 
     blossomrec recommend --model runs/ml-1m --data ml-1m/interactions.txt --output_dir recommendations
     accelerate launch -m blossomrec_hf.commands.recommend --model runs/shop --data data/clicks --output_dir out --top_k 100
 
-`--data` is a folder that `blossomrec prepare` wrote (read row by row, so it may be larger than memory) or any log that it
-reads. Users are cut into shards of `--shard_users`, in the order of the data set; each process writes shards of its own,
-`recommendations-00000.parquet` and on, with the columns `user_id`, `item_id` (list, the best first) and `score` (list).
-A shard appears complete or not at all: after a kill, the same command goes on with the first one that is missing.
+`--data` is any log, or a folder that `blossomrec prepare` wrote. Such a folder is read row by row and may be larger than memory.
+Users are divided into shards of `--shard_users`, in the order of the data set, and processes share the shards. A shard
+`recommendations-00000.parquet` has the columns `user_id`, `item_id` (list, best item first) and `score` (list). Each shard is
+written atomically: after an interruption, the same command continues with the first missing shard.
 """
 
 import hashlib
@@ -33,26 +33,26 @@ from ..utils.progress import progress_bar, set_up_logging
 
 @dataclass
 class RecommendArguments:
-    """What to recommend, and where to."""
+    """The model, the recommendations and the output."""
 
-    model: str = field(
-        default="runs/blossomrec", metadata={"help": "A folder of a model with its tokenizer, or a Hub id."}
-    )
-    output_dir: str = field(default="recommendations", metadata={"help": "Where the shards go."})
-    top_k: int = field(default=10, metadata={"help": "Items a user."})
+    model: str = field(default="runs/blossomrec", metadata={"help": "Folder of a trained model, or a Hub id."})
+    output_dir: str = field(default="recommendations", metadata={"help": "Folder for the shards."})
+    top_k: int = field(default=10, metadata={"help": "Number of items per user."})
     exclude_seen: bool | None = field(
         default=None,
         metadata={
-            "help": "Exclude the items of the history, or not; by default, what suits the log of the model's training: not "
-            "where its users repeat items."
+            "help": "Exclude items of the user's history. By default, they are excluded unless users of the training log repeat "
+            "items."
         },
     )
-    max_length: int = field(default=1000, metadata={"help": "The latest items of a history that the model reads."})
-    max_tokens: int = field(default=65536, metadata={"help": "Items that a process reads at a time."})
-    max_users: int = field(default=4096, metadata={"help": "Users that a process reads at a time, at most."})
-    shard_users: int = field(default=50_000, metadata={"help": "Users a shard."})
+    max_length: int = field(
+        default=1000, metadata={"help": "Number of latest items that the model reads of each history."}
+    )
+    max_tokens: int = field(default=65536, metadata={"help": "Number of items per batch and process."})
+    max_users: int = field(default=4096, metadata={"help": "Maximum number of users per batch and process."})
+    shard_users: int = field(default=50_000, metadata={"help": "Number of users per shard."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; by default, what `accelerate launch` says."}
+        default=None, metadata={"help": "no, bf16 or fp16; by default, the setting of `accelerate launch`."}
     )
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ def recommend_shard(
     args: RecommendArguments,
     accelerator: Accelerator,
 ) -> pa.Table:
-    """The recommendations for the users of `rows`, in their order; users of like length are read together."""
+    """Compute the recommendations for the users of `rows`, in their order. Users of similar length share a batch."""
     table = rows.with_format("arrow")[:]
     histories = table["input_ids"].combine_chunks()
     items, offsets = histories.flatten().to_numpy(), histories.value_lengths().to_numpy().cumsum()
@@ -103,8 +103,8 @@ def fingerprint(
     mixed_precision: str,
 ) -> bytes:
     """
-    A digest of everything that the recommendations depend on: configuration and weights, vocabulary, users and their
-    events, settings. Each shard stores it, so that shards of different runs are never mixed.
+    A digest of everything that the recommendations depend on: configuration, weights, vocabulary, users, events and settings.
+    Each shard stores it, so that shards of different runs are never mixed.
     """
     settings = {k: v for k, v in asdict(args).items() if k not in ("model", "output_dir", "max_tokens", "max_users")}
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
@@ -134,7 +134,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
     model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(accelerator.device).eval()
-    with accelerator.main_process_first():  # the others find what the first has built
+    with accelerator.main_process_first():  # the other processes load what the first one built
         dataset, _ = log_args.build(tokenizer)
 
     folder = Path(args.output_dir)
@@ -152,8 +152,8 @@ def main() -> None:
             metadata = pq.read_schema(path).metadata or {}
         if metadata.get(b"made_by") != made_by:
             raise ValueError(
-                f"`output_dir` {folder} has a shard, {path.name}, made with another model, log or setting; choose "
-                "another folder, or remove it."
+                f"`output_dir` is {folder}, in which {path.name} was made with another model, log or setting; give another "
+                "folder, or remove the file."
             )
         done += path.name in names[accelerator.process_index :: accelerator.num_processes]
     bar = progress_bar(

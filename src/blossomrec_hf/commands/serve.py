@@ -1,5 +1,5 @@
 """
-Recommendations over HTTP, for histories that come with the request and for users whose events the service keeps.
+Serve recommendations over HTTP, for histories in the request and for users whose events the service stores.
 
     pip install -e ".[serve]"
     blossomrec serve --model runs/blossomrec --store events.db --port 8000
@@ -7,22 +7,22 @@ Recommendations over HTTP, for histories that come with the request and for user
     curl localhost:8000/recommend -H 'content-type: application/json' -d '{"history": [41, 73, 12], "top_k": 5}'
     curl localhost:8000/recommend -H 'content-type: application/json' -d '{"user": "anna", "events": [95]}'
 
-`/docs` describes the requests (OpenAPI), `/health` and `/metrics` (Prometheus) are for machines.
+`/docs` documents the requests (OpenAPI); `/health` and `/metrics` (Prometheus) are for monitoring.
 
-**What is stored.** A user's events go to an SQLite file (`--store`) in its write-ahead log, synchronized to the disk before
-the answer: what was acknowledged survives `kill -9` and a crash of the machine. A request that fails, or whose body is cut
-off, stored nothing. One whose answer was lost on the way may have stored its events, and sending it again stores them
-again. Events on items that the model does not know are stored as well: a model with a larger vocabulary reads them. One
-process at a time serves a store. SIGTERM answers what waits and moves the write-ahead log into the file.
+**Storage.** Events of users are appended to an SQLite file (`--store`). Its write-ahead log is synchronized to the disk before the
+response, so acknowledged events survive `kill -9` and a crash of the machine. A request that fails, or whose body is incomplete,
+stores nothing. If a response is lost, its events may have been stored, and repeating the request stores them again. Events on
+items outside the model's vocabulary are stored, too, and a later model with a larger vocabulary reads them. Only one process
+at a time can serve a store. On SIGTERM, waiting requests are answered and the write-ahead log is merged into the file.
 
-**What the model reads.** Of a user with n stored events: all, up to `--max_history`. Beyond that, the beginning moves up by
-a quarter of `--max_history` at a time, so the model reads the latest events, between three quarters of `--max_history` and
-all of it. That depends on n alone, not on restarts or on what is in memory. Unknown items count, and are not read.
+**History.** The model reads all stored events of a user, up to `--max_history`. When a user exceeds it, the start of the history
+moves forward by a quarter of `--max_history`, so the model always reads the latest events, between three quarters of
+`--max_history` and all of it. The start depends on the number of events alone, not on restarts or cache contents. Unknown items
+count as events, but are not read.
 
-**How.** One worker thread takes all requests that wait (up to `--max_batch`) as one batch: one pass of the model, one
-transaction of the store. Events of one user are applied in the order in which the requests came in. Users' caches stay in
-memory, up to `--cache_mib` in total; the users that were away longest are dropped, and read from the store when they come
-back.
+**Execution.** A worker thread answers all waiting requests (up to `--max_batch`) as one batch, with one forward pass and one
+transaction. Events of one user are applied in the order of their requests. Caches of users are kept in memory up to
+`--cache_mib`. The least recently used ones are evicted and rebuilt from the store when the user returns.
 """
 
 import argparse
@@ -59,20 +59,20 @@ Item = StrictInt | StrictStr
 
 
 class Query(BaseModel):
-    """A history, or a user and the events that are new (none just asks again)."""
+    """Either a history, or a user with new events (possibly none)."""
 
     model_config = ConfigDict(extra="forbid")
-    history: list[Item] | None = Field(None, description="raw item ids, the latest last; nothing is stored")
+    history: list[Item] | None = Field(None, description="raw item ids, latest item last; nothing is stored")
     user: str | None = Field(None, min_length=1, max_length=256)
-    events: list[Item] = Field([], description="raw ids of the user's new items, the latest last; all are stored")
+    events: list[Item] = Field([], description="raw ids of the user's new items, latest item last; all are stored")
     top_k: int = Field(10, ge=1)
     exclude_seen: bool | None = Field(
         None,
-        description="exclude the items of the history (the part that the model reads), or not; by default, what suits the "
-        "log of the model's training: not where its users repeat items",
+        description="whether to exclude items of the history (the part that the model reads); by default, they are excluded "
+        "unless users of the training log repeat items",
     )
-    exclude: list[Item] = Field([], description="more items to leave out")
-    candidates: list[Item] | None = Field(None, description="items to choose from; all where there are none")
+    exclude: list[Item] = Field([], description="further items to exclude")
+    candidates: list[Item] | None = Field(None, description="items to choose from; by default, the whole catalog")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Query":
@@ -89,23 +89,23 @@ class Recommendation(BaseModel):
 class Answer(BaseModel):
     items: list[Recommendation]
     unknown: list[int | str] = Field(
-        description="items of the request that the model does not know, and does not read"
+        description="items of the request outside the model's vocabulary, which are not read"
     )
-    length: int = Field(description="how many items the model read")
+    length: int = Field(description="number of items that the model read")
     popular: bool = Field(
-        description="whether there was no history, and these are the most frequent items (and counts)"
+        description="whether the history was empty; the items are then the most frequent ones, scored by their counts"
     )
 
 
 class Problem(BaseModel):
-    """The body of an answer that is neither 200 nor 422."""
+    """The body of a response with another status than 200 and 422."""
 
     detail: str
 
 
 @dataclass
 class Job:
-    """A query in vocabulary ids, and where its answer goes."""
+    """A query in vocabulary ids, and the future of its answer."""
 
     query: Query
     events: list[int]
@@ -117,7 +117,7 @@ class Job:
 
 @dataclass
 class History:
-    """The cache of what the model read, how many events the user had stored then, and the bytes that are counted."""
+    """A user's cache, the number of stored events that it stands for, and its size in memory."""
 
     cache: BlossomRecCache
     number: int
@@ -127,7 +127,7 @@ class History:
 def check_at_least(least: int, **settings: int) -> None:
     """
     Raises:
-        ValueError: one of the settings is less than `least`.
+        ValueError: if one of the settings is less than `least`.
     """
     for name, value in settings.items():
         if value < least:
@@ -136,10 +136,10 @@ def check_at_least(least: int, **settings: int) -> None:
 
 class Recommender:
     """
-    The model, its users' caches and the store, and the thread that works on them.
+    The model, the caches of users, the event store, and the worker thread.
 
     Raises:
-        ValueError: a setting that cannot work, or a store whose items are text where the model's are integers.
+        ValueError: if a setting is out of range, or the items of the store are text and those of the model integers.
     """
 
     def __init__(
@@ -158,33 +158,35 @@ class Recommender:
         last = store.last_item()
         if tokenizer.item_type == "int" and isinstance(last, str):
             raise ValueError(
-                f"`store` is {store.path}, whose items are text (the latest is {last!r}), and the model's are integers; "
-                "give the model that the store was made for, or another file."
+                f"`store` is {store.path}, whose items are text (the latest is {last!r}), but the items of the model are "
+                "integers; give the model for which the store was made, or another file."
             )
         self.model, self.tokenizer, self.store = model.eval(), tokenizer, store
         self.max_history, self.max_batch, self.cache_bytes = max_history, max_batch, cache_bytes
-        self.users: OrderedDict[str, History] = OrderedDict()  # the user seen last comes last
+        self.users: OrderedDict[str, History] = OrderedDict()  # the most recently active user comes last
         self.used_bytes = 0
         self.waiting: queue.Queue[Job | None] = queue.Queue(max_waiting)
         self.registry = CollectorRegistry()
-        self.answers = Counter("blossomrec_answers", "Answers by HTTP status", ["status"], registry=self.registry)
-        self.seconds = Histogram("blossomrec_seconds", "From request to answer", registry=self.registry)
+        self.answers = Counter("blossomrec_answers", "Responses by HTTP status", ["status"], registry=self.registry)
+        self.seconds = Histogram("blossomrec_seconds", "Seconds from request to response", registry=self.registry)
         buckets = (1, 2, 4, 8, 16, 32, 64, 128)
         self.batches = Histogram("blossomrec_batch", "Requests in a batch", buckets=buckets, registry=self.registry)
         self.stored = Counter("blossomrec_events_stored", "Events stored", registry=self.registry)
-        self.rebuilt = Counter("blossomrec_users_rebuilt", "Users read from the store", registry=self.registry)
-        self.dropped = Counter("blossomrec_users_dropped", "Users dropped for room", registry=self.registry)
+        self.rebuilt = Counter(
+            "blossomrec_users_rebuilt", "User caches rebuilt from the store", registry=self.registry
+        )
+        self.dropped = Counter("blossomrec_users_dropped", "User caches evicted", registry=self.registry)
         for name, value in (("cache_bytes", lambda: self.used_bytes), ("cached_users", lambda: len(self.users))):
-            Gauge(f"blossomrec_{name}", "What is in memory", registry=self.registry).set_function(value)
+            Gauge(f"blossomrec_{name}", "User caches in memory", registry=self.registry).set_function(value)
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def submit(self, query: Query) -> Future:
         """
-        Queues a query; the answer comes in the future.
+        Queue a query and return the future of its answer.
 
         Raises:
-            RequestValidationError: for items of another type than the model's, and sizes over the limits.
-            queue.Full: when too many wait.
+            RequestValidationError: if items have another type than the model's, or a list exceeds its limit.
+            queue.Full: if too many requests are waiting.
         """
         catalog = self.tokenizer.num_items
         if query.top_k > catalog:
@@ -211,7 +213,7 @@ class Recommender:
         return job.future
 
     def close(self) -> None:
-        """Answers what waits, then closes the store."""
+        """Answer all waiting requests, then close the store."""
         while self.thread.is_alive():
             with suppress(queue.Full):
                 self.waiting.put(None, timeout=1)
@@ -227,9 +229,9 @@ class Recommender:
                 jobs = [self.waiting.get()]
                 while jobs[-1] is not None and len(jobs) < self.max_batch and not self.waiting.empty():
                     jobs.append(self.waiting.get())
-                # From here on a request is answered; one that was given up before is not.
+                # From here on, a request cannot be canceled.
                 rest = [job for job in jobs if job is not None and job.future.set_running_or_notify_cancel()]
-                while rest:  # each user once in a batch; the others wait for the next one, in their order
+                while rest:  # each user once per batch; further requests of the user follow in order
                     batch: dict[object, Job] = {}
                     later = []
                     for i, job in enumerate(rest):
@@ -250,13 +252,13 @@ class Recommender:
                 self.store.add(events)
                 self.stored.inc(len(events))
         except Exception as error:
-            # Nothing was stored. What the model knows of these users may be ahead of the store: forget it.
+            # Nothing was stored, but the caches of these users may include the new events: drop them.
             for job in jobs:
                 self._forget(job.query.user)
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
                 return
-            for job in jobs:  # the others shall not suffer for one
+            for job in jobs:  # one by one, so that a single request does not fail the others
                 self._answer([job])
             return
         for job, history, answer in zip(jobs, histories, answers):
@@ -265,11 +267,11 @@ class Recommender:
             job.future.set_result(answer)
 
     def _read(self, jobs: list[Job]) -> list[History]:
-        """What the model knows of each job's history, the job's events included."""
+        """The updated cache of each job's history, including the events of the job."""
         histories: list[History | None] = [None] * len(jobs)
-        rows: dict[int, list[int]] = {}  # what the model is to read for each job
+        rows: dict[int, list[int]] = {}  # the items that the model reads for each job
         known = []
-        groups: dict[int, list[int]] = {}  # rows of about the same length, so that a long one does not widen all
+        groups: dict[int, list[int]] = {}  # rows of similar length, so that a long one does not pad all others
         for i, job in enumerate(jobs):
             before = self.users.get(job.query.user)
             stored = self._stored(job) if before is None else before.number
@@ -297,16 +299,16 @@ class Recommender:
         return histories
 
     def _stored(self, job: Job) -> int:
-        """How many events the store has of the job's user."""
+        """The number of stored events of the job's user."""
         return 0 if job.query.user is None else self.store.number(job.query.user)
 
     def _history(self, job: Job, wanted: int) -> list[int]:
-        """The latest `wanted` events of the job's user, those that the model knows, from the store and the request."""
+        """The latest `wanted` events of the job's user, from store and request, without unknown items."""
         if job.query.user is None:
             return job.events
         self.rebuilt.inc()
         raw = self.store.latest(job.query.user, max(0, wanted - len(job.query.events))) + job.query.events
-        if self.tokenizer.item_type == "str":  # integers are from before the vocabulary became text
+        if self.tokenizer.item_type == "str":  # stored as integers before the vocabulary became text
             raw = [str(item) for item in raw]
         return self._known(self.tokenizer.encode_items(raw[-wanted:]))
 
@@ -322,8 +324,8 @@ class Recommender:
             chosen = [i for i, job in enumerate(jobs) if (job.candidates is not None) == with_candidates]
             if not chosen:
                 continue
-            asked = [jobs[i].query.exclude_seen for i in chosen]
-            exclude_seen = [self.model.config.exclude_seen if value is None else value for value in asked]
+            settings = [jobs[i].query.exclude_seen for i in chosen]
+            exclude_seen = [self.model.config.exclude_seen if value is None else value for value in settings]
             seen = [caches[i].item_ids[0].tolist() if exclude else [] for i, exclude in zip(chosen, exclude_seen)]
             out = self.model.recommend_from_states(
                 torch.cat([caches[i].last_hidden_state for i in chosen]),
@@ -356,14 +358,14 @@ class Recommender:
 
 
 def refused(name: str, message: str) -> RequestValidationError:
-    """The error that is answered with 422, about the field `name` of the body."""
+    """An error with status 422 about the field `name` of the body."""
     return RequestValidationError([{"loc": ("body", name), "msg": message, "type": "value_error"}])
 
 
 class BodyLimit:
     """
-    Reads a request's body before anything else does, and answers 413 where it is longer than `limit` bytes. What came of
-    a body that was cut off is dropped, even if it could be read as a request.
+    Middleware that reads the whole body of a request first and responds with 413 if it is longer than `limit` bytes. An
+    incomplete body is dropped, even if it could be parsed.
     """
 
     def __init__(self, app, limit: int) -> None:
@@ -390,10 +392,10 @@ class BodyLimit:
 
 def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
     """
-    The service; the worker thread lives as long as the application.
+    Create the HTTP application. It starts the worker thread and stops it at shutdown.
 
     Raises:
-        ValueError: `max_body`, in bytes, is less than 1.
+        ValueError: if `max_body`, in bytes, is less than 1.
     """
     check_at_least(1, max_body=max_body)
 
@@ -408,7 +410,7 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Without what was sent, which need not be text that can be sent back.
+        # Without the input, which may not be valid text.
         detail = [{"loc": e["loc"], "msg": e["msg"], "type": e["type"]} for e in error.errors()]
         return JSONResponse({"detail": detail}, 422)
 
@@ -438,9 +440,9 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
     @app.get("/health", responses={503: {"model": Problem}})
     async def health() -> dict[str, str]:
         if not recommender.thread.is_alive():
-            raise HTTPException(503, "The worker has ended; restart the service.")
+            raise HTTPException(503, "The worker thread has ended; restart the service.")
         if not recommender.store.in_place():
-            raise HTTPException(503, "The file of the store was deleted or replaced; restart the service.")
+            raise HTTPException(503, "The store file was deleted or replaced; restart the service.")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)
@@ -453,7 +455,7 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
 def check_device(device: str) -> None:
     """
     Raises:
-        ValueError: PyTorch has no such device on this machine.
+        ValueError: if PyTorch has no such device on this machine.
     """
     try:
         torch.empty(1, device=device).tolist()
@@ -466,10 +468,10 @@ def check_device(device: str) -> None:
 
 async def check_address(host: str, port: int) -> None:
     """
-    Warns if others than this machine may reach the address.
+    Warn if the address can be reached from other machines.
 
     Raises:
-        ValueError: the service cannot listen there.
+        ValueError: if the service cannot listen at the address.
     """
     try:
         async with await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port) as server:
@@ -477,12 +479,12 @@ async def check_address(host: str, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = str(error).rstrip(".")
         raise ValueError(
-            f"`host` is {host} and `port` {port}, where the service cannot listen ({reason}); give another one."
+            f"`host` is {host} and `port` is {port}, where the service cannot listen ({reason}); give another address."
         ) from error
     if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         logger.warning(
-            "The service listens at %s without authentication: whoever reaches it can read and store events of every "
-            "user. Put a proxy that authenticates in front of it.",
+            "The service listens at %s without authentication: every client can read and store events of every user. Put an "
+            "authenticating proxy in front of it.",
             ", ".join(addresses),
         )
 
@@ -490,21 +492,27 @@ async def check_address(host: str, port: int) -> None:
 @exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")
-    parser.add_argument("--store", type=Path, default=Path("events.db"), help="the SQLite file of the users' events")
+    parser.add_argument("--model", required=True, help="Folder of a trained model, or a Hub id.")
+    parser.add_argument("--store", type=Path, default=Path("events.db"), help="SQLite file of the users' events.")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 is all of the machine's"
+        "--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all addresses of the machine."
     )
-    parser.add_argument("--port", type=int, default=8000, help="the port to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="Port to listen at.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where the model runs")
+    parser.add_argument("--device", default=device, help="Device of the model.")
     threads = max(1, (os.cpu_count() or 1) // 2)
-    parser.add_argument("--threads", type=int, default=threads, help="threads of PyTorch; HTTP needs cores of its own")
-    parser.add_argument("--max_history", type=int, default=2048, help="events that the model reads at most")
-    parser.add_argument("--max_batch", type=int, default=64, help="requests that are answered together at most")
-    parser.add_argument("--cache_mib", type=int, default=1024, help="MiB of memory for what the model knows of users")
-    parser.add_argument("--max_body", type=int, default=2**20, help="bytes of a request at most")
-    parser.add_argument("--drain_seconds", type=int, default=30, help="how long SIGTERM waits for running requests")
+    parser.add_argument(
+        "--threads", type=int, default=threads, help="Number of PyTorch threads. HTTP needs further cores."
+    )
+    parser.add_argument(
+        "--max_history", type=int, default=2048, help="Maximum number of events that the model reads of each user."
+    )
+    parser.add_argument("--max_batch", type=int, default=64, help="Maximum number of requests per batch.")
+    parser.add_argument("--cache_mib", type=int, default=1024, help="Memory for the caches of users, in MiB.")
+    parser.add_argument("--max_body", type=int, default=2**20, help="Maximum size of a request body, in bytes.")
+    parser.add_argument(
+        "--drain_seconds", type=int, default=30, help="Seconds that SIGTERM waits for running requests."
+    )
     args = parser.parse_args()
     check_at_least(0, cache_mib=args.cache_mib, drain_seconds=args.drain_seconds)
     check_at_least(

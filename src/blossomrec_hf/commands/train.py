@@ -1,12 +1,10 @@
 """
-Trains a BlossomRec model on a log of interactions, evaluates it by full ranking and saves it.
+Train a BlossomRec model on an interaction log, evaluate it by full ranking, and save it.
 
-    accelerate launch examples/train.py           # the built-in data set, a few minutes of a CPU
+    accelerate launch examples/train.py           # the built-in data set, a few minutes on a CPU
     blossomrec train --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
     blossomrec train --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
-    blossomrec train --data shop.csv --output_dir runs/shop --refit   # for use: runs/shop/refit knows all events
-
-All options: `blossomrec train --help`.
+    blossomrec train --data shop.csv --output_dir runs/shop --refit   # runs/shop/refit: trained on all events
 """
 
 import json
@@ -45,7 +43,7 @@ from ..utils.progress import set_up_logging
 
 logger = logging.getLogger("blossomrec_hf.train")
 
-# Small enough for two CPU cores and the few minutes that the built-in data set is meant for.
+# Defaults for the built-in data set: a few minutes on two CPU cores.
 BUILT_IN = {
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -61,23 +59,32 @@ BUILT_IN = {
 
 @dataclass
 class ModelArguments:
-    """The model; the rest of `BlossomRecConfig` keeps its defaults."""
+    """The model; all other settings of `BlossomRecConfig` keep their defaults."""
 
     attention_types: list[str] = field(
         default_factory=lambda: ["blossom"],
-        metadata={"help": "blossom, long_term, short_term or full: one word for all layers, or one for each."},
+        metadata={
+            "help": "Attention of each layer: blossom, long_term, short_term or full; one value applies to all layers."
+        },
     )
-    hidden_size: int = field(default=128, metadata={"help": "The width of the model."})
-    num_hidden_layers: int = field(default=2, metadata={"help": "Layers."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Query heads."})
-    num_key_value_heads: int = field(default=2, metadata={"help": "Key/value heads."})
-    intermediate_size: int = field(default=256, metadata={"help": "The width inside the feed-forward."})
-    hidden_dropout_prob: float = field(default=0.3, metadata={"help": "Dropout."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the item embeddings and of every layer."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Number of query heads."})
+    num_key_value_heads: int = field(default=2, metadata={"help": "Number of key/value heads."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width inside the feed-forward blocks."})
+    hidden_dropout_prob: float = field(
+        default=0.3,
+        metadata={"help": "Dropout probability after the embedding, the attention and the feed-forward block."},
+    )
     config_overrides: str = field(
-        default="{}", metadata={"help": 'Any other settings of BlossomRecConfig, as JSON: {"objective": "gbce"}.'}
+        default="{}",
+        metadata={"help": 'Other settings of BlossomRecConfig as JSON, for example {"objective": "gbce"}.'},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "blossom_torch, blossom_triton or eager; by default, the fastest that fits."}
+        default=None,
+        metadata={
+            "help": "blossom_torch, blossom_triton or eager; by default, the fastest that the hardware supports."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -93,29 +100,32 @@ class ModelArguments:
 
 @dataclass
 class OutputArguments:
-    """What to show and to keep of the results."""
+    """Which results are reported and saved."""
 
-    eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the figures."})
+    eval_ks: list[int] = field(default_factory=lambda: [1, 5, 10, 20], metadata={"help": "Cut-offs of the metrics."})
     all_and_unseen: bool = field(
         default=False,
-        metadata={"help": "Also report the test figures with nothing excluded and with seen items excluded."},
+        metadata={"help": "Also report the test metrics with nothing excluded and with seen items excluded."},
     )
     eval_negatives: int = field(
-        default=0, metadata={"help": "Also rank test items beside so many drawn ones, as others do (100); 0: no."}
+        default=0,
+        metadata={"help": "Also rank each test item among this many sampled items (usually 100); 0 for none."},
     )
     refit: bool = field(
         default=False,
         metadata={
-            "help": "Afterwards, also train a new model on all events, validation and test included: with the same "
-            "schedule, up to the epoch that was the best. It goes to refit/ in the output directory."
+            "help": "After training, train a new model on all events, including validation and test, with the same schedule "
+            "up to the best epoch, and save it to refit/ in the output directory."
         },
     )
     watch: bool = field(
-        default=False, metadata={"help": "Follow gates and selection: selection.jsonl and selection.png in the run."}
+        default=False, metadata={"help": "Record gates and block selection in selection.jsonl and selection.png."}
     )
     results_json: str | None = field(
         default=None,
-        metadata={"help": "Add the results to this file, keyed by configuration, seed and commit; by default, none."},
+        metadata={
+            "help": "JSON file to add the results to, keyed by configuration, seed and commit; by default, none."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -132,7 +142,7 @@ def main() -> None:
 
     require_folder(args.output_dir)
     if output_args.results_json is not None:
-        read_results(output_args.results_json)  # what cannot be added to is refused before the training
+        read_results(output_args.results_json)  # fails before the training if results cannot be added
     if output_args.refit:
         check_refit_folder(args)
     dataset, tokenizer = log_args.read_table()
@@ -141,16 +151,15 @@ def main() -> None:
     model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset))
     config = model.config
 
-    # A log of which nobody has a held-out item is trained on to the last epoch.
+    # Without held-out items, the model is trained to the last epoch.
     views: dict[str, TableView | None] = {"validation": None, "test": None}
     for part in views:
         if has_users(dataset, part):
             views[part] = split(dataset, part, max_length=args.max_length)
         else:
-            logger.warning("No user has an item to predict for %s: there are no such figures.", part)
-    if (
-        output_args.eval_negatives and views["test"] is not None
-    ):  # who has met every item is told now, not after the training
+            logger.warning("No user has an item to predict for %s, so there are no %s metrics.", part, part)
+    if output_args.eval_negatives and views["test"] is not None:
+        # Fails before the training if a user has interacted with every item.
         HeldOutItems.from_rows(views["test"]).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
     train_view = split(dataset, "train", max_length=args.max_length)
     loop = TrainingLoop(
@@ -189,7 +198,7 @@ def main() -> None:
     run |= {"training": result.summary(), **describe_environment()}
 
     def keep(folder: Path | str, run: dict) -> None:
-        """Writes what goes with a model: arguments, titles, summary and card."""
+        """Write arguments, item titles, summary and card next to a model."""
         save_arguments(f"{folder}/run.yaml", log_args, model_args, args, output_args)
         if embedded_titles is not None:
             with atomic_write(Path(folder) / METADATA_FILE) as partial:
@@ -213,13 +222,13 @@ def main() -> None:
             print(f"{config.repeat_share:.1%} of the test targets already occur in their user's history: ", end="")
             print(f"{'seen items are' if config.exclude_seen else 'nothing is'} excluded from the ranking.")
             print_figures(figures["test"], output_args.eval_ks, exclude_seen=config.exclude_seen)
-        # The saved model, because a sharded one answers only when all processes ask.
+        # The saved model: a sharded one computes only if all processes take part.
         saved = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
         print_recommendations(saved, tokenizer, (views["test"] or train_view)[0], args.max_length)
         if output_args.results_json is not None:
             append_result(output_args.results_json, **run)
         keep(args.output_dir, run)
-        sys.stdout.flush()  # the refit takes as long again, and a file or a pipe would show nothing of it until then
+        sys.stdout.flush()  # the refit takes as long again
 
     folder = Path(args.output_dir)
     if output_args.refit:
@@ -241,20 +250,20 @@ def main() -> None:
 def new_model(
     model_args: ModelArguments, seed: int, dataset: EventTable, vocab_size: int, repeat_share: float
 ) -> BlossomRecForSequentialRecommendation:
-    """A model with the weights of `seed`, the same on every process, and the item frequencies of the training events."""
+    """A model initialized with `seed`, equal on every process, with the item frequencies of the training events."""
     settings = asdict(model_args)
     attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
     settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
     settings |= json.loads(settings.pop("config_overrides"))
     config = BlossomRecConfig(vocab_size=vocab_size, **settings)
-    set_seed(seed)  # the loop seeds what has to differ between processes
+    set_seed(seed)  # the loop seeds what differs between processes
     model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
     model.item_counts.copy_(torch.as_tensor(item_counts(dataset, vocab_size)))
     return model
 
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
-    """The test figures as a table: of the protocol, of repeated and of new targets, and what else was asked for."""
+    """Print the test metrics as a table, one row per metric and kind of target."""
     print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
     kinds = {"": "unseen items" if exclude_seen else "all items", "_repeated": "repeated", "_new": "new"}
     kinds |= {"_all": "all items", "_unseen": "unseen items"}
@@ -266,7 +275,7 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
 
 
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
-    """Ten items for one user; where users do not repeat items, none of the whole history."""
+    """Print ten recommendations for one user."""
     history = torch.tensor([row.get("seen_ids", row["input_ids"])], device=model.device)
     recommended = model.recommend(history, top_k=min(10, tokenizer.num_items), max_length=max_length)
     found = recommended.item_ids[0] >= 0

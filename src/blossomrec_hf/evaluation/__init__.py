@@ -1,6 +1,6 @@
 """Ranking of held-out items, metrics, baselines, reports and paired comparisons."""
 
-from .baselines import LastItemNeighbours, PopularityScores, RecentPopularity, UserFrequentItems
+from .baselines import LastItemNeighbors, PopularityScores, RecentPopularity, UserFrequentItems
 from .held_out import HeldOutItems, sample_users
 from .metrics import per_user_metrics, ranking_metrics
 from .ranking import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
@@ -11,7 +11,7 @@ from .results import append_result, read_results
 __all__ = [
     "PROTOCOL",
     "HeldOutItems",
-    "LastItemNeighbours",
+    "LastItemNeighbors",
     "ModelScores",
     "PopularityScores",
     "Ranks",

@@ -1,9 +1,9 @@
 """
-What a model has to beat, without a model: the most popular items, overall and of the last days, the items that follow
-the last one, and the user's own most frequent items.
+Baselines without training: the most popular items, overall and of the last days, the items that follow the user's last item,
+and the user's most frequent items.
 
-Each of them first counts what its name says and then, of equal counts, prefers the item that occurs more often in
-training; items that are equal in both share their ranks (half of the ties, as for models).
+Each of them ranks by its own count. Items with equal counts are ranked by their training frequency, and share their ranks if
+that is equal, too.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 class PopularityScores:
     """
-    The same scores for every user: how often each item occurs in training.
+    Scores all items by their training frequency, equally for all users.
 
     Args:
-        item_counts: int [vocabulary].
+        item_counts: int [vocab_size], how often each item occurs in training.
     """
 
     def __init__(self, item_counts: np.ndarray | torch.Tensor, *, device: torch.device | str = "cpu"):
@@ -40,15 +40,15 @@ class PopularityScores:
         return self.counts.expand(len(users), -1)
 
 
-class LastItemNeighbours:
+class LastItemNeighbors:
     """
-    How often training saw an item right after the user's last one (a first-order Markov chain); popularity, which
-    never outweighs one such pair, decides between equals and serves users without a known last item.
+    Scores an item by how often it follows the user's last item in training (a first-order Markov chain). Equal counts are
+    ordered by training frequency, which also ranks the items for users without a known last item.
 
     Args:
-        training: the training histories, uncut.
-        held_out: whose users are scored.
-        item_counts: int [vocabulary], how often each item occurs in training.
+        training: the uncut training histories.
+        held_out: the users to score.
+        item_counts: int [vocab_size], how often each item occurs in training.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class LastItemNeighbours:
 
     def __call__(self, users: np.ndarray) -> torch.Tensor:
         last = self.inputs.items.cpu().numpy()[self.inputs.starts[users] + self.inputs.lengths[users] - 1]
-        last = np.where(self.inputs.lengths[users] > 0, last, 0)  # nothing follows [PAD]
+        last = np.where(self.inputs.lengths[users] > 0, last, 0)  # [PAD] has no followers
         rows, pairs = entries_of(self.offsets, last)
         return add_counts(self.popularity, len(users), rows, self.followers[pairs], self.times[pairs])
 
 
 class UserFrequentItems:
     """
-    How often each item occurs in the user's whole history; popularity, which never outweighs one event, decides between
-    equals and serves users without a history.
+    Scores an item by how often it occurs in the user's whole history. Equal counts are ordered by training frequency, which
+    also ranks the items for users without a history.
 
     Args:
-        held_out: whose users are scored.
-        item_counts: int [vocabulary], how often each item occurs in training.
+        held_out: the users to score.
+        item_counts: int [vocab_size], how often each item occurs in training.
     """
 
     def __init__(
@@ -102,16 +102,15 @@ class UserFrequentItems:
 
 class RecentPopularity:
     """
-    How often each item occurs in training in the days before a user's latest known event (that event included; the time
-    of the event to be predicted is not used); popularity in all of training, which never outweighs one such event,
-    decides between equals.
+    Scores an item by its training frequency in the days before the user's latest known event, that event included. The time of
+    the event to be predicted is not used. Equal counts are ordered by the training frequency over all times.
 
     Args:
-        dataset: from [`~blossomrec_hf.data.build_sequences`], with times.
-        part: `validation` or `test`, whose users are scored.
-        held_out: these users.
-        item_counts: int [vocabulary], how often each item occurs in training.
-        days: how far back.
+        dataset: a data set of [`~blossomrec_hf.data.build_sequences`] with times.
+        part: the part whose users are scored, `validation` or `test`.
+        held_out: the users to score.
+        item_counts: int [vocab_size], how often each item occurs in training.
+        days: length of the period in days.
 
     Raises:
         ValueError: if `dataset` has no times.
@@ -128,7 +127,9 @@ class RecentPopularity:
         device: torch.device | str = "cpu",
     ):
         if "timestamps" not in dataset.column_names:
-            raise ValueError("`dataset` has no column timestamps; popularity of the last days needs a log with times.")
+            raise ValueError(
+                "`dataset` has no column timestamps; build it from a log with times, or use `PopularityScores`."
+            )
         self.popularity = tie_breaker(item_counts, device)
         train_lengths, history_lengths = part_lengths(dataset, "train")[0], part_lengths(dataset, part)[0]
         items, times, latest, first = [], [], [], 0
@@ -164,8 +165,8 @@ class RecentPopularity:
 
 def tie_breaker(item_counts: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """
-    float32 [vocabulary], from 0 to less than 1, in the order of `item_counts`; added to a count c, items whose
-    popularity differs by less than c millionths of the most popular one's may become equal.
+    Scale item counts to at least 0 and less than 1, float32 [vocab_size]. Added to an integer count c, frequencies that differ by
+    less than about c millionths of the largest one become equal.
     """
     counts = PopularityScores(item_counts, device=device).counts
     return counts / (counts.max() + 1)
@@ -174,6 +175,6 @@ def tie_breaker(item_counts: np.ndarray | torch.Tensor, device: torch.device | s
 def add_counts(
     popularity: torch.Tensor, num_users: int, rows: np.ndarray, items: np.ndarray, counts: np.ndarray
 ) -> torch.Tensor:
-    """float32 [users, vocabulary]: `popularity` for each user, plus `counts` at (`rows`, `items`)."""
+    """Add `counts` at (`rows`, `items`) to the `popularity` of each user; float32 [users, vocab_size]."""
     rows, items, counts = to_device(torch.from_numpy(np.stack([rows, items, counts])), popularity.device)
     return popularity.repeat(num_users, 1).index_put((rows, items), counts.float(), accumulate=True)

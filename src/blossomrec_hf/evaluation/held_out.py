@@ -1,4 +1,4 @@
-"""What an evaluation asks for: the held-out items of each user, and the items that the user has already met."""
+"""The held-out items and the seen items of each user."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,20 +11,19 @@ from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 
 class HeldOutItems:
     """
-    A validation or test view in memory: what the model reads, what it has to find, and what each user has already met.
-
-    Made once and evaluated many times. Users without a held-out item are left out.
+    A validation or test view in memory: the inputs of the model, the held-out items, and the seen items of each user. It can
+    be evaluated many times. Users without a held-out item are dropped.
 
     Attributes:
         inputs: the histories that the model reads.
-        targets: int64 [number of held-out items], each item once a user, in the order of the users.
-        target_users: int64 of the same shape: the user of each, as a row of `inputs`.
-        history_lengths: int64 [users], the items of each user's whole history.
-        history_items, history_counts, history_offsets: each user's distinct items without specials, in ascending order,
-            and how often each occurs in the user's history.
-        seen_items, seen_offsets: the same items without the user's own held-out items.
-        repeated: bool of the shape of `targets`: whether the user's history has the item.
-        user_ids: the users' names.
+        targets: int64 [held-out items], in the order of the users; each item occurs once per user.
+        target_users: int64 [held-out items], the row of `inputs` that belongs to each item.
+        history_lengths: int64 [users], the number of items in each user's whole history.
+        history_items, history_counts, history_offsets: the distinct items of each user's history without special ids, in
+            ascending order, how often each occurs, and the index of each user's first one.
+        seen_items, seen_offsets: the same items without the user's held-out items.
+        repeated: bool [held-out items], whether the item occurs in its user's history.
+        user_ids: the raw ids of the users.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class HeldOutItems:
         self.target_users = np.repeat(np.arange(len(distinct_targets)), [len(items) for items in distinct_targets])
         self.target_offsets = np.searchsorted(self.target_users, np.arange(len(distinct_targets) + 1))
 
-        # One number a (user, item) pair makes the whole log one sort instead of a set for every user.
+        # One number per (user, item) pair: a single sort of the whole log replaces a set per user.
         items, offsets = concatenate(seen)
         self.history_lengths = np.diff(offsets)
         stride = int(max(items.max(initial=0), self.targets.max(initial=0))) + 1
@@ -61,9 +60,16 @@ class HeldOutItems:
         cls, rows: Dataset | Sequence[Mapping], *, max_length: int | None = None, num_users: int | None = None
     ) -> "HeldOutItems":
         """
-        Reads a validation or test view: `user_id`, `input_ids`, `target_ids` and `seen_ids` (the whole uncut history;
-        where a row has none, it is `input_ids`). `max_length` is how many of its latest items the model reads;
-        `num_users` takes a fixed sample, see [`sample_users`].
+        Create it from a validation or test view.
+
+        Args:
+            rows: rows with `user_id`, `input_ids`, `target_ids` and optionally `seen_ids`, the whole uncut history, which
+                defaults to `input_ids`.
+            max_length: number of latest items that the model reads of each history. Defaults to all.
+            num_users: number of users to sample, see [`sample_users`]. Defaults to all.
+
+        Raises:
+            ValueError: if no user has a held-out item.
         """
         rows = rows if num_users is None else sample_users(rows, num_users)
         columns = getattr(rows, "column_names", None)
@@ -74,8 +80,8 @@ class HeldOutItems:
         ]
         if not kept:
             raise ValueError(
-                f"`rows` hold {len(rows)} users and none of them an item to predict, so there is nothing to evaluate; give "
-                '`split(dataset, "validation")` or that of "test".'
+                f"`rows` has {len(rows)} users, but none of them has an item to predict; give a view such as "
+                '`split(dataset, "test")`.'
             )
         user_ids, inputs, targets, seen = zip(*kept)
         return cls(HistoryStore(*concatenate(inputs), max_length=max_length), targets, seen, user_ids)
@@ -85,24 +91,26 @@ class HeldOutItems:
 
     @property
     def repeat_share(self) -> float:
-        """The share of the held-out items that already occur in their user's history."""
+        """The share of held-out items that already occur in their user's history."""
         return float(self.repeated.sum() / max((self.targets >= NUM_SPECIAL_IDS).sum(), 1))
 
     def seen_by_users(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
-        The items that each of `users` has met: two int64 arrays [pairs], the place in `users` and the item.
+        The seen items of some users: two int64 arrays [pairs] of positions in `users` and items.
         """
         places, entries = entries_of(self.seen_offsets, users)
         return places, self.seen_items[entries]
 
     def sample_negatives(self, number: int, *, vocab_size: int, seed: int = 0) -> np.ndarray:
         """
-        Items to rank each held-out item against, as RecBole's `uni100` draws them: uniformly, with replacement, among
-        the items that are neither in the user's whole history nor held out. int32 [held-out items, number]; same seed,
-        same items.
+        Sample the items among which each held-out item is ranked, as RecBole's `uni100` does: uniformly and with
+        replacement from the items that are neither in the user's whole history nor held out.
+
+        Returns:
+            int32 [held-out items, number]; equal for equal seeds.
 
         Raises:
-            ValueError: for a user who has met every item.
+            ValueError: if a user has seen every item.
         """
         user_of_seen = np.repeat(np.arange(len(self)), np.diff(self.seen_offsets))
         excluded = [user_of_seen * vocab_size + self.seen_items, self.target_users * vocab_size + self.targets]
@@ -110,7 +118,9 @@ class HeldOutItems:
         met = np.bincount(excluded // vocab_size, minlength=len(self))
         if met.max() >= vocab_size - NUM_SPECIAL_IDS:
             user = self.user_ids[int(met.argmax())]
-            raise ValueError(f"`number` is {number}, but user {user!r} has met every item: no negative can be drawn.")
+            raise ValueError(
+                f"`number` is {number}, but user {user!r} has seen every item, so none can be sampled; give 0, or a larger catalog."
+            )
         rng = np.random.default_rng(seed)
         users = np.repeat(self.target_users, number)
         negatives = np.zeros(len(users), dtype=np.int32)
@@ -126,8 +136,8 @@ class HeldOutItems:
 
 def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 0) -> Dataset | list[Mapping]:
     """
-    `number` rows of a view of [`~blossomrec_hf.data.split`], in their order; all if it has no more. The same seed and
-    number of rows give the same sample.
+    Sample `number` rows of a view of [`~blossomrec_hf.data.split`] and keep their order; all rows if there are no more. The
+    same seed and number of rows give the same sample.
 
     Raises:
         ValueError: if `number` is below 1.
@@ -142,11 +152,11 @@ def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 
 
 def entries_of(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    The entries of some rows of a ragged array: int64 [entries] twice, the place in `rows` and the index of each.
+    The entries of some rows of a ragged array: two int64 arrays [entries] of positions in `rows` and indices of entries.
 
     Args:
-        offsets: int64 [number of rows + 1], where each row starts.
-        rows: int64, the rows wanted.
+        offsets: int64 [number of rows + 1], the index of each row's first entry.
+        rows: int64, the selected rows.
     """
     counts = offsets[rows + 1] - offsets[rows]
     starts = np.cumsum(counts) - counts

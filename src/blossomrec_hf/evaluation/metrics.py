@@ -1,7 +1,6 @@
-"""Ranking metrics computed from the ranks of the held-out items.
-
-Everything here is numpy on one number per held-out item: its rank among the ranked items. How the rank comes about
-(which items are ranked, how ties count) is the business of `evaluation.py`.
+"""
+Ranking metrics from the ranks of the held-out items, in NumPy. `ranking.py` defines which items are ranked and how ties
+count.
 """
 
 from collections.abc import Sequence
@@ -16,34 +15,40 @@ def per_user_metrics(
     ranks: np.ndarray | Sequence[float], *, ks: Sequence[int] = DEFAULT_KS, users: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """
-    Recall, NDCG, MRR and hit rate of every user.
+    Recall, NDCG, MRR and hit rate of each user.
 
     Args:
-        ranks: float [N], the rank of each held-out item, 1 is the best. Halves are fine (ties), so is infinity (an
-            item that could not be ranked counts as missed).
+        ranks: float [N], the rank of each held-out item, starting at 1. Half ranks (ties) are allowed, and infinity counts as
+            a miss.
         ks: the cut-offs.
-        users: int [N], the user to which each held-out item belongs, counted from 0 without gaps. Left out, each item
-            belongs to a user of its own (leave-one-out).
+        users: int [N], the user of each held-out item, numbered from 0 without gaps. By default, each item belongs to a user of
+            its own (leave-one-out).
 
     Returns:
-        `{"recall@k", "ndcg@k", "mrr@k", "hit_rate@k"}` for each k, float64 [number of users]. With n held-out items:
-        recall@k is the share of them with a rank of at most k; ndcg@k = (sum of 1/log2(1 + rank) over the best k of
-        those) / (the same sum for the ranks 1 ... min(n, k)) (Järvelin and Kekäläinen 2002, binary gains); mrr@k is
-        1/rank of the best of them if it is in the first k, else 0; hit_rate@k is 1 if any is, and equals recall@k when
-        n = 1. No figure exceeds 1 if the items of a user are ranked in one list, ties included: only with ties can
-        more than k of them have a rank of at most k.
+        `recall@k`, `ndcg@k`, `mrr@k` and `hit_rate@k` for each k, float64 [number of users]. For a user with n held-out items:
+
+        - recall@k is the share of them with a rank of at most k;
+        - ndcg@k is the sum of 1/log2(1 + rank) over the best k of those, divided by the same sum over the ranks 1 to
+          min(n, k) (Järvelin and Kekäläinen 2002, binary gains);
+        - mrr@k is 1/rank of the best one if its rank is at most k, else 0;
+        - hit_rate@k is 1 if a rank is at most k, else 0.
+
+        No metric exceeds 1 if the items of a user are ranked in one list. With ties, more than k items may have a rank of at
+        most k; `ndcg@k` then counts the best k.
 
     Raises:
-        ValueError: for an empty `ranks`, a rank below 1 or not a number, a cut-off below 1, or `users` of another
-            length or with a user who has no item.
+        ValueError: if `ranks` is empty or has a value below 1 or NaN, if a cut-off is below 1, or if `users` has another length
+            or a gap.
     """
     ranks = np.asarray(ranks, dtype=np.float64)
     if ranks.ndim != 1 or ranks.size == 0:
-        raise ValueError(f"`ranks` must be one number per held-out item and not empty, got shape {ranks.shape}.")
+        raise ValueError(
+            f"`ranks` has the shape {ranks.shape}; it must have one number per held-out item, at least one."
+        )
     if not (ranks >= 1).all():
         raise ValueError(f"`ranks` must be 1 or more, got {ranks[~(ranks >= 1)][0]}.")
     if any(int(k) != k or k < 1 for k in ks):
-        raise ValueError(f"`ks` must be whole numbers from 1 on, got {list(ks)}.")
+        raise ValueError(f"`ks` must be integers of at least 1, got {list(ks)}.")
     users = np.arange(ranks.size) if users is None else np.asarray(users)
     if users.shape != ranks.shape:
         raise ValueError(f"`users` must have the shape of `ranks`, {ranks.shape}, got {users.shape}.")
@@ -56,7 +61,7 @@ def per_user_metrics(
     best = np.full(held_out.size, np.inf)
     np.minimum.at(best, users, ranks)
     by_rank = np.lexsort((ranks, users))
-    place = np.empty(ranks.size, dtype=np.int64)  # among the held-out items of the same user, the best is 0
+    place = np.empty(ranks.size, dtype=np.int64)  # among the held-out items of the same user, starting at 0
     place[by_rank] = np.arange(ranks.size) - np.repeat(np.cumsum(held_out) - held_out, held_out)
     gains = 1.0 / np.log2(1.0 + ranks)
     metrics: dict[str, np.ndarray] = {}
@@ -80,7 +85,7 @@ def ranking_metrics(
     suffix: str = "",
 ) -> dict[str, float]:
     """
-    The means over users of [`per_user_metrics`], as plain floats; `suffix` is appended to every name.
+    The means of [`per_user_metrics`] over users, as floats. `suffix` is appended to every name.
     """
     return {
         f"{name}{suffix}": float(values.mean()) for name, values in per_user_metrics(ranks, ks=ks, users=users).items()

@@ -1,17 +1,17 @@
-"""Evaluation by full ranking: every item of the catalog is ranked for every user.
+"""
+Evaluation by full ranking: all items of the catalog are ranked for every user.
 
-The protocol: the model reads the latest items of a user's history and scores all items but `[PAD]` and `[UNK]`. The
-rank of a held-out item is 1 + the items that score strictly higher + half of the others that score the same, so the
-order of equal scores does not matter. A score that is not a number counts as higher than any, so a diverged model ranks
-last and not first. The model does not see the time of the event to be predicted. What is ranked depends on the log:
+The model reads the latest items of a user's history and scores all items except `[PAD]` and `[UNK]`. The rank of a held-out item
+is 1 + the number of items with a higher score + half of the number of other items with the same score. NaN counts as higher
+than any score, so a diverged model ranks last. The model does not see the time of the event to be predicted.
 
-- Where at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: the items of
-  the user's whole history (also those before the window that the model reads), except the held-out items.
-- Elsewhere **nothing** is excluded, and the figures of repeated and of new targets are also reported apart, as
+- If at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: all items of the
+  user's whole history (not only of the window that the model reads), except the held-out items.
+- Otherwise **nothing** is excluded, and the metrics of repeated and of new targets are also reported separately, as
   `ndcg@10_repeated` and `ndcg@10_new`.
 
-Both are ranked in one pass. If asked for, `ndcg@10_all` is the figure with nothing excluded and `ndcg@10_unseen` that
-with seen items excluded, whatever the log is like.
+Both rankings are computed in one pass. Optionally, `ndcg@10_all` (nothing excluded) and `ndcg@10_unseen` (seen items excluded)
+are reported for any log.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,24 +38,23 @@ from .metrics import DEFAULT_KS, per_user_metrics
 
 ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
 REPEATED_SUFFIX, NEW_SUFFIX = "_repeated", "_new"
-MAX_SCORES = 2**26  # scores alive at a time: 256 MiB in float32
+MAX_SCORES = 2**26  # scores in memory at a time: 256 MiB in float32
 
 
 @dataclass
 class Ranks:
     """
-    The rank of each held-out item, float64 [number of held-out items]. An item outside the vocabulary has rank
-    infinity.
+    The ranks of the held-out items, float64 [held-out items]. An item outside the vocabulary has the rank infinity.
 
     Attributes:
-        everything: over all items.
-        unseen: over the items that the user's history does not have, and the user's held-out items.
-        users: int64, the user of each held-out item, counted from 0 in the order of `user_ids`.
-        repeated: bool, whether the user's history has the item.
-        exclude_seen: whether the figures without a suffix are those of `unseen`, else those of `everything`.
-        sampled: over the user's held-out items and `num_negatives` items drawn for each, if that was asked for.
-        top_items: int64 [users, k], the k best items of each user, without seen ones if `exclude_seen`, of equal scores
-            the lower id first; −1 where fewer are left. `None` if not asked for.
+        everything: the ranks among all items.
+        unseen: the ranks among the items that do not occur in the user's history, and the user's held-out items.
+        users: int64 [held-out items], the user of each item as an index of `user_ids`.
+        repeated: bool [held-out items], whether the item occurs in its user's history.
+        exclude_seen: whether metrics without a suffix are computed from `unseen`, else from `everything`.
+        sampled: the ranks among the user's held-out items and `num_negatives` sampled items, optional.
+        top_items: int64 [users, k], the k best items of each user, optional. Excludes seen items if `exclude_seen`; among equal
+            scores, the lower id comes first; padded with −1.
     """
 
     everything: np.ndarray
@@ -70,8 +69,8 @@ class Ranks:
 
     def by_suffix(self, *, all_and_unseen: bool = False) -> dict[str, np.ndarray]:
         """
-        The ranks by the suffix of their figures' names: "" for the protocol of the log; "_all" and "_unseen" if
-        `all_and_unseen`; "_uni100" (or another number) if sampled.
+        The ranks by the suffix of the metrics' names: "" for the protocol of the log, "_all" and "_unseen" if
+        `all_and_unseen`, and "_uni100" (or another number) if sampled.
         """
         ranks = {"": self.unseen if self.exclude_seen else self.everything}
         if all_and_unseen:
@@ -84,9 +83,9 @@ class Ranks:
         self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False
     ) -> dict[str, np.ndarray]:
         """
-        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k` of each user, with each suffix of [`by_suffix`]: float64 [users].
-        Where nothing is excluded, also with "_repeated" and "_new": of the user's held-out items that the history has
-        and has not; NaN for users without such an item.
+        `recall@k`, `ndcg@k`, `mrr@k` and `hit_rate@k` of each user with each suffix of [`by_suffix`], float64 [users]. If
+        nothing is excluded, also with "_repeated" and "_new", for the held-out items that occur in the user's history and
+        those that do not; NaN for users without such an item.
         """
         by_suffix = self.by_suffix(all_and_unseen=all_and_unseen)
         figures = {
@@ -104,7 +103,7 @@ class Ranks:
         return figures
 
     def metrics(self, *, ks: Sequence[int] = DEFAULT_KS, all_and_unseen: bool = False) -> dict[str, float]:
-        """The means of [`per_user_metrics`] over the users who have the figure."""
+        """The means of [`per_user_metrics`] over users, without NaN."""
         figures = self.per_user_metrics(ks=ks, all_and_unseen=all_and_unseen)
         return {name: float(np.nanmean(values)) for name, values in figures.items()}
 
@@ -123,27 +122,25 @@ def evaluate(
     progress: bool = True,
 ) -> dict[str, float]:
     """
-    Ranks the whole catalog for every user of a view.
+    Evaluate a model by ranking the whole catalog for every user of a view.
 
     Args:
-        model: a `BlossomRecForSequentialRecommendation`, on its device, wrapped by Accelerate or not.
-        view: a view of [`~blossomrec_hf.data.split`], rows like its, or [`HeldOutItems`] made before.
+        model: a `BlossomRecForSequentialRecommendation` on its device, optionally wrapped by Accelerate.
+        view: a view of [`~blossomrec_hf.data.split`], rows of the same form, or [`HeldOutItems`].
         ks: the cut-offs.
-        max_length: how many of its latest items the model reads of each history; all of them when left out.
-        max_tokens: the items that the model reads at a time. No more than `max_tokens` inputs and 2^26 scores are
-            alive at once, never a matrix of users by items.
-        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
-            with 100).
-        exclude_seen: whether seen items are excluded from the ranking, the held-out items never. `None` follows
-            `model.config.repeat_share` or, where that is `None`, the share of repeats among the held-out items: yes up
-            to 0.01.
-        all_and_unseen: also report the figures with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
-        accelerator: with several processes, each ranks its share of the users and all of them get the figures of all.
+        max_length: number of latest items that the model reads of each history. Defaults to all.
+        max_tokens: number of items per batch. At most `max_tokens` inputs and 2^26 scores are in memory at once.
+        num_negatives: also rank each held-out item among the user's held-out items and this many sampled items.
+        exclude_seen: whether to exclude seen items from the ranking; held-out items are never excluded. By default, they are
+            excluded if `model.config.repeat_share` is at most 0.01. If that is `None`, the share of repeats among the
+            held-out items decides.
+        all_and_unseen: also report the metrics with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
+        accelerator: distributes the users over its processes. Every process returns the metrics of all users.
 
     Returns:
-        `recall@k`, `ndcg@k`, `mrr@k`, `hit_rate@k`, means over users. Where seen items are not excluded, the same with
-        `_repeated` and `_new` appended for the held-out items that the user's history has and has not. With `_uni100`
-        (or another number) appended, over the drawn items.
+        `recall@k`, `ndcg@k`, `mrr@k` and `hit_rate@k`, means over users. If seen items are not excluded, also with the suffix
+        `_repeated` (held-out items that occur in the user's history) and `_new` (all others). With `num_negatives`, also with
+        `_uni100` (or another number), among the sampled items.
 
     Raises:
         ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
@@ -164,7 +161,7 @@ def evaluate(
 def check_metric(name: str) -> None:
     """
     Raises:
-        ValueError: if `name` is no figure that [`evaluate`] can always give.
+        ValueError: if `name` is not a metric that [`evaluate`] returns for every view.
     """
     names = per_user_metrics([1.0])
     if name.removesuffix(ALL_SUFFIX).removesuffix(UNSEEN_SUFFIX) not in names:
@@ -188,14 +185,13 @@ def rank_held_out_items(
     progress: bool = True,
 ) -> Ranks:
     """
-    The ranks from which [`evaluate`] makes its figures; same arguments, and:
+    Compute the ranks from which [`evaluate`] computes its metrics. A user with an empty history is ranked by the popularity of
+    the items (`model.item_counts`).
 
     Args:
-        num_negatives: also rank each held-out item among the user's held-out items and so many drawn ones (`uni100`
-            with 100), drawn with `seed`.
-        top_k: also keep the best so many items of each user.
-
-    A user whose history is empty is served by the popularity of the items (`model.item_counts`).
+        seed: seed of the sampled items.
+        top_k: number of best items to return for each user.
+        The other arguments are those of [`evaluate`].
     """
     held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
     autocast = nullcontext if accelerator is None else accelerator.autocast
@@ -233,12 +229,13 @@ def rank_by_scores(
     progress: bool = True,
 ) -> Ranks:
     """
-    Ranks held-out items by any scores.
+    Rank held-out items by the scores of any function.
 
     Args:
-        score: makes float32 [users, vocab_size] on `device` for some users, given as rows of `held_out.inputs`.
-        vocab_size: the items and the two specials.
-        exclude_seen: `None` follows the share of repeats among the held-out items.
+        score: maps some users, int64 row numbers of `held_out.inputs`, to scores, float32 [users, vocab_size] on `device`.
+        held_out: the held-out items.
+        vocab_size: number of items plus the two special ids.
+        exclude_seen: whether to exclude seen items. By default, the share of repeats among the held-out items decides.
         The other arguments are those of [`rank_held_out_items`].
     """
     if exclude_seen is None:
@@ -297,27 +294,30 @@ def double_ranks(
     observe: Callable[[np.ndarray, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """
-    Twice the ranks of the held-out items: int64 [held-out items, 2 or 3] on `device`, over all items, over unseen
-    items and, if there are any, over the user's held-out items and the item's `negatives`.
+    Twice the ranks of the held-out items, int64 [held-out items, 2 or 3] on `device`: among all items, among unseen items and,
+    with `negatives`, among the user's held-out items and the sampled items.
 
-    Twice, because integers stay exact in a sum over processes. 0 stands for "not ranked": an item outside the
-    vocabulary, or one of another process's share.
+    Doubled ranks are integers, whose sum over processes is exact. 0 means not ranked: an item outside the vocabulary, or of
+    another process.
 
     Args:
-        score: makes float32 [users, vocab_size] for some users, given as rows of `held_out.inputs`.
-        negatives: int [held-out items, number].
-        share: (rank, number of processes): which part of the users is ranked here.
-        observe: sees every batch of users and their scores.
+        score: maps users to scores, see [`rank_by_scores`].
+        negatives: int [held-out items, number], the sampled items.
+        share: (rank, number of processes), the part of the users to rank.
+        observe: called with every batch of users and their scores.
     """
     largest = max(int(held_out.inputs.items.max()) if len(held_out.inputs.items) else 0, int(held_out.targets.max()))
     if largest >= vocab_size:
-        raise ValueError(f"`view` holds the item {largest}, but the model's vocabulary ends at {vocab_size - 1}.")
+        raise ValueError(
+            f"`view` has the item {largest}, but the model's vocabulary ends at {vocab_size - 1}; give a view of the "
+            "model's own tokenizer."
+        )
     held_out.inputs.to(device)
     doubled = torch.zeros(len(held_out.targets), 2 + (negatives is not None), dtype=torch.int64, device=device)
 
     rank, num_processes = share
     lengths = held_out.inputs.lengths
-    # Users without a history come last, in batches of their own.
+    # Users without a history come last, in separate batches.
     order = np.concatenate([np.flatnonzero(lengths > 0), np.flatnonzero(lengths == 0)])
     num_readers = int((lengths > 0).sum())
     max_users = max(1, MAX_SCORES // vocab_size)
@@ -327,7 +327,7 @@ def double_ranks(
         for batch in budget_batches(lengths[order[part]], max_tokens, max_count=max_users)
     ]
     own_batches = batches[rank::num_processes]
-    # Sharded models meet in every forward pass, so each process makes the same number of them.
+    # Sharded models synchronize in every forward pass, so every process runs the same number of them.
     spare_passes = -(-len(batches) // num_processes) - len(own_batches)
 
     bar = progress_bar(total=len(held_out), description="Evaluating", enabled=progress and rank == 0, leave=False)
@@ -345,7 +345,7 @@ def double_ranks(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while."""
+    """Switch a model to evaluation mode for the duration of a `with` block."""
     was_training = model.training
     model.eval()
     try:
@@ -356,11 +356,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 class ModelScores:
     """
-    The scores of a model for users of `held_out`; the popularity of the items for those without a history.
+    The scores of a model for users of `held_out`, see [`rank_by_scores`]. Users without a history get the item counts.
 
     Args:
-        model: a `BlossomRecForSequentialRecommendation`, not wrapped.
-        autocast: makes the context in which the layers run.
+        model: a `BlossomRecForSequentialRecommendation` without wrapper.
+        held_out: the held-out items.
+        autocast: returns the context in which the layers run.
     """
 
     def __init__(
@@ -382,11 +383,11 @@ def last_item_scores(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """
-    float32 [histories, vocabulary]: the scores of all items after the last item of each packed history.
+    Compute the scores of all items at the last position of each packed history, float32 [histories, vocab_size].
 
-    Under mixed precision the layers run in it and the scores do not: in bfloat16, with its eight bits, a large part of
-    a catalogue would score the same. Only a sharded model (FSDP), whose weights are gathered in its forward pass alone,
-    scores with its own logits.
+    Under mixed precision, the layers run in half precision, but the scores are computed in float32, because many items would
+    have equal scores in bfloat16. A sharded model (FSDP) returns its own logits, because its weights are only gathered in its
+    forward pass.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model(**batch, logits_to_keep=1).logits[:, -1].float()
@@ -404,17 +405,17 @@ def add_double_ranks(
     negatives: np.ndarray | None = None,
 ) -> None:
     """
-    Writes twice the ranks of the held-out items of `users` into `doubled`; `scores` [users, vocabulary] are theirs.
+    Write twice the ranks of the held-out items of `users` to `doubled`, from their `scores` [users, vocab_size].
 
-    An item scoring higher adds 2, one scoring the same 1; both are counted as 2 − (s ≤ t) − (s < t), which makes 2 of
-    a comparison with what is not a number. The held-out item itself adds the 1 that makes the best rank 1.
+    An item with a higher score adds 2, and one with the same score adds 1. Both are counted as 2 − (s ≤ t) − (s < t), which is 2
+    if s is NaN. The held-out item itself adds 1, so the best rank is 1.
     """
     device = scores.device
     rows, targets = entries_of(held_out.target_offsets, users)
     rankable = held_out.targets[targets] >= NUM_SPECIAL_IDS
     rows, targets = rows[rankable], targets[rankable]
     one_each = np.array_equal(rows, np.arange(len(users)))
-    # With several held-out items a user their scores are rows again and again: as many at a time as there are users.
+    # With several held-out items per user, rows of scores are repeated: in chunks of as many rows as there are users.
     for chunk in [slice(0, len(targets))] if one_each else budget_batches(np.ones(len(targets)), max(1, len(users))):
         pair_rows, pair_items = held_out.seen_by_users(held_out.target_users[targets[chunk]])
         chunk_rows, chunk_items, chunk_targets = to_device(
@@ -435,7 +436,7 @@ def add_double_ranks(
             drawn_scores = candidates.gather(1, drawn)
             lower = (drawn_scores <= target_scores).sum(1) + (drawn_scores < target_scores).sum(1)
             among_drawn = 2 + 2 * drawn.shape[1] - lower
-            # The held-out items of a user are ranked in one list: else several of them could come first.
+            # The held-out items of a user are ranked in one list; otherwise, several could have rank 1.
             other_rows, others = entries_of(held_out.target_offsets, held_out.target_users[targets[chunk]])
             other = (others != targets[chunk][other_rows]) & (held_out.targets[others] >= NUM_SPECIAL_IDS)
             plan = np.stack([other_rows[other], held_out.targets[others[other]]])

@@ -1,4 +1,4 @@
-"""All that can be said of one evaluation: figures, their uncertainty, and for whom and with what items they were reached."""
+"""Reports of evaluations: metrics, confidence intervals, and breakdowns by users and items."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,16 +12,23 @@ from .ranking import Ranks
 
 
 PROTOCOL = (
-    "Rank: 1 + items of a higher score + half of those of the same score. The models do not see the time of the event to be "
-    "predicted. Rules without a model: of equal counts, the item that is more popular in training comes first."
+    "Rank: 1 + items with a higher score + half of the other items with the same score. The models do not see the time of the "
+    "event to be predicted. Baselines: among items with equal counts, the one that is more popular in training comes first."
 )
 LENGTH_EDGES = (10, 20, 50, 100, 200, 500, 1000)
 
 
 def bootstrap_means(values: np.ndarray, *, samples: int = 1000, seed: int = 0) -> np.ndarray:
     """
-    Means of users drawn anew with replacement: float64 [samples, ...] for `values` [users, ...]. A user whose value is NaN
-    does not count; a sample without any other user is NaN.
+    Bootstrap means over users.
+
+    Args:
+        values: float [users, ...]. NaN is ignored.
+        samples: number of bootstrap samples.
+        seed: seed of the bootstrap.
+
+    Returns:
+        float64 [samples, ...]; NaN if a sample has only users with NaN.
     """
     rng = np.random.default_rng(seed)
     flat = values.reshape(len(values), -1)
@@ -39,11 +46,13 @@ def paired_difference(
     first: np.ndarray, second: np.ndarray, *, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """
-    By how much the first is better, and the standard error of that by a paired bootstrap over users.
+    The mean difference `first` − `second` over users, and its standard error from a paired bootstrap.
 
     Args:
-        first, second: a figure of each user, float [users] or [seeds, users] (the mean over seeds is taken first). Users
-            without the figure (NaN) do not count.
+        first, second: a metric of each user, float [users], or [seeds, users], which is averaged over seeds first. NaN is
+            ignored.
+        samples: number of bootstrap samples.
+        seed: seed of the bootstrap.
     """
     difference = np.atleast_2d(first).mean(0) - np.atleast_2d(second).mean(0)
     difference = difference[~np.isnan(difference)]
@@ -61,24 +70,26 @@ def describe_evaluation(
     seed: int = 0,
 ) -> dict[str, Any]:
     """
-    A report that can be written as JSON.
+    Summarize the ranks of an evaluation in a report that can be written as JSON.
 
     Args:
-        ranks: from [`rank_held_out_items`] with `top_k=max(ks)`.
-        held_out: what was ranked.
-        item_counts: int [vocabulary], how often each item occurs in training.
-        all_and_unseen: also report the figures with nothing excluded and with seen items excluded.
-        samples: bootstrap samples, drawn with `seed`.
+        ranks: the result of [`rank_held_out_items`] with `top_k=max(ks)`.
+        held_out: the ranked items.
+        item_counts: int [vocab_size], how often each item occurs in training.
+        ks: the cut-offs.
+        all_and_unseen: also report the metrics with nothing excluded and with seen items excluded.
+        samples: number of bootstrap samples.
+        seed: seed of the bootstrap.
 
     Returns:
-        - `users`, `repeat_share` (of the held-out items, those that their user's history has), `exclude_seen`;
-        - `metrics`: the figures of [`~blossomrec_hf.evaluation.evaluate`];
-        - `confidence`: the interval of each figure, from the 2.5th to the 97.5th percentile of the bootstrap;
-        - `by_history_length`: `users` and figures of the users whose whole history is so long, without those of which
-          there are none (no new target, for example);
-        - `coverage@k`: the share of the catalog in the first k recommended items of any user;
-        - `popularity_lift@k`: the mean training frequency of these items over that of the users' own histories, less 1
-          (Abdollahpouri et al. 2020): above 0, users are shown more popular items than they choose.
+        - `users`, `repeat_share` (the share of held-out items that occur in their user's history), `exclude_seen`;
+        - `metrics`: the metrics of [`~blossomrec_hf.evaluation.evaluate`];
+        - `confidence`: the interval of each metric, from the 2.5th to the 97.5th percentile of the bootstrap;
+        - `by_history_length`: number of users and metrics by the length of the whole history; metrics that no user has are
+          omitted;
+        - `coverage@k`: the share of the catalog that is among the top k items of at least one user;
+        - `popularity_lift@k`: the mean training frequency of the top k items divided by that of the items in the users'
+          histories, minus 1 (Abdollahpouri et al. 2020). Above 0, recommended items are more popular than chosen ones.
     """
     per_user = ranks.per_user_metrics(ks=ks, all_and_unseen=all_and_unseen)
     names = list(per_user)
@@ -115,7 +126,7 @@ def describe_evaluation(
 
 def markdown_table(reports: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
     """
-    One row a report, one column a name: a figure with half its confidence interval where it has one.
+    A Markdown table with one row per report and one column per name. Metrics are followed by half of their confidence interval.
     """
     rows = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for title, report in reports.items():

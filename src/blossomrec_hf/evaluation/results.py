@@ -1,4 +1,4 @@
-"""One JSON file for the results of many runs, which may be spread over days and machines."""
+"""A JSON file for the results of many runs."""
 
 import json
 import time
@@ -15,14 +15,12 @@ def append_result(
     path: str | Path, *, configuration: dict[str, Any], seed: int, commit: str | None, **figures: Any
 ) -> None:
     """
-    Adds one run to a results file, a JSON list of `{"configuration", "seed", "commit", ...}`.
-
-    A run with the same configuration, seed and commit replaces the one that stands there. Runs that end at the same
-    time wait for each other, and the file is never seen half-written.
+    Add a run to a results file, a JSON list of `{"configuration", "seed", "commit", ...}`. A run with the same
+    configuration, seed and commit is replaced. A lock file serializes concurrent runs, and the write is atomic.
 
     Raises:
-        ValueError: if the file is there and is no such list. Nothing is written then.
-        TimeoutError: if another run holds the file for more than half a minute.
+        ValueError: if the file exists and is not such a list.
+        TimeoutError: if another run locks the file for more than 30 seconds.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +32,12 @@ def append_result(
             break
         except FileExistsError:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{lock} is held by another run; remove it if there is none.") from None
+                raise TimeoutError(f"{lock} is locked by another run; remove the file if no run is active.") from None
             time.sleep(0.05)
     try:
         results = read_results(path)
         key = {"configuration": configuration, "seed": seed, "commit": commit}
-        # Through JSON, so that what is compared is what is read back (tuples are lists there).
+        # Through JSON, because the file is compared: tuples become lists.
         key = json.loads(json.dumps(key, default=str))
         results = [result for result in results if any(result.get(name) != value for name, value in key.items())]
         write_json(path, [*results, {**key, **figures}])
@@ -48,11 +46,11 @@ def append_result(
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The runs in a results file; none if it is not there."""
+    """Read the runs in a results file; an empty list if it does not exist."""
     path = Path(path)
     if not path.exists():
         return []
     results = read_json(path, list)
     if not all(isinstance(result, dict) for result in results):
-        raise ValueError(f"{path} is no list of results.")
+        raise ValueError(f"{path} is not a list of results; give a file that `--results_json` wrote.")
     return results

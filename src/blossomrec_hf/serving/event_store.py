@@ -1,4 +1,4 @@
-"""The events of the users of `blossomrec serve`, in an SQLite file."""
+"""The event store of `blossomrec serve`, an SQLite file."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 
 class Store:
     """
-    Users' events in an SQLite file; see the top of `blossomrec serve`.
+    Events of users in an SQLite file, see `blossomrec serve`.
 
     Args:
-        path: the file; it is created if it does not exist.
-        read_only: reads what another process stores, and neither creates nor locks anything.
+        path: the file, created if it does not exist.
+        read_only: open a store that another process may be writing, without creating or locking anything.
 
     Raises:
-        ValueError: another process serves this store, or the file is not a store that can be written.
+        ValueError: if another process serves the store, or the file is not a writable store.
     """
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
@@ -25,18 +25,18 @@ class Store:
             if read_only:
                 self.db = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
                 return
-            self.db = sqlite3.connect(self.path, check_same_thread=False)  # used by the worker alone
-            self.db.execute("PRAGMA schema_version")  # fails for a file of another kind, before anything is written
+            self.db = sqlite3.connect(self.path, check_same_thread=False)  # used by the worker thread only
+            self.db.execute("PRAGMA schema_version")  # fails for other files before anything is written
             self._lock()
             self._create()
         except sqlite3.Error as error:
             raise ValueError(
-                f"`store` is {path}, which cannot be used ({error}); give a file that this service wrote, or a new name "
-                "in a folder that can be written."
+                f"`store` is {path}, which cannot be used ({error}); give a file that the service wrote, or a new file in a "
+                "writable folder."
             ) from error
 
     def _lock(self) -> None:
-        # A file of its own, so that others can still read the store. The lock ends with the process, however it ends.
+        # A separate file, so that others can still read the store. The lock is released when the process ends.
         self.lock = sqlite3.connect(f"{self.path}.lock", timeout=0, check_same_thread=False)
         try:
             self.lock.execute("BEGIN EXCLUSIVE")
@@ -57,14 +57,14 @@ class Store:
         self.files = {file: file.stat() for file in files if file.exists()}
 
     def in_place(self) -> bool:
-        """Whether the files are still those that were opened: what is written to a deleted file is lost."""
+        """Whether the files on disk are still the opened ones. Writes to a deleted file would be lost."""
         try:
             return all(os.path.samestat(file.stat(), opened) for file, opened in self.files.items())
         except OSError:
             return False
 
     def add(self, events: list[tuple[str, int | str]]) -> None:
-        """Appends (user, raw item id) pairs; all of them are on the disk when it returns, or none is stored."""
+        """Append (user, raw item id) pairs in one transaction, which is on the disk on return."""
         if not self.in_place():
             raise sqlite3.OperationalError(f"The store {self.path} was deleted or replaced")
         with self.db:
@@ -72,21 +72,21 @@ class Store:
             self.db.executemany("INSERT INTO events (user, item) VALUES (?, ?)", rows)
 
     def number(self, user: str) -> int:
-        """How many events the user has."""
+        """The number of events of the user."""
         return self.db.execute("SELECT COUNT(*) FROM events WHERE user = ?", (user,)).fetchone()[0]
 
     def latest(self, user: str, number: int) -> list[int | str]:
-        """The user's latest items, in the order in which they came; all where `number` is −1."""
+        """The latest `number` items of the user, oldest first; all items if `number` is −1."""
         rows = self.db.execute("SELECT item FROM events WHERE user = ? ORDER BY id DESC LIMIT ?", (user, number))
         return [json.loads(item) for (item,) in rows][::-1]
 
     def last_item(self) -> int | str | None:
-        """The item that was stored last; `None` in an empty store."""
+        """The latest stored item; `None` if the store is empty."""
         row = self.db.execute("SELECT item FROM events ORDER BY id DESC LIMIT 1").fetchone()
         return None if row is None else json.loads(row[0])
 
     def close(self) -> None:
-        """Moves the write-ahead log into the file, and lets other processes open the store."""
+        """Merge the write-ahead log into the file and release the lock."""
         if self.lock is not None:
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
@@ -95,6 +95,6 @@ class Store:
 
 
 def first_read(number: int, max_history: int) -> int:
-    """How many of a user's `number` events, the earliest, the model does not read; see the top of `blossomrec serve`."""
+    """The number of earliest events, of `number`, that the model does not read, see `blossomrec serve`."""
     step = max(1, max_history // 4)
     return -(-max(0, number - max_history) // step) * step

@@ -1,12 +1,12 @@
 """
-Approximate search in a catalogue of millions of items, through FAISS (extra `index`):
+Approximate search in a catalog of millions of items with FAISS (extra `index`):
 
     index = ItemIndex.build(model)
-    index.save("path/of/the/checkpoint")
-    index = ItemIndex.load("path/of/the/checkpoint", model)
+    index.save("path/to/checkpoint")
+    index = ItemIndex.load("path/to/checkpoint", model)
     model.recommend(histories, index=index)
 
-The index finds candidates, more than are wanted; `recommend` scores them exactly and ranks them as it ranks a catalogue.
+The index returns more candidates than needed. `recommend` scores them exactly and ranks them as it ranks a whole catalog.
 """
 
 import json
@@ -30,19 +30,19 @@ except ImportError:
 
 
 INDEX_FILE, ABOUT_FILE = "item_index.faiss", "item_index.json"
-LISTS = 8  # times the root of the number of items; FAISS advises 4 to 16
-SAMPLE, KMEANS_STEPS = 40, 6  # items a list that centroids are learned from, and how often these move
+LISTS = 8  # times the square root of the number of items; FAISS advises 4 to 16
+SAMPLE, KMEANS_STEPS = 40, 6  # items per list that centroids are learned from, and iterations
 
 
 class ItemIndex:
     """
-    The items of a model in lists around centroids (an inverted file), eight bits a number: a search compares with the
-    centroids and reads the `probes` nearest lists. Takes about 1.1 bytes a number of the embedding.
+    An inverted file index of the item vectors of a model, with eight bits per element. A search compares the query with all
+    centroids and reads the `probes` nearest lists. Memory: about 1.1 bytes per element of the item vectors.
 
     Args:
-        index: a FAISS index of inner products, entry i for item i + 2.
-        fingerprint: digest of the item embedding it was built from.
-        probes: lists read in a search; more find more and take longer.
+        index: a FAISS index of inner products, in which entry i is the item i + 2.
+        fingerprint: digest of the item vectors that the index was built from.
+        probes: number of lists read per search. Higher values increase recall and latency.
     """
 
     def __init__(self, index: "faiss.IndexIVF", fingerprint: str, *, probes: int = 64) -> None:
@@ -54,7 +54,7 @@ class ItemIndex:
 
     @property
     def probes(self) -> int:
-        """Lists read in a search."""
+        """Number of lists read per search."""
         return self.index.nprobe
 
     @probes.setter
@@ -66,25 +66,25 @@ class ItemIndex:
         cls, model: PreTrainedModel, *, lists: int | None = None, probes: int = 64, seed: int = 0
     ) -> "ItemIndex":
         """
-        Builds the index from the output embedding of `model`.
+        Build the index from the item vectors of `model`.
 
         Args:
-            lists: number of lists; about 8·√items where it is `None`. More make a search faster and the build slower.
-            probes: lists read in a search.
-            seed: of the draw that the centroids are learned from.
+            lists: number of lists. Defaults to about 8·√items. Higher values make searches faster and the build slower.
+            probes: number of lists read per search.
+            seed: seed of the sample that the centroids are learned from.
 
         Raises:
-            ValueError: more lists than items, or embeddings that are not finite.
-            ImportError: FAISS is not installed.
+            ValueError: if there are more lists than items, or item vectors are not finite.
+            ImportError: if FAISS is not installed.
         """
         _require_faiss()
         weight = stored_item_vectors(model).detach()
         items = weight[NUM_SPECIAL_IDS:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
-            raise ValueError("`model` has item embeddings that are not finite; an index of them finds nothing.")
+            raise ValueError("`model` has item vectors that are not finite; load a valid checkpoint.")
         lists = min(len(items), int(LISTS * len(items) ** 0.5)) if lists is None else lists
         if not 1 <= lists <= len(items):
-            raise ValueError(f"`lists` is {lists}; it must lie in 1 … {len(items)}, the items.")
+            raise ValueError(f"`lists` is {lists}; it must be between 1 and {len(items)}, the number of items.")
         width = items.shape[1]
         quantizer = faiss.IndexFlatIP(width)
         index = faiss.IndexIVFScalarQuantizer(
@@ -98,7 +98,7 @@ class ItemIndex:
         return cls(index, _digest(weight), probes=probes)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `item_index.faiss` and `item_index.json` to a folder, whole or not at all."""
+        """Write `item_index.faiss` and `item_index.json` to a folder, each atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"embedding": self.fingerprint, "probes": self.probes}
@@ -110,19 +110,19 @@ class ItemIndex:
     @classmethod
     def load(cls, folder: str | os.PathLike, model: PreTrainedModel) -> "ItemIndex":
         """
-        The index that was saved in a folder.
+        Load an index from the folder in which it was saved.
 
         Raises:
-            ValueError: it was built from other embeddings than those of `model`, or a file is damaged or not the one
-                that was saved with the other.
-            FileNotFoundError: the folder has none.
-            ImportError: FAISS is not installed.
+            ValueError: if it was built from other item vectors than those of `model`, or if its files are damaged or were not
+                saved together.
+            FileNotFoundError: if the folder has no index.
+            ImportError: if FAISS is not installed.
         """
         _require_faiss()
         folder = Path(folder)
         if not (folder / INDEX_FILE).is_file() or not (folder / ABOUT_FILE).is_file():
             raise FileNotFoundError(
-                f"{folder} has no item index; make one with `ItemIndex.build(model).save(folder)`."
+                f"{folder} has no item index; build one with `ItemIndex.build(model).save(folder)`."
             )
         try:
             about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
@@ -141,29 +141,29 @@ class ItemIndex:
 
     def check(self, weight: torch.Tensor) -> None:
         """
-        Whether the index is one of this embedding; cheap as long as it is the same tensor, unchanged.
+        Check that the index was built from these item vectors. Repeated checks of an unchanged tensor are cheap.
 
         Raises:
-            ValueError: it is not.
+            ValueError: if it was not.
         """
-        # A reference and not an id, which another model's embedding may get when this one is gone.
+        # A weak reference and not an id, which could be reused by another tensor.
         state = tensor_state(weight)
         if self._checked is not None and self._checked[0]() is weight and self._checked[1] == state:
             return
         if _digest(weight) != self.fingerprint:
             raise ValueError(
-                "The index is stale: it was built from other item embeddings than the model has. Build it again "
-                "with `ItemIndex.build(model)`."
+                "The index is stale: it was built from other item vectors than the model has. Build it again with "
+                "`ItemIndex.build(model)`."
             )
         self._checked = (weakref.ref(weight), state)
 
     def search(self, states: torch.Tensor, count: int) -> torch.Tensor:
         """
-        About the `count` best items for each of `states` `[S, hidden_size]`: vocabulary ids `[S, count]` int64 on the
-        device of `states`, −1 where the lists that were read hold no more.
+        Search approximately the `count` best items for each of `states` `[S, hidden_size]`. Returns vocabulary ids
+        `[S, count]` int64 on the device of `states`, padded with −1 if the lists read contain fewer items.
         """
         count = min(count, self.index.ntotal)
-        # Threads share the lists of a single row, and otherwise the rows.
+        # Parallelize over lists for a single row, and over rows otherwise.
         self.index.parallel_mode = int(states.shape[0] == 1)
         _, found = self.index.search(states.detach().float().cpu().numpy(), count)
         found = torch.from_numpy(found).to(states.device)
@@ -176,4 +176,4 @@ def _digest(weight: torch.Tensor) -> str:
 
 def _require_faiss() -> None:
     if faiss is None:
-        raise ImportError("An item index needs FAISS: `pip install blossomrec-hf[index]`.")
+        raise ImportError("An item index requires FAISS: `pip install blossomrec-hf[index]`.")
