@@ -24,6 +24,11 @@ def test_quickstart_then_fine_tuning_with_trainer(tmp_path, monkeypatch, capsys)
     assert (tmp_path / "runs" / "trainer" / "tokenizer.json").exists()
 
 
+def test_the_picture_of_the_mechanism_is_drawn(run_example, tmp_path):
+    run_example("mechanism.py", tmp_path / "mechanism.png")
+    assert (tmp_path / "mechanism.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", ["quickstart.py", "trainer.py", "train.py"])
 def test_examples_to_read_are_short(name):
     assert len((REPOSITORY / "examples" / name).read_text("utf-8").splitlines()) <= 60
