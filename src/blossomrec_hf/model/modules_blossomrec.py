@@ -197,6 +197,11 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
     return WeightsFingerprint(digest(layers), digest(items), num_items)
 
 
+def items_fingerprint(vectors: torch.Tensor) -> str:
+    """The fingerprint of item vectors `[vocab_size, hidden_size]`, with which an item index is compared."""
+    return digest([("items", vectors)])
+
+
 def offloaded_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """A weight that `accelerate` has moved to the CPU or to disk."""
     module, _, weight = name.rpartition(".")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.manifest_blossomrec import sha256
-from ..model.modules_blossomrec import digest, stored_item_vectors, tensor_state
+from ..model.modules_blossomrec import items_fingerprint, stored_item_vectors, tensor_state
 from ..utils.files import atomic_write, write_json
 
 
@@ -95,7 +95,7 @@ class ItemIndex:
         sample = torch.randperm(len(items), generator=generator)[: max(SAMPLE * lists, 1000)]
         index.train(items[sample].numpy())
         index.add(items.numpy())
-        return cls(index, _digest(weight), probes=probes)
+        return cls(index, items_fingerprint(weight), probes=probes)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_index.faiss` and `item_index.json` to a folder, each atomically."""
@@ -150,7 +150,7 @@ class ItemIndex:
         state = tensor_state(weight)
         if self._checked is not None and self._checked[0]() is weight and self._checked[1] == state:
             return
-        if _digest(weight) != self.fingerprint:
+        if items_fingerprint(weight) != self.fingerprint:
             raise ValueError(
                 "The index is stale: it was built from other item vectors than the model has. Build it again with "
                 "`ItemIndex.build(model)`."
@@ -168,10 +168,6 @@ class ItemIndex:
         _, found = self.index.search(states.detach().float().cpu().numpy(), count)
         found = torch.from_numpy(found).to(states.device)
         return torch.where(found < 0, -1, found + NUM_SPECIAL_IDS)
-
-
-def _digest(weight: torch.Tensor) -> str:
-    return digest([("items", weight)])
 
 
 def _require_faiss() -> None:

@@ -21,7 +21,7 @@ from ..model.manifest_blossomrec import (
     require_own,
 )
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
-from ..model.modules_blossomrec import digest, stored_item_vectors
+from ..model.modules_blossomrec import items_fingerprint, stored_item_vectors
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import read_json
 from .cards import PICTURES, REPO_PLACEHOLDER, short_card, write_card
@@ -164,7 +164,7 @@ def _check_checkpoint(folder: Path) -> None:
     about = folder / "item_index.json"
     if about.exists():
         vectors = stored_item_vectors(BlossomRecForSequentialRecommendation.from_pretrained(folder))
-        if read_json(about).get("embedding") != digest([("items", vectors)]):
+        if read_json(about).get("embedding") != items_fingerprint(vectors):
             raise ValueError(
                 f"The item index in {folder} is stale: it was built from other item embeddings than the model has. Build "
                 "it again with `ItemIndex.build(model).save(folder)`, or delete item_index.faiss and item_index.json."
