@@ -33,10 +33,10 @@ class CheckpointMixin(ManifestMixin):
         self._earlier_weights = {path: _written(path) for path in paths}
         result = super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
-            self.write_manifest(save_directory)
+            self._write_manifest(save_directory)
         return result
 
-    def write_manifest(self, folder: str | os.PathLike) -> None:
+    def _write_manifest(self, folder: str | os.PathLike) -> None:
         """
         Write the hashes of configuration, weights and code to the manifest of `folder`. Weights of an earlier save are
         removed: `transformers` leaves a single file next to new weights in several parts, and would load the single file.

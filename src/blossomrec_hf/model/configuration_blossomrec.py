@@ -236,9 +236,9 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         """
         require_loadable(type(self))
         super().save_pretrained(save_directory, **kwargs)
-        self.write_manifest(save_directory)
+        self._write_manifest(save_directory)
 
-    def write_manifest(self, folder: str | os.PathLike) -> None:
+    def _write_manifest(self, folder: str | os.PathLike) -> None:
         """Write the hash of the configuration to the manifest of `folder`."""
         update_manifest(folder, CONFIG_NAMES)
 

@@ -170,12 +170,12 @@ class ManifestMixin:
     or tokenizer uploads before it returns.
     """
 
-    def write_manifest(self, folder: str | os.PathLike) -> None:
+    def _write_manifest(self, folder: str | os.PathLike) -> None:
         """Write the hashes of the files that `save_pretrained` saves to the manifest of `folder`."""
         raise NotImplementedError
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        self.write_manifest(working_dir)
+        self._write_manifest(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 

@@ -164,10 +164,10 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         """
         require_loadable(type(self))
         written = super().save_pretrained(save_directory, *args, **kwargs)
-        self.write_manifest(save_directory)
+        self._write_manifest(save_directory)
         return written
 
-    def write_manifest(self, folder: str | os.PathLike) -> None:
+    def _write_manifest(self, folder: str | os.PathLike) -> None:
         """Write the hashes of the tokenizer's files to the manifest of `folder`."""
         update_manifest(folder, TOKENIZER_NAMES)
 
