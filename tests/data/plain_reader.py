@@ -96,14 +96,13 @@ def _json(line: str) -> tuple[str, str, str | None]:
 
 
 def histories(text: str, format: str) -> tuple[dict, int]:
-    """The (item, time) of each user in the order of time, and the number of bad rows."""
+    """The (item, seconds) of each user in the order of time, and the number of bad rows."""
     rows, bad = read(text, format)
     timed = format not in ("pairs", "sequences")
     numbers = [_number(time) if timed else 0 for _, _, time in rows]
     known = [number for number in numbers if number is not None]
-    latest = 4_102_444_800 * next(
-        (scale for scale in (1, 10**3, 10**6) if known and median(known) <= 4_102_444_800 * scale), 10**9
-    )
+    scale = next((scale for scale in (1, 10**3, 10**6) if known and median(known) <= 4_102_444_800 * scale), 10**9)
+    latest = 4_102_444_800 * scale
     good = [
         (user, item, number)
         for (user, item, _), number in zip(rows, numbers)
@@ -114,9 +113,9 @@ def histories(text: str, format: str) -> tuple[dict, int]:
     result: dict = {}
     for user, item, (_, _, number) in zip(users, items, good):
         result.setdefault(user, []).append((item, number))
-    return {user: sorted(events, key=lambda event: event[1]) for user, events in result.items()}, bad + len(
-        rows
-    ) - len(good)
+    ordered = {user: sorted(events, key=lambda event: event[1]) for user, events in result.items()}
+    seconds = {user: [(item, int(time // scale)) for item, time in events] for user, events in ordered.items()}
+    return seconds, bad + len(rows) - len(good)
 
 
 def _number(text: str) -> float | None:

@@ -79,6 +79,33 @@ def test_spark_agrees_to_the_byte(spark, tmp_path, text, times, arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"event_types": "buy,view", "targets": "buy", "type_weights": "buy=0.3", "weight": "rating", "min_rating": 2},
+        {"session_gap": "2s", "group": "timestamp", "collapse_repeats": True, "targets": "cart,buy"},
+    ],
+)
+def test_spark_agrees_to_the_byte_on_types_sessions_and_baskets(spark, tmp_path, arguments):
+    log = random_log(700, True, "float").with_columns(
+        pl.Series(
+            "kind", np.random.default_rng(7).choice(["view", " cart", "buy", "NULL"], 700, p=[0.6, 0.2, 0.15, 0.05])
+        )
+    )
+    log.write_parquet(tmp_path / "log.parquet")
+    arguments = {"event_type": "kind", "on_bad_rows": "skip", **arguments}
+    here = build_sequences(tmp_path / "log.parquet", output_dir=tmp_path / "here", **arguments)
+    there = build_sequences_on_spark(str(tmp_path / "log.parquet"), tmp_path / "there", spark=spark, **arguments)
+    same(here, there)
+    assert FilterReport.load(tmp_path / "here") == FilterReport.load(tmp_path / "there")
+    partition_log(
+        tmp_path / "log.parquet", tmp_path / "shards", 3, with_rating=True, event_type="kind", on_bad_rows="skip"
+    )
+    arguments |= {"event_type": "event_type"}
+    same(here, build_sequences_on_spark(str(tmp_path / "shards"), tmp_path / "sharded", spark=spark, **arguments))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
 def test_spark_on_user_partitions_of_movielens(spark, tmp_path):
     path = DATA / "ml-100k" / "ml-100k.inter"

@@ -79,7 +79,7 @@ def test_users_are_the_same_as_numbers_and_as_text():
 
 
 @pytest.mark.parametrize("scales", [(1, 1000), (1000, 1), (1, 10**6)])
-def test_logs_with_times_in_different_units_are_joined_in_the_coarser_one(caplog, scales):
+def test_logs_with_times_in_different_units_are_joined(scales):
     """Seconds in one log and milliseconds or microseconds in the other: the order stays, and d and e count once."""
     old, new = (
         built(("u", items, [(1_704_067_200 + first + place) * scale for place in range(len(items))]))
@@ -88,7 +88,6 @@ def test_logs_with_times_in_different_units_are_joined_in_the_coarser_one(caplog
     joined = join_logs(old, new)
     assert described(joined) == {"u": ("abcdefgh", 5, 8, 8)}
     assert joined["timestamps"][0] == list(range(1_704_067_200, 1_704_067_208))
-    assert "read in s" in caplog.text
 
 
 def test_digits_become_the_ids_of_a_vocabulary_of_text():

@@ -15,7 +15,6 @@ from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
 AMAZON_USERS = ("A2SUAM1J3GNN3B", "A1C6M8LCIX4M6M")
 EARLY, MIDDLE, LATE = 1_300_000_000, 1_300_000_100, 1_300_000_200
-SECOND = 1_000_000  # dates are microseconds
 
 
 def json_lines(keys: tuple[str, ...], rows: list[tuple]) -> str:
@@ -44,7 +43,7 @@ CASES = {
     ),
     "amazon 2023 csv": (
         "All_Beauty.csv", f"user_id,parent_asin,rating,timestamp\nAA,B1,5.0,{LATE}000\nBB,B1,5.0,1\nAA,B2,5.0,{EARLY}000\n",
-        "csv", ["AA", "BB"], ["B2", "B1"], [EARLY * 1000, LATE * 1000],
+        "csv", ["AA", "BB"], ["B2", "B1"], [EARLY, LATE],
     ),
     "amazon 2018 json": (
         "reviews_Beauty_5.json",
@@ -63,33 +62,33 @@ CASES = {
                 ("r", "u 1", "b", 5, "2011-03-13 07:06:40"),
             ],
         ),
-        "jsonl", ["u 1", "u2"], ["b", "é"], [EARLY * SECOND, LATE * SECOND],
+        "jsonl", ["u 1", "u2"], ["b", "é"], [EARLY, LATE],
     ),
     "steam": (
         "steam_reviews.json",
         "{u'username': u'al \"x\"', u'product_id': u'725280', u'text': u'it\\'s', u'date': u'2017-12-17'}\n"
         "{u'username': u'bo', u'product_id': u'725280', u'date': u'2017-12-17'}\n"
         "{u'username': u'al \"x\"', u'product_id': u'3', u'date': u'2017-12-16'}\n",
-        "python-lines", ['al "x"', "bo"], [3, 725280], [1513382400 * SECOND, 1513468800 * SECOND],
+        "python-lines", ['al "x"', "bo"], [3, 725280], [1513382400, 1513468800],
     ),
     "gowalla": (
         "loc-gowalla_totalCheckins.txt",
         "0\t2011-03-13T07:10:00Z\t30.2\t-97.7\t22847\n1\t2010-10-18T22:17:43Z\t30.2\t-97.7\t420315\n"
         "0\t2011-03-13T07:06:40Z\t30.2\t-97.7\t420315\n",
-        "gowalla", [0, 1], [420315, 22847], [EARLY * SECOND, LATE * SECOND],
+        "gowalla", [0, 1], [420315, 22847], [EARLY, LATE],
     ),
     "foursquare": (
         "dataset_TSMC2014_NYC.txt",
         "470\tv1\tc\tArts & Crafts\t40.7\t-74.0\t-240\tSun Mar 13 07:10:00 +0000 2011\n"
         "979\tv2\tc\tBridge\t40.6\t-74.0\t-240\tTue Apr 03 18:00:25 +0000 2012\n"
         "470\tv2\tc\tBridge\t40.7\t-74.0\t-240\tSun Mar 13 07:06:40 +0000 2011\n",
-        "foursquare", [470, 979], ["v2", "v1"], [EARLY * SECOND, LATE * SECOND],
+        "foursquare", [470, 979], ["v2", "v1"], [EARLY, LATE],
     ),
     "kuairand": (
         "log_standard.csv",
         f"user_id,video_id,date,hourmin,time_ms,is_click\n0,3,20220421,1900,{LATE}000,1\n9,3,20220421,1900,{LATE}000,0\n"
         f"0,4,20220421,1900,{EARLY}000,1\n",
-        "csv", [0, 9], [4, 3], [EARLY * 1000, LATE * 1000],
+        "csv", [0, 9], [4, 3], [EARLY, LATE],
     ),
     "recbole": (
         "x.inter", f"user_id:token\titem_id:token\ttimestamp:float\n7\ta\t{LATE}\n8\ta\t1\n7\tb\t{EARLY}.0\n",

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from blossomrec_hf.data import build_sequences
 
 
-def micros(time: datetime) -> int:
-    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+def seconds(time: datetime) -> int:
+    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(seconds=1)
 
 
 def built(*times, **arguments) -> list:
@@ -37,8 +37,8 @@ def test_iso_dates(time, offset, form, zone):
     expected = datetime.strptime(text, form)
     if expected.tzinfo is None:
         expected = expected.replace(tzinfo=UTC)
-    if 0 <= micros(expected):
-        assert built(text + zone) == [micros(expected)]
+    if 0 <= seconds(expected):
+        assert built(text + zone) == [seconds(expected)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_dates_of_another_order_are_refused_until_their_format_is_given(text):
 
 
 def test_time_format():
-    days = [micros(datetime(2019, 1, 3, tzinfo=UTC)), micros(datetime(2019, 2, 1, tzinfo=UTC))]
+    days = [seconds(datetime(2019, 1, 3, tzinfo=UTC)), seconds(datetime(2019, 2, 1, tzinfo=UTC))]
     assert built("02/01/2019", "01/03/2019", time_format="%m/%d/%Y") == days
     assert built(20190201, 20190103, time_format="%Y%m%d") == days
     assert built("02/01/2019 1:00 AM +0100", time_format="%m/%d/%Y %I:%M %p %z") == days[1:]

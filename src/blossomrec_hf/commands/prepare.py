@@ -25,7 +25,7 @@ from .. import BlossomRecTokenizer
 from ..data import build_sequences, hold_out_nothing, split_by_time, split_by_user
 from ..data.filters import FilterReport
 from ..data.known_sets import KNOWN
-from ..data.options import FilterOptions, LogOptions
+from ..data.options import EventOptions, FilterOptions, LogOptions
 from ..data.overview import describe, summary, write_report
 from ..data.storage import check_output_dir
 from ..sharing.dataset_cards import dataset_card, push_dataset
@@ -57,10 +57,10 @@ class PrepareArguments:
         metadata={"help": "What is held out: each user's last two items, a period of time, users, or nothing."},
     )
     validation_from: float | None = field(
-        default=None, metadata={"help": "For the split by time: first time of validation, in the log's unit."}
+        default=None, metadata={"help": "For the split by time: first second of validation."}
     )
     test_from: float | None = field(
-        default=None, metadata={"help": "For the split by time: first time of the test, in the log's unit."}
+        default=None, metadata={"help": "For the split by time: first second of the test."}
     )
     validation_users: float = field(default=0.1, metadata={"help": "For the split by user: share of users."})
     test_users: float = field(default=0.1, metadata={"help": "For the split by user: share of users."})
@@ -118,7 +118,7 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (PrepareArguments, LogOptions, FilterOptions), description=__doc__, formatter_class=HelpFormatter
+        (PrepareArguments, LogOptions, EventOptions, FilterOptions), description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument(
         "source", help=f"File, folder, glob pattern, data set of the Hub, or one of {', '.join(KNOWN)}."

@@ -20,9 +20,10 @@ from . import partitions
 from .filters import FilterReport
 from .ingest import Interactions, ingest
 from .metadata import item_metadata, write_item_metadata
-from .options import FilterOptions, LogOptions, parse_options
-from .readers import open_log
-from .storage import check_output_dir, load_folder, to_dataset, user_rows, write_dataset
+from .options import EventOptions, FilterOptions, LogOptions, parse_options
+from .readers import Log, open_log
+from .rows import EventColumns, user_rows
+from .storage import check_output_dir, load_folder, to_dataset, write_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,8 @@ def build_sequences(
     Builds item-id sequences, one row per user, from a log of events.
 
     The events of a user are ordered by time. **Events with the same time stay in file order**, and so does a log without
-    times. Filters apply in this order: `min_rating`, `deduplicate`, `k_core`, `min_history`, `max_history`. Items are
-    numbered by descending frequency. Users, and items of equal frequency, are in the order of their first event in the
+    times. Filters apply in this order: `min_rating`, `event_types`, `collapse_repeats`, `deduplicate`, `k_core`,
+    `min_history`, `max_history`. Items are numbered by descending frequency. Users, and items of equal frequency, are in the order of their first event in the
     log.
 
     The log is read once, in batches, and stored on disk as codes. Memory is bounded by `partition_rows` and by the
@@ -59,14 +60,20 @@ def build_sequences(
             `filters.json`. It is written completely or not at all. By default, the Dataset is in memory.
         overwrite (`bool`): replace an existing `output_dir`.
         partition_rows (`int`): number of events in memory at once.
-        options: fields of [`~data.options.LogOptions`] (`user`, `item`, `timestamp`, `format`, …) and
+        options: fields of [`~data.options.LogOptions`] (`user`, `item`, `timestamp`, `format`, …),
+            [`~data.options.EventOptions`] (`event_types`, `targets`, `session_gap`, …) and
             [`~data.options.FilterOptions`] (`k_core`, `min_history`, …).
 
     Returns:
-        (`Dataset`, [`BlossomRecTokenizer`]). The columns are `user_id` (int64 or string), `input_ids` (list of int32),
-        `timestamps` (list of int64, or float64 if the log has fractions; dates are microseconds since 1970) if the log
-        has times, and `train_end`, `validation_end`, `test_end` (int32). These are the ends of leave-one-out: n − 2,
-        n − 1 and n for n events, and at least 0.
+        (`Dataset`, [`BlossomRecTokenizer`]). The columns are
+
+        - `user_id` (int64 or string) and `input_ids` (list of int32);
+        - `timestamps` (list of int64, in seconds, rounded down) if the log has times; dates are seconds since 1970;
+        - `event_type_ids` (list of `ClassLabel`) with `event_type`; `weights` (list of float32, 0 for an event that is read
+          and not predicted) with `targets`, `type_weights` or `weight`; `session_starts` (list of bool) with
+          `session_gap`; `basket_starts` (list of bool) with `group`;
+        - `train_end`, `validation_end`, `test_end` (int32), the ends of
+          [leave-one-out][`~blossomrec_hf.data.split_by_leave_one_out`].
 
     Raises:
         ValueError: if an option has a value that it cannot have, the log cannot be read (see
@@ -74,25 +81,25 @@ def build_sequences(
         FileExistsError: if `output_dir` exists and `overwrite` is not set.
         OSError: if a file cannot be read to its end, or the disk is full.
     """
-    reading, filters = parse_options(options, LogOptions, FilterOptions)
+    reading, events, filters = parse_options(options, LogOptions, EventOptions, FilterOptions)
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
     if isinstance(titles, (str, Path)) and not Path(titles).is_file():
         raise FileNotFoundError(f"titles {str(titles)!r} is no file; give the path of one, or a frame.")
     log = open_log(source, reading)
-    if filters.min_rating is not None:
-        log.require_rating(f"min_rating is {filters.min_rating}")
+    _check_columns(log, events, filters)
     report = FilterReport(log.name, log.format, licence=log.licence)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
-        interactions = ingest(log, scratch, min_rating=filters.min_rating)
-        _report_ingest(interactions, filters, tokenizer, report)
-        parts = _select(interactions, filters, partition_rows, report)
+        interactions = ingest(log, scratch, filters, events)
+        _report_ingest(interactions, filters, events, tokenizer, report)
+        columns = EventColumns(events, interactions.time_unit, interactions.types.names())
+        parts = _select(interactions, filters, events, partition_rows, report)
         tokenizer, vocabulary = _number_items(interactions, parts, tokenizer, report)
         titles = log.titles if titles is None else titles
         metadata = None if titles is None else item_metadata(titles, tokenizer)
-        rows = user_rows(parts, interactions.users.ids(), vocabulary)
+        rows = user_rows(parts, interactions.users.ids(), vocabulary, columns, report)
         if output_dir is None:
             return to_dataset(rows, report), tokenizer
         with atomic_folder(output_dir) as folder:
@@ -104,30 +111,70 @@ def build_sequences(
     return load_folder(output_dir), tokenizer
 
 
+def _check_columns(log: Log, events: EventOptions, filters: FilterOptions) -> None:
+    """
+    Checks that the log has the columns that the options need.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if filters.min_rating is not None:
+        log.require("rating", f"min_rating is {filters.min_rating}")
+    if events.needs_types is not None:
+        log.require("event_type", f"{events.needs_types} is {getattr(events, events.needs_types)}")
+    for role in ("event_type", "weight"):
+        if getattr(log.options, role) is not None:
+            log.require(role, f"{role} is {getattr(log.options, role)}")
+    if events.needs_times is not None and not log.has_timestamp:
+        name = events.needs_times
+        raise ValueError(
+            f"{name} is {getattr(events, name)}, but the log is read without times; name their column with timestamp=…"
+        )
+
+
 def _report_ingest(
-    interactions: Interactions, filters: FilterOptions, tokenizer: BlossomRecTokenizer | None, report: FilterReport
+    interactions: Interactions,
+    filters: FilterOptions,
+    events: EventOptions,
+    tokenizer: BlossomRecTokenizer | None,
+    report: FilterReport,
 ) -> None:
     """Reports what was read, and merges ids that are written both as integers and as floats."""
     report.time_unit = interactions.time_unit
-    report.read(interactions.rows + interactions.below_rating, interactions.bad.reasons)
+    report.read(interactions.rows + interactions.dropped, interactions.bad.reasons)
     known_items = tokenizer.get_vocab() if tokenizer is not None and tokenizer.item_type == "str" else ()
     report.note(interactions.read_floats_as_integers(known_items))
-    if filters.min_rating is not None:
-        name = f"rating >= {filters.min_rating:g}"
+    if name := row_filters(filters, events):
         report.add(name, interactions.rows, interactions.users.size, interactions.items.size)
 
 
+def row_filters(filters: FilterOptions, events: EventOptions) -> str:
+    """The name of the filters that apply to rows as they are read, for the report."""
+    names = [] if filters.min_rating is None else [f"rating >= {filters.min_rating:g}"]
+    return " and ".join(
+        [*names, *([] if events.type_list is None else [f"event types {', '.join(events.type_list)}"])]
+    )
+
+
 def _select(
-    interactions: Interactions, filters: FilterOptions, partition_rows: int, report: FilterReport
+    interactions: Interactions,
+    filters: FilterOptions,
+    events: EventOptions,
+    partition_rows: int,
+    report: FilterReport,
 ) -> list[partitions.Partition]:
     """Orders the events by user and time, and applies the filters."""
     num_users, num_items = interactions.users.size, interactions.items.size
     parts = partitions.partition(interactions, partition_rows)
     for part in tqdm(parts, "sort", disable=None):
         partitions.sort(part)
-        if filters.deduplicate != "none":
-            partitions.deduplicate(part, filters.deduplicate)
+        if events.collapse_repeats:
+            partitions.collapse_repeats(part)
+    if events.collapse_repeats:
+        report.add("collapse repeats", *_totals(parts, num_items))
     if filters.deduplicate != "none":
+        for part in parts:
+            partitions.deduplicate(part, filters.deduplicate)
         report.add(f"deduplicate, {filters.deduplicate} stays", *_totals(parts, num_items))
     if filters.k_core != [1, 1]:
         user_core, item_core = filters.k_core

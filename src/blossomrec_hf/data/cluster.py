@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
-from .columns import find_columns, no_times_note
+from .build import row_filters
+from .columns import ROLES, find_columns, no_times_note
 from .filters import FilterReport
 from .ids import BLANKS, EXACT, EXPONENT, FLOAT, MISSING_IDS, as_integers, exponent_error, floats_note
 from .ingest import Interactions, clean_batches
-from .options import FilterOptions, LogOptions, parse_options
+from .options import EventOptions, FilterOptions, LogOptions, parse_options
 from .readers import open_log
-from .storage import check_output_dir, load_folder, with_ends, write_dataset
+from .rows import EventColumns, make_rows, note_unused
+from .storage import check_output_dir, load_folder, write_dataset
 from .text_files import BadRows
 from .time_units import latest_time, time_unit
 
@@ -54,8 +57,8 @@ def build_sequences_on_spark(
         output_dir (`str` or `Path`): folder for the result, on the driver's disk.
         spark (`SparkSession`): version 3.5 or later.
         overwrite (`bool`): replace an existing `output_dir`.
-        options: `user`, `item`, `timestamp`, `rating`, `keep_na_ids`, `on_bad_rows`, and the fields of
-            [`~data.options.FilterOptions`].
+        options: `user`, `item`, `timestamp`, `rating`, `event_type`, `weight`, `keep_na_ids`, `on_bad_rows`, and the fields
+            of [`~data.options.EventOptions`] and [`~data.options.FilterOptions`].
 
     Raises:
         ValueError: as [`build_sequences`]; bad rows are counted, not named by line.
@@ -63,25 +66,27 @@ def build_sequences_on_spark(
     """
     from pyspark.sql import functions as f
 
-    reading, filters = parse_options(options, LogOptions, FilterOptions)
-    if given := [name for name in ("format", "time_format") if getattr(reading, name) is not None]:
+    reading, events, filters = parse_options(options, LogOptions, EventOptions, FilterOptions)
+    unread = ("format", "time_format", "columns", "separator", "quoting", "encoding")
+    if given := [name for name in unread if getattr(reading, name) is not None]:
         raise ValueError(
             f"{given[0]} is given, but Spark reads plain Parquet; write the log with partition_log first."
         )
     output_dir = Path(output_dir)
     check_output_dir(output_dir, overwrite=overwrite)
     report = FilterReport(Path(source).name, "parquet")
-    log = _ingest(spark, source, reading, filters, report)
+    log, types = _ingest(spark, source, reading, filters, events, report)
+    columns = EventColumns(events, report.time_unit, types)
     users = log.groupBy("user").agg(f.min("place").alias("user_place")).localCheckpoint()
     items = log.groupBy("item").agg(f.min("place").alias("item_place")).localCheckpoint()
-    log = _select(log, filters, report)
+    log = _select(log, filters, events, report)
     tokenizer, vocabulary = _number_items(spark, log, items)
-    rows = _histories(log, users, vocabulary)
+    rows = _histories(log, users, vocabulary, types)
     scratch = make_scratch(output_dir)
     try:
         rows.write.parquet(str((scratch / "rows").resolve()))
         with atomic_folder(output_dir) as built:
-            write_dataset(built, _user_rows(scratch / "rows"), report)
+            write_dataset(built, _user_rows(scratch / "rows", columns, report), report)
             tokenizer.save_pretrained(built)
             report.measure_repeats(Dataset.load_from_disk(str(built)))
             report.save(built)
@@ -91,23 +96,42 @@ def build_sequences_on_spark(
 
 
 def _ingest(
-    spark: "SparkSession", source: str, reading: LogOptions, filters: FilterOptions, report: FilterReport
-) -> "DataFrame":
-    """`data.ingest.ingest` on Spark: the good rows, with `place`, the position of a row in the log."""
+    spark: "SparkSession",
+    source: str,
+    reading: LogOptions,
+    filters: FilterOptions,
+    events: EventOptions,
+    report: FilterReport,
+) -> tuple["DataFrame", list[str]]:
+    """
+    `data.ingest.ingest` on Spark: the good rows that `min_rating` and `event_types` keep, with `place`, the position in the
+    log, and the event types.
+    """
     from pyspark.sql import functions as f
 
     log = _read(spark, source, reading, report, with_rating=filters.min_rating is not None)
+    for name, role in ((events.needs_types, "event_type"), (events.needs_times, "timestamp")):
+        if name is not None and role not in log.columns:
+            raise ValueError(
+                f"{name} is {getattr(events, name)}, but {source} has no {role} known; name its column with {role}=…"
+            )
     bad = BadRows(skip=reading.on_bad_rows == "skip")
     log = _clean(log, report, bad).localCheckpoint()
     read = log.count()
     if filters.min_rating is not None:
         log = log.filter(f.col("rating") >= filters.min_rating).drop("rating").localCheckpoint()
+    if events.type_list is not None:
+        log = log.filter(f.col("event_type").isin(events.type_list)).localCheckpoint()
     report.read(read, bad.reasons)
     for name in ("user", "item"):
         log = _read_floats_as_integers(log, name, report)
-    if filters.min_rating is not None:
-        report.add(f"rating >= {filters.min_rating:g}", *_totals(log))
-    return log
+    if name := row_filters(filters, events):
+        report.add(name, *_totals(log))
+    types = events.type_list or []
+    if not types and "event_type" in log.columns:
+        first = log.groupBy("event_type").agg(f.min("place").alias("place")).orderBy("place")
+        types = [row["event_type"] for row in first.collect()]
+    return log, types
 
 
 def _order(log: "DataFrame") -> list["Column"]:
@@ -117,12 +141,19 @@ def _order(log: "DataFrame") -> list["Column"]:
     return [f.col(name) for name in ("timestamp", "place") if name in log.columns]
 
 
-def _select(log: "DataFrame", filters: FilterOptions, report: FilterReport) -> "DataFrame":
+def _select(log: "DataFrame", filters: FilterOptions, events: EventOptions, report: FilterReport) -> "DataFrame":
     """`data.build._select` on Spark: the events that the filters keep."""
     from pyspark.sql import Window
     from pyspark.sql import functions as f
 
     order = _order(log)
+    if events.collapse_repeats:
+        along = Window.partitionBy("user").orderBy(*order)
+        repeated = f.lit(True)
+        for name in ("item", *(["event_type"] if "event_type" in log.columns else [])):
+            repeated &= f.coalesce(f.lag(name).over(along) == f.col(name), f.lit(False))
+        log = log.withColumn("repeated", repeated).filter("not repeated").drop("repeated").localCheckpoint()
+        report.add("collapse repeats", *_totals(log))
     if filters.deduplicate != "none":
         along = order if filters.deduplicate == "first" else [column.desc() for column in order]
         number = f.row_number().over(Window.partitionBy("user", "item").orderBy(*along))
@@ -164,15 +195,20 @@ def _number_items(
     return tokenizer, vocabulary.withColumn("id", f.col("id").cast("int"))
 
 
-def _histories(log: "DataFrame", users: "DataFrame", vocabulary: "DataFrame") -> "DataFrame":
-    """One row per user, in the order of the users' first events."""
+def _histories(log: "DataFrame", users: "DataFrame", vocabulary: "DataFrame", types: list[str]) -> "DataFrame":
+    """One row per user, in the order of the users' first events, with the stored columns of the events as lists."""
     from pyspark.sql import functions as f
 
-    events = f.sort_array(f.collect_list(f.struct(*_order(log), "id")))
+    if "event_type" in log.columns:
+        code = f.array_position(f.array(*map(f.lit, types)), f.col("event_type")) - 1
+        log = log.withColumn("event_type", code.cast("int"))
+    others = [name for name in ("event_type", "weight") if name in log.columns]
+    events = f.sort_array(f.collect_list(f.struct(*_order(log), "id", *others)))
     rows = log.join(f.broadcast(vocabulary), "item").groupBy("user").agg(events.alias("events"))
     columns = [f.col("user").alias("user_id"), f.col("events.id").alias("input_ids")]
     if "timestamp" in log.columns:
-        columns.append(f.col("events.timestamp").alias("timestamps"))
+        columns.append(f.col("events.timestamp").alias("time"))
+    columns += [f.col(f"events.{name}").alias(name) for name in others]
     rows = rows.join(users, "user").orderBy("user_place").select(*columns)
     if dict(users.dtypes)["user"] == "string":
         plain = f.coalesce(f.expr("cast(try_cast(user as bigint) as string) = user"), f.lit(False))
@@ -189,7 +225,7 @@ def _read(
     *,
     with_rating: bool,
 ) -> "DataFrame":
-    """`user`, `item`, `timestamp` if the log has times, `rating` if required, and `place`, the position in the log."""
+    """`user`, `item`, the columns of other roles that are known or required, and `place`, the position in the log."""
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
     from pyspark.sql import functions as f
@@ -216,8 +252,11 @@ def _read(
         elif role == "timestamp":
             columns.append(_as_time(column, kind).alias(role))
             report.time_unit = "us" if kind in ("date", "timestamp", "timestamp_ntz") else None
+        elif role == "event_type":
+            text = f.btrim(column.cast("string"), f.lit(BLANKS))
+            columns.append(f.when(~text.isin("", *MISSING_IDS), text).alias(role))
         else:
-            columns.append(column.cast("double").alias(role))
+            columns.append(column.cast("float" if role == "weight" else "double").alias(role))
     if "timestamp" in found:
         times = raw.groupBy("_metadata.file_path").agg(f.count(f"`{found['timestamp']}`").alias("times"))
         without = times.filter("times = 0").first()
@@ -302,9 +341,11 @@ def _read_floats_as_integers(log: "DataFrame", name: str, report: FilterReport) 
 def _clean(log: "DataFrame", report: FilterReport, bad: BadRows) -> "DataFrame":
     from pyspark.sql import functions as f
 
-    usable = {name: f.col(name).isNotNull() for name in ("user", "item", "rating", "timestamp") if name in log.columns}
+    usable = {name: f.col(name).isNotNull() for name in ROLES if name in log.columns}
     if "rating" in usable:
         usable["rating"] &= ~f.isnan("rating")
+    if "weight" in usable:
+        usable["weight"] &= f.col("weight").between(0, float(np.finfo(np.float32).max))
     if "timestamp" in usable:
         middle = log.select(f.percentile_approx("timestamp", 0.5)).first()[0]
         if report.time_unit is None and middle is not None:
@@ -319,7 +360,7 @@ def _clean(log: "DataFrame", report: FilterReport, bad: BadRows) -> "DataFrame":
     counts = log.filter(~good).groupBy(reason.alias("reason")).count().collect()
     total = sum(row["count"] for row in counts)
     for row in sorted(counts):
-        described = f"{report.source}: {total} rows without a usable user, item, rating or time"
+        described = f"{report.source}: {total} rows without a usable user, item, rating, time, event type or weight"
         bad.add(row["reason"], row["count"], described)
     return log.filter(good)
 
@@ -349,20 +390,23 @@ def _collect(frame: "DataFrame") -> pa.Table:
     return pa.table({name: pa.array([row[name] for row in rows]) for name in frame.columns})
 
 
-def _user_rows(folder: Path) -> Iterator[pa.Table]:
-    """One table per file of Spark's output, in the order of users and with the data types of `build_sequences`."""
-    types: dict[str, Any] = {"user_id": None, "input_ids": pa.list_(pa.int32()), "timestamps": None}
+def _user_rows(folder: Path, events: EventColumns, report: FilterReport) -> Iterator[pa.Table]:
+    """`data.rows.user_rows` of the files that Spark wrote, which are in the order of users."""
+    unused = 0
     for path in sorted(folder.glob("part-*.parquet")):
         table = pq.read_table(path, partitioning=None)
         if not table.num_rows:
             continue
-        columns = {}
-        for name in filter(table.column_names.__contains__, types):
-            column = table[name].combine_chunks()
-            if pa.types.is_list(column.type):  # the fields of Spark's lists are called otherwise
-                column = pa.ListArray.from_arrays(column.offsets, column.values)
-            columns[name] = column
-        yield with_ends(pa.table(columns), np.diff(columns["input_ids"].offsets.to_numpy()))
+        lists = {name: table[name].combine_chunks() for name in table.column_names if name != "user_id"}
+        lengths = lists["input_ids"].value_lengths().to_numpy().astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        stored = {name: column.flatten().to_numpy() for name, column in lists.items()}
+        columns = events.compute(stored, starts)
+        ids = {"input_ids": stored["input_ids"].astype(np.int32)}
+        rows = make_rows(table["user_id"].combine_chunks(), starts, lengths, ids | columns, events.types)
+        unused += int(lengths.sum()) - pc.sum(rows["test_end"]).as_py()
+        yield rows
+    note_unused(unused, report)
 
 
 def partition_log(
@@ -371,8 +415,8 @@ def partition_log(
     """
     Writes a log of any format as Parquet shards by the hash of the user, in bounded memory.
 
-    The columns are `user`, `item`, `timestamp` if the log has times, `rating` if `with_rating` is set, and `row`, the
-    position in the log, by which [`build_sequences_on_spark`] keeps file order.
+    The columns are `user`, `item`, `timestamp` if the log has times, `event_type` and `weight` if the options name them,
+    `rating` if `with_rating` is set, and `row`, the position in the log, by which [`build_sequences_on_spark`] keeps file order.
 
     Args:
         source: see [`~data.readers.open_log`].
@@ -395,15 +439,16 @@ def partition_log(
     report_leftovers(folder)
     log = open_log(source, reading)
     if with_rating:
-        log.require_rating("with_rating is given")
-    numeric = ["rating"] * with_rating + ["timestamp"] * log.has_timestamp
+        log.require("rating", "with_rating is given")
+    roles = ["rating"] * with_rating
+    roles += [role for role in ("timestamp", "event_type", "weight") if role in log.parts[0].types]
     writers: dict[int, pq.ParquetWriter] = {}
     first = 0
     with ExitStack() as stack:
         scratch = make_scratch(folder)
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         built = stack.enter_context(atomic_folder(folder))
-        for batch in clean_batches(log, numeric, Interactions(scratch, BadRows(skip=reading.on_bad_rows == "skip"))):
+        for batch in clean_batches(log, roles, Interactions(scratch, BadRows(skip=reading.on_bad_rows == "skip"))):
             place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
             batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
             first += batch.height

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
-ROLES = ("user", "item", "rating", "timestamp")
+ROLES = ("user", "item", "rating", "timestamp", "event_type", "weight")
+ONLY_NAMED = ("event_type", "weight")  # not read unless the options name them
 
 # The names that logs give to the column of a role, most specific first. Case, spaces and the signs _ - . do not count.
 _USUAL = {
@@ -27,6 +28,11 @@ _USUAL = {
         "rating_timestamp", "rated_at", "checkin_time", "click_time", "view_time", "watched_at", "listened_at",
         "played_at", "read_at", "visited_at", "occurred_at", "date_time", "date_added", "server_time", "local_time",
     ),
+    "event_type": (
+        "event_type", "event", "event_name", "behavior_type", "behaviour_type", "behavior", "behaviour", "action", "action_type",
+        "interaction_type", "interaction", "type",
+    ),
+    "weight": (),
 }  # fmt: skip
 
 
@@ -34,7 +40,7 @@ def find_columns(
     columns: Sequence[str], names: Mapping[str, str | None], where: str, notes: list[str]
 ) -> dict[str, str]:
     """
-    The column of each role (`user`, `item`, `rating`, `timestamp`) that a log has.
+    The column of each role (`user`, `item`, `rating`, `timestamp`, `event_type`, `weight`) that a log has.
 
     Args:
         columns: the columns of the log.
@@ -52,8 +58,15 @@ def find_columns(
         plain.setdefault(_plain(name), []).append(name)
     for role, usual in _USUAL.items():
         given = names.get(role)
-        if given is None:
-            matches = list(dict.fromkeys(name for key in map(_plain, usual) for name in plain.get(key, ())))
+        if given is None and role in ONLY_NAMED:
+            match = None
+            if looks := [name for key in map(_plain, usual) for name in plain.get(key, ())]:
+                notes.append(
+                    f"the column {looks[0]!r} looks like event types, which are not read; read them with {role}=…"
+                )
+        elif given is None:
+            exact_first = (sorted(plain.get(_plain(key), ()), key=key.__ne__) for key in usual)
+            matches = list(dict.fromkeys(name for names in exact_first for name in names))
             match = matches[0] if matches else None
             if len(matches) > 1:
                 others = " and ".join(map(repr, matches[1:]))
@@ -79,10 +92,10 @@ def find_columns(
 
 
 def find_usual(columns: Iterable[str]) -> dict[str, str]:
-    """The column of each role but `user` and `item` that goes by a usual name."""
+    """The column of times or ratings that goes by a usual name."""
     plain = {_plain(name): name for name in columns}
     found = {role: [plain[key] for key in map(_plain, usual) if key in plain] for role, usual in _USUAL.items()}
-    return {role: names[0] for role, names in found.items() if names and role not in ("user", "item")}
+    return {role: names[0] for role, names in found.items() if names and role in ("rating", "timestamp")}
 
 
 def _not_found(role: str, columns: Sequence[str], where: str) -> ValueError:

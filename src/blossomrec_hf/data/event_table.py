@@ -19,7 +19,7 @@ from ..utils.files import atomic_write
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EVENT_COLUMNS = ("input_ids", "timestamps", "event_type_ids", "weights", "session_starts")
+EVENT_COLUMNS = ("input_ids", "timestamps", "event_type_ids", "weights", "session_starts", "basket_starts")
 METADATA_FILE = "item_metadata.parquet"  # item titles
 FORMAT, VERSION = "blossomrec_events", "1"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

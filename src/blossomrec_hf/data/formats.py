@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from .columns import ROLES, is_header
+from .columns import is_header
 from .layouts import LAYOUTS, Layout
 from .lines import (
     find_separator,
@@ -127,12 +127,17 @@ FORMATS: dict[str, Format] = {
         open_pairs, lambda look: all(len(line.split()) == 2 for line in look.lines)
     ),  # SASRec: "user item"
     "impressions": Format(open_impressions),  # MIND
-    "ml-100k": Format(partial(open_fields, separator="\t", columns=ROLES), _is_movielens_100k),
+    "ml-100k": Format(
+        partial(open_fields, separator="\t", columns=("user", "item", "rating", "timestamp")), _is_movielens_100k
+    ),
     "foursquare": Format(open_foursquare, lambda look: look.has_fields("\t", 8)),
     "gowalla": Format(
         partial(open_fields, separator="\t", columns=("user", "timestamp", "", "", "item")), _is_gowalla
     ),
-    "ml-1m": Format(partial(open_fields, separator="::", columns=ROLES), lambda look: "::" in look.first),
+    "ml-1m": Format(
+        partial(open_fields, separator="::", columns=("user", "item", "rating", "timestamp")),
+        lambda look: "::" in look.first,
+    ),
     "csv": Format(open_delimited, _is_delimited, has_column_names=True),
     "amazon-csv": Format(open_amazon_ratings, _is_amazon_ratings),
     "tsv": Format(partial(open_delimited, separator="\t"), _is_tsv, has_column_names=True),

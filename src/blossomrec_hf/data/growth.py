@@ -1,15 +1,16 @@
 """A log that grows: sequences in another vocabulary, and new events after those of earlier logs."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
+from .event_table import EVENT_COLUMNS
 from .splits import item_counts, part_lengths
-from .time_units import UNITS, time_unit
 
 
 logger = logging.getLogger(__name__)
@@ -47,28 +48,36 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     One row per user of either log: the events of `old`, then those that `new` adds.
 
     An event of `new` that `old` has as well counts once, so `new` may be a week, or the whole log and a week more. With
-    times in both, it is the same item of the same user at the same time, and events are ordered by time (ties: `old`
-    first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it. Times in
-    different units (see [`~data.time_units.time_unit`]) are rounded down to the coarser unit, which the log reports.
+    times in both, it is the same item (and event type) of the same user in the same second, and events are ordered by time
+    (ties: `old` first). Otherwise, a history in `new` that begins with the user's whole history in `old` continues it.
 
     Args:
         old, new: Datasets of [`build_sequences`] or of this function, with one vocabulary. Without `old`, all events
             are new. User ids are compared as text where one log has integers and the other text.
 
+    Raises:
+        ValueError: if both logs have event types, but not the same ones in the same order.
+
     Returns:
         `Dataset`, in memory: the users of `new` in its order, then the others, with `user_id`, `input_ids`,
-        `timestamps` where both logs have them, `past_end` (int32, the number of events before the first new one) and
+        `timestamps` and other columns of events that both logs have, `past_end` (int32, the number of events before the first new one) and
         `train_end`, `validation_end`, `test_end`. The last two events of a user with at least `LEAST_TO_HOLD_OUT` new
         ones are held out, for validation and test. All events of other users with new events are training. The
         training part of a user without new events stays as it was, and nothing of it is evaluated.
     """
+    logs = [data for data in (old, new) if data is not None]
+    shared = [name for name in EVENT_COLUMNS if all(name in data.column_names for data in logs)]
+    features = {name: new.features[name] for name in shared if name == "event_type_ids"}
+    if any(data.features[name] != feature for data in logs for name, feature in features.items()):
+        types = [", ".join(data.features["event_type_ids"].feature.names) for data in logs]
+        raise ValueError(
+            f"The earlier log has the event types {types[0]}, and the new one {types[1]}; prepare both with the same event_types."
+        )
     if old is None:
-        rows = new.with_format("arrow")[:]
+        rows = new.with_format("arrow")[:].select(["user_id", *shared])
         lengths = np.diff(_flatten(rows, "input_ids")[1])
-        rows = rows.select([name for name in ("user_id", "input_ids", "timestamps") if name in rows.column_names])
-        return _with_parts(rows, lengths, past=np.zeros_like(lengths), trained=lengths)
-    tables = [data.with_format("arrow")[:] for data in (old, new)]
-    timed = all("timestamps" in table.column_names for table in tables)
+        return _with_parts(rows, lengths, features, past=np.zeros_like(lengths), trained=lengths)
+    tables = [data.with_format("arrow")[:] for data in logs]
     users = [pl.from_arrow(table["user_id"]).alias("id") for table in tables]
     if users[0].dtype != users[1].dtype:
         users = [ids.cast(pl.String) for ids in users]
@@ -76,27 +85,20 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     codes = [
         ids.to_frame().join(known, on="id", how="left", maintain_order="left")["user"].to_numpy() for ids in users
     ]
-    before, after = (_events(table, code, timed) for table, code in zip(tables, codes))
-    if timed:
-        before, after = _with_one_time_unit(before, after)
-    if before.schema != after.schema:  # one log has fractions of a second
-        before, after = (frame.cast({"time": pl.Float64}) for frame in (before, after))
+    before, after = (_events(table, code, shared) for table, code in zip(tables, codes))
+    timed = "timestamps" in shared
     after = _without_repeats(before, after, timed)
     events = pl.concat([before.with_columns(is_new=False), after.with_columns(is_new=True)])
-    events = events.sort("user", *["time"] * timed, "is_new", maintain_order=True)
+    events = events.sort("user", *["timestamps"] * timed, "is_new", maintain_order=True)
     is_new = pl.col("is_new")
     past = pl.when(is_new.any()).then(is_new.cast(pl.Int8).arg_max()).otherwise(pl.len())
     totals = events.group_by("user", maintain_order=True).agg(pl.len(), past=past)
     offsets = pa.array(np.append(0, totals["len"].cum_sum().to_numpy()), pa.int32())
-    columns = {
-        "user_id": known["id"].to_arrow(),
-        "input_ids": pa.ListArray.from_arrays(offsets, events["item"].to_arrow()),
-    }
-    if timed:
-        columns["timestamps"] = pa.ListArray.from_arrays(offsets, events["time"].to_arrow())
+    lists = {name: pa.ListArray.from_arrays(offsets, events[name].to_arrow()) for name in shared}
+    rows = pa.table({"user_id": known["id"].to_arrow(), **lists})
     trained = np.zeros(len(known), np.int64)
     trained[codes[0]] = part_lengths(old, "train")[0]
-    return _with_parts(pa.table(columns), totals["len"].to_numpy(), past=totals["past"].to_numpy(), trained=trained)
+    return _with_parts(rows, totals["len"].to_numpy(), features, past=totals["past"].to_numpy(), trained=trained)
 
 
 def add_item_counts(counts: np.ndarray, dataset: Dataset, old: Dataset | None) -> np.ndarray:
@@ -137,42 +139,34 @@ def _flatten(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     return lists.flatten().to_numpy(), np.append(0, lists.value_lengths().to_numpy().cumsum())
 
 
-def _events(table: pa.Table, users: np.ndarray, timed: bool) -> pl.DataFrame:
-    """One row per event, in the order of the table: `user`, `item` and, if `timed`, `time`."""
-    items, offsets = _flatten(table, "input_ids")
-    times = {"time": _flatten(table, "timestamps")[0]} if timed else {}
-    return pl.DataFrame({"user": users.repeat(np.diff(offsets)), "item": items, **times})
-
-
-def _with_one_time_unit(before: pl.DataFrame, after: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Both logs with times in the coarser of their units."""
-    units = [time_unit(frame["time"].median()) for frame in (before, after)]
-    coarser = min(units, key=UNITS.get)
-    if units[0] != units[1]:
-        logger.warning("The times are in %s in the earlier log and in %s in the new one: read in %s.", *units, coarser)
-    return tuple(
-        frame if unit == coarser else frame.with_columns(pl.col("time") // (UNITS[unit] // UNITS[coarser]))
-        for frame, unit in zip((before, after), units)
-    )
+def _events(table: pa.Table, users: np.ndarray, columns: list[str]) -> pl.DataFrame:
+    """One row per event, in the order of the table, with `user` and `columns`."""
+    lengths = np.diff(_flatten(table, "input_ids")[1])
+    values = {name: pl.from_arrow(table[name].combine_chunks().flatten()) for name in columns}
+    return pl.DataFrame({"user": users.repeat(lengths), **values})
 
 
 def _without_repeats(before: pl.DataFrame, after: pl.DataFrame, timed: bool) -> pl.DataFrame:
     """The events of `after` that `before` does not have, see [`join_logs`]."""
     if timed:
         # The second event of a user with one item at one time repeats the second, not the first.
-        key = ["user", "item", "time"]
+        key = ["user", "input_ids", "timestamps", *(["event_type_ids"] if "event_type_ids" in after.columns else [])]
         before, numbered = (frame.with_columns(number=pl.int_range(pl.len()).over(key)) for frame in (before, after))
-        return numbered.join(before, on=[*key, "number"], how="anti", maintain_order="left").drop("number")
+        return numbered.join(
+            before.select(*key, "number"), on=[*key, "number"], how="anti", maintain_order="left"
+        ).drop("number")
     before, after = (frame.with_columns(place=pl.int_range(pl.len()).over("user")) for frame in (before, after))
-    earlier = before.select("user", "place", known="item", length=pl.len().over("user"))
+    earlier = before.select("user", "place", known="input_ids", length=pl.len().over("user"))
     same = after.join(earlier, on=["user", "place"]).group_by("user")
-    same = same.agg(pl.col("length").first(), repeated=(pl.col("item") == pl.col("known")).sum())
+    same = same.agg(pl.col("length").first(), repeated=(pl.col("input_ids") == pl.col("known")).sum())
     repeats = same.filter(pl.col("repeated") == pl.col("length")).select("user", "length")
     after = after.join(repeats, on="user", how="left", maintain_order="left")
     return after.filter(pl.col("place") >= pl.col("length").fill_null(0)).drop("place", "length")
 
 
-def _with_parts(rows: pa.Table, lengths: np.ndarray, *, past: np.ndarray, trained: np.ndarray) -> Dataset:
+def _with_parts(
+    rows: pa.Table, lengths: np.ndarray, features: dict[str, Any], *, past: np.ndarray, trained: np.ndarray
+) -> Dataset:
     """`rows` with the ends of the parts, see [`join_logs`]; `trained` is for users without new events."""
     num_new = lengths.astype(np.int64) - past
     held_out = np.where(num_new >= LEAST_TO_HOLD_OUT, 2, 0)
@@ -180,4 +174,4 @@ def _with_parts(rows: pa.Table, lengths: np.ndarray, *, past: np.ndarray, traine
     ends = {"train_end": test_end - held_out, "validation_end": test_end - held_out // 2, "test_end": test_end}
     for name, values in {"past_end": past, **ends}.items():
         rows = rows.append_column(name, pa.array(values, pa.int32()))
-    return Dataset(rows)
+    return Dataset(rows, info=DatasetInfo(features=Features(Features.from_arrow_schema(rows.schema) | features)))

@@ -98,6 +98,10 @@ class Codes:
             return pl.Series("id", [], dtype=pl.Int64)
         return as_integers(self._known["id"])
 
+    def names(self) -> list[str]:
+        """The ids by code, as texts."""
+        return [] if self._known is None else self._known["id"].cast(pl.String).to_list()
+
     def read_floats_as_integers(self, known: Container[str] = ()) -> tuple[str, np.ndarray] | None:
         """
         Reads text ids such as "100.0", which pandas writes for integers in a column with gaps, as integers, if every id

@@ -1,15 +1,17 @@
-"""A log, batch by batch, into three columns on disk: user code, item code, time, in file order."""
+"""A log, batch by batch, as columns on disk in file order: codes of users and items, times, event types and weights."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from .ids import Codes, as_ids, floats_note, id_type
+from .ids import BLANKS, MISSING_IDS, Codes, as_ids, floats_note, id_type
+from .options import EventOptions, FilterOptions
 from .parts import Part
 from .readers import Log
 from .text_files import BadRows
@@ -18,37 +20,57 @@ from .times import as_numbers, as_times
 
 
 _CHUNK_ROWS = 1 << 22
+_DTYPES = {
+    "event_type": np.dtype(np.uint8),
+    "weight": np.dtype(np.float32),
+}  # of columns that are stored in another one
 
 
 @dataclass
 class Interactions:
-    """The columns of a log on disk under `folder`, in file order, and what its codes stand for."""
+    """
+    The events of a log on disk, in file order.
+
+    Args:
+        folder (`Path`): folder of the files `log_NAME.bin`, one per column.
+        columns: the data type of each column: `user` and `item` (uint32 codes), and `time` (int64 or float64, in the log's
+            unit), `event_type` (uint8 codes) and `weight` (float32) if they are read.
+        bad (`BadRows`): the rows that were skipped.
+        rows (`int`): number of events.
+        dropped (`int`): number of events that `min_rating` or `event_types` dropped.
+        users, items, types (`Codes`): the ids and names of the codes.
+        time_unit (`str`, *optional*): s, ms, us or ns.
+    """
 
     folder: Path
     bad: BadRows = field(default_factory=BadRows)
+    columns: dict[str, np.dtype] = field(default_factory=lambda: dict.fromkeys(("user", "item"), np.dtype(np.uint32)))
     rows: int = 0
+    dropped: int = 0
     users: Codes = field(default_factory=Codes)
     items: Codes = field(default_factory=Codes)
-    time_dtype: np.dtype | None = None
+    types: Codes = field(default_factory=Codes)
     time_unit: str | None = None
-    below_rating: int = 0
+
+    def path(self, column: str) -> Path:
+        return self.folder / f"log_{column}.bin"
 
     def read_floats_as_integers(self, known_items: Container[str] = ()) -> list[str]:
         """
         Merges text ids such as "100.0" with the integers that they name, see [`~data.ids.Codes`].
 
         Args:
-            known_items: items of the vocabulary that stay as they are.
+            known_items: items of a vocabulary, which do not change.
 
         Returns:
-            a sentence for each column that changed.
+            A sentence for each column that changed.
         """
         notes = []
         for name, codes, known in (("user", self.users, ()), ("item", self.items, known_items)):
             if (changed := codes.read_floats_as_integers(known)) is None:
                 continue
             example, new_codes = changed
-            column = np.memmap(self.folder / f"log_{name}.bin", np.uint32, "r+")
+            column = np.memmap(self.path(name), np.uint32, "r+")
             for start in range(0, column.size, _CHUNK_ROWS):
                 column[start : start + _CHUNK_ROWS] = new_codes[column[start : start + _CHUNK_ROWS]]
             column.flush()
@@ -56,45 +78,74 @@ class Interactions:
         return notes
 
 
-def ingest(log: Log, folder: Path, *, min_rating: float | None = None) -> Interactions:
+def ingest(log: Log, folder: Path, filters: FilterOptions, events: EventOptions) -> Interactions:
     """
-    Streams `log` to `log_user.bin`, `log_item.bin` (uint32) and, if it has times, `log_time.bin` (int64 or float64).
+    Streams a log to columns on disk, without the rows that `min_rating` and `event_types` drop.
 
     Raises:
         ValueError: if `on_bad_rows` is `"fail"` and a row has too many or too few fields, or no usable user, item, time
-            (from 0 to the year 2100) or, with `min_rating`, rating; the message names file and line. Also if ids are
-            integers in one file and strings in another, floats have lost digits, or times have several units.
+            (from 0 to the year 2100), event type, weight or, with `min_rating`, rating; the message names file and line.
+            Also if ids are integers in one file and strings in another, floats have lost digits, times have several
+            units, or there are more than 255 event types.
         OSError: if a compressed file ends early.
     """
     result = Interactions(folder, BadRows(skip=log.options.on_bad_rows == "skip"))
-    numeric = ["rating"] * (min_rating is not None) + ["timestamp"] * log.has_timestamp
+    roles = ["rating"] * (filters.min_rating is not None)
+    roles += [role for role in ("timestamp", "event_type", "weight") if role in log.parts[0].types]
+    names = {"user": "user", "item": "item", "timestamp": "time", "event_type": "event_type", "weight": "weight"}
+    if "event_type" in roles and events.type_list is not None:
+        result.types.encode(pl.Series(events.type_list))
     with ExitStack() as stack:
-        paths = (folder / f"log_{name}.bin" for name in ("user", "item", "time"))
-        users, items, times = (stack.enter_context(open(path, "wb")) for path in paths)
-        for batch in clean_batches(log, numeric, result):
-            if min_rating is not None:
-                height = batch.height
-                batch = batch.filter(pl.col("rating") >= min_rating)
-                result.below_rating += height - batch.height
-            result.users.encode(batch["user"]).tofile(users)
-            result.items.encode(batch["item"]).tofile(items)
-            if log.has_timestamp and batch.height:
-                time = batch["timestamp"].to_numpy()
-                if time.dtype.kind == "f" and result.time_dtype == np.int64:  # the first fraction comes late
-                    times.flush()
-                    earlier = np.fromfile(times.name, np.int64).astype(np.float64)
-                    times.seek(0)
-                    earlier.tofile(times)
-                    result.time_dtype = np.dtype(np.float64)
-                time.astype(result.time_dtype).tofile(times)
+        files = {
+            name: stack.enter_context(open(result.path(name), "w+b"))
+            for role, name in names.items()
+            if role in ("user", "item", *roles)
+        }
+        for batch in clean_batches(log, roles, result):
+            height = batch.height
+            if filters.min_rating is not None:
+                batch = batch.filter(pl.col("rating") >= filters.min_rating)
+            if "event_type" in roles and events.type_list is not None:
+                batch = batch.filter(pl.col("event_type").is_in(events.type_list))
+            result.dropped += height - batch.height
             result.rows += batch.height
+            for role, name in names.items():
+                if name in files and batch.height:
+                    _append(result, files[name], name, _encoded(result, batch[role]))
     return result
 
 
-def clean_batches(log: Log, numeric: list[str], result: Interactions) -> Iterator[pl.DataFrame]:
+def _encoded(result: Interactions, column: pl.Series) -> np.ndarray:
+    """The values of a column as they are stored, in their own data type or a code."""
+    if column.name in ("user", "item"):
+        return (result.users if column.name == "user" else result.items).encode(column)
+    if column.name != "event_type":
+        return column.to_numpy()
+    codes = result.types.encode(column)
+    if result.types.size > 255:
+        raise ValueError(
+            f"the column of event types has more than 255 of them ({', '.join(result.types.names()[:3])}, …); name another "
+            "with event_type=…"
+        )
+    return codes
+
+
+def _append(result: Interactions, file: BinaryIO, name: str, values: np.ndarray) -> None:
+    """Appends the values of a batch to the file of a column. Integers become floats at the first fraction."""
+    stored = result.columns.setdefault(name, _DTYPES.get(name, values.dtype))
+    if stored == np.int64 and values.dtype.kind == "f":
+        file.seek(0)
+        earlier = np.fromfile(file, np.int64).astype(np.float64)
+        file.seek(0)
+        earlier.tofile(file)
+        stored = result.columns[name] = np.dtype(np.float64)
+    values.astype(stored, copy=False).tofile(file)
+
+
+def clean_batches(log: Log, roles: list[str], result: Interactions) -> Iterator[pl.DataFrame]:
     """
-    The good rows of a log, batch by batch, with `user`, `item` and the columns `numeric` in their final types. Bad rows
-    and what the times are like are noted in `result`.
+    The good rows of a log in batches, with `user`, `item` and the columns of other `roles` in their final types. Bad rows
+    and the unit of times are recorded in `result`.
     """
     types = {
         name: id_type({part.name: part.types[name] for part in log.parts}, name) for name in ("user", "item")
@@ -103,20 +154,31 @@ def clean_batches(log: Log, numeric: list[str], result: Interactions) -> Iterato
     with tqdm(desc="read", unit=" rows", unit_scale=True, disable=None) as bar:
         for part in log.parts:
             times.part = part
-            for batch in part.read(("user", "item", *numeric), result.bad):
+            for batch in part.read(("user", "item", *roles), result.bad):
                 columns = [
                     as_ids(batch[name], dtype, keep_na=log.options.keep_na_ids) for name, dtype in types.items()
                 ]
-                if "rating" in numeric:
-                    columns.append(as_numbers(batch["rating"]))
-                if "timestamp" in numeric:
-                    columns.append(times.read(batch["timestamp"]))
+                for role in roles:
+                    columns.append(times.read(batch[role]) if role == "timestamp" else _READ[role](batch[role]))
                 yield _good_rows(batch, pl.DataFrame(columns), part, result)
                 bar.update(batch.height)
 
 
+def _weights(column: pl.Series) -> pl.Series:
+    weights = as_numbers(column).cast(pl.Float32)
+    return weights.set(~((weights >= 0) & weights.is_finite()), None)
+
+
+def _types(column: pl.Series) -> pl.Series:
+    names = column.cast(pl.String).str.strip_chars(BLANKS)
+    return names.set(names.is_in(["", *MISSING_IDS]), None)
+
+
+_READ: dict[str, Callable[[pl.Series], pl.Series]] = {"rating": as_numbers, "weight": _weights, "event_type": _types}
+
+
 class _Times:
-    """The times of a log, which have one unit in all of its files."""
+    """Reads the times of a log, which have one unit in all of its files."""
 
     def __init__(self, time_format: str | None, result: Interactions) -> None:
         self.time_format, self.result = time_format, result
@@ -126,10 +188,10 @@ class _Times:
 
     def read(self, column: pl.Series) -> pl.Series:
         """
-        The times of a batch as numbers; null where there is none from 0 to the year 2100.
+        The times of a batch as numbers; null if a time is not from 0 to the year 2100.
 
         Raises:
-            `ValueError`: another unit than in the files before, or see [`~data.times.as_times`].
+            ValueError: if the unit is another one than in an earlier file, or see [`~data.times.as_times`].
         """
         name = self.part.name
         times, are_dates = as_times(column, self.time_format, name)
@@ -138,7 +200,6 @@ class _Times:
             if self._first is None:
                 self._first = (name, are_dates)
                 self.result.time_unit = unit
-                self.result.time_dtype = np.dtype(np.float64 if times.dtype.is_float() else np.int64)
             first, first_are_dates = self._first
             if are_dates != first_are_dates or (name not in self._checked and unit != self.result.time_unit):
                 raise ValueError(
@@ -154,7 +215,7 @@ def _words(unit: str, are_dates: bool) -> str:
 
 
 def _good_rows(batch: pl.DataFrame, clean: pl.DataFrame, part: Part, result: Interactions) -> pl.DataFrame:
-    """`clean`, the final columns of `batch`, without bad rows."""
+    """The final columns (`clean`) of a batch, without bad rows."""
     nulls = {column.name: column.is_null() for column in clean if column.null_count()}
     if not nulls:
         return clean
@@ -164,8 +225,9 @@ def _good_rows(batch: pl.DataFrame, clean: pl.DataFrame, part: Part, result: Int
     values = ", ".join(f"{name} {batch[name][place]!r}" for name in wrong)
     first = (
         f"{part.name}, {part.row_word} {batch['row'][place]}: not a usable {' or '.join(wrong)} ({values}). "
-        "An interaction has a user, an item, a time from 0 to the year 2100 if the log has times, and a number as rating if "
-        "min_rating asks for it; empty, NA, NULL, nan and None are missing ids, unless keep_na_ids is given"
+        "An event has a user, an item, a time from 0 to the year 2100 if the log has times, an event type and a weight of 0 or "
+        "more if they are read, and a number as rating if min_rating is given; empty, NA, NULL, nan and None are missing ids, "
+        "unless keep_na_ids is given"
     )
     counted = pl.Series(bad)
     for name, null in nulls.items():

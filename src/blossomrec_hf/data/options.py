@@ -2,9 +2,12 @@
 
 import codecs
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+from .columns import ROLES
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -27,6 +30,8 @@ class LogOptions:
         'Column of times; by default, the first usual name. An empty name ("") reads every history in the order of rows.'
     )
     rating: str | None = _option("Column of ratings; by default, the first usual name.")
+    event_type: str | None = _option("Column of event types (view, purchase); by default, they are not read.")
+    weight: str | None = _option("Column of the events' weights in the loss, 0 or more; by default, 1.")
     columns: str | None = _option(
         "Names of the columns of a file without a header, in order, separated by commas; by default, the first row names them."
     )
@@ -65,12 +70,12 @@ class LogOptions:
     @property
     def column_list(self) -> list[str] | None:
         """The names of the columns of a file without a header."""
-        return None if self.columns is None else [name.strip() for name in self.columns.split(",")]
+        return _split(self.columns)
 
     @property
     def column_names(self) -> dict[str, str | None]:
         """The given name of each column, or `None` if it goes by a usual name."""
-        return {name: getattr(self, name) for name in ("user", "item", "timestamp", "rating")}
+        return {name: getattr(self, name) for name in ROLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,100 @@ class FilterOptions:
             raise ValueError(
                 f"max_history is {self.max_history}; it may be None (no bound) or min_history ({self.min_history}) or more."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventOptions:
+    """
+    What an event is: its type and weight, and the session and basket that it belongs to.
+
+    Raises:
+        ValueError: if an option has a value that it cannot have.
+    """
+
+    event_types: str | None = _option(
+        "Event types to read, separated by commas; others are dropped. By default, all, in the order of their first events."
+    )
+    targets: str | None = _option(
+        "Event types to predict, separated by commas; the others are only read. By default, every event is predicted."
+    )
+    type_weights: str | None = _option(
+        "Weights of event types in the loss, such as view=0.1,purchase=1, multiplied by `weight`; by default, 1."
+    )
+    session_gap: str | None = _option(
+        "Longest time between two events of a session, such as 30m, 12h or 7d; by default, sessions are not marked."
+    )
+    group: Literal["none", "timestamp"] = _option(
+        "What makes a basket, whose events are predicted together: nothing, or the same second (timestamp).", "none"
+    )
+    collapse_repeats: bool = _option(
+        "Drop an event that repeats the item (and event type) of the one before it in the history.", False
+    )
+
+    def __post_init__(self) -> None:
+        if self.group not in ("none", "timestamp"):
+            raise ValueError(f'group is {self.group!r}; it may be "none" or "timestamp".')
+        for name in ("event_types", "targets"):
+            if (types := _split(getattr(self, name))) is not None and (not all(types) or len(set(types)) < len(types)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give different names, separated by commas.")
+        for name, types in (("targets", self.target_list), ("type_weights", self.weights_by_type)):
+            unread = [type for type in types or () if self.type_list is not None and type not in self.type_list]
+            if unread:
+                raise ValueError(
+                    f"{name} has {unread[0]!r}, which is not among event_types ({self.event_types}); add it."
+                )
+        _ = self.gap_seconds
+
+    @property
+    def type_list(self) -> list[str] | None:
+        """The event types to read."""
+        return _split(self.event_types)
+
+    @property
+    def target_list(self) -> list[str] | None:
+        """The event types to predict."""
+        return _split(self.targets)
+
+    @property
+    def weights_by_type(self) -> dict[str, float]:
+        """The given weights of event types."""
+        weights = {}
+        for entry in _split(self.type_weights) or ():
+            name, _, number = entry.rpartition("=")
+            if not name or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
+                raise ValueError(
+                    f"type_weights is {self.type_weights!r}; it may be types and weights of 0 or more, such as "
+                    "view=0.1,purchase=1."
+                )
+            weights[name] = float(number)
+        return weights
+
+    @property
+    def gap_seconds(self) -> float | None:
+        """The longest time between two events of a session."""
+        if self.session_gap is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.session_gap.strip())
+        if match is None:
+            raise ValueError(
+                f"session_gap is {self.session_gap!r}; it may be a number of seconds, minutes, hours or days, such as 90s, 30m, "
+                "12h or 7d."
+            )
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+
+    @property
+    def needs_types(self) -> str | None:
+        """The given option that needs event types, for messages."""
+        return next((name for name in ("event_types", "targets", "type_weights") if getattr(self, name)), None)
+
+    @property
+    def needs_times(self) -> str | None:
+        """The given option that needs times, for messages."""
+        return "session_gap" if self.session_gap is not None else "group" if self.group != "none" else None
+
+
+def _split(names: str | None) -> list[str] | None:
+    return None if names is None else [name.strip() for name in names.split(",")]
 
 
 def parse_options(options: Mapping[str, Any], *groups: type) -> Iterator[Any]:

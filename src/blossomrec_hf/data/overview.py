@@ -18,9 +18,6 @@ from .splits import event_batches
 from .storage import load_folder
 
 
-_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-
 def describe(dataset: Dataset) -> dict[str, Any]:
     """
     The figures of a built data set, in one pass over it.
@@ -137,15 +134,12 @@ def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple
     for percent, length in figures["covering_length"].items():
         rows.append((f"Latest items a user that hold {percent} % of the interactions", f"{length:,}"))
     if "time_span" in figures:
-        unit = filters.time_unit if filters else None
-        rows.append(("Time span", " to ".join(_date(time, unit) for time in figures["time_span"])))
+        rows.append(("Time span", " to ".join(_date(time) for time in figures["time_span"])))
     return rows
 
 
-def _date(time: float, unit: str | None) -> str:
-    return (
-        str(time) if unit is None else datetime.fromtimestamp(time / _PER_SECOND[unit], UTC).strftime("%Y-%m-%d %H:%M")
-    )
+def _date(time: int) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _favourites(dataset: Dataset, folder: Path) -> list[str]:

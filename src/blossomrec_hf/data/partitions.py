@@ -1,4 +1,4 @@
-"""Interactions on disk, in parts that hold whole users: sorted, de-duplicated and filtered one part at a time."""
+"""Events on disk in parts of whole users, which are sorted and filtered one at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,46 +10,48 @@ import polars as pl
 from .ingest import Interactions
 
 
-PARTITION_ROWS = 1 << 23  # interactions held at once: about 0.6 GB while they are sorted
+PARTITION_ROWS = 1 << 23  # events in memory at once: about 0.6 GB while they are sorted
 _CHUNK_ROWS = 1 << 21
 
 
 @dataclass
 class Partition:
-    """The interactions of some users, as files of equally many numbers: `user` and `item` codes (uint32) and `time`."""
+    """
+    The events of some users, one file per column.
+
+    Args:
+        stem (`Path`): path of the files, before the name of the column.
+        columns: the data type of each column, see [`~data.ingest.Interactions`].
+    """
 
     stem: Path
-    time_dtype: np.dtype | None
-
-    def columns(self) -> dict[str, np.dtype]:
-        known = {"user": np.dtype(np.uint32), "item": np.dtype(np.uint32), "time": self.time_dtype}
-        return {name: dtype for name, dtype in known.items() if dtype is not None}
+    columns: dict[str, np.dtype]
 
     def path(self, column: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}{column}.bin")
 
     def load(self, *columns: str, start: int = 0, count: int = -1) -> dict[str, np.ndarray]:
-        """The columns asked for (all, if none is named), from interaction `start` on."""
+        """The named columns (by default, all), from event `start` on."""
         return {
             name: np.fromfile(self.path(name), dtype, count, offset=start * dtype.itemsize)
-            for name, dtype in self.columns().items()
+            for name, dtype in self.columns.items()
             if not columns or name in columns
         }
 
     def store(self, values: dict[str, np.ndarray], mode: str = "wb") -> None:
-        for name, dtype in self.columns().items():
+        for name, dtype in self.columns.items():
             with open(self.path(name), mode) as file:
                 values[name].astype(dtype, copy=False).tofile(file)
 
     def keep(self, chosen: np.ndarray) -> None:
-        """Drops the interactions that the boolean `chosen` does not hold."""
+        """Drops the events that are not `chosen` (bool [events])."""
         if not chosen.all():
             self.store({name: column[chosen] for name, column in self.load().items()})
 
 
 def partition(log: Interactions, rows: int = PARTITION_ROWS) -> list[Partition]:
-    """Parts the log by user into parts of about `rows` interactions, users in order, file order kept in each."""
-    whole = Partition(log.folder / "log_", log.time_dtype)
+    """Splits a log by user into parts of about `rows` events, with users in order, and in file order within each part."""
+    whole = Partition(log.folder / "log_", log.columns)
     if log.rows <= rows:
         return [whole]
     per_user = np.zeros(log.users.size, np.int64)
@@ -58,7 +60,7 @@ def partition(log: Interactions, rows: int = PARTITION_ROWS) -> list[Partition]:
         user = whole.load("user", start=start, count=_CHUNK_ROWS)["user"]
         per_user += np.bincount(user, minlength=per_user.size)
     part_of_user = ((np.cumsum(per_user) - 1) // rows).astype(np.uint16)  # 16 bits: numpy sorts them by radix
-    parts = [Partition(log.folder / f"part{number}_", log.time_dtype) for number in range(int(part_of_user[-1]) + 1)]
+    parts = [Partition(log.folder / f"part{number}_", log.columns) for number in range(int(part_of_user[-1]) + 1)]
     for start in starts:
         chunk = whole.load(start=start, count=_CHUNK_ROWS)
         number = part_of_user[chunk["user"]]
@@ -67,32 +69,41 @@ def partition(log: Interactions, rows: int = PARTITION_ROWS) -> list[Partition]:
         ends = np.cumsum(np.bincount(number, minlength=len(parts)))
         for part, stop, size in zip(parts, ends, np.diff(ends, prepend=0)):
             part.store({name: column[stop - size : stop] for name, column in chunk.items()}, mode="ab")
-    for column in whole.columns():
+    for column in whole.columns:
         whole.path(column).unlink()
     return parts
 
 
 def sort(part: Partition) -> None:
-    """Orders a part by user, then time, ties in file order."""
+    """Orders the events of a part by user and time, ties in file order."""
     columns = part.load()
-    user, item, time = columns["user"].astype(np.int64), columns["item"], columns.get("time")
-    if time is None:
-        time = np.zeros(1, np.int64)
+    user, time = columns["user"].astype(np.int64), columns.get("time", np.zeros(1, np.int64))
     first, span = time.min(initial=0), int(time.max(initial=0)) - int(time.min(initial=0)) + 1
     if time.dtype.kind == "i" and (int(user.max(initial=0)) + 1) * span < 2**63:
         key = user * span + (time - first)
         if (key[1:] >= key[:-1]).all():
             return
-        ordered = pl.DataFrame({"key": key, "item": item}).sort("key", maintain_order=True)
+        others = {name: column for name, column in columns.items() if name not in ("user", "time")}
+        ordered = pl.DataFrame({"key": key, **others}).sort("key", maintain_order=True)
         key = ordered["key"].to_numpy()
-        part.store({"user": key // span, "item": ordered["item"].to_numpy(), "time": key % span + first})
+        columns = {name: ordered[name].to_numpy() for name in others}
+        part.store({**columns, "user": key // span, "time": key % span + first})
     else:
         order = np.lexsort((time, user))
         part.store({name: column[order] for name, column in columns.items()})
 
 
+def collapse_repeats(part: Partition) -> None:
+    """Drops events with the item, and event type if they are read, of the event before in a sorted history."""
+    columns = part.load("user", "item", "event_type")
+    chosen = np.zeros(columns["user"].size, bool)
+    for column in columns.values():
+        chosen |= np.append(True, column[1:] != column[:-1])[: chosen.size]
+    part.keep(chosen)
+
+
 def deduplicate(part: Partition, which: str) -> None:
-    """Keeps the `"first"` or `"last"` of each user's interactions with one item; `part` is sorted."""
+    """Keeps the `"first"` or `"last"` of each user's events with one item in a sorted part."""
     columns = part.load("user", "item")
     pair = pl.Series(columns["user"].astype(np.uint64) << np.uint64(32) | columns["item"])
     part.keep((pair.is_first_distinct() if which == "first" else pair.is_last_distinct()).to_numpy())
@@ -128,7 +139,7 @@ def k_core(
 
 
 def bound_histories(part: Partition, shortest: int, longest: int | None) -> None:
-    """Drops users with fewer than `shortest` interactions and all but the latest `longest` of the others."""
+    """Drops users with fewer than `shortest` events, and all but the latest `longest` events of the others."""
     user = part.load("user")["user"]
     starts, lengths = runs(user)
     chosen = np.repeat(lengths >= shortest, lengths)
@@ -138,7 +149,7 @@ def bound_histories(part: Partition, shortest: int, longest: int | None) -> None
 
 
 def count(parts: list[Partition], num_items: int) -> tuple[int, np.ndarray]:
-    """The number of users, and of interactions by item code."""
+    """The number of users, and the number of events of each item code."""
     users, items = 0, np.zeros(num_items, np.int64)
     for part in parts:
         columns = part.load("user", "item")
@@ -148,6 +159,6 @@ def count(parts: list[Partition], num_items: int) -> tuple[int, np.ndarray]:
 
 
 def runs(user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each user's interactions begin in a sorted part, and how many there are."""
+    """The index of each user's first event in a sorted part, and the number of the user's events."""
     starts = np.flatnonzero(np.diff(user, prepend=np.int64(-1)))
     return starts, np.diff(starts, append=user.size)

@@ -39,19 +39,22 @@ class Log:
     def has_timestamp(self) -> bool:
         return "timestamp" in self.parts[0].types
 
-    def require_rating(self, reason: str) -> None:
+    def require(self, role: str, reason: str) -> None:
         """
-        Checks that every part has ratings.
+        Checks that every part has a column of a role that needs numbers or names.
 
         Raises:
-            ValueError: if one does not; `reason` is the argument that needs them.
+            ValueError: if one does not; `reason` is the option that needs it.
         """
         for part in self.parts:
-            if "rating" not in part.types:
-                raise ValueError(f"{reason}, but {part.name} has no rating known; name its column with rating=…")
-            dtype = part.types["rating"]
-            if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null)):
-                raise ValueError(f"{reason}, but the ratings of {part.name} have type {dtype}; they may be numbers.")
+            if role not in part.types:
+                raise ValueError(f"{reason}, but {part.name} has no {role} known; name its column with {role}=…")
+            dtype = part.types[role]
+            texts = (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)
+            if not (dtype.is_numeric() or dtype in texts):
+                raise ValueError(
+                    f"{reason}, but the column of {part.name} has type {dtype}; it may be numbers or texts."
+                )
 
 
 def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -70,18 +71,10 @@ def split(
             f"columns has {', '.join(sorted(missing))}, but the data set has {', '.join(dataset.column_names)}; prepare "
             "the log with these columns, or leave them out."
         )
-    lengths, targets = part_lengths(dataset, part)
-    if counts is not None and part != "train":
-        known = _known_targets(dataset, lengths, lengths + targets, np.asarray(counts) > 0)
-        logger.warning(
-            "%s: %d of %d targets never seen in training, dropped", part, (targets - known).sum(), targets.sum()
-        )
-        targets = known
-    rows = np.flatnonzero(_rows_of(part, lengths, targets))
+    rows, reasons = _usable_rows(dataset, part, counts)
     if len(rows) < len(dataset):
-        logger.warning(
-            "%s: left out %d of %d users, too few items for it", part, len(dataset) - len(rows), len(dataset)
-        )
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        logger.warning("%s: left out %d of %d users: %s", part, len(dataset) - len(rows), len(dataset), listed)
     if not len(rows):
         raise too_short(dataset, part)
     unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
@@ -123,12 +116,33 @@ def hold_out_nothing(dataset: Dataset | EventTable) -> Dataset | EventTable:
 
 def has_users(dataset: Dataset | EventTable, part: Literal["train", "validation", "test"]) -> bool:
     """Whether any user has enough events for `part`."""
-    return bool(_rows_of(part, *part_lengths(dataset, part)).any())
+    return bool(len(_usable_rows(dataset, part)[0]))
 
 
-def _rows_of(part: str, lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """bool [users]: whether a user has enough events for `part`, by [`part_lengths`]."""
-    return lengths >= 2 if part == "train" else (lengths >= 1) & (targets >= 1)
+def _usable_rows(
+    dataset: Dataset | EventTable, part: str, counts: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The indices of the users with enough events for `part`, and the number of other users by reason."""
+    history, events = part_lengths(dataset, part)
+    if part == "train":
+        targets = _count_targets(dataset, np.minimum(history, 1), history)
+        tests = {"with fewer than 2 training events": history >= 2, "without a training target": targets >= 1}
+    else:
+        targets = _count_targets(dataset, history, history + events)
+        tests = {"without an event before the targets": history >= 1, "without a target": targets >= 1}
+        if counts is not None:
+            known = _count_targets(dataset, history, history + events, np.asarray(counts) > 0)
+            dropped, total = int((targets - known).sum()), int(targets.sum())
+            logger.warning("%s: %d of %d targets never seen in training, dropped", part, dropped, total)
+            tests["whose targets never occur in training"] = known >= 1
+    if "part" in dataset.column_names:
+        tests = {"of the other parts": _numbers(dataset, "part") == PARTS.index(part)} | tests
+    usable, reasons = np.ones(len(dataset), bool), {}
+    for reason, passed in tests.items():
+        if failed := int((usable & ~passed).sum()):
+            reasons[reason] = failed
+        usable &= passed
+    return np.flatnonzero(usable), reasons
 
 
 def repeat_share(dataset: Dataset | EventTable) -> float:
@@ -142,13 +156,15 @@ def repeat_share(dataset: Dataset | EventTable) -> float:
         stops = _numbers(dataset, "test_end")
         lengths, targets = np.maximum(stops - 1, 0), (stops >= 2).astype(np.int64)
     held_out, repeated, first = 0, 0, 0
-    for ids, events in event_batches(dataset):
+    weights = event_batches(dataset, "weights") if "weights" in dataset.column_names else repeat((None, None))
+    for (ids, events), (weight, _) in zip(event_batches(dataset), weights):
         last = first + events.size
         starts, stops = (np.repeat(ends[first:last], events) for ends in (lengths, lengths + targets))
         position = np.arange(ids.size) - np.repeat(np.cumsum(events) - events, events)
         pairs = np.repeat(np.arange(events.size), events) << np.int64(32) | ids
         item = (ids > UNK) & (stops > starts)
-        wanted = np.unique(pairs[item & (position >= starts) & (position < stops)])
+        is_target = item & (position >= starts) & (position < stops) & (True if weight is None else weight > 0)
+        wanted = np.unique(pairs[is_target])
         held_out += wanted.size
         repeated += np.isin(wanted, pairs[item & (position < starts)]).sum()
         first = last
@@ -168,21 +184,25 @@ def _numbers(dataset: Dataset | EventTable, column: str) -> np.ndarray:
     return dataset.with_format("arrow").select_columns([column])[:][column].to_numpy().astype(np.int64)
 
 
-def _known_targets(
-    dataset: Dataset | EventTable, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray
+def _count_targets(
+    dataset: Dataset | EventTable, starts: np.ndarray, stops: np.ndarray, seen: np.ndarray | None = None
 ) -> np.ndarray:
-    """int64 [users]: the number of events from `starts` to `stops` whose item occurs in training."""
-    known, first = np.zeros(len(dataset), np.int64), 0
-    for ids, lengths in event_batches(dataset):
+    """int64 [users]: the number of targets from event `starts` to `stops`; of those whose item is `seen`, if given."""
+    weighted = "weights" in dataset.column_names
+    if seen is None and not weighted:
+        return stops - starts
+    counts, first = np.zeros(len(dataset), np.int64), 0
+    weights = event_batches(dataset, "weights") if weighted else repeat((None, None))
+    for (ids, lengths), (weight, _) in zip(event_batches(dataset), weights):
         last = first + lengths.size
         position = np.arange(ids.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        inside = (position >= np.repeat(starts[first:last], lengths)) & (
-            position < np.repeat(stops[first:last], lengths)
-        )
-        user = np.repeat(np.arange(first, last), lengths)
-        known += np.bincount(user[inside & seen[ids]], minlength=known.size)
+        target = position >= np.repeat(starts[first:last], lengths)
+        target &= position < np.repeat(stops[first:last], lengths)
+        target &= True if weight is None else weight > 0
+        target &= True if seen is None else seen[ids]
+        counts += np.bincount(np.repeat(np.arange(first, last), lengths)[target], minlength=counts.size)
         first = last
-    return known
+    return counts
 
 
 def event_batches(dataset: Dataset | EventTable, column: str = "input_ids") -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -214,6 +234,10 @@ class _View:
         if self.part != "train":
             ends = zip(batch["input_ids"], stops, batch[f"{self.part}_end"])
             targets = [events[stop:end] for events, stop, end in ends]
+            if "weights" in batch:
+                ends = zip(batch["weights"], stops, batch[f"{self.part}_end"])
+                weights = [values[stop:end] for values, stop, end in ends]
+                targets = [[item for item, w in zip(*pair) if w > 0] for pair in zip(targets, weights)]
             if unseen is not None:
                 targets = [[item for item in items if not unseen[item]] for items in targets]
             rows["target_ids"] = targets
@@ -244,9 +268,62 @@ def item_counts(dataset: Dataset | EventTable, vocab_size: int) -> np.ndarray:
 
 
 def split_by_leave_one_out(dataset: Dataset | EventTable) -> Dataset | EventTable:
-    """`dataset` with the ends of leave-one-out: the last event is the test's, the one before the validation's."""
-    lengths = _history_lengths(dataset)
-    return _with_ends(dataset, *(np.maximum(lengths - held_out, 0) for held_out in (2, 1, 0)))
+    """
+    Splits by leave-one-out: the last target of each user is the test, and the one before it validation.
+
+    Events with weight 0 are no targets; those after the last target are in no part. The events of a basket
+    (`basket_starts`) are targets together.
+    """
+    batches = [_of_column(dataset, name) for name in ("input_ids", "weights", "basket_starts")]
+    ends = [leave_one_out_ends(lengths, *values) for (_, lengths), *values in zip(*batches)]
+    return _with_ends(dataset, *(np.concatenate([end[part] for end in ends]) for part in PARTS))
+
+
+def _of_column(dataset: Dataset | EventTable, name: str) -> Iterator[Any]:
+    """Batches of the events of a column: with lengths for `input_ids`, without for others, `None` if there is none."""
+    if name not in dataset.column_names:
+        return repeat(None)
+    batches = event_batches(dataset, name)
+    return batches if name == "input_ids" else (values for values, _ in batches)
+
+
+def leave_one_out_ends(
+    lengths: np.ndarray, weights: np.ndarray | None = None, basket_starts: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """
+    The ends of the parts under leave-one-out, see [`split_by_leave_one_out`].
+
+    Args:
+        lengths: int [users], the number of events of each user.
+        weights: float [events], the weight of each event; by default, 1.
+        basket_starts: bool [events], whether an event is the first of a basket; by default, each is.
+
+    Returns:
+        int64 [users] by part: the number of events before the end of the part. The test has the basket of the last target;
+        validation has the events from the basket of the target before it.
+    """
+    if weights is None and basket_starts is None:
+        return {part: np.maximum(lengths - held_out, 0) for part, held_out in zip(PARTS, (2, 1, 0))}
+    total, stops = int(lengths.sum()), np.cumsum(lengths)
+    starts = stops - lengths
+    begins = np.arange(total) if basket_starts is None else np.flatnonzero(basket_starts)
+    targets = np.arange(total) if weights is None else np.flatnonzero(np.asarray(weights) > 0)
+    before = np.append(targets, -1)  # index -1: there is no target before
+
+    def last_target(stop: np.ndarray) -> np.ndarray:
+        found = before[np.searchsorted(targets, stop) - 1]
+        return np.where(found >= starts, found, -1)
+
+    def basket_of(event: np.ndarray) -> np.ndarray:
+        return begins[np.maximum(np.searchsorted(begins, event, side="right") - 1, 0)] if total else event
+
+    last = last_target(stops)
+    test_start = np.where(last >= 0, basket_of(last), starts)
+    next_basket = np.append(begins, total)[np.searchsorted(begins, last, side="right")]
+    test_end = np.where(last >= 0, next_basket, starts)
+    earlier = last_target(test_start)
+    validation_start = np.where(earlier >= 0, basket_of(earlier), test_start)
+    return {part: end - starts for part, end in zip(PARTS, (validation_start, test_start, test_end))}
 
 
 def split_by_time(dataset: Dataset | EventTable, validation_from: float, test_from: float) -> Dataset | EventTable:

@@ -2,45 +2,19 @@
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import polars as pl
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
 from ..utils.files import recover_folder, report_leftovers, require_folder
 from .event_table import METADATA_FILE, TOKENIZER_FILES, EventTable
 from .filters import FilterReport
-from .partitions import Partition, runs
 from .splits import repeat_share
 
 
 _ROWS_A_BATCH = 5_000  # what a random access by row has to look at
-
-
-def user_rows(parts: list[Partition], user_ids: pl.Series, vocabulary: np.ndarray) -> Iterator[pa.Table]:
-    """One Arrow table a part, one row a user, with the ends of leave-one-out."""
-    id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
-    for part in parts:
-        columns = part.load()
-        starts, lengths = runs(columns["user"])
-        offsets = pa.array(np.append(starts, columns["user"].size), pa.int32())
-        rows = {
-            "user_id": user_ids[columns["user"][starts]].to_arrow().cast(id_type),
-            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(vocabulary[columns["item"]])),
-        }
-        if "time" in columns:
-            rows["timestamps"] = pa.ListArray.from_arrays(offsets, pa.array(columns["time"]))
-        yield with_ends(pa.table(rows), lengths)
-
-
-def with_ends(rows: pa.Table, lengths: np.ndarray) -> pa.Table:
-    """`rows` with the ends of leave-one-out for histories of these lengths."""
-    for name, held_out in (("train_end", 2), ("validation_end", 1), ("test_end", 0)):
-        rows = rows.append_column(name, pa.array(np.maximum(lengths - held_out, 0), pa.int32()))
-    return rows
 
 
 def _info(schema: pa.Schema, report: FilterReport) -> DatasetInfo:

@@ -9,11 +9,6 @@ def time_unit(median: float) -> str:
     return next((unit for unit, scale in UNITS.items() if median <= _YEAR_2100 * scale), "ns")
 
 
-def units_per_second(median: float) -> int:
-    """How many of a log's time units a second has, by the median time."""
-    return UNITS[time_unit(median)]
-
-
 def latest_time(unit: str | None) -> int:
     """The start of the year 2100 in a unit; a later number is not the time of an event."""
     return _YEAR_2100 * UNITS[unit or "s"]

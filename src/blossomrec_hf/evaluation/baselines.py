@@ -16,7 +16,6 @@ import torch
 from ..batches.histories import HistoryStore, to_device
 from ..data.event_table import EventTable
 from ..data.splits import event_batches, part_lengths, user_ids
-from ..data.time_units import units_per_second
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from .held_out import HeldOutItems, entries_of
 
@@ -151,7 +150,7 @@ class RecentPopularity:
         self.items, times = items[by_time], times[by_time]
         latest_of = dict(zip(user_ids(dataset), np.concatenate(latest).tolist()))
         now = np.array([latest_of[user] for user in held_out.user_ids])
-        window = days * 86_400 * units_per_second(np.median(times)) if len(times) else 0
+        window = days * 86_400
         self.starts = np.searchsorted(times, now - window, side="right")
         self.stops = np.searchsorted(times, now, side="right")
 

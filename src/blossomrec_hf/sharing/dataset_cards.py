@@ -16,7 +16,11 @@ from .upload import ensure_repo
 _COLUMNS = {
     "user_id": "the raw id of the user; one row per user, in the order of their first events in the log",
     "input_ids": "all events of the user in time order, as vocabulary ids: 0 is `[PAD]`, 1 `[UNK]`, items follow by frequency",
-    "timestamps": "the time of each event, in the unit of the log",
+    "timestamps": "the time of each event, in seconds",
+    "event_type_ids": "the type of each event",
+    "weights": "the weight of each event in the loss; events of weight 0 are read and not predicted",
+    "session_starts": "whether an event is the first of a session",
+    "basket_starts": "whether an event is the first of a basket, whose events are predicted together",
     "train_end": "training reads `input_ids[:train_end]`",
     "validation_end": "the validation targets are `input_ids[train_end:validation_end]`",
     "test_end": "the test targets are `input_ids[validation_end:test_end]`",

@@ -1,0 +1,143 @@
+"""Sorted events of users as rows of a Dataset: one row per user, one list per column of events."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Features, List
+
+from .filters import FilterReport
+from .options import EventOptions
+from .partitions import Partition, runs
+from .splits import leave_one_out_ends
+from .time_units import UNITS
+
+
+@dataclass(frozen=True)
+class EventColumns:
+    """
+    Computes the columns of a Dataset from the stored columns of events.
+
+    Args:
+        options ([`EventOptions`]): the options of the build.
+        time_unit (`str`, *optional*): unit of the stored times.
+        types (`list[str]`): the event types, by code.
+
+    Raises:
+        ValueError: if `targets` or `type_weights` name an event type that the log does not have.
+    """
+
+    options: EventOptions
+    time_unit: str | None
+    types: list[str]
+
+    def __post_init__(self) -> None:
+        for name, types in (("targets", self.options.target_list), ("type_weights", self.options.weights_by_type)):
+            if missing := [type for type in types or () if type not in self.types]:
+                raise ValueError(
+                    f"{name} has {missing[0]!r}, which is no event type of the log; it has {', '.join(self.types[:20])}."
+                )
+
+    def weights_by_code(self) -> np.ndarray | None:
+        """float32 [types]: the weight of each type, 0 for types that are not predicted; `None` if all weights are 1."""
+        given, targets = self.options.weights_by_type, self.options.target_list
+        if not given and targets is None:
+            return None
+        return np.array([given.get(t, 1.0) * (targets is None or t in targets) for t in self.types], np.float32)
+
+    def compute(self, stored: Mapping[str, np.ndarray], starts: np.ndarray) -> dict[str, np.ndarray]:
+        """
+        The columns of events besides `input_ids`.
+
+        Args:
+            stored: columns of sorted events, see [`~data.ingest.Interactions`].
+            starts: int [users], the index of each user's first event.
+
+        Returns:
+            those that are known, arrays [events]: `timestamps` (int64 seconds), `event_type_ids` (int64), `weights` (float32),
+            `session_starts` and `basket_starts` (bool).
+        """
+        columns, weights = {}, None
+        if "time" in stored:
+            columns["timestamps"] = to_seconds(stored["time"], self.time_unit)
+        if "event_type" in stored:
+            columns["event_type_ids"] = stored["event_type"].astype(np.int64)
+            by_code = self.weights_by_code()
+            weights = None if by_code is None else by_code[stored["event_type"]]
+        if "weight" in stored:
+            weights = stored["weight"] if weights is None else weights * stored["weight"]
+        if weights is not None:
+            columns["weights"] = weights
+        if self.options.gap_seconds is not None:
+            gap = self.options.gap_seconds * UNITS[self.time_unit or "s"]
+            columns["session_starts"] = _begins(np.diff(stored["time"]) > gap, starts)
+        if self.options.group == "timestamp":
+            columns["basket_starts"] = _begins(np.diff(columns["timestamps"]) > 0, starts)
+        return columns
+
+
+def to_seconds(times: np.ndarray, unit: str | None) -> np.ndarray:
+    """Times of a unit in whole seconds (int64), rounded down."""
+    return (times // UNITS[unit or "s"]).astype(np.int64)
+
+
+def _begins(apart: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """bool [events]: whether an event is the first of its user or `apart` (bool [events - 1]) from the one before."""
+    begins = np.append(True, apart)
+    begins[starts] = True
+    return begins
+
+
+def user_rows(
+    parts: list[Partition],
+    user_ids: pl.Series,
+    vocabulary: np.ndarray,
+    events: EventColumns,
+    report: FilterReport,
+) -> Iterator[pa.Table]:
+    """
+    Yields one Arrow table per part, with one row per user and the ends of leave-one-out.
+
+    Args:
+        parts: the events, sorted.
+        user_ids: the ids of the user codes.
+        vocabulary: int32 [items], the vocabulary id of each item code.
+        events ([`EventColumns`]): the columns besides `input_ids`.
+        report ([`FilterReport`]): gets the number of events after the last target of their user.
+    """
+    id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
+    unused = 0
+    for part in parts:
+        stored = part.load()
+        starts, lengths = runs(stored["user"])
+        ids = user_ids[stored["user"][starts]].to_arrow().cast(id_type)
+        columns = events.compute(stored, starts)
+        table = make_rows(ids, starts, lengths, {"input_ids": vocabulary[stored["item"]], **columns}, events.types)
+        unused += int(lengths.sum()) - (pc.sum(table["test_end"]).as_py() or 0)
+        yield table
+    note_unused(unused, report)
+
+
+def make_rows(
+    user_ids: pa.Array, starts: np.ndarray, lengths: np.ndarray, columns: Mapping[str, np.ndarray], types: list[str]
+) -> pa.Table:
+    """One row per user, with a list per column of events and the ends of leave-one-out."""
+    offsets = pa.array(np.append(starts, lengths.sum()), pa.int32())
+    rows = {"user_id": user_ids}
+    rows |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
+    ends = leave_one_out_ends(lengths, columns.get("weights"), columns.get("basket_starts"))
+    rows |= {f"{part}_end": pa.array(end, pa.int32()) for part, end in ends.items()}
+    table = pa.table(rows)
+    if "event_type_ids" not in columns:
+        return table
+    features = Features.from_arrow_schema(table.schema) | {"event_type_ids": List(ClassLabel(names=types))}
+    return table.replace_schema_metadata(Features(features).arrow_schema.metadata)
+
+
+def note_unused(events: int, report: FilterReport) -> None:
+    """Notes the events after the last target of their user, which are in no part."""
+    if events:
+        report.note([f"{events:,} events come after the last target of their user and are dropped from every part"])
