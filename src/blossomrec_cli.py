@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "convert a checkpoint from or to the authors' code",
     "card": "write the model card of a run",
 }
+EXTRAS = {"serve": "serve"}  # commands that cannot be imported without the packages of an extra
 USAGE = "usage: blossomrec COMMAND [options]\n\n" + "\n".join(
     f"  {name:<10} {text}" for name, text in COMMANDS.items()
 )
@@ -29,7 +30,7 @@ USAGE += "\n\n`blossomrec COMMAND --help` lists the options of a command, `bloss
 
 
 def main() -> None:
-    """Run `blossomrec COMMAND …`; exit code 2 if there is no such command."""
+    """Run `blossomrec COMMAND …`. Exits with code 2 if the command does not exist or its extra is not installed."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -44,4 +45,13 @@ def main() -> None:
         print(f"blossomrec has no command {name!r}; {hint}", file=sys.stderr)
         raise SystemExit(2)
     sys.argv = [f"blossomrec {name}", *rest]
-    importlib.import_module(f"blossomrec_hf.commands.{name}").main()
+    try:
+        command = importlib.import_module(f"blossomrec_hf.commands.{name}")
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS:
+            raise
+        print(
+            f'blossomrec {name} requires {error.name}: `pip install "blossomrec-hf[{EXTRAS[name]}]"`.', file=sys.stderr
+        )
+        raise SystemExit(2) from error
+    command.main()

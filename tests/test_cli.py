@@ -33,3 +33,12 @@ def test_a_command_gets_its_options(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         blossomrec_cli.main()
     assert capsys.readouterr().out.startswith("usage: blossomrec compare ")
+
+
+def test_a_command_without_its_extra_names_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["blossomrec", "serve", "--help"])
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "blossomrec_hf.commands.serve", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        blossomrec_cli.main()
+    assert 'requires fastapi: `pip install "blossomrec-hf[serve]"`' in capsys.readouterr().err

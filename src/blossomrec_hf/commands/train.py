@@ -276,7 +276,7 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
 
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     """Print ten recommendations for one user."""
-    history = torch.tensor([row.get("seen_ids", row["input_ids"])], device=model.device)
+    history = torch.as_tensor(row.get("seen_ids", row["input_ids"]), device=model.device)[None]
     recommended = model.recommend(history, top_k=min(10, tokenizer.num_items), max_length=max_length)
     found = recommended.item_ids[0] >= 0
     items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
