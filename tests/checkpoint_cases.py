@@ -61,8 +61,8 @@ def change_byte(path: Path, place: int = -3) -> None:
     path.write_bytes(content)
 
 
-def told(call: Callable, kind: type[BaseException]) -> str:
-    """What the error of a call says."""
+def error_message(call: Callable, kind: type[BaseException]) -> str:
+    """The message of the error that `call` raises."""
     try:
         call()
     except kind as error:

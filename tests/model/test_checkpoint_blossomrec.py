@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoint_cases import change_byte, change_config, change_json, same_weights, small_model, told
+from checkpoint_cases import change_byte, change_config, change_json, error_message, same_weights, small_model
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import blossomrec_hf
@@ -35,24 +35,24 @@ def test_parts_of_large_weights_are_covered(saved):
     assert set(parts) <= set(json.loads((folder / MANIFEST_NAME).read_text())["sha256"])
     assert same_weights(model, load(folder))
     change_byte(folder / parts[-1])
-    assert parts[-1] in told(lambda: load(folder), ValueError)
+    assert parts[-1] in error_message(lambda: load(folder), ValueError)
 
 
 @pytest.mark.parametrize("place", [2, -3])  # in the header, which does not even open then, and in a weight
 def test_damaged_weights_are_refused(saved, place):
     _, folder = saved
     change_byte(folder / "model.safetensors", place)
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     assert "model.safetensors" in message and "force_download" in message
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in message
-    assert message == told(lambda: AutoModelForCausalLM.from_pretrained(folder), ValueError)
+    assert message == error_message(lambda: AutoModelForCausalLM.from_pretrained(folder), ValueError)
 
 
 def test_changed_code_is_named_with_its_hash(saved):
     _, folder = saved
     with (folder / "ops_torch.py").open("a") as file:
         file.write("import os\n")
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     assert message.startswith("ops_torch.py") and "check_files=False" in message
     assert hashlib.sha256((folder / "ops_torch.py").read_bytes()).hexdigest() in message
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_without_a_manifest_is_taken_as_it_is(saved):
 def test_weights_that_are_not_the_configuration_s_are_refused(saved, changes, said):
     _, folder = saved
     change_config(folder, **changes)
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     assert "disagree" in message and said in message
     load(folder, ignore_mismatched_sizes=True)
 
@@ -89,7 +89,7 @@ def test_with_and_without_head(tmp_path, tied):
     if tied:
         assert same_weights(load(tmp_path / "base"), model)
     else:
-        assert "lm_head.weight" in told(lambda: load(tmp_path / "base"), ValueError)
+        assert "lm_head.weight" in error_message(lambda: load(tmp_path / "base"), ValueError)
 
 
 def test_what_from_pretrained_takes_besides(saved):
@@ -105,9 +105,9 @@ def test_pickled_weights_are_refused(saved):
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     for call in (load, AutoModelForCausalLM.from_pretrained, BlossomRecModel.from_pretrained):
-        message = told(lambda: call(folder), ValueError)
+        message = error_message(lambda: call(folder), ValueError)
         assert "pytorch_model.bin" in message and "safetensors only" in message
-    assert "use_safetensors" in told(lambda: load(folder, use_safetensors=False), ValueError)
+    assert "use_safetensors" in error_message(lambda: load(folder, use_safetensors=False), ValueError)
 
 
 def test_the_version_of_the_package_goes_along_and_a_newer_one_is_refused(saved):
@@ -118,7 +118,7 @@ def test_the_version_of_the_package_goes_along_and_a_newer_one_is_refused(saved)
     for newer in (f"{major}.{minor + 1}.0", f"{major + 1}.0.0", f"{major}.{minor + 10}.0.dev1"):
         # Also where it says something that this version does not know.
         change_config(folder, blossomrec_version=newer, attention_types=["spiral", "spiral"])
-        message = told(lambda: load(folder), ValueError)
+        message = error_message(lambda: load(folder), ValueError)
         assert newer in message and "pip install -U" in message
     for older in (f"{major}.{minor}.99", "0.0.1", None):
         change_config(folder, blossomrec_version=older, attention_types=["blossom", "blossom"])
@@ -181,7 +181,7 @@ def test_a_changed_configuration_is_refused_unless_asked_for(saved):
     _, folder = saved
     change_json(folder / "config.json", num_selected_blocks=1)  # no weight has another size for it
     for call in (load, AutoModelForCausalLM.from_pretrained):
-        message = told(lambda: call(folder), ValueError)
+        message = error_message(lambda: call(folder), ValueError)
         assert message.startswith("config.json of") and "check_files=False" in message
         assert call(folder, check_files=False).config.num_selected_blocks == 1
     load(folder, check_files=False).save_pretrained(folder)
@@ -192,7 +192,7 @@ def test_weights_that_an_ordinary_tool_rewrote_are_refused_with_the_remedy(saved
     _, folder = saved
     other = small_model()
     Accelerator(cpu=True).save_model(other, folder)
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     assert "`accelerator.save_model`" in message and "check_files=False" in message and "save_pretrained" in message
     loaded = load(folder, check_files=False)
     assert same_weights(loaded, other)
@@ -213,10 +213,10 @@ def test_an_index_of_weights_names_safetensors_of_its_own_folder_only(saved, nam
     index.write_text(json.dumps(content))
     for call in (load, AutoModelForCausalLM.from_pretrained):
         for options in ({}, {"check_files": False}):
-            message = told(lambda: call(folder, **options), ValueError)
+            message = error_message(lambda: call(folder, **options), ValueError)
             assert repr(name) in message or "model.safetensors.index.json of" in message
     (folder / MANIFEST_NAME).unlink()
-    assert repr(name) in told(lambda: load(folder), ValueError)
+    assert repr(name) in error_message(lambda: load(folder), ValueError)
 
 
 def test_weights_outside_of_the_folder_are_refused(saved):
@@ -224,7 +224,7 @@ def test_weights_outside_of_the_folder_are_refused(saved):
     outside = folder.parent / f"{folder.name}-elsewhere.safetensors"
     (folder / "model.safetensors").rename(outside)
     (folder / "model.safetensors").symlink_to(outside)
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     assert "is a symbolic link to" in message and str(outside) in message
 
 
@@ -242,7 +242,7 @@ def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_asked_for(sav
     _, folder = saved
     change_config(folder, **sizes)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("a model is made"))
-    message = told(lambda: load(folder), ValueError)
+    message = error_message(lambda: load(folder), ValueError)
     name, value = next(iter(sizes.items()))
     assert f"`{name}` {value}" in message and "disagree" in message
 
@@ -252,4 +252,4 @@ def test_weights_that_are_none_are_refused_in_a_sentence(saved, content):
     _, folder = saved
     (folder / "model.safetensors").write_bytes(content)
     (folder / MANIFEST_NAME).unlink()
-    assert "The weights of" in told(lambda: load(folder), ValueError)
+    assert "The weights of" in error_message(lambda: load(folder), ValueError)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_cases import change_config, same_weights, small_model, small_tokenizer, told
+from checkpoint_cases import change_config, error_message, same_weights, small_model, small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -173,7 +173,7 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, content):
     ],
 )
 def test_values_of_a_wrong_kind_are_named(name, value):
-    message = told(lambda: BlossomRecConfig(**{name: value}), ValueError)
+    message = error_message(lambda: BlossomRecConfig(**{name: value}), ValueError)
     assert message.startswith(f"`{name}") and len(message.splitlines()) == 1
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from checkpoint_cases import change_json, small_model, small_tokenizer, told
+from checkpoint_cases import change_json, error_message, small_model, small_tokenizer
 
 from blossomrec_hf.model.manifest_blossomrec import MANIFEST_NAME, check_manifest, code_files, inside, update_manifest
 
@@ -38,14 +38,14 @@ def test_saving_again_drops_what_is_gone_and_keeps_what_it_did_not_write(folder)
     found = hashes(folder)
     assert "model.safetensors" not in found and "model.safetensors.index.json" in found
     assert found["tokenizer.json"] == tokenizer_hash  # the model did not write it, so it does not vouch for it
-    assert "tokenizer.json" in told(lambda: check_manifest(folder), ValueError)
+    assert "tokenizer.json" in error_message(lambda: check_manifest(folder), ValueError)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "..", "", ".hidden", "a\\b", "a\nb"])
 def test_names_outside_of_the_folder_are_refused_and_not_read(folder, name):
     (folder.parent / "secret").write_text("secret")
     change_json(folder / MANIFEST_NAME, sha256={name: "0" * 64})
-    message = told(lambda: check_manifest(folder), ValueError)
+    message = error_message(lambda: check_manifest(folder), ValueError)
     assert repr(name) in message and "its own folder" in message
     assert hashlib.sha256(b"secret").hexdigest() not in message
 
@@ -55,14 +55,14 @@ def test_symbolic_links_are_followed_inside_of_the_folder_alone(folder):
     (folder / "there.txt").symlink_to(folder.parent / "secret")
     (folder / "here.txt").symlink_to(folder / "config.json")
     assert inside(folder, "here.txt").read_text() == (folder / "config.json").read_text()
-    message = told(lambda: inside(folder, "there.txt"), ValueError)
+    message = error_message(lambda: inside(folder, "there.txt"), ValueError)
     assert "there.txt is a symbolic link to" in message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"sha256": []}', '{"sha256": {"a": 1}}', "[" * 100_000])
 def test_a_damaged_manifest_is_refused_and_replaced_by_the_next_save(folder, content):
     (folder / MANIFEST_NAME).write_text(content)
-    assert "damaged" in told(lambda: check_manifest(folder), ValueError)
+    assert "damaged" in error_message(lambda: check_manifest(folder), ValueError)
     update_manifest(folder, ["config.json"])
     assert list(hashes(folder)) == ["config.json"]
 

@@ -116,7 +116,7 @@ def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path):
     assert torch.equal(item_ids, model.recommend(ids).item_ids)
 
 
-def test_an_empty_checkpoint_folder_is_told(tmp_path):
+def test_an_empty_checkpoint_folder_is_reported(tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
     config().save_pretrained(tmp_path)

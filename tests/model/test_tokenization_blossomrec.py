@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import told
+from checkpoint_cases import error_message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -194,7 +194,7 @@ def change_vocabulary(folder, change, *, save=True):
 
 
 def refused(folder, **options):
-    message = told(lambda: BlossomRecTokenizer.from_pretrained(folder, **options), ValueError)
+    message = error_message(lambda: BlossomRecTokenizer.from_pretrained(folder, **options), ValueError)
     assert len(message.splitlines()) == 1
     return message
 
@@ -208,7 +208,7 @@ def test_a_tokenizer_that_was_changed_after_it_was_saved_is_refused_unless_asked
     change_vocabulary(saved, swap_two_ids, save=False)
     message = refused(saved)
     assert message.startswith("tokenizer.json of") and "check_files=False" in message
-    assert message == told(lambda: AutoTokenizer.from_pretrained(saved), ValueError)
+    assert message == error_message(lambda: AutoTokenizer.from_pretrained(saved), ValueError)
     for kind in (BlossomRecTokenizer, AutoTokenizer):
         assert kind.from_pretrained(saved, check_files=False).encode_items([103, 104]) == [6, 5]
     BlossomRecTokenizer.from_pretrained(saved, check_files=False).save_pretrained(saved)

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 from card_rules import metadata_errors
-from checkpoint_cases import told
+from checkpoint_cases import error_message
 from huggingface_hub import ModelCard
 
 from blossomrec_hf.sharing.cards import model_card, train_command, write_card
@@ -91,7 +91,7 @@ def test_where_users_repeat_items_nothing_is_masked_and_repeats_stand_apart():
     text = model_card(repeats, name="shop").text
     assert "| Recall@10, nothing masked | NDCG@10, nothing masked | Recall@10, repeated targets |" in text
     assert "67.0% of the test items already occur in their user's history" in text and "seen items masked" not in text
-    assert "cannot show both" in told(lambda: model_card([run(), repeats], name="shop"), ValueError)
+    assert "cannot show both" in error_message(lambda: model_card([run(), repeats], name="shop"), ValueError)
 
 
 def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
@@ -119,9 +119,9 @@ def test_what_is_not_known_is_not_said(tmp_path):
     bare["configuration"] = {"data": None, "attention_types": ["blossom"]}
     text = model_card(bare, name="x").text
     assert "Made with" not in text and "on a machine" not in text and "built-in generated log" in text
-    assert "recall@20" in told(lambda: model_card(bare, name="x", k=20), ValueError)
-    assert "no run" in told(lambda: model_card([], name="x"), ValueError)
-    assert "training_summary.json" in told(lambda: write_card(tmp_path), ValueError)
+    assert "recall@20" in error_message(lambda: model_card(bare, name="x", k=20), ValueError)
+    assert "no run" in error_message(lambda: model_card([], name="x"), ValueError)
+    assert "training_summary.json" in error_message(lambda: write_card(tmp_path), ValueError)
 
 
 def test_a_license_that_the_hub_does_not_know_is_found():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from authors_cases import AuthorsModel, scores_agree
-from checkpoint_cases import small_model, told
+from checkpoint_cases import error_message, small_model
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
 from blossomrec_hf.sharing.conversion import AUTHORS_CONSTANTS, from_authors, to_authors
@@ -45,18 +45,18 @@ def test_a_converted_model_is_a_checkpoint_like_any_other(authors, tmp_path):
 
 def test_what_cannot_be_the_same_function_is_refused(authors):
     state = authors.state_dict()
-    assert "must be 4" in told(lambda: from_authors(state), ValueError)
+    assert "must be 4" in error_message(lambda: from_authors(state), ValueError)
     extra = {**state, "trm_encoder.layer.0.adapter.weight": torch.ones(1)}
-    assert "adapter.weight" in told(lambda: from_authors(extra, num_attention_heads=4), ValueError)
+    assert "adapter.weight" in error_message(lambda: from_authors(extra, num_attention_heads=4), ValueError)
     learned = {**state, "position_embedding.weight": torch.ones(50, 16)}
-    assert "learned positions" in told(lambda: from_authors(learned, num_attention_heads=4), ValueError)
+    assert "learned positions" in error_message(lambda: from_authors(learned, num_attention_heads=4), ValueError)
     gsasrec = {"item_embedding.weight": torch.ones(9, 4), "position_embedding.weight": torch.ones(5, 4)}
     gsasrec |= {"transformer_blocks.0.first_norm.weight": torch.ones(4)}
-    message = told(lambda: from_authors(gsasrec), ValueError)
+    message = error_message(lambda: from_authors(gsasrec), ValueError)
     assert "learned positions" in message and "normalizes before" in message and "'full'" in message
-    assert "no weights of the authors'" in told(lambda: from_authors({"a": torch.ones(1)}), ValueError)
+    assert "no weights of the authors'" in error_message(lambda: from_authors({"a": torch.ones(1)}), ValueError)
     for changes, named in (({}, "short_term_block_size"), ({"attention_types": "full"}, "attention_types")):
-        assert named in told(lambda changes=changes: to_authors(small_model(**changes)), ValueError)
+        assert named in error_message(lambda changes=changes: to_authors(small_model(**changes)), ValueError)
 
 
 def test_weights_with_parts_missing_or_of_other_shapes_are_refused_in_a_sentence(authors):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from authors_cases import AuthorsModel, scores_agree
-from checkpoint_cases import told
+from checkpoint_cases import error_message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +136,7 @@ def test_nothing_in_a_file_is_run(authors, tmp_path, name, protocol):
         checkpoint = {"state_dict": authors.state_dict(), place: hostile}
         path = write(tmp_path / "hostile.pth", checkpoint, protocol)
         if place == "state_dict":
-            assert "no weights" in told(lambda path=path: read_checkpoint(path), ValueError)
+            assert "no weights" in error_message(lambda path=path: read_checkpoint(path), ValueError)
         else:
             assert len(read_checkpoint(path)[0]) == len(authors.state_dict())
     assert not marker.exists() and not hasattr(torch.nn.Module, "was_run")
@@ -159,7 +159,9 @@ def test_hand_written_pickles_run_nothing_either(authors, tmp_path):
     path = write(tmp_path / "theirs.pth", authors.state_dict())
     for program in programs:
         pickletools.dis(program, io.StringIO())  # well-formed
-        assert "theirs.pth" in told(lambda program=program: read_checkpoint(replace_pickle(path, program)), ValueError)
+        assert "theirs.pth" in error_message(
+            lambda program=program: read_checkpoint(replace_pickle(path, program)), ValueError
+        )
     assert not marker.exists()
 
 
@@ -169,24 +171,26 @@ def test_tensors_that_do_not_fit_into_their_values_are_refused(tmp_path):
     (size,) = [position for op, arg, position in pickletools.genops(program) if arg == 3 and op.name == "BININT1"][:1]
     for huge in (struct.pack("<i", 2**31 - 1), struct.pack("<i", -1), struct.pack("<i", 7)):
         other = program[:size] + b"J" + huge + program[size + 2 :]
-        assert "damaged" in told(lambda other=other: read_checkpoint(replace_pickle(path, other)), ValueError)
+        assert "damaged" in error_message(lambda other=other: read_checkpoint(replace_pickle(path, other)), ValueError)
     # A small file with many tensors of the same values.
     shared = torch.zeros(1000)
     path = write(tmp_path / "many.pth", {str(number): shared for number in range(1000)})
-    assert "many times larger" in told(lambda: read_checkpoint(path), ValueError)
+    assert "many times larger" in error_message(lambda: read_checkpoint(path), ValueError)
 
 
 def test_other_files_are_refused_in_a_sentence(tmp_path):
     other = tmp_path / "other.pth"
     for content in (b"", b"PK\x03\x04", pickle.dumps({"a": 1}), b"x" * 1000):
         other.write_bytes(content)
-        message = told(lambda: read_checkpoint(other), ValueError)
+        message = error_message(lambda: read_checkpoint(other), ValueError)
         assert "other.pth" in message and "torch.save" in message
     with zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("other/data.pkl", bytes(10**7))
-    assert "not stored as it is" in told(lambda: read_checkpoint(other), ValueError)
+    assert "not stored as it is" in error_message(lambda: read_checkpoint(other), ValueError)
     for content in ({"epoch": 1}, [1, 2], AuthorsModel(5, 8, 2).item_embedding, None, {"state_dict": 3}):
-        assert "no weights" in told(lambda content=content: read_checkpoint(write(other, content)), ValueError)
+        assert "no weights" in error_message(
+            lambda content=content: read_checkpoint(write(other, content)), ValueError
+        )
     with pytest.raises(OSError):
         read_checkpoint(tmp_path / "nowhere.pth")
 

@@ -2,7 +2,7 @@
 
 import json
 
-from checkpoint_cases import told
+from checkpoint_cases import error_message
 
 from blossomrec_hf.sharing.summary import SUMMARY_FILE, group_runs, write_summary
 from blossomrec_hf.training import changed_arguments
@@ -35,4 +35,6 @@ def test_runs_that_differ_in_an_argument_are_two_groups():
     first, second = group_runs(runs)
     assert [[run["seed"] for run in group.runs] for group in (first, second)] == [[1, 2], [1, 2]]
     assert (first.varying, second.varying) == ({"weight_decay": 0.1}, {"weight_decay": None})
-    assert "without seed" in told(lambda: group_runs([{"configuration": {}, "exclude_seen": True}]), ValueError)
+    assert "without seed" in error_message(
+        lambda: group_runs([{"configuration": {}, "exclude_seen": True}]), ValueError
+    )

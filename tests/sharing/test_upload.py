@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import change_config, same_weights, save_and_push, small_model, small_tokenizer, told
+from checkpoint_cases import change_config, error_message, same_weights, save_and_push, small_model, small_tokenizer
 from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,7 +77,7 @@ def test_model_and_tokenizer_there_and_back_in_one_commit(local_hub, folder):
     assert len(repository.commits) == 2
 
 
-def test_an_item_index_goes_along(local_hub, tmp_path):
+def test_an_item_index_is_uploaded_or_refused_if_stale(local_hub, tmp_path):
     index_module = pytest.importorskip("blossomrec_hf.serving.index")
     pytest.importorskip("faiss")
     model = small_model(num_items=200)
@@ -92,7 +92,7 @@ def test_an_item_index_goes_along(local_hub, tmp_path):
     states = torch.randn(3, 16)
     assert torch.equal(again.search(states, 5), index.search(states, 5))
     small_model(num_items=200).save_pretrained(tmp_path)
-    assert "item index" in told(lambda: push(tmp_path, "ada/rec"), ValueError)  # of another model
+    assert "item index" in error_message(lambda: push(tmp_path, "ada/rec"), ValueError)  # of another model
     for name in ("item_index.faiss", "item_index.json"):
         (tmp_path / name).unlink()
     push(tmp_path, "ada/rec")
@@ -116,7 +116,7 @@ def test_branches_and_pull_requests(local_hub):
     assert "refs/pr/2" in local_hub.repository("ada/renamed").refs
 
 
-def test_weights_of_an_earlier_push_do_not_stay(local_hub, tmp_path):
+def test_weights_of_an_earlier_push_are_removed(local_hub, tmp_path):
     first, second, tokenizer = small_model(), small_model(), small_tokenizer()
     save_and_push("ada/rec", first, tokenizer)
     local_hub.multipart_bytes = 5000
@@ -161,7 +161,7 @@ def test_a_passing_fault_is_retried(local_hub, fault, where):
 
 
 @pytest.mark.parametrize("fault", ["drop", 503, "truncate"])
-def test_a_broken_push_leaves_nothing_half_and_the_next_goes_on(local_hub, fault):
+def test_an_interrupted_push_commits_nothing_and_the_next_one_continues(local_hub, fault):
     model, tokenizer = small_model(), small_tokenizer()
     local_hub.fail(fault, path="/commit/")
     try:
@@ -180,7 +180,7 @@ def test_a_broken_push_leaves_nothing_half_and_the_next_goes_on(local_hub, fault
 
 
 def test_bytes_that_change_on_the_way_up_are_not_stored(local_hub):
-    """The Hub compares hashes; a file that changes between hashing and sending is told, and nothing is committed."""
+    """The Hub compares hashes; a file that changes between hashing and sending is error_message, and nothing is committed."""
     model, tokenizer = small_model(), small_tokenizer()
     local_hub.fail(400, method="PUT", path="/upload/")
     with pytest.raises(Exception, match="model.safetensors"):
@@ -190,17 +190,17 @@ def test_bytes_that_change_on_the_way_up_are_not_stored(local_hub):
     assert_same(model, tokenizer, "ada/rec")
 
 
-def test_a_damaged_download_is_not_taken_for_the_model(local_hub, tmp_path):
+def test_a_damaged_download_is_refused(local_hub, tmp_path):
     model, tokenizer = small_model(), small_tokenizer()
     save_and_push("ada/rec", model, tokenizer)
     local_hub.fail("corrupt", method="GET", path="/cdn/")
-    message = told(lambda: load("ada/rec", cache_dir=tmp_path), ValueError)
+    message = error_message(lambda: load("ada/rec", cache_dir=tmp_path), ValueError)
     assert "model.safetensors of ada/rec" in message and "removed from the cache" in message
     assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
 
 
 @pytest.mark.parametrize("fault", ["truncate", "drop", 503])
-def test_a_download_that_breaks_off_is_retried_or_told(local_hub, tmp_path, fault):
+def test_an_interrupted_download_is_retried_or_reported(local_hub, tmp_path, fault):
     model, tokenizer = small_model(), small_tokenizer()
     save_and_push("ada/rec", model, tokenizer)
     local_hub.fail(fault, method="GET", path="/cdn/")
@@ -211,7 +211,7 @@ def test_a_download_that_breaks_off_is_retried_or_told(local_hub, tmp_path, faul
     assert same_weights(model, load("ada/rec", cache_dir=tmp_path))
 
 
-def test_without_network_a_complete_cache_serves_and_an_incomplete_one_says_so(local_hub, tmp_path):
+def test_without_network_a_complete_cache_loads_and_an_incomplete_one_is_reported(local_hub, tmp_path):
     model, tokenizer = small_model(), small_tokenizer()
     save_and_push("ada/rec", model, tokenizer)
     load("ada/rec", cache_dir=tmp_path)
@@ -221,8 +221,10 @@ def test_without_network_a_complete_cache_serves_and_an_incomplete_one_says_so(l
     (weights,) = Path(tmp_path).rglob("snapshots/*/model.safetensors")
     weights.unlink()
     for finding in ({}, {"local_files_only": True}):
-        assert "in the cached files" in told(lambda f=finding: load("ada/rec", cache_dir=tmp_path, **f), OSError)
-    message = told(lambda: save_and_push("ada/other", model, tokenizer), ConnectionError)
+        assert "in the cached files" in error_message(
+            lambda f=finding: load("ada/rec", cache_dir=tmp_path, **f), OSError
+        )
+    message = error_message(lambda: save_and_push("ada/other", model, tokenizer), ConnectionError)
     assert "the same call again" in message
 
 
@@ -233,25 +235,25 @@ def test_pickled_weights_of_the_hub_are_refused(local_hub, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     HfApi().create_repo("ada/rec")
     HfApi().upload_folder(repo_id="ada/rec", folder_path=tmp_path)
-    assert "pickle (pytorch_model.bin)" in told(lambda: load("ada/rec"), ValueError)
+    assert "pickle (pytorch_model.bin)" in error_message(lambda: load("ada/rec"), ValueError)
     assert not any(method == "GET" and path.startswith("/cdn/") for method, path, _ in local_hub.requests[-3:])
 
 
-def test_repositories_that_one_may_not_read_or_that_are_not_there(local_hub):
+def test_private_gated_and_missing_repositories(local_hub):
     save_and_push("ada/rec", small_model(), small_tokenizer(), private=True)
     for finding in ({"token": "hf_other"}, {"token": False}, {"revision": "v9"}):
-        assert "ada/rec" in told(lambda finding=finding: load("ada/rec", **finding), OSError)
-    assert "ada/none" in told(lambda: load("ada/none"), OSError)
+        assert "ada/rec" in error_message(lambda finding=finding: load("ada/rec", **finding), OSError)
+    assert "ada/none" in error_message(lambda: load("ada/none"), OSError)
     local_hub.repository("ada/rec").private = False
     local_hub.repository("ada/rec").gated = True
-    assert "gated" in told(lambda: load("ada/rec", token="hf_other"), OSError)
+    assert "gated" in error_message(lambda: load("ada/rec", token="hf_other"), OSError)
 
 
-def test_who_may_not_push_is_told_why(local_hub, monkeypatch, folder):
+def test_missing_permissions_are_explained(local_hub, monkeypatch, folder):
     model, tokenizer = small_model(), small_tokenizer()
 
     def refusal(repo_id="ada/rec", kind=PermissionError, **options):
-        return told(lambda: save_and_push(repo_id, model, tokenizer, **options), kind)
+        return error_message(lambda: save_and_push(repo_id, model, tokenizer, **options), kind)
 
     expired = refusal(token="hf_expired")
     assert "the Hub rejected `token`" in expired and "no valid token was found" in expired
@@ -261,19 +263,19 @@ def test_who_may_not_push_is_told_why(local_hub, monkeypatch, folder):
         assert "`repo_id` is" in refusal(name, ValueError)
     save_and_push("ada/rec", model, tokenizer)
     assert "already exists" in refusal(kind=FileExistsError, exist_ok=False)
-    assert "41 ids" in told(lambda: save_and_push("ada/x", model, small_tokenizer(39)), ValueError)
+    assert "41 ids" in error_message(lambda: save_and_push("ada/x", model, small_tokenizer(39)), ValueError)
 
     monkeypatch.delenv("HF_TOKEN")
     without = refusal()
     assert without.startswith("Cannot push to ada/rec: no valid token was found; ") and ". " not in without
     assert "hf auth login" in without and "HF_TOKEN" in without
-    assert without == refusal(token=False) == told(lambda: push(folder, "ada/rec"), PermissionError)
+    assert without == refusal(token=False) == error_message(lambda: push(folder, "ada/rec"), PermissionError)
     assert len(local_hub.repositories) == 1
 
 
-def test_folders_that_are_no_model_are_not_pushed(local_hub, folder, tmp_path):
+def test_folders_without_a_loadable_model_are_not_pushed(local_hub, folder, tmp_path):
     def refusal():
-        return told(lambda: push(folder, "ada/rec"), ValueError)
+        return error_message(lambda: push(folder, "ada/rec"), ValueError)
 
     shutil.copytree(folder, tmp_path / "copy")
     change_config(folder, vocab_size=50)
@@ -290,7 +292,7 @@ def test_folders_that_are_no_model_are_not_pushed(local_hub, folder, tmp_path):
 
 def test_a_card_with_wrong_metadata_is_not_pushed(local_hub, folder):
     (folder / "README.md").write_text("---\nlicense: mine\n---\n# x\n")
-    assert "license" in told(lambda: push(folder, "ada/rec"), ValueError)
+    assert "license" in error_message(lambda: push(folder, "ada/rec"), ValueError)
     assert len(local_hub.repository("ada/rec").commits) == 1
 
 
@@ -335,8 +337,8 @@ def test_weights_of_two_uploads_are_refused_and_a_push_cleans_up(local_hub, tmp_
     model, tokenizer = small_model(), small_tokenizer()
     save_and_push("ada/rec", small_model(), tokenizer)
     model.push_to_hub("ada/rec", max_shard_size="20KB")
-    message = told(lambda: load("ada/rec"), ValueError)
-    assert message == told(lambda: AutoModelForCausalLM.from_pretrained("ada/rec"), ValueError)
+    message = error_message(lambda: load("ada/rec"), ValueError)
+    assert message == error_message(lambda: AutoModelForCausalLM.from_pretrained("ada/rec"), ValueError)
     assert (
         "model.safetensors" in message and "model.safetensors.index.json" in message and "blossomrec push" in message
     )

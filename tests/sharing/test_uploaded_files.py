@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from checkpoint_cases import small_model, small_tokenizer, told
+from checkpoint_cases import error_message, small_model, small_tokenizer
 
 from blossomrec_hf.sharing.upload import files_to_push
 
@@ -53,7 +53,7 @@ def test_the_target_of_a_symbolic_link_never_goes(folder, tmp_path_factory, name
     secret.write_text("secret")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
-    assert f"{name} is a symbolic link to {secret}" in told(lambda: files_to_push(folder), ValueError)
+    assert f"{name} is a symbolic link to {secret}" in error_message(lambda: files_to_push(folder), ValueError)
     (folder / name).unlink()
     (folder / "mine").write_text("x")
     (folder / name).symlink_to(folder / "mine")  # to a file of the folder: a copy of it
@@ -67,4 +67,4 @@ def test_the_target_of_a_linked_folder_never_goes(folder, tmp_path_factory):
         path.unlink()
     (folder / "adapter").rmdir()
     (folder / "adapter").symlink_to(elsewhere)
-    assert "symbolic link" in told(lambda: files_to_push(folder), ValueError)
+    assert "symbolic link" in error_message(lambda: files_to_push(folder), ValueError)

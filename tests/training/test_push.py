@@ -84,7 +84,7 @@ def test_training_continues_if_the_hub_cannot_be_reached(local_hub, trainer, log
     assert "Training in progress, step 2" in titles and "Training in progress, step 1" not in titles
 
 
-def test_a_missing_token_is_told_before_the_training(local_hub, log, tmp_path, monkeypatch):
+def test_a_missing_token_is_reported_before_training(local_hub, log, tmp_path, monkeypatch):
     arguments = {"report_to": "none", "use_cpu": True, "push_to_hub": True, "hub_model_id": "ada/later"}
     tokenizer = {"processing_class": log[1]}
 

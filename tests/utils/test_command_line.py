@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from checkpoint_cases import same_weights, small_model, small_tokenizer, told
+from checkpoint_cases import error_message, same_weights, small_model, small_tokenizer
 from huggingface_hub import constants
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
@@ -12,7 +12,7 @@ from blossomrec_hf.utils.command_line import exit_on_error, load_checkpoint
 
 
 def refused(path, kind=BlossomRecForSequentialRecommendation, argument="model") -> str:
-    sentence = told(lambda: load_checkpoint(kind, str(path), argument), ValueError)
+    sentence = error_message(lambda: load_checkpoint(kind, str(path), argument), ValueError)
     assert sentence.startswith(f"--{argument} is {path}, ") and len(sentence.splitlines()) == 1
     assert "blossomrec train" in sentence and "owner/name" in sentence
     return sentence
@@ -40,7 +40,7 @@ def test_folders_that_hold_no_checkpoint(local_hub, tmp_path):
     small_model().save_pretrained(tmp_path)
     assert "no tokenizer.json" in refused(tmp_path, BlossomRecTokenizer)
     (tmp_path / "model.safetensors").unlink()
-    assert "model.safetensors" in told(
+    assert "model.safetensors" in error_message(
         lambda: load_checkpoint(BlossomRecForSequentialRecommendation, str(tmp_path)), OSError
     )
 
