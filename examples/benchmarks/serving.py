@@ -1,31 +1,31 @@
 """
-Times what a service does, in one run on one machine.
+Time the operations of a recommendation service, in one run on one machine.
 
     python examples/benchmarks/serving.py --sections cache                       # two cores: a history of 4,096 events
     python examples/benchmarks/serving.py --sections cache --device cuda --batch 256    # a GPU: 256 such histories
-    python examples/benchmarks/serving.py --sections catalogue                   # a million items
+    python examples/benchmarks/serving.py --sections catalog                     # a million items
     python examples/benchmarks/serving.py --sections users --data ml-1m/interactions.txt
 
-**cache**: what a click costs. Times are of one batch; p50 and p99 over `--seconds` of runs, 20 at least; `times` is how
-many times faster than `recompute`. Weights are random: they decide nothing about the time.
+**cache**: the cost of a click. Times are per batch: p50 and p99 over `--seconds` of runs, at least 20. `times` is the speedup
+over `recompute`. Weights are random, because the time does not depend on them.
 
-- `append`: one new event of each history, known from a `BlossomRecCache`, to the logits of the next item over the
-  catalogue; the cache is cropped back in between. One event in `selection_block_size` completes a block.
-- `recompute`: the same logits from the whole histories, packed, as without a cache.
-- `prefill`: the whole histories into a new cache, once a user comes in.
+- `append`: append one event to each history in a `BlossomRecCache` and compute the logits over the catalog. The cache is
+  cropped between runs. One append in `selection_block_size` completes a block.
+- `recompute`: compute the same logits from the whole histories, packed, without a cache.
+- `prefill`: write the whole histories to a new cache.
 
-**catalogue** trains a model on a generated log, keeps it under `--folder` for the next time, and asks it for the ten best
-of all items, one user at a time in inference mode: exactly, and through an `ItemIndex` with its recall@10 of the exact ten.
-The log has taste for the embeddings to learn: items lie in clusters of 100, in each as popular as the root of their rank is
-small, a user has one cluster and takes four items of five from it, the fifth from the whole catalogue by its popularity. It
-is trained with the sampled softmax; the loss of the first and the last steps is printed, and how many of the ten best are of
-the user's cluster (hardly any are by popularity alone).
+**catalog** trains a model on a generated log, stores it in `--folder` for later runs, and recommends ten items of the whole
+catalog to one user at a time in inference mode: exactly, and with an `ItemIndex`, whose recall@10 of the exact ten is listed.
+In the log, items belong to clusters of 100. The popularity in a cluster is rank^-0.5. Each user has one cluster; four of
+five events are items of it, the fifth is drawn from the whole catalog by popularity. The loss is the sampled softmax. The
+output lists the loss of the first and the last steps, and the share of recommended items from the user's cluster, which is
+close to 0 for recommendations by popularity.
 
-**users** runs `recommend`, with the scores of the whole catalogue, over the latest items of each user of a log,
-`--lengths` of them at most (where nobody has so many, over all histories end to end, cut), sorted by length, in batches
-of `--max_tokens`, under bfloat16 autocast on a GPU: the model, the same with full attention over as many key/value heads
-as heads, and that on rows padded to the length, as recommenders of fixed length have it. They take turns, after one run
-each to warm up; users a second are of the median run.
+**users** runs `recommend` with scores of the whole catalog over the users of a log, at most `--lengths` latest items each,
+sorted by length, in batches of `--max_tokens`, under bfloat16 autocast on a GPU. If no history is that long, all histories
+are concatenated and cut. Three models are compared: BlossomRec, full attention with a key/value head per query head, and
+the same on rows padded to the length. They alternate after one warm-up run each; users per second are those of the median
+run.
 """
 
 import argparse
@@ -51,11 +51,11 @@ from blossomrec_hf.utils.command_line import HelpFormatter
 
 Figure = dict[str, object]
 
-CACHE_ITEMS, CATALOGUE_ITEMS = 3416, 1_000_000
+CACHE_ITEMS, CATALOG_ITEMS = 3416, 1_000_000
 
 
 def timed(run: Callable[[int], object], device: str, seconds: float, at_least: int = 20) -> dict[str, float]:
-    """p50, p99 and the number of runs, in milliseconds; `run` gets the number of the run."""
+    """Time `run(number of the run)`: p50 and p99 in milliseconds, and the number of runs."""
     for i in range(3):
         run(i)
     times, deadline = [], time.perf_counter() + seconds
@@ -72,7 +72,7 @@ def timed(run: Callable[[int], object], device: str, seconds: float, at_least: i
 
 @torch.inference_mode()
 def cached_append(args: argparse.Namespace) -> list[Figure]:
-    """Appending to the cache, beside computing the whole histories again."""
+    """Append to the cache, compared with computing the whole histories again."""
     figures, num_items = [], args.items or CACHE_ITEMS
     for attention_type in args.attention_types.split(","):
         torch.manual_seed(0)
@@ -81,7 +81,7 @@ def cached_append(args: argparse.Namespace) -> list[Figure]:
         shape = (args.batch, args.history + 1)
         ids = torch.randint(2, num_items + 2, shape, device=args.device)
         cache = BlossomRecCache(config)
-        # In parts, so that the states of the first layers need not all be there at once.
+        # In parts, so that the hidden states fit in memory.
         for part in ids[:, :-1].split(max(1, 2**20 // args.batch), 1):
             model(part, cache=cache, logits_to_keep=1)
         events = ids[:, -1:]
@@ -124,7 +124,7 @@ class TasteLog:
 
     def __init__(self, num_items: int, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
-        self.num_clusters = max(1, num_items // CLUSTER)  # a rest smaller than a cluster is of none
+        self.num_clusters = max(1, num_items // CLUSTER)  # remaining items belong to no cluster
         self.cluster_share = np.cumsum(np.arange(1, min(CLUSTER, num_items) + 1) ** -0.5)
         # Item i has rank i // clusters in cluster i % clusters: the first ids are the most popular ones everywhere.
         self.share = np.cumsum((1 + np.arange(num_items) // self.num_clusters) ** -0.5)
@@ -143,9 +143,9 @@ class TasteLog:
 
 
 def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendation:
-    """The model of a catalogue, trained now (on a GPU where there is one) or taken from `--folder`."""
-    num_items = args.items or CATALOGUE_ITEMS
-    folder = args.folder / f"catalogue-{num_items}-{CLUSTER}-{args.steps}-{args.step_tokens}-{args.learning_rate:g}"
+    """The model of the catalog, loaded from `--folder` or trained (on a GPU if there is one)."""
+    num_items = args.items or CATALOG_ITEMS
+    folder = args.folder / f"catalog-{num_items}-{CLUSTER}-{args.steps}-{args.step_tokens}-{args.learning_rate:g}"
     if (folder / "config.json").exists():
         return BlossomRecForSequentialRecommendation.from_pretrained(folder).to(args.device).eval()
     torch.manual_seed(0)
@@ -188,8 +188,8 @@ def train_large(args: argparse.Namespace) -> BlossomRecForSequentialRecommendati
     return model.to(args.device).eval()
 
 
-def catalogue(args: argparse.Namespace) -> list[Figure]:
-    """One user at a time: exact, and by the index with its recall for several numbers of probes."""
+def catalog(args: argparse.Namespace) -> list[Figure]:
+    """One user at a time: exactly, and with the index and its recall for several numbers of probes."""
     model = train_large(args)
     log, figures = TasteLog(model.config.num_items, seed=1), []
     users = [torch.from_numpy(row)[None].to(args.device) for row in log.draw(args.users, 64)]
@@ -210,7 +210,7 @@ def catalogue(args: argparse.Namespace) -> list[Figure]:
     exact = ask("exact")
     taste = [int(log.clusters(user[0]).mode().values) for user in users]
     own = [cluster == mine for best, mine in zip(exact, taste) for cluster in log.clusters(torch.tensor([*best]))]
-    print(f"{np.mean(own):.0%} of the ten best are of the user's cluster", flush=True)
+    print(f"{np.mean(own):.0%} of the recommended items are from the user's cluster", flush=True)
     started = time.perf_counter()
     index = ItemIndex.build(model)
     print(f"index built in {time.perf_counter() - started:.0f} s, {index.index.nlist} lists", flush=True)
@@ -222,7 +222,7 @@ def catalogue(args: argparse.Namespace) -> list[Figure]:
 
 
 def users(args: argparse.Namespace) -> list[Figure]:
-    """Users a second of `recommend` over histories of a log."""
+    """Users per second of `recommend` over the histories of a log."""
     dataset, tokenizer = build_sequences(args.data) if args.data else build_sequences(generate_log())
     own = [np.asarray(row, np.int64) for row in dataset["input_ids"][:]]
     items = np.concatenate(own)
@@ -236,12 +236,12 @@ def users(args: argparse.Namespace) -> list[Figure]:
     figures = []
     for length in args.lengths:
         histories = [row[-length:] for row in own]
-        if max(map(len, histories)) < length:  # no such users: their histories end to end, cut
+        if max(map(len, histories)) < length:  # no such history: concatenate and cut all histories
             histories = [items[i : i + length] for i in range(0, len(items) - length + 1, length)]
         if not histories:
             raise SystemExit(f"--lengths has {length}; the log has {len(items)} events in all.")
         histories = [torch.from_numpy(row) for row in sorted(histories, key=len, reverse=True)]
-        # Padding costs what items cost, wherever it is computed: rows repeat their items up to the length.
+        # Padding costs as much as items, so rows repeat their items up to the length.
         filled = [row.repeat(-(-length // len(row)))[:length] for row in histories]
         contestants = {
             "blossom": (models["blossom"], histories),
@@ -266,16 +266,16 @@ def users(args: argparse.Namespace) -> list[Figure]:
     return figures
 
 
-# Name on the command line → function of the arguments.
+# Names of `--sections`.
 SECTIONS: dict[str, Callable[[argparse.Namespace], list[Figure]]] = {
     "cache": cached_append,
-    "catalogue": catalogue,
+    "catalog": catalog,
     "users": users,
 }
 
 
 def print_table(name: str, figures: list[Figure]) -> None:
-    """One line a figure; a column of what none but some have is empty for the others."""
+    """Print one line per figure. Columns that a figure lacks are empty."""
     columns = list(dict.fromkeys(key for figure in figures for key in figure if key != "what"))
     print(f"\n{name:26}" + "".join(f"{column:>16}" for column in columns))
     for figure in figures:
@@ -287,29 +287,40 @@ def print_table(name: str, figures: list[Figure]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--sections", default=",".join(SECTIONS), help="which of them")
+    add("--sections", default=",".join(SECTIONS), help="sections to run, separated by commas")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--json", type=Path, help="file for the figures")
-    add("--items", type=int, help=f"cache, catalogue: how many ({CACHE_ITEMS:,} and {CATALOGUE_ITEMS:,} if left out)")
-    add("--dtype", default="float32", help="cache: of the weights")
-    add("--batch", type=int, default=1, help="cache: histories that get an event together")
-    add("--history", type=int, default=4096, help="cache: events of each before that")
-    add("--attention_types", default="blossom", help="cache: of blossom, long_term, short_term, full")
-    add("--seconds", type=float, default=5.0, help="cache: time spent on each figure")
-    add("--folder", type=Path, default=Path("benchmark_data"), help="catalogue: keeps the trained model")
-    add("--steps", type=int, default=1500, help="catalogue: of training")
-    add("--step_tokens", type=int, default=65536, help="catalogue: events a step, a multiple of 64")
-    add("--learning_rate", type=float, default=3e-3, help="catalogue: of the embedding; a third for the rest")
-    add("--users", type=int, default=200, help="catalogue: users asked for")
-    add("--probes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="catalogue: lists read")
-    add("--data", help="users: a log, such as ml-1m/interactions.txt; the built-in one if left out")
-    add("--lengths", type=int, nargs="+", default=[1000, 8192], help="users: of histories")
-    add("--max_tokens", type=int, default=262_144, help="users: items of a batch, at most")
-    add("--repeats", type=int, default=3, help="users: runs over all, after one to warm up")
+    add("--json", type=Path, help="JSON file to write the figures to")
+    add(
+        "--items", type=int, help=f"cache, catalog: number of items; by default, {CACHE_ITEMS:,} and {CATALOG_ITEMS:,}"
+    )
+    add("--dtype", default="float32", help="cache: dtype of the weights")
+    add("--batch", type=int, default=1, help="cache: number of histories that are appended to at once")
+    add("--history", type=int, default=4096, help="cache: number of events in each history")
+    add(
+        "--attention_types",
+        default="blossom",
+        help="cache: blossom, long_term, short_term or full, separated by commas",
+    )
+    add("--seconds", type=float, default=5.0, help="cache: duration of each measurement")
+    add("--folder", type=Path, default=Path("benchmark_data"), help="catalog: folder of the trained model")
+    add("--steps", type=int, default=1500, help="catalog: number of training steps")
+    add("--step_tokens", type=int, default=65536, help="catalog: events per training step, a multiple of 64")
+    add(
+        "--learning_rate",
+        type=float,
+        default=3e-3,
+        help="catalog: learning rate of the item embedding; a third of it for other weights",
+    )
+    add("--users", type=int, default=200, help="catalog: number of users")
+    add("--probes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="catalog: numbers of probed lists")
+    add("--data", help="users: a log, such as ml-1m/interactions.txt; by default, the built-in data set")
+    add("--lengths", type=int, nargs="+", default=[1000, 8192], help="users: lengths of histories")
+    add("--max_tokens", type=int, default=262_144, help="users: maximum number of items per batch")
+    add("--repeats", type=int, default=3, help="users: number of runs, after one to warm up")
     args = parser.parse_args()
     names = args.sections.split(",")
     if unknown := set(names) - set(SECTIONS):
-        parser.error(f"--sections has {', '.join(unknown)}; it may name {', '.join(SECTIONS)}")
+        parser.error(f"--sections has {', '.join(unknown)}; it must be of {', '.join(SECTIONS)}")
     args.dtype = getattr(torch, args.dtype)
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"

@@ -18,19 +18,19 @@ def test_the_cache_beside_recomputing(run_example, tmp_path):
     assert len(differences) == 2 and max(differences) < 1e-4
 
 
-def test_a_catalogue_and_the_users_of_a_log(run_example, tmp_path, log_file):
+def test_a_catalog_and_the_users_of_a_log(run_example, tmp_path, log_file):
     pytest.importorskip("faiss")
     settings = [
-        "--sections", "catalogue,users", "--device", "cpu", "--items", 3000, "--steps", 2, "--step_tokens", 256,
+        "--sections", "catalog,users", "--device", "cpu", "--items", 3000, "--steps", 2, "--step_tokens", 256,
         "--users", 3, "--probes", 1, 999, "--folder", tmp_path, "--data", log_file, "--lengths", 8, 100,
         "--repeats", 1, "--json", tmp_path / "figures.json",
     ]  # fmt: skip
     assert "trained 2 steps" in run_example("benchmarks/serving.py", *settings)
     assert "trained" not in run_example("benchmarks/serving.py", *settings)  # it is kept
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
-    catalogue = [f for f in figures if f["section"] == "catalogue"]
-    assert [f["what"] for f in catalogue][:2] == ["exact", "index, 1 probes"] and len(catalogue) == 3
-    assert catalogue[2]["recall@10"] == 1 and all(f["p50_ms"] > 0 for f in catalogue)
+    catalog = [f for f in figures if f["section"] == "catalog"]
+    assert [f["what"] for f in catalog][:2] == ["exact", "index, 1 probes"] and len(catalog) == 3
+    assert catalog[2]["recall@10"] == 1 and all(f["p50_ms"] > 0 for f in catalog)
     users = [f for f in figures if f["section"] == "users"]
     assert [f["length"] for f in users] == [8] * 3 + [100] * 3 and all(f["users_per_s"] > 0 for f in users)
     for blossom, packed, padded in (users[:3], users[3:]):
@@ -40,4 +40,4 @@ def test_a_catalogue_and_the_users_of_a_log(run_example, tmp_path, log_file):
 
 def test_a_section_that_there_is_not_is_told(run_example):
     error = run_example("benchmarks/serving.py", "--sections", "cache,users,else", status=2, field="stderr")
-    assert "--sections has else; it may name cache, catalogue, users" in error
+    assert "--sections has else; it must be of cache, catalog, users" in error
