@@ -1,5 +1,5 @@
 """
-How training scales over processes: items a second, memory of a process, and efficiency against one process that does
+How training scales over processes: items a second, memory of a process, and efficiency compared with one process that does
 its share alone (weak scaling: every process gets `--tokens` items a step).
 
     for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes $n \\
@@ -7,10 +7,11 @@ its share alone (weak scaling: every process gets `--tokens` items a step).
     for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes $n \\
         examples/benchmarks/scaling.py --items 5_000_000 --objective sampled_softmax --results scaling.jsonl; done
 
-Histories of `--max_length` random items are trained on by the loop that `blossomrec train` uses, without saving. Each run adds
-a line to `--results`; the efficiency is that against the line of one process with the same settings, whichever way that
-one was launched. `persistent_MiB` is what lies in memory between two steps (weights, optimizer state, item counts, the
-histories), `peak_MiB` the most during one.
+The loop of `blossomrec train` trains on histories of `--max_length` random items, without saving. On a GPU its steps are
+compiled, as in a long run, and captured as CUDA graphs where the loop does so. Each run adds a line to `--results`; its
+efficiency is relative to the latest line of one process with the same settings. `persistent_MiB` is the memory in use between
+two steps (weights, gradients that are kept, optimizer state, captured graphs, item counts, histories), `peak_MiB` the most
+during one.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from blossomrec_hf.utils.command_line import HelpFormatter
 from blossomrec_hf.utils.environment import describe_environment
 
 
-SETTINGS = "items max_length tokens objective attention_types hidden_size".split()
+SETTINGS = "items max_length tokens objective attention_types hidden_size compile".split()
+BLOCKS = 5  # the median of which is reported
 
 
 def make_histories(number: int, length: int, items: int, seed: int) -> HistoryStore:
@@ -61,7 +63,8 @@ def main() -> None:
     parser.add_argument("--attention_types", default="blossom")
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each of the five blocks that are timed")
+    parser.add_argument("--no_compile", dest="compile", action="store_false", help="no torch.compile")
     parser.add_argument("--results", type=Path, help="a file of JSON lines")
     args = parser.parse_args()
     if args.tokens < args.max_length:
@@ -84,23 +87,31 @@ def main() -> None:
             model,
             make_histories(histories, args.max_length, args.items, seed=0),
             args=LoopArguments(
-                output_dir=folder, max_length=args.max_length, tokens_per_step=args.tokens * processes, warmup_steps=0
+                output_dir=folder,
+                max_length=args.max_length,
+                tokens_per_step=args.tokens * processes,
+                warmup_steps=0,
+                torch_compile=args.compile and device.type == "cuda",
             ),
             accelerator=accelerator,
         )
-        seconds = []
-        for step in range(args.warmup + args.steps):
-            (rows,) = loop.plan.epoch_steps(step)
-            if step == args.warmup and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+        (rows,) = loop.plan.epoch_steps(0)
+
+        def time_steps(number: int) -> float:
             accelerator.wait_for_everyone()
             started = time.perf_counter()
-            loop.training_step(rows)
+            for _ in range(number):
+                loop.training_step(rows)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+            return (time.perf_counter() - started) / number
+
+        time_steps(args.warmup)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [time_steps(args.steps) for _ in range(BLOCKS)]
         here = torch.tensor(
-            [statistics.median(seconds[args.warmup :]), memory(device, peak=False), memory(device, peak=True)],
+            [statistics.median(seconds), memory(device, peak=False), memory(device, peak=True)],
             dtype=torch.float64,
             device=device if device.type == "cuda" else "cpu",
         )
@@ -109,6 +120,7 @@ def main() -> None:
             report = {
                 "processes": processes,
                 "kind": "sharded" if loop.update.sharded else "replicated",
+                "execution": loop.update.execution,
                 **{name: getattr(args, name) for name in SETTINGS},
                 "items_per_second": round(histories * args.max_length / step_seconds),
                 "step_ms": round(step_seconds * 1e3, 2),
