@@ -81,7 +81,7 @@ def test_captured_and_compiled_training_is_the_training(attention_types, precisi
         )
         loop = TrainingLoop(model, HistoryStore(items, np.concatenate([[0], np.cumsum(lengths)])), args=args)
         loop.run()
-        assert not graphs or loop.update.graphed.works
+        assert not graphs or loop.update.run_pass.works
         lines = (tmp_path / f"{graphs}-{compiled}" / "metrics.jsonl").read_text().splitlines()
         losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

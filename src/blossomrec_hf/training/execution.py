@@ -44,13 +44,13 @@ def is_compiled(args: LoopArguments, device: torch.device, total_steps: int) -> 
     return device.type == "cuda" and total_steps >= COMPILE_STEPS
 
 
-def compile_model(model: PreTrainedModel, *, captured: bool, sharded: bool) -> nn.Module:
+def compile_model(model: PreTrainedModel, *, sharded: bool) -> nn.Module:
     """
-    The compiled forward pass of a model. Batches that are captured have one shape, others any. Of a sharded model,
-    each layer is compiled on its own, because weights are gathered between the layers.
+    The compiled forward pass of a model, for batches of one shape. Of a sharded model, each layer is compiled on its
+    own, because weights are gathered between the layers.
     """
     if not sharded:
-        return torch.compile(model, dynamic=not captured)
+        return torch.compile(model, dynamic=False)
     for layer in model.base_model.layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=False)
     return model

@@ -1,4 +1,4 @@
-"""Forward and backward passes captured once as a CUDA graph, and replayed."""
+"""Forward and backward passes over batches of one shape: compiled once, and captured as a CUDA graph."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -70,22 +70,55 @@ class StaticBatch:
         }
 
 
-class GraphedPass:
+class StaticPass:
     """
-    Forward and backward passes of packed batches in one launch instead of hundreds, which bound the steps of small
-    models: a step of 16,384 items, width 128, takes 3.4 ms on an H100 instead of 13 to 21, by the CPU (2026-11-25).
+    Forward and backward passes over batches of one shape, so that the compiler compiles once. A batch that does not fit
+    enlarges the shape.
 
-    The passes are captured at the first batch, and again when a batch does not fit. If capturing fails (an operation
+    Args:
+        run: forward and backward pass of the model's arguments; returns the loss.
+        max_tokens: number of positions of the largest batch.
+        max_length: length of the longest history.
+    """
+
+    def __init__(self, run: Callable[[Batch], torch.Tensor], *, max_tokens: int, max_length: int):
+        self.run = run
+        self.max_tokens, self.max_length = max_tokens, max_length
+        self._batch: StaticBatch | None = None
+
+    def __call__(self, batch: Batch, num_targets: int) -> torch.Tensor:
+        """The loss of a batch of [`HistoryStore.pack`], on the device; the gradients are in the parameters."""
+        self._load(batch, num_targets)
+        return self.run(self._batch.arguments())
+
+    def _load(self, batch: Batch, num_targets: int) -> bool:
+        """Copies the batch into fixed memory; returns whether that is new."""
+        enlarge = self._batch is None or not self._batch.has_room(batch)
+        if enlarge:
+            device = batch["input_ids"].device
+            room = StaticBatch.room_for(batch, self.max_tokens, self.max_length, device)
+            if self._batch is not None:  # never less than before, or two kinds of batches would alternate
+                larger = max(room.tokens, self._batch.tokens), max(room.histories, self._batch.histories)
+                room = StaticBatch(*larger, self.max_length, device)
+            self._batch = room
+        self._batch.load(batch, num_targets)
+        return enlarge
+
+
+class GraphedPass(StaticPass):
+    """
+    Such passes in one launch instead of hundreds, which bound the steps of small models: a step of 16,384 items, width
+    128, takes 3.4 ms on an H100 instead of 13 to 21, by the CPU (2026-11-25).
+
+    The passes are captured at the first batch, and again when the shape is enlarged. If capturing fails (an operation
     waits for the device), this is reported on the log and passes are launched operation by operation from then on. The
     memory of the captured passes stays in use. Decisions of Python code are captured, too: settings changed and hooks
     added later have no effect.
 
     Args:
-        run: forward and backward pass of the model's arguments; returns the loss.
+        run, max_tokens, max_length: see [`StaticPass`].
         parameters: the parameters that get gradients. Before a call, each gradient is `None`, or a tensor that `run` adds
             to and that stays the same tensor in every call.
-        max_tokens: number of positions of the largest batch.
-        max_length: length of the longest history.
     """
 
     def __init__(
@@ -96,34 +129,25 @@ class GraphedPass:
         max_tokens: int,
         max_length: int,
     ):
-        self.run, self.parameters = run, parameters
-        self.max_tokens, self.max_length = max_tokens, max_length
+        super().__init__(run, max_tokens=max_tokens, max_length=max_length)
+        self.parameters = parameters
         self.works = True
-        self._batch: StaticBatch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch, num_targets: int) -> torch.Tensor:
-        """The loss of a batch of [`HistoryStore.pack`], on the device; the gradients are in the parameters."""
-        if self.works and (self._batch is None or not self._batch.has_room(batch)):
-            self._capture(batch, num_targets)
+        if self._load(batch, num_targets) and self.works:
+            self._capture()
         if not self.works:
-            return self.run(batch | {"num_items_in_batch": num_targets})
-        self._batch.load(batch, num_targets)
+            return self.run(self._batch.arguments())
         self._graph.replay()
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
         return self._loss
 
-    def _capture(self, batch: Batch, num_targets: int) -> None:
+    def _capture(self) -> None:
         self._graph = self._gradients = None  # frees their memory first
-        device = batch["input_ids"].device
-        room = StaticBatch.room_for(batch, self.max_tokens, self.max_length, device)
-        if self._batch is not None:  # never less than before, or two kinds of batches would alternate in capturing
-            larger = max(room.tokens, self._batch.tokens), max(room.histories, self._batch.histories)
-            room = StaticBatch(*larger, self.max_length, device)
-        self._batch = room
-        self._batch.load(batch, num_targets)
-        arguments, random_state = self._batch.arguments(), torch.cuda.get_rng_state(device)
+        arguments, device = self._batch.arguments(), self._batch.input_ids.device
+        random_state = torch.cuda.get_rng_state(device)
         gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)

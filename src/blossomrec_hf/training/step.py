@@ -1,7 +1,7 @@
 """One update of the weights."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from .arguments import LoopArguments
 from .averaging import WeightAverage
 from .execution import compile_model, is_compiled, why_not_captured
 from .gradients import FlatGradients, GradientWatch
-from .graphs import GraphedPass
+from .graphs import GraphedPass, StaticPass
 from .optimizer import make_optimizer
 from .plan import StepPlan
 
@@ -91,15 +91,13 @@ class TrainingStep:
         if accelerator.device.type == "cuda" and accelerator.is_main_process:
             graphs = "replayed as CUDA graphs" if reason is None else f"not replayed as CUDA graphs: {reason}"
             logger.info("Training steps are %s and %s.", "compiled" if compiled else "not compiled", graphs)
-        self._compiled_model = self.model
-        if compiled:
-            self._compiled_model = compile_model(self.model, captured=reason is None, sharded=self.sharded)
-        self.graphed = None
+        self._compiled_model = compile_model(self.model, sharded=self.sharded) if compiled else self.model
+        self.run_pass: Callable[[dict[str, Any], int], torch.Tensor] = self._run_any_shape
+        sizes = {"max_tokens": max_tokens, "max_length": int(self.plan.histories.lengths.max())}
         if reason is None:
-            longest = int(self.plan.histories.lengths.max())
-            self.graphed = GraphedPass(
-                self._forward_backward, self.parameters, max_tokens=max_tokens, max_length=longest
-            )
+            self.run_pass = GraphedPass(self._forward_backward, self.parameters, **sizes)
+        elif compiled:
+            self.run_pass = StaticPass(self._forward_backward, **sizes)
 
     def __call__(self, rows: np.ndarray, step: int) -> torch.Tensor:
         """
@@ -120,10 +118,7 @@ class TrainingStep:
         for place, part in enumerate(parts):
             with nullcontext() if place == len(parts) - 1 else self.accelerator.no_sync(self.model):
                 batch = histories.pack(part, labels=True) if len(part) else self._batch_without_targets()
-                if self.graphed is not None:
-                    step_loss += self.graphed(batch, num_targets)
-                else:
-                    step_loss += self._forward_backward(batch | {"num_items_in_batch": num_targets})
+                step_loss += self.run_pass(batch, num_targets)
         if self.gradients is not None and self.accelerator.num_processes > 1:
             self.gradients.sum_over_processes()
         self.watch.clip_and_check(step_loss, step)
@@ -137,6 +132,9 @@ class TrainingStep:
         if self.average is not None:
             self.average.update()
         return step_loss
+
+    def _run_any_shape(self, batch: dict[str, Any], num_targets: int) -> torch.Tensor:
+        return self._forward_backward(batch | {"num_items_in_batch": num_targets})
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         loss = self._compiled_model(**batch).loss
