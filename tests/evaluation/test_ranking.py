@@ -7,6 +7,7 @@ from small_cases import make_model
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.evaluation import HeldOutItems, evaluate, rank_by_scores, rank_held_out_items
 from blossomrec_hf.evaluation import ranking as evaluation_module
+from blossomrec_hf.evaluation.ranking import COMPILE_BATCHES, worth_compiling
 
 
 def ranks_one_by_one(model, rows, max_length=None, decimals=12):
@@ -144,3 +145,19 @@ def test_bad_input_is_named():
         evaluate(model, [{**row, "target_ids": []}])
     with pytest.raises(ValueError, match="item 40, but the model's vocabulary ends at 39"):
         evaluate(model, [{**row, "target_ids": [40]}])
+
+
+def test_a_compiled_evaluation_has_the_same_figures(log, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(function) or function)
+    model, view = make_model().double(), split(log[0], "validation")
+    expected = evaluate(model, view, max_tokens=300, max_length=20, progress=False)
+    assert not compiled
+    assert evaluate(model, view, max_tokens=300, max_length=20, compile=True, progress=False) == expected
+    assert len(compiled) == 1
+
+
+def test_many_batches_on_a_gpu_are_compiled_by_default():
+    assert worth_compiling(torch.device("cuda"), COMPILE_BATCHES)
+    assert not worth_compiling(torch.device("cuda"), COMPILE_BATCHES - 1)
+    assert not worth_compiling(torch.device("cpu"), COMPILE_BATCHES)

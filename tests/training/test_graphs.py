@@ -6,8 +6,9 @@ import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.model.static_blossomrec import StaticBatch
 from blossomrec_hf.training import LoopArguments, TrainingLoop
-from blossomrec_hf.training.graphs import GraphedPass, StaticBatch
+from blossomrec_hf.training.graphs import GraphedPass, StaticPass
 
 
 VOCABULARY = 50
@@ -28,20 +29,21 @@ def test_a_filled_up_batch_has_the_loss_and_the_gradients_of_the_batch():
     model = make_model().double()
     rng = np.random.default_rng()
     store = make_store(rng.integers(1, 60, size=30))
-    longest = int(store.lengths.max())
-    static = StaticBatch(1200, 100, longest, torch.device("cpu"))
-    for size in (12, 1, 9):  # what an earlier, larger batch left must not show
+    static = StaticPass(
+        lambda arguments: model(**arguments).loss, max_tokens=1200, max_length=int(store.lengths.max())
+    )
+    shapes = set()
+    for size in (20, 1, 9):  # what an earlier, larger batch left must not show
         rows = rng.permutation(30)[:size]
         batch, num_targets = store.pack(rows, labels=True), max(1, int(store.num_targets[rows].sum()))
-        assert static.has_room(batch)
-        static.load(batch, num_targets)
         results = []
-        for arguments in (batch | {"num_items_in_batch": num_targets}, static.arguments()):
-            loss = model(**arguments).loss
+        for loss in (model(**batch, num_items_in_batch=num_targets).loss, static(batch, num_targets)):
             loss.backward()
             results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
             model.zero_grad()
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+        shapes.add(static._batch.tokens)
+    assert len(shapes) == 1
 
 
 def test_room_is_for_the_batch_and_what_fills_it_up():
@@ -49,15 +51,16 @@ def test_room_is_for_the_batch_and_what_fills_it_up():
     for _ in range(50):
         store = make_store(rng.integers(1, 40, size=rng.integers(1, 50)))
         batch = store.pack(np.arange(len(store)), labels=True)
-        static = StaticBatch.room_for(batch, 400, int(store.lengths.max()), torch.device("cpu"))
-        assert static.has_room(batch) and static.tokens >= batch["input_ids"].shape[1]
-        static.load(batch, 1)
+        static_pass = StaticPass(lambda arguments: None, max_tokens=400, max_length=int(store.lengths.max()))
+        static_pass(batch, 1)
+        static = static_pass._batch
+        assert static.tokens >= batch["input_ids"].shape[1]
         offsets = static.cu_seq_lens
         assert offsets[-1] == static.tokens and (offsets.diff() >= 0).all()
         assert offsets.diff().max() <= static.max_length
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([101]).pack([0]))
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([1] * 11).pack(np.arange(11)))
-    assert not StaticBatch(100, 10, 10, torch.device("cpu")).has_room(make_store([1] * 5).pack(np.arange(5)))
+    static = StaticBatch(100, 10, 10, torch.device("cpu"))
+    assert static.has_room(100, 10) and static.has_room(50, 5)
+    assert not static.has_room(101, 1) and not static.has_room(100, 11) and not static.has_room(5, 5)
 
 
 @pytest.mark.gpu
@@ -92,7 +95,7 @@ def test_captured_and_compiled_training_is_the_training(attention_types, precisi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_cannot_be_recorded_is_run_piece_by_piece(caplog, dropout):
+def test_what_cannot_be_captured_is_run_operation_by_operation(caplog, dropout):
     model = make_model(hidden_dropout_prob=dropout).cuda()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -161,7 +164,7 @@ def test_two_kinds_of_batches_do_not_take_turns_in_recording():
 
     graphed, recorded = GraphedPass(run, list(model.parameters()), max_tokens=2048, max_length=2000), []
     record = graphed._capture
-    graphed._capture = lambda batch, num_targets: recorded.append(1) or record(batch, num_targets)
+    graphed._capture = lambda: recorded.append(1) or record()
     store = make_store([2000] + [5] * 300).to("cuda")
     for _ in range(3):
         for rows in ([0], list(range(1, 301))):

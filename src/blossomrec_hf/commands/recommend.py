@@ -25,6 +25,7 @@ from datasets import Dataset, disable_progress_bars
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import budget_batches
 from ..data.parts import reading
+from ..evaluation.ranking import COMPILE_BATCHES, worth_compiling
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.files import atomic_write, recover_writes, require_folder
@@ -53,6 +54,13 @@ class RecommendArguments:
     shard_users: int = field(default=50_000, metadata={"help": "Number of users per shard."})
     mixed_precision: str | None = field(
         default=None, metadata={"help": "no, bf16 or fp16; by default, the setting of `accelerate launch`."}
+    )
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": f"Compile the model first. By default, on a GPU if there are {COMPILE_BATCHES:,} batches of --max_tokens "
+            "items or more."
+        },
     )
 
     def __post_init__(self):
@@ -95,6 +103,15 @@ def recommend_shard(
     return pa.table(columns)
 
 
+def count_batches(dataset: Dataset, args: RecommendArguments) -> int:
+    """Number of batches of `args.max_tokens` items that the histories fill."""
+    num_items = 0
+    for table in dataset.with_format("arrow").select_columns(["input_ids"]).iter(batch_size=50_000):
+        lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
+        num_items += int(np.minimum(lengths, args.max_length).sum())
+    return -(-num_items // args.max_tokens)
+
+
 def fingerprint(
     model: BlossomRecForSequentialRecommendation,
     tokenizer: BlossomRecTokenizer,
@@ -106,7 +123,8 @@ def fingerprint(
     A digest of everything that the recommendations depend on: configuration, weights, vocabulary, users, events and settings.
     Each shard stores it, so that shards of different runs are never mixed.
     """
-    settings = {k: v for k, v in asdict(args).items() if k not in ("model", "output_dir", "max_tokens", "max_users")}
+    without_effect = ("model", "output_dir", "max_tokens", "max_users", "torch_compile")
+    settings = {name: value for name, value in asdict(args).items() if name not in without_effect}
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -156,6 +174,13 @@ def main() -> None:
                 "folder, or remove the file."
             )
         done += path.name in names[accelerator.process_index :: accelerator.num_processes]
+    compiled = args.torch_compile
+    if compiled is None:
+        compiled = worth_compiling(accelerator.device, count_batches(dataset, args) // accelerator.num_processes)
+    if compiled and done < len(own):
+        sizes = {"max_tokens": args.max_tokens, "max_histories": args.max_users, "max_length": args.max_length}
+        with accelerator.autocast():
+            model.compile_for_inference(**sizes)
     bar = progress_bar(
         total=len(own), initial=done, description="Shards", enabled=accelerator.is_main_process, leave=False
     )

@@ -26,6 +26,7 @@ from .packing_blossomrec import PackedHistories, pack_histories
 from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
 from .pretrained_blossomrec import BlossomRecPreTrainedModel, NoGenerationMixin
 from .recommendation_blossomrec import RecommendationMixin, as_ids
+from .static_blossomrec import StaticEncoder
 
 
 # Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
@@ -73,7 +74,11 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
         self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
+        self._static_encoders: list[StaticEncoder] = []  # of `compile_for_inference`
         self.post_init()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_static_encoders": []}  # neither copied nor pickled
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.item_embedding
@@ -126,6 +131,22 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             ValueError: for a cache in training mode, and for one that does not fit the model or the histories, which is left
                 as it was.
         """
+        plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
+        for encoder in self._static_encoders if plain else ():
+            if encoder.has_room(histories):
+                return encoder(histories)
+        return self._run_layers(histories, last_only, cache, use_cache, training, layer_outputs)
+
+    def _run_layers(
+        self,
+        histories: PackedHistories,
+        last_only: bool = False,
+        cache: BlossomRecCache | None = None,
+        use_cache: bool = True,
+        training: bool = False,
+        layer_outputs: LayerOutputs | None = None,
+    ) -> torch.Tensor:
+        """`encode`, operation by operation."""
         append = None if cache is None else self._begin_append(cache, histories, training)
         position = histories.position if append is None else append.position
         keep = None

@@ -15,6 +15,7 @@ from .ids_blossomrec import NUM_SPECIAL_IDS
 from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, stored_item_vectors
 from .packing_blossomrec import pack_histories
 from .ranking_blossomrec import MAX_SCORES, rank_items, top_of_rows
+from .static_blossomrec import StaticEncoder
 
 
 logger = logging.get_logger(__name__)
@@ -93,6 +94,31 @@ def _tensor_of_lists(name: str, ids: Any, padding: int, device: torch.device) ->
 
 class RecommendationMixin:
     """`recommend` for a model with a base model, `item_vectors` and `item_counts`."""
+
+    def compile_for_inference(
+        self, *, max_tokens: int = 65536, max_histories: int = 4096, max_length: int = 1000
+    ) -> None:
+        """
+        Compile the layers for large batches of histories, on a GPU as a CUDA graph: for recommending to many users and for
+        evaluation. Takes seconds, and the warm-up is logged. Batches of one shape are compiled, to which smaller ones are
+        filled up. Other batches run as before: those of less than half of `max_tokens` items, larger ones, and those with a
+        cache. `recommend` never compiles by itself.
+
+        Args:
+            max_tokens (`int`, defaults to 65536): number of items of the largest batch.
+            max_histories (`int`, defaults to 4096): number of histories of the largest batch.
+            max_length (`int`, defaults to 1000): number of items of the longest history.
+
+        Raises:
+            ValueError: for numbers below 1.
+        """
+        encoders = self.base_model._static_encoders
+        if not any(encoder.takes(self.base_model, max_tokens, max_histories, max_length) for encoder in encoders):
+            encoder = StaticEncoder(
+                self.base_model, max_tokens=max_tokens, max_histories=max_histories, max_length=max_length
+            )
+            encoder.warm_up()
+            encoders.append(encoder)
 
     @torch.no_grad()
     def recommend(

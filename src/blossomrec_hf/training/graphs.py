@@ -1,73 +1,14 @@
 """Forward and backward passes over batches of one shape: compiled once, and captured as a CUDA graph."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from ..model.ids_blossomrec import IGNORE_INDEX
+from ..model.static_blossomrec import StaticBatch, capture, warm_up
 
-
-logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor | int]
-
-
-class StaticBatch:
-    """
-    A packed batch of fixed shape in fixed memory that batches are copied into. The remainder is filled with histories
-    of [PAD] without targets.
-
-    Args:
-        tokens: T, number of positions.
-        histories: S, number of histories.
-        max_length: length of the longest history; also of those that fill the remainder.
-        device: where its tensors are.
-    """
-
-    def __init__(self, tokens: int, histories: int, max_length: int, device: torch.device):
-        self.tokens, self.histories, self.max_length = tokens, histories, max_length
-        self.input_ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        self.labels = torch.full((1, tokens), IGNORE_INDEX, device=device)
-        self.cu_seq_lens = torch.zeros(histories + 1, dtype=torch.int32, device=device)
-        self.num_targets = torch.ones((), dtype=torch.long, device=device)
-        self._filling = torch.arange(1, histories + 1, dtype=torch.int32, device=device) * max_length
-
-    @classmethod
-    def room_for(cls, batch: Batch, max_tokens: int, max_length: int, device: torch.device) -> "StaticBatch":
-        """One with room for `batch` and for most batches like it of up to `max_tokens` positions."""
-        tokens, histories = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0] - 1
-        tokens = max(tokens, min(max_tokens, -(-tokens * 9 // 8)))
-        return cls(tokens, -(-histories * 5 // 4) + -(-tokens // max_length), max_length, device)
-
-    def has_room(self, batch: Batch) -> bool:
-        """Whether `batch` and the histories that fill the remainder fit."""
-        rest = self.tokens - batch["input_ids"].shape[1]
-        histories = batch["cu_seq_lens_q"].shape[0] - 1
-        return rest >= 0 and histories + -(-rest // self.max_length) <= self.histories
-
-    def load(self, batch: Batch, num_targets: int) -> None:
-        """Copies `batch`, for which `has_room` must be true."""
-        tokens, offsets = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0]
-        self.input_ids[:, :tokens].copy_(batch["input_ids"])
-        self.input_ids[:, tokens:].zero_()
-        self.labels[:, :tokens].copy_(batch["labels"])
-        self.labels[:, tokens:].fill_(IGNORE_INDEX)
-        self.cu_seq_lens[:offsets].copy_(batch["cu_seq_lens_q"])
-        filling = self._filling[: self.histories + 1 - offsets] + tokens
-        self.cu_seq_lens[offsets:].copy_(filling.clamp_(max=self.tokens))
-        self.num_targets.fill_(num_targets)
-
-    def arguments(self) -> Batch:
-        """The model's arguments: always the same tensors."""
-        return {
-            "input_ids": self.input_ids,
-            "labels": self.labels,
-            "cu_seq_lens_q": self.cu_seq_lens,
-            "max_length_q": self.max_length,
-            "num_items_in_batch": self.num_targets,
-        }
 
 
 class StaticPass:
@@ -89,20 +30,34 @@ class StaticPass:
     def __call__(self, batch: Batch, num_targets: int) -> torch.Tensor:
         """The loss of a batch of [`HistoryStore.pack`], on the device; the gradients are in the parameters."""
         self._load(batch, num_targets)
-        return self.run(self._batch.arguments())
+        return self.run(self._arguments())
 
     def _load(self, batch: Batch, num_targets: int) -> bool:
         """Copies the batch into fixed memory; returns whether that is new."""
-        enlarge = self._batch is None or not self._batch.has_room(batch)
+        tokens, histories = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0] - 1
+        enlarge = self._batch is None or not self._batch.has_room(tokens, histories)
         if enlarge:
-            device = batch["input_ids"].device
-            room = StaticBatch.room_for(batch, self.max_tokens, self.max_length, device)
-            if self._batch is not None:  # never less than before, or two kinds of batches would alternate
-                larger = max(room.tokens, self._batch.tokens), max(room.histories, self._batch.histories)
-                room = StaticBatch(*larger, self.max_length, device)
-            self._batch = room
-        self._batch.load(batch, num_targets)
+            self._batch = self._room_for(tokens, histories, batch["input_ids"].device)
+        self._batch.load(batch["input_ids"], batch["cu_seq_lens_q"], batch["labels"], num_targets)
         return enlarge
+
+    def _room_for(self, tokens: int, histories: int, device: torch.device) -> StaticBatch:
+        """Room for such a batch and for most batches like it of up to `max_tokens` positions."""
+        tokens = max(tokens, min(self.max_tokens, -(-tokens * 9 // 8)))
+        histories = -(-histories * 5 // 4) + -(-tokens // self.max_length)
+        if self._batch is not None:  # never less than before, or two kinds of batches would alternate
+            tokens, histories = max(tokens, self._batch.tokens), max(histories, self._batch.histories)
+        return StaticBatch(tokens, histories, self.max_length, device)
+
+    def _arguments(self) -> Batch:
+        """The model's arguments: always the same tensors."""
+        return {
+            "input_ids": self._batch.input_ids,
+            "labels": self._batch.labels,
+            "cu_seq_lens_q": self._batch.cu_seq_lens,
+            "max_length_q": self.max_length,
+            "num_items_in_batch": self._batch.num_targets,
+        }
 
 
 class GraphedPass(StaticPass):
@@ -138,7 +93,7 @@ class GraphedPass(StaticPass):
         if self._load(batch, num_targets) and self.works:
             self._capture()
         if not self.works:
-            return self.run(self._batch.arguments())
+            return self.run(self._arguments())
         self._graph.replay()
         for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -146,32 +101,17 @@ class GraphedPass(StaticPass):
 
     def _capture(self) -> None:
         self._graph = self._gradients = None  # frees their memory first
-        arguments, device = self._batch.arguments(), self._batch.input_ids.device
+        arguments, device = self._arguments(), self._batch.input_ids.device
         random_state = torch.cuda.get_rng_state(device)
         gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up outside the graph
-            self.run(arguments)
-        current.wait_stream(stream)
+        warm_up(lambda: self.run(arguments), device)
         self._set_gradients(gradients)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may use the device meanwhile, as the one does that watches the exchange between processes.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._loss = self.run(arguments)
-        except RuntimeError as error:
-            self.works = False
-            # A capture that fails at its end leaves its own stream, and the random generator believing that it goes on.
-            torch.cuda.set_stream(current)
-            fresh = torch.Generator(device).graphsafe_get_state()
-            torch.cuda.default_generators[device.index].graphsafe_set_state(fresh)
-            logger.warning(
-                "Training steps cannot be captured as a CUDA graph and are launched operation by operation: %s", error
-            )
-        self._gradients = [parameter.grad for parameter in self.parameters]
+        captured = capture(lambda: self.run(arguments), device)
+        self.works = captured is not None
+        if self.works:
+            self._graph, self._loss = captured
+            self._gradients = [parameter.grad for parameter in self.parameters]
         self._set_gradients(gradients)
-        self._graph = graph
         torch.cuda.set_rng_state(random_state, device)
 
     def _set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:

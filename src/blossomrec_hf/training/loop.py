@@ -17,7 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches.histories import HistoryStore
 from ..evaluation.held_out import HeldOutItems
-from ..evaluation.ranking import ALL_SUFFIX, UNSEEN_SUFFIX, check_metric, evaluate
+from ..evaluation.ranking import (
+    ALL_SUFFIX,
+    UNSEEN_SUFFIX,
+    check_metric,
+    count_batches,
+    evaluate,
+    worth_compiling,
+)
 from ..model.manifest_blossomrec import require_loadable
 from ..sharing.upload import ensure_repo, push
 from ..utils.progress import can_draw_bars, progress_bar
@@ -161,6 +168,10 @@ class TrainingLoop:
         self.accelerator.register_for_checkpointing(self.state, self.update.scheduler)
         if self.update.average is not None:
             self.accelerator.register_for_checkpointing(self.update.average)
+        # All validations together decide, as each of them runs the same compiled code.
+        validations = 0 if self.held_out is None else self.num_epochs // args.eval_epochs
+        batches = validations * count_batches(self.held_out, args.eval_tokens) if validations else 0
+        self._compiled_validation = worth_compiling(self.accelerator.device, batches)
         self.sums = StepSums(self.accelerator, step=0)
         self._stop_requested = False
 
@@ -286,6 +297,7 @@ class TrainingLoop:
             max_tokens=args.eval_tokens,
             all_and_unseen=args.metric_for_best_model.endswith((ALL_SUFFIX, UNSEEN_SUFFIX)),
             accelerator=self.accelerator,
+            compile=self._compiled_validation,
         )
         values = {f"validation_{name}": value for name, value in metrics.items()}
         for callback in self.callbacks:

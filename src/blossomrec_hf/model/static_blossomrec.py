@@ -1,0 +1,184 @@
+"""Batches of one shape: what the compiler compiles once and a CUDA graph replays."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .ids_blossomrec import IGNORE_INDEX
+from .packing_blossomrec import PackedHistories, pack_histories
+
+
+logger = logging.get_logger(__name__)
+
+
+class StaticBatch:
+    """
+    A packed batch of fixed shape in fixed memory that batches are copied into. The remainder is filled with histories
+    of [PAD] without targets.
+
+    Args:
+        tokens: T, number of positions.
+        histories: S, number of histories.
+        max_length: length of the longest history; also of those that fill the remainder.
+        device: where its tensors are.
+    """
+
+    def __init__(self, tokens: int, histories: int, max_length: int, device: torch.device) -> None:
+        self.tokens, self.histories, self.max_length = tokens, histories, max_length
+        self.input_ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        self.labels = torch.full((1, tokens), IGNORE_INDEX, device=device)
+        self.cu_seq_lens = torch.zeros(histories + 1, dtype=torch.int32, device=device)
+        self.num_targets = torch.ones((), dtype=torch.long, device=device)
+        self._filling = torch.arange(1, histories + 1, dtype=torch.int32, device=device) * max_length
+        self.load(self.input_ids[:, :0], self.cu_seq_lens[:1])
+
+    def has_room(self, tokens: int, histories: int) -> bool:
+        """Whether so many positions and histories fit, and the histories that fill the remainder."""
+        rest = self.tokens - tokens
+        return rest >= 0 and histories + -(-rest // self.max_length) <= self.histories
+
+    def load(
+        self,
+        input_ids: torch.Tensor,
+        cu_seq_lens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_targets: int | None = None,
+    ) -> None:
+        """
+        Copies a batch that has room.
+
+        Args:
+            input_ids: vocabulary ids, `[1, T]`.
+            cu_seq_lens: offsets, `[S + 1]`.
+            labels: `[1, T]`, optional.
+            num_targets: number of targets of the training step, optional.
+        """
+        tokens, offsets = input_ids.shape[1], cu_seq_lens.shape[0]
+        self.input_ids[:, :tokens].copy_(input_ids)
+        self.input_ids[:, tokens:].zero_()
+        self.cu_seq_lens[:offsets].copy_(cu_seq_lens)
+        filling = self._filling[: self.histories + 1 - offsets] + tokens
+        self.cu_seq_lens[offsets:].copy_(filling.clamp_(max=self.tokens))
+        if labels is not None:
+            self.labels[:, :tokens].copy_(labels)
+            self.labels[:, tokens:].fill_(IGNORE_INDEX)
+            self.num_targets.fill_(num_targets)
+
+
+def warm_up(run: Callable[[], Any], device: torch.device) -> None:
+    """Runs what will be captured once, so that kernels are compiled and libraries set up outside the graph."""
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        run()
+    current.wait_stream(stream)
+
+
+def capture(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.Tensor] | None:
+    """
+    Captures operations as a CUDA graph.
+
+    Returns:
+        the graph and the output, which each replay writes again; `None` if capturing fails (an operation waits for the
+        device), which is reported on the log.
+    """
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    try:
+        # Other threads may use the device meanwhile, as the one does that watches the exchange between processes.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = run()
+    except RuntimeError as error:
+        # A capture that fails at its end leaves its own stream, and the random generator believing that it goes on.
+        torch.cuda.set_stream(current)
+        fresh = torch.Generator(device).graphsafe_get_state()
+        torch.cuda.default_generators[device.index].graphsafe_set_state(fresh)
+        logger.warning("Steps cannot be captured as a CUDA graph and are launched operation by operation: %s", error)
+        return None
+    return graph, output
+
+
+class StaticEncoder:
+    """
+    `BlossomRecModel.encode` for the last positions of batches of one shape, compiled and, on a GPU, captured as a CUDA
+    graph. Weights may change between calls, in place. Threads take turns.
+
+    Args:
+        model: the base model, on its device.
+        max_tokens: number of positions of the largest batch.
+        max_histories: number of histories of the largest batch.
+        max_length: length of the longest history.
+    """
+
+    def __init__(self, model: nn.Module, *, max_tokens: int, max_histories: int, max_length: int) -> None:
+        for name, value in (("max_tokens", max_tokens), ("max_histories", max_histories), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        self.sizes = (max_tokens, max_histories, max_length)
+        self.max_length = min(max_length, max_tokens)
+        self.device = model.item_embedding.weight.device
+        room = max_histories + -(-max_tokens // self.max_length)
+        self.batch = StaticBatch(max_tokens, room, self.max_length, self.device)
+        vocab_size = model.config.vocab_size
+
+        def encode(input_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+            packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
+            histories = pack_histories(input_ids, vocab_size=vocab_size, **packing)
+            return model._run_layers(histories, last_only=True)
+
+        self._encode = torch.compile(encode, dynamic=False)
+        self._lock = threading.Lock()
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, torch.Tensor] | None] = {}
+
+    def takes(self, model: nn.Module, *sizes: int) -> bool:
+        """Whether it was made for batches of these sizes and for where the model is now."""
+        return self.sizes == sizes and self.device == model.item_embedding.weight.device
+
+    def has_room(self, histories: PackedHistories) -> bool:
+        """Whether a batch fits and is at least half as large, so that it does not take longer than by itself."""
+        if histories.item_ids is None or histories.lengths is not None or histories.max_seqlen > self.max_length:
+            return False
+        tokens, device = histories.position.shape[0], histories.cu_seqlens.device
+        full_enough = 2 * tokens >= self.batch.tokens and device == self.device
+        return full_enough and self.batch.has_room(tokens, histories.cu_seqlens.shape[0] - 1)
+
+    def __call__(self, histories: PackedHistories) -> torch.Tensor:
+        """The hidden states `[S, hidden_size]` of each history's last position."""
+        with self._lock:
+            self.batch.load(histories.pack(histories.item_ids)[None], histories.cu_seqlens)
+            return self._run()[: histories.cu_seqlens.shape[0] - 1].clone()
+
+    def _run(self) -> torch.Tensor:
+        def run() -> torch.Tensor:
+            return self._encode(self.batch.input_ids, self.batch.cu_seq_lens)
+
+        if self.device.type != "cuda":
+            return run()
+        # A graph is that of one precision.
+        precision = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        if precision not in self._captured:
+            warm_up(run, self.device)
+            self._captured[precision] = capture(run, self.device)
+        captured = self._captured[precision]
+        if captured is None:
+            return run()
+        graph, output = captured
+        graph.replay()
+        return output
+
+    def warm_up(self) -> None:
+        """Compiles, and reports on the log how long it took."""
+        started = time.perf_counter()
+        with self._lock, torch.no_grad():
+            self._run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        logger.info(
+            "Compiled for inference in %.1f s: batches of up to %d items.",
+            time.perf_counter() - started,
+            self.batch.tokens,
+        )
