@@ -104,4 +104,4 @@ def test_recommendations_of_yesterday_are_not_kept(run_command, trained, tmp_pat
     frame = pl.read_csv(log)
     frame.with_columns(item=pl.col("item").reverse()).write_csv(log)
     error = run_command("recommend", *arguments(trained, log, folder), status=2, field="stderr")
-    assert "made with another model, log or setting; choose another folder, or remove it" in error
+    assert "made with another model, log or setting; give another folder, or remove the file" in error
