@@ -274,7 +274,7 @@ def test_other_bad_input_is_named():
     model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
     with pytest.raises(ValueError, match=r"`labels` has shape \(1, 3\)"):
         model(x, labels=x[:, 1:])
-    with pytest.raises(ValueError, match="`labels` has -7"):
+    with pytest.raises(ValueError, match="`labels` contains -7"):
         model(x, labels=x - 12)
     for name, values in (("input_ids", x[0]), ("input_ids", x.double()), ("labels", x.double()), ("labels", x > 5)):
         with pytest.raises(ValueError, match=f"`{name}` has shape .* and dtype .*; it must be `\\[B, L\\]`"):

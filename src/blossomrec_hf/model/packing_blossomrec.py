@@ -1,4 +1,4 @@
-"""Packed histories: any input that the model accepts, end to end without padding."""
+"""Packed histories: any input of the model, end to end without padding."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
+from .ops_reference import locate
 
 
 logger = logging.get_logger(__name__)
@@ -121,75 +122,54 @@ def pack_histories(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
     inputs = input_ids if inputs_embeds is None else inputs_embeds
-    cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k = cu_seq_lens_q, max_length_q, cu_seq_lens_k, max_length_k
-    _check_ids("input_ids", inputs if inputs.dim() < 3 else None)
+    _check_ids("input_ids", input_ids)
     _check_ids("labels", labels)
-    batch, length = shape = inputs.shape[:2]
-    device = inputs.device
+    shape, device = tuple(inputs.shape[:2]), inputs.device
+    batch, length = shape
     if labels is not None and labels.shape != shape:
-        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the input {tuple(shape)}; they must be the same.")
-    if cu_seqlens_k is not None and (cu_seqlens is None or cu_seqlens_k.shape != cu_seqlens.shape):
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the input {shape}; they must be the same.")
+    if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
         )
-    if max_seqlen_k is not None and max_seqlen_k != max_seqlen:
+    if max_length_k is not None and max_length_k != max_length_q:
         raise ValueError(
-            f"`max_length_k` is {max_seqlen_k}, `max_length_q` is {max_seqlen}; give the same number, or "
+            f"`max_length_k` is {max_length_k}, `max_length_q` is {max_length_q}; give the same number, or "
             "`max_length_q` alone."
         )
-    packed_row = batch == 1 and attention_mask is None and position_ids is not None
-    real = None
-    if cu_seqlens is not None or packed_row:
-        if batch != 1:
-            raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {batch} rows.")
-        if cu_seqlens is None:
-            starts = (position_ids[0] == 0).nonzero().flatten()
-            cu_seqlens = nn.functional.pad(starts, (0, 1), value=length)
-        cu_seqlens = cu_seqlens.to(device=device, dtype=torch.long)
-        place = torch.arange(length, device=device)
-        history = (torch.searchsorted(cu_seqlens, place, right=True) - 1).clamp(max=cu_seqlens.shape[0] - 2)
-        position = place - cu_seqlens[history]
-        padding = attention_mask
+    is_packed = cu_seq_lens_q is not None or (batch == 1 and attention_mask is None and position_ids is not None)
+    if is_packed:
+        real, max_seqlen = None, max_length_q
+        cu_seqlens = _offsets(cu_seq_lens_q, position_ids, shape, device)
     else:
-        if attention_mask is not None and attention_mask.shape != shape:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {tuple(shape)}; it must be 2-D, "
-                "1 at items and 0 at padding."
-            )
-        if attention_mask is not None:
-            real = attention_mask.to(device) != 0
-        else:
-            real = inputs != 0 if inputs.dim() == 2 else torch.ones(shape, dtype=torch.bool, device=device)
+        real, max_seqlen = _real_positions(inputs, attention_mask), None
         cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
-        max_seqlen = None
-        padding = None
+
     values_known = not (torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()))
-    num_tokens = None
     if values_known:
-        ids = inputs if inputs.dim() == 2 else None
-        max_seqlen, num_tokens = _check_packing(
-            ids,
+        max_seqlen, num_tokens = _check_values(
+            input_ids,
             labels,
-            padding,
+            attention_mask if is_packed else None,
             cu_seqlens,
             length,
             max_seqlen,
             vocab_size,
-            cu_seqlens_k=cu_seqlens_k,
+            cu_seq_lens_k=cu_seq_lens_k,
             real=real,
             labels_are_counted=labels_are_counted,
         )
-    elif max_seqlen is None:
-        max_seqlen = length
-    if not values_known and real is not None and not drop_padding:
-        order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices  # items first
-        first = torch.arange(batch + 1, device=device) * length
-        token, position = (order + first[:-1, None]).flatten(), torch.arange(length, device=device).repeat(batch)
-        return PackedHistories(token, position, first, length, tuple(shape), real.sum(1), input_ids, inputs_embeds)
+    else:
+        max_seqlen, num_tokens = length if max_seqlen is None else max_seqlen, None
+        if not is_packed and not drop_padding:
+            return _items_before_padding(real, input_ids, inputs_embeds)
+
     token = None
-    if real is not None and num_tokens == batch * length:
+    if is_packed:
+        position = locate(cu_seqlens[:-1], length)[1]
+    elif num_tokens == batch * length:
         position = torch.arange(length, device=device).repeat(batch)
-    elif real is not None:
+    else:
         token = real.flatten().nonzero().flatten()
         place = torch.arange(token.shape[0], device=device)
         position = place - cu_seqlens[token // max(length, 1)]  # a running sum over long rows would be slow on a GPU
@@ -197,10 +177,43 @@ def pack_histories(
         given = position_ids.expand(shape).flatten()
         if not torch.equal(given if token is None else given[token], position.to(position_ids.dtype)):
             raise ValueError(
-                "`position_ids` must count 0, 1, 2 … inside each history (padding left out); leave them out to "
-                "have them made."
+                "`position_ids` must count 0, 1, 2 … inside each history, without the padding; omit them for their default."
             )
-    return PackedHistories(token, position, cu_seqlens, max_seqlen, tuple(shape), None, input_ids, inputs_embeds)
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, shape, None, input_ids, inputs_embeds)
+
+
+def _offsets(
+    cu_seq_lens: torch.Tensor | None, position_ids: torch.Tensor | None, shape: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """The offsets of packed input, given or from positions that restart at 0, as int64 `[S + 1]`."""
+    if shape[0] != 1:
+        raise ValueError(f"`cu_seq_lens_q` describes packed input `[1, T]`; the input has {shape[0]} rows.")
+    if cu_seq_lens is None:
+        cu_seq_lens = nn.functional.pad((position_ids[0] == 0).nonzero().flatten(), (0, 1), value=shape[1])
+    return cu_seq_lens.to(device=device, dtype=torch.long)
+
+
+def _real_positions(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which positions of padded input are no padding, `[B, L]` bool."""
+    if attention_mask is None:
+        return inputs != 0 if inputs.dim() == 2 else inputs.new_ones(inputs.shape[:2], dtype=torch.bool)
+    if attention_mask.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, the input {tuple(inputs.shape[:2])}; it must be "
+            "2-D, 1 at items and 0 at padding."
+        )
+    return attention_mask.to(inputs.device) != 0
+
+
+def _items_before_padding(
+    real: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> PackedHistories:
+    """Rows as histories of one length, each with its padding at the end: no shape depends on values."""
+    batch, length = real.shape
+    order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices  # items first
+    first = torch.arange(batch + 1, device=real.device) * length
+    token, position = (order + first[:-1, None]).flatten(), torch.arange(length, device=real.device).repeat(batch)
+    return PackedHistories(token, position, first, length, (batch, length), real.sum(1), input_ids, inputs_embeds)
 
 
 def _check_ids(name: str, ids: torch.Tensor | None) -> None:
@@ -210,12 +223,22 @@ def _check_ids(name: str, ids: torch.Tensor | None) -> None:
         )
 
 
-def _check_packing(
-    ids, labels, padding, cu_seqlens, length, max_seqlen, vocab_size, *, cu_seqlens_k, real, labels_are_counted
+def _check_values(
+    ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    packed_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    length: int,
+    max_seqlen: int | None,
+    vocab_size: int,
+    *,
+    cu_seq_lens_k: torch.Tensor | None,
+    real: torch.Tensor | None,
+    labels_are_counted: bool,
 ) -> tuple[int, int]:
     """
-    The checks of `pack_histories` that need values, read from the device all at once; the longest history, and how many
-    tokens all of them have.
+    The checks of `pack_histories` that depend on values, which are read from the device all at once. Returns the length
+    of the longest history, and the number of tokens.
     """
     zero = cu_seqlens.new_zeros(())
     lengths = cu_seqlens.diff()
@@ -227,8 +250,8 @@ def _check_packing(
             else labels.masked_fill(labels == IGNORE_INDEX, 0).aminmax()
         ),
         _num_counted_in_vain(labels, real, cu_seqlens) if labels is not None and labels_are_counted else zero,
-        zero if cu_seqlens_k is None else (cu_seqlens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
-        zero if padding is None else (padding == 0).sum(),
+        zero if cu_seq_lens_k is None else (cu_seq_lens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
+        zero if packed_mask is None else (packed_mask == 0).sum(),
         cu_seqlens[0],
         cu_seqlens[-1],
         *((zero, zero) if lengths.numel() == 0 else lengths.aminmax()),
@@ -240,10 +263,10 @@ def _check_packing(
         "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
     )
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"`input_ids` holds {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. {remedy}")
+        raise ValueError(f"`input_ids` contains {low if low < 0 else high}; ids lie in 0 … {vocab_size - 1}. {remedy}")
     if low_label < 0 or high_label >= vocab_size:
         label = low_label if low_label < 0 else high_label
-        raise ValueError(f"`labels` has {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
+        raise ValueError(f"`labels` contains {label}; ids lie in 0 … {vocab_size - 1}, or are −100. {remedy}")
     if num_other:
         raise ValueError(
             "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
@@ -254,7 +277,7 @@ def _check_packing(
             "too small: set the label of a history's first item, of [PAD] and of [UNK] to −100, or pad on the right."
         )
     if num_padding:
-        raise ValueError("`attention_mask` marks padding in packed input; leave padding out, or make it a history.")
+        raise ValueError("`attention_mask` marks padding in packed input; omit the padding, or make it a history.")
     if real is None and (first != 0 or last != length or shortest < 0):
         offsets = cu_seqlens.tolist()
         raise ValueError(
@@ -268,8 +291,8 @@ def _check_packing(
 
 def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
-    How many labels `Trainer` counts (all but −100 and the first column) at which the model has no target. `real` marks the
-    items of padded rows, and is `None` for packed ones, which have offsets.
+    Number of labels that `Trainer` counts (all but −100 and the first column) at positions without a target. `real` marks
+    the items of padded rows, and is `None` for packed input, which has offsets.
     """
     if real is None:
         no_target = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
