@@ -181,3 +181,11 @@ def test_outputs_are_checked_before_the_work(run_here, checkpoint, tmp_path):
         run_here("convert", "--model", checkpoint, "--output_file", tmp_path / "no" / "x.pth"), str(tmp_path / "no")
     )
     assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint"}
+
+
+def test_an_unknown_objective(run_here, tmp_path):
+    log = write_log(tmp_path / "log.csv")
+    overrides = ("--config_overrides", '{"objective": "hinge"}')
+    result = run_here("train", "--data", log, *overrides, "--output_dir", tmp_path / "out")
+    is_one_sentence(result, "`objective` is 'hinge'", "'bce', 'bpr', 'cross_entropy', 'gbce', 'sampled_softmax'")
+    assert not (tmp_path / "out").exists()

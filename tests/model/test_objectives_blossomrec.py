@@ -110,7 +110,7 @@ def test_the_fused_kernel_is_taken_where_it_is_there(monkeypatch):
         cross_entropy(hidden.double(), weight.double(), targets, implementation="liger")
 
 
-def test_a_large_catalogue_never_has_all_its_logits():
+def test_a_large_catalog_never_has_all_its_logits():
     hidden = torch.randn(1000, 8, requires_grad=True)
     weight = torch.randn(200_002, 8, requires_grad=True)
     largest = 0
@@ -177,7 +177,7 @@ def test_items_are_drawn_by_their_chance(monkeypatch, sampling):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
-def test_the_correction_makes_the_sample_stand_for_the_catalogue(sampling):
+def test_the_correction_makes_the_sample_stand_for_the_catalog(sampling):
     hidden, weight, targets, counts = problem(positions=40)
     full = cross_entropy(hidden, weight, targets)
     sampled = sampled_loss(

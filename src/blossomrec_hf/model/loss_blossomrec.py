@@ -19,14 +19,14 @@ MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits alive at a time, 128 MiB an
 
 def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
-    What each packed position has to predict: the label of the next position of the same history.
+    The target of each packed position: the label of the next position of the same history.
 
     Args:
         labels: vocabulary ids `[T]` aligned with the input; −100 is ignored.
         cu_seqlens: offsets of the packed histories, `[S + 1]`.
 
     Returns:
-        `[T]`, −100 where there is no target: at the end of a history, and for [PAD] and [UNK].
+        `[T]`, −100 for no target: at the end of a history, and for [PAD] and [UNK].
     """
     targets = nn.functional.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
     first = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
@@ -36,14 +36,14 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
 
 def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
     """
-    Targets that the caller aligned with the input, as the trainers of sharded sequences do: position t predicts
+    Targets that the caller has aligned with the input, as trainers of sharded sequences do: position t predicts
     `shift_labels[t]`, also at the end of a history. [PAD] and [UNK] are no targets.
 
     Args:
         shift_labels: vocabulary ids `[T]`; −100 is ignored.
 
     Returns:
-        `[T]`, −100 where there is no target.
+        `[T]`, −100 for no target.
     """
     return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, IGNORE_INDEX)
 
@@ -57,24 +57,24 @@ def cross_entropy(
     implementation: str = "auto",
 ) -> torch.Tensor:
     """
-    Full-softmax cross-entropy over the items, at every position that has a target. Fused kernels never write the logits;
-    elsewhere, beyond `MAX_LOGITS`, they are computed for some positions at a time, and the gradients with them.
+    Full-softmax cross-entropy over the items, at every position that has a target. Fused kernels never write the logits.
+    Without them, more than `MAX_LOGITS` logits are computed for some positions at a time, together with the gradients.
 
     Args:
         hidden_states: `[T, hidden_size]`.
-        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] take no part in the softmax.
+        weight: item vectors `[vocab_size, hidden_size]`; [PAD] and [UNK] are not in the softmax.
         targets: vocabulary ids `[T]`, −100 for none.
-        num_items_in_batch: what the sum is divided by: the number of targets in all batches and processes of the
-            step. Their number in this batch where it is `None`.
-        implementation: `"triton"` (our kernels), `"torch"`, `"liger"` (the chunks of `liger-kernel`) or `"auto"`: on a GPU
-            in half precision `"triton"`, if it supports the hidden size; else `"torch"`, or `"liger"` where chunks are
-            needed on a GPU and it is installed. Value and gradients are the same.
+        num_items_in_batch: the divisor of the sum, the number of targets in all batches and processes of the step.
+            Defaults to their number in this batch.
+        implementation: `"triton"` (the kernels of this package), `"torch"`, `"liger"` (the chunks of `liger-kernel`) or
+            `"auto"`: on a GPU in half precision `"triton"` if it supports the hidden size, otherwise `"torch"`, or
+            `"liger"` if chunks are needed on a GPU and it is installed. Value and gradients are the same.
 
     Returns:
         a scalar, float32 or better.
 
     Raises:
-        ValueError: for `"triton"` and `"liger"` where they cannot compute the input.
+        ValueError: if `"triton"` or `"liger"` cannot compute the input.
     """
     targets = torch.where(targets < 0, IGNORE_INDEX, targets - NUM_SPECIAL_IDS)
     if _takes_triton(hidden_states, implementation):
@@ -98,7 +98,7 @@ def cross_entropy(
 
 
 def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
-    """Whether `implementation` (see `cross_entropy`) means our kernels for these hidden states."""
+    """Whether `implementation` (see `cross_entropy`) selects the Triton kernels for these hidden states."""
     if implementation not in ("auto", "triton") or not hidden_states.shape[0]:
         return False
     device, dtype = hidden_states.device.type, hidden_states.dtype
@@ -113,12 +113,12 @@ def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
 
 
 def supports_fused(dtype: torch.dtype, hidden_size: int) -> bool:
-    """Whether `"auto"` computes the full softmax by our kernels on a GPU, and so never has its logits in memory."""
+    """Whether `"auto"` selects the Triton kernels on a GPU, which never have all logits in memory."""
     return dtype in (torch.float16, torch.bfloat16) and why_unsupported("cuda", dtype, hidden_size) is None
 
 
 def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[..., torch.Tensor] | None:
-    """Liger's function of hidden states, weight and targets, where `implementation` (see `cross_entropy`) means it."""
+    """Liger's function of hidden states, weight and targets, if `implementation` (see `cross_entropy`) selects it."""
     double, on_gpu = hidden_states.dtype == torch.float64, hidden_states.device.type == "cuda"
     if implementation == "torch" or (implementation == "auto" and (double or not on_gpu)):
         return None
@@ -140,9 +140,9 @@ def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Summed full-softmax cross-entropy without the matrix of all logits: some positions at a time, whose share of the
-    gradients is made at once, while their logits are there (as the fused linear cross-entropy of Liger Kernel does,
-    arXiv 2410.10989).
+    Summed full-softmax cross-entropy without the matrix of all logits: some positions at a time, whose gradients are
+    computed from the same logits in the forward pass (as in the fused linear cross-entropy of Liger Kernel, arXiv
+    2410.10989).
     """
 
     @staticmethod
@@ -172,7 +172,7 @@ def _chunks(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The summed loss, and its gradients where they are needed: that of the weight in float32 or better."""
+    """The summed loss and the needed gradients, that of the weight in float32 or better."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     items = weight[NUM_SPECIAL_IDS:]
     total = hidden_states.new_zeros((), dtype=dtype)
@@ -189,7 +189,7 @@ def _chunks(
         gradient = log_probs.exp_()
         gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
         gradient = gradient.to(hidden.dtype)
-        # Positions without a target are left out on the small side of the products.
+        # Positions without a target are masked on the small side of the products.
         if need_hidden:
             grad_hidden[start : start + rows] = (gradient @ items) * is_target
         if need_weight:
@@ -211,7 +211,7 @@ def _fused_chunks(
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The same as `_chunks`, by Liger's kernel."""
-    # It makes no gradient at all where the hidden states need none.
+    # It computes no gradient at all if the hidden states need none.
     hidden = hidden_states.detach().requires_grad_(need_hidden or need_weight)
     items = weight[NUM_SPECIAL_IDS:].detach().requires_grad_(need_weight)
     with torch.enable_grad():
@@ -221,13 +221,13 @@ def _fused_chunks(
             targets,
             reduction="sum",
             accum_dtype=torch.float32,
-            # Left alone, it makes as many logits at a time as there are numbers in `hidden`: a few rows, which read
-            # and write the whole gradient of a large catalog.
+            # By default, it computes as many logits at a time as `hidden` has elements: a few rows, for which the whole
+            # gradient of a large catalog is read and written.
             chunk_mem_const=max(1, rows * weight.shape[0] // hidden.numel()),
         )
     grad_hidden = grad_weight = None
     if hidden.requires_grad:
-        # Taken at once, with a factor of 1: Liger's own backward multiplies what it has kept in place, once a call.
+        # Computed here, with a factor of 1: Liger's own backward multiplies the stored gradient in place at every call.
         grad_hidden, *rest = torch.autograd.grad(total, [hidden, items] if need_weight else [hidden])
         grad_weight = nn.functional.pad(rest[0], (0, 0, NUM_SPECIAL_IDS, 0)) if need_weight else None
     return total.detach(), grad_hidden if need_hidden else None, grad_weight
@@ -248,8 +248,7 @@ def sampled_loss(
 ) -> torch.Tensor:
     """
     An objective against drawn items instead of all, at every position that has a target. A drawn item that is the
-    position's own target takes no part. What is drawn comes from torch's generator of the device, so it is seeded with
-    everything else.
+    position's own target is ignored. Items are drawn by torch's generator of the device.
 
     With s⁺ the logit of the target, s_j that of the drawn item j, q_j its chance to be drawn and k = `num_negatives`:
 
@@ -262,13 +261,13 @@ def sampled_loss(
 
     Args:
         hidden_states: `[T, hidden_size]`.
-        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] are never drawn.
+        weight: item vectors `[vocab_size, hidden_size]`; [PAD] and [UNK] are never drawn.
         targets: vocabulary ids `[T]`, −100 for none.
         num_items_in_batch: as in `cross_entropy`.
         item_counts: training frequencies `[vocab_size]`.
         negative_sampling: `"uniform"`, `"popularity"` (by frequency + 1) or `"in_batch"` (other positions' targets; q
             by the frequencies).
-        shared_negatives: the same items for all positions of the batch, or drawn anew for each.
+        shared_negatives: whether all positions of the batch share the drawn items.
         gbce_calibration: t.
 
     Returns:
@@ -313,7 +312,7 @@ def sampled_loss(
 
 
 def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Places drawn with replacement, each with its (unnormalised) chance; unlike `multinomial`, of any number of places."""
+    """Places drawn with replacement in proportion to `chances`; unlike `multinomial`, of any number of places."""
     edges = chances.cumsum(0)
     drawn = torch.rand(shape, dtype=edges.dtype, device=edges.device) * edges[-1]
     return torch.searchsorted(edges, drawn, right=True).clamp(max=len(edges) - 1)

@@ -1,4 +1,4 @@
-"""What inference asks of a model's modules: that none is in training mode, which weights it may read, and a fingerprint."""
+"""Modules in inference: refusal of training mode, weights that can be read, and a fingerprint of all weights."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ _DIGEST_ELEMENTS = 2**24  # elements of a tensor that are copied to the CPU at a
 
 @functools.cache
 def _ignores_training(kind: type) -> bool:
-    """Whether modules of a class compute the same in both modes, or (ours) are told which one to use by an argument."""
+    """Whether modules of a class compute the same in both modes, or (ours) get the mode as an argument."""
     if kind in (nn.RReLU, nn.MultiheadAttention):
         return False
     file = kind.forward.__module__
@@ -32,7 +32,7 @@ def _ignores_training(kind: type) -> bool:
 
 
 def _modules(module: nn.Module) -> list[nn.Module]:
-    """`list(module.modules())` in another order and a fraction of the time."""
+    """`list(module.modules())`, in another order and faster."""
     found = [module]
     for module in found:
         if module._modules:
@@ -72,8 +72,7 @@ def check_inference(model: nn.Module) -> None:
 
 def is_plain(linear: nn.Module) -> bool:
     """
-    Whether a linear layer is what its `weight` says: not offloaded, quantized or adapted. Else only its `forward` has
-    the right answer.
+    Whether a linear layer multiplies with its `weight` as stored: it is not offloaded, quantized or adapted.
     """
     if type(linear) is not nn.Linear or "forward" in linear.__dict__:
         return False
@@ -109,7 +108,7 @@ def stored_item_vectors(model: nn.Module) -> torch.Tensor:
 
 
 def has_plain_compressor(attention: nn.Module) -> bool:
-    """Whether the weights of an attention layer's compressor may be read (or it has none)."""
+    """Whether an attention layer has no compressor, or one whose weights are stored as they are."""
     compressor = getattr(attention, "compressor", None)
     if compressor is None:
         return True
@@ -117,7 +116,7 @@ def has_plain_compressor(attention: nn.Module) -> bool:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """The device that a model's input goes to, also where `accelerate` keeps its weights elsewhere."""
+    """The device of a model's input, also if `accelerate` offloads its weights."""
     for module in _modules(model):
         for hook in _hooks(module):
             if getattr(hook, "execution_device", None) is not None:
@@ -129,7 +128,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 class WeightsFingerprint(NamedTuple):
     """
-    What identifies the weights that hidden states depend on.
+    Digests of the weights that hidden states depend on.
 
     Attributes:
         layers: digest of all weights but the item embedding.
@@ -143,7 +142,7 @@ class WeightsFingerprint(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """The weights of a base model in one state, and the fingerprints made in it by `num_items`."""
+    """The state of a base model's weights, and the fingerprints of this state by `num_items`."""
 
     ids: list[int]
     plain: bool
@@ -157,12 +156,12 @@ _WEIGHTS: WeakKeyDictionary = WeakKeyDictionary()  # of each base model
 @torch.compiler.disable
 def weights_fingerprint(model: nn.Module, num_items: int | None = None) -> WeightsFingerprint:
     """
-    The fingerprint of a base model: of values and shapes, on any device; float16 and bfloat16 count as the same
-    values in float32. Computed anew if a weight was replaced or changed in place (but not through `.data`, of
-    which PyTorch keeps no record).
+    The fingerprint of a base model's weights: of values and shapes, on any device. float16 and bfloat16 count as the
+    same values in float32. It is cached until a weight is replaced or changed in place (a change through `.data`, which
+    PyTorch does not record, is not noticed).
 
     Args:
-        num_items: rows of the item embedding that are read. Defaults to all.
+        num_items: number of rows of the item embedding to read. Defaults to all.
     """
     num_items = model.config.vocab_size if num_items is None else num_items
     known, modules = _WEIGHTS.get(model), _modules(model)

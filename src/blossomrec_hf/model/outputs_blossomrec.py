@@ -12,12 +12,12 @@ from .packing_blossomrec import PackedHistories
 
 class LayerSelection(NamedTuple):
     """
-    What one layer attended to, `[B, L, …]` in the shape of the input (`None` where the layer has no such part).
+    The selected blocks and the gates of one layer, in the shape of the input; `None` if the layer has none.
 
     Attributes:
-        block_indices (`torch.LongTensor` `[B, L, G, k]`): selected blocks, the most important first; −1 for none.
+        block_indices (`torch.LongTensor` `[B, L, G, k]`): numbers of the selected blocks by falling importance; −1 for none.
         importance (`torch.Tensor` `[B, L, G, k]`): their probabilities π.
-        gates (`torch.Tensor` `[B, L, H, 2]`): gate values of the long-term and the short-term stream.
+        gates (`torch.Tensor` `[B, L, H, number of streams]`): gate values, of the long-term stream first.
     """
 
     block_indices: torch.Tensor | None
@@ -54,8 +54,8 @@ class BlossomRecModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` `[B, L, hidden_size]`): zero at padding.
         hidden_states (`tuple`, *optional*): the embedding and every layer's output, each `[B, L, hidden_size]`.
         attentions (`tuple`, *optional*): every layer's gated attention probabilities, each `[B, H, L, L]`.
-        selections (`tuple[LayerSelection]`, *optional*): what every layer selected, and its gates.
-        cache (`BlossomRecCache`, *optional*): the cache, with these histories or events in it.
+        selections (`tuple[LayerSelection]`, *optional*): selected blocks and gates of every layer.
+        cache (`BlossomRecCache`, *optional*): the cache, which includes these histories or events.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -69,7 +69,7 @@ class BlossomRecModelOutput(ModelOutput):
 class BlossomRecOutput(ModelOutput):
     """
     Attributes:
-        loss (`torch.Tensor`, *optional*): the objective, where `labels` were given.
+        loss (`torch.Tensor`, *optional*): the objective, a scalar; requires `labels`.
         logits (`torch.Tensor`): `[B, L, vocab_size]`, or `[S, n, vocab_size]` with `logits_to_keep=n`: plain dot
             products, those of [PAD] and [UNK] included; zero at padding. `None` in training mode with `labels` (and no
             `logits_to_keep`): the loss does not need them.

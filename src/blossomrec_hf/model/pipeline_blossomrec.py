@@ -17,7 +17,7 @@ _INPUT_KEYS = {"history", "candidates", "exclude"}
 
 class SequentialRecommendationPipeline(Pipeline):
     """
-    The next items of histories of raw ids.
+    Recommend the next items of histories of raw ids.
 
     ```python
     recommender = pipeline("sequential-recommendation", model="path/or/repository")
@@ -28,22 +28,22 @@ class SequentialRecommendationPipeline(Pipeline):
     ```
 
     An input is a list of raw ids (of the tokenizer's `item_type`), the oldest first, or a dictionary with `history` and,
-    if wanted, `candidates` (what to choose from) and `exclude` (what to leave out). A list of inputs, a `Dataset` and a
-    generator are several inputs, read `batch_size` at a time. Items that the vocabulary does not have are dropped, and
-    how many is said in a warning; a history with none left gets the most frequent items of the training data.
+    optionally, `candidates` to choose from and items to `exclude`. A list of inputs, a `Dataset` and a generator are
+    several inputs, read `batch_size` at a time. Items outside the vocabulary are dropped, with a warning that counts them.
+    A history without known items gets the most frequent items of the training data.
 
     Args:
-        top_k (`int`, defaults to 10): length of the answer; it is shorter where fewer items are left.
-        exclude_seen (`bool`, *optional*): whether to exclude the items of the history itself; by default, as in `recommend`:
-            yes, unless users of the training log repeat items (`config.repeat_share` above 0.01).
-        min_score (`float`, *optional*): leave out items of a lower score.
-        max_length (`int`, *optional*): the latest items of a history that the model reads.
+        top_k (`int`, *optional*, defaults to 10): number of items per history; fewer if fewer remain.
+        exclude_seen (`bool`, *optional*): whether to exclude the items of the history itself. Defaults to
+            `config.exclude_seen`, as in `recommend`.
+        min_score (`float`, *optional*): exclude items of a lower score.
+        max_length (`int`, *optional*): number of latest items of a history that the model reads. Defaults to all.
         candidates (`list`, *optional*): raw ids to choose from, for every input without `candidates` of its own.
-        exclude (`list`, *optional*): raw ids to leave out for every input, besides its own `exclude`.
+        exclude (`list`, *optional*): raw ids to exclude for every input, in addition to its own `exclude`.
 
     Raises:
         `ValueError`: for inputs of another form, ids of another type, a tokenizer of another size than the model's
-            vocabulary, and whatever `recommend` refuses.
+            vocabulary, and as `recommend`.
     """
 
     _load_tokenizer = True
@@ -81,7 +81,7 @@ class SequentialRecommendationPipeline(Pipeline):
         return chosen, given, {}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list | Iterator[list]:
-        """One answer for one input, a list of answers for a list of inputs; see the class."""
+        """Recommend for one input (a list of items and scores) or several (a list of such lists)."""
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         if isinstance(inputs, list):
@@ -105,7 +105,7 @@ class SequentialRecommendationPipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator[list[dict]]:
-        # Histories are ragged and so are their candidates: batches are made here, not by a collator for tensors.
+        # Batches are made here, not by a collator for tensors, because histories and candidates are ragged.
         inputs = iter(inputs)
         while batch := list(islice(inputs, batch_size)):
             encoded = self.preprocess(batch, **preprocess_params)
@@ -119,7 +119,10 @@ class SequentialRecommendationPipeline(Pipeline):
     def preprocess(
         self, inputs: list, candidates: Sequence | None = None, exclude: Sequence | None = None
     ) -> dict[str, Any]:
-        """Several inputs as padded tensors of vocabulary ids: `input_ids`, `exclude_ids`, `candidate_ids`, `chooses`."""
+        """
+        Encode several inputs as padded tensors: `input_ids`, `exclude_ids`, `candidate_ids` `[B, …]` int64, and `chooses`
+        `[B]` bool, the inputs with candidates of their own.
+        """
         columns: dict[str, list[list[int]]] = {name: [] for name in _INPUT_KEYS}
         chooses, unknown = [], 0
         shared_exclude = self._encode("exclude", exclude)
@@ -128,7 +131,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 entry = {"history": entry}
             if "history" not in entry or entry.keys() - _INPUT_KEYS:
                 raise ValueError(
-                    f"`inputs` holds a dictionary with {', '.join(map(repr, entry))}; it may have 'history', which it "
+                    f"`inputs` contains a dictionary with {', '.join(map(repr, entry))}; it may have 'history', which it "
                     "must, 'candidates' and 'exclude'."
                 )
             if entry.get("candidates") is None:
@@ -160,7 +163,7 @@ class SequentialRecommendationPipeline(Pipeline):
         top_k = kwargs.setdefault("top_k", 10)
         item_ids = torch.full((len(encoded["chooses"]), top_k), -1)
         scores = torch.full(item_ids.shape, -torch.inf)
-        for chooses in (False, True):  # histories without candidates of their own choose from the whole catalogue
+        for chooses in (False, True):  # without candidates of its own, a history chooses from the whole catalog
             rows = (encoded["chooses"] == chooses).nonzero()[:, 0]
             if len(rows):
                 candidates = encoded["candidate_ids"][rows] if chooses else None
@@ -176,7 +179,7 @@ class SequentialRecommendationPipeline(Pipeline):
     def postprocess(self, outputs: dict[str, torch.Tensor]) -> list[list[dict[str, Any]]]:
         answers = []
         for ids, scores in zip(outputs["item_ids"].tolist(), outputs["scores"].tolist()):
-            count = len(ids) - ids.count(-1)  # what is left stands first
+            count = len(ids) - ids.count(-1)  # those come last
             items = self.tokenizer.decode_items(ids[:count])
             answers.append([{"item": item, "score": score} for item, score in zip(items, scores)])
         return answers

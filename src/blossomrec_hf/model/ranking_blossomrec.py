@@ -9,17 +9,17 @@ from .ids_blossomrec import NUM_SPECIAL_IDS
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**28}  # scores alive at a time, 16 MiB and 1 GiB in float32
 MAX_CHUNK = {"cpu": 2**18, "cuda": 2**22}  # items scored at a time, at most
 SMALL_SORT = 2**10  # scores that are sorted rather than searched for the highest
-# One candidate of one history costs its row of the embedding gathered, about so many items of a shared product.
+# Gathering the vector of one candidate of one history costs about as much as so many items of a shared product.
 GATHER_COST = 16
 
 
 def top_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The `k` highest of each row and their places, `[S, min(k, C)]` of `scores` `[S, C]`: the highest first, of equals
-    the earlier one. Rows are not sorted, but for those where a tie lies at the edge.
+    The `k` highest of each row of `scores` `[S, C]` and their places, both `[S, min(k, C)]`: the highest first, of equals
+    the earlier one. Only rows with a tie at the k-th place are sorted completely.
     """
     k = min(k, scores.shape[1])
-    # A small sort takes less time than what would be asked of the rows one after the other.
+    # A small sort takes less time than the operations below.
     if scores.shape[1] <= 2 * k or scores.numel() <= SMALL_SORT:
         values, places = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], places[:, :k]
@@ -46,22 +46,22 @@ def rank_items(
     item_counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The `top_k` items of the highest score for each state, of equals the one of the lower id. Scored in float32 or
-    better, some items at a time: never all users × all items of a large catalogue.
+    The `top_k` items of the highest score for each state, of equal scores the lower id first. Scores are computed in
+    float32 or better, some items at a time: never all users × all items of a large catalog.
 
     Args:
-        states: `[S, hidden_size]`, what each history ends in.
-        weight: output embedding `[vocab_size, hidden_size]`; [PAD] and [UNK] are never chosen.
+        states: `[S, hidden_size]`, the last hidden state of each history.
+        weight: item vectors `[vocab_size, hidden_size]`; [PAD] and [UNK] are never chosen.
         all_scores: `[S, vocab_size]`, in place of the products of `states` and `weight`; changed in place.
-        excluded: ids `[S, E]` that a row does not get; ids below the first item (padding) mean nothing.
-        candidates: ids to choose from, `[C]` or, for each row, `[S, C]`; ids below the first item mean nothing.
+        excluded: ids `[S, E]` to exclude for each row; ids below the first item (padding) are ignored.
+        candidates: ids to choose from, `[C]` or, for each row, `[S, C]`; ids below the first item are ignored.
         popular: `[S]` bool, the rows that are ranked by `item_counts` `[vocab_size]` instead.
 
     Returns:
-        ids `[S, top_k]` int64 and scores `[S, top_k]`, −1 and −inf where nothing is left.
+        ids `[S, top_k]` int64 and scores `[S, top_k]`, −1 and −inf if too few items remain.
 
     Raises:
-        ValueError: where a score is not a number.
+        ValueError: if a score is not a number.
     """
     dtype = torch.promote_types(states.dtype, torch.float32)
     states = states.to(dtype)
@@ -69,7 +69,7 @@ def rank_items(
     own = None
     if candidates is not None and candidates.dim() == 2:
         own, candidates = candidates, None
-    # Scores in float32 even under autocast: bfloat16 has too few bits to tell the items of a catalogue apart.
+    # Scores in float32 even under autocast: bfloat16 has too few bits to separate the items of a catalog.
     with torch.autocast(states.device.type, enabled=False):
         if own is not None and all_scores is None and own.shape[1] * GATHER_COST < weight.shape[0]:
             scores, ids = _rank_own(states, weight, top_k, excluded, own, popular, counts)
@@ -77,7 +77,7 @@ def rank_items(
             if candidates is not None:
                 candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
             scores, ids = _rank_shared(states, weight, all_scores, top_k, excluded, candidates, own, popular, counts)
-    if bool(scores[:, :1].isnan().any()):  # whatever is not a number comes first
+    if bool(scores[:, :1].isnan().any()):  # NaN is sorted first
         raise ValueError(
             "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
             "`[n for n, p in model.named_parameters() if not p.isfinite().all()]`, and load a sound checkpoint."
@@ -88,7 +88,7 @@ def rank_items(
 
 
 def _rank_shared(states, weight, all_scores, top_k, excluded, candidates, allowed, popular, counts):
-    """All rows over the same items, a chunk of them at a time, with the best so far."""
+    """The best of the same items for all rows, a chunk of items at a time."""
     device, num_rows = states.device, states.shape[0]
     vocab_size = weight.shape[0] if all_scores is None else all_scores.shape[1]
     num_items = vocab_size - NUM_SPECIAL_IDS if candidates is None else candidates.shape[0]
@@ -135,7 +135,7 @@ def _products(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _places(ids: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
-    """Where each of `ids` stands among all items, or among `candidates` (ascending ids); negative for nowhere."""
+    """The place of each of `ids` among all items, or among `candidates` (ascending ids); negative if it has none."""
     if candidates is None:
         return ids - NUM_SPECIAL_IDS
     place = torch.searchsorted(candidates, ids).clamp(max=candidates.shape[0] - 1)
@@ -143,16 +143,16 @@ def _places(ids: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
 
 
 def _among(places: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Which of the places `start` … `stop` − 1 each row of `places` `[S, E]` holds, `[S, stop − start]` bool."""
+    """Which of the places `start` … `stop` − 1 each row of `places` `[S, E]` contains, `[S, stop − start]` bool."""
     size = stop - start
     column = places - start
-    column = column.masked_fill((column < 0) | (column >= size), size)  # one column more for what is elsewhere
+    column = column.masked_fill((column < 0) | (column >= size), size)  # one column more for all other places
     members = torch.zeros(places.shape[0], size + 1, dtype=torch.bool, device=places.device)
     return members.scatter_(1, column, True)[:, :size]
 
 
 def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
-    """Each row over its own candidates, some rows at a time; their embeddings are gathered."""
+    """The best of each row's own candidates, some rows at a time, from gathered item vectors."""
     candidates = candidates.sort(dim=1).values
     valid = candidates >= NUM_SPECIAL_IDS
     valid[:, 1:] &= candidates[:, 1:] != candidates[:, :-1]
