@@ -116,6 +116,19 @@ def test_a_run_resumed_inside_an_epoch_ends_with_the_same_weights(log, tmp_path,
     assert all(map(torch.equal, whole, resumed))
 
 
+def test_the_epoch_is_set_before_a_resumed_epoch_drops_its_first_batches(log, tmp_path):
+    """`Trainer` of older `transformers` sets it on what is left of the loader only."""
+    trainer = SequentialRecommendationTrainer(make_model(), arguments(tmp_path), train_dataset=split(log[0], "train"))
+    loader = trainer.callback_handler.train_dataloader = trainer.get_train_dataloader()
+    trainer.state.epoch = 2 + 5 / 7
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    found = [histories(batch) for batch in loader]
+    loader.set_epoch(2)
+    assert found == [histories(batch) for batch in loader]
+    loader.set_epoch(0)
+    assert found != [histories(batch) for batch in loader]
+
+
 @pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
 def test_random_crops_change_from_epoch_to_epoch(log, tmp_path, workers):
     windows = HistoryWindows(log[0], 6, window="random_crop")

@@ -50,7 +50,7 @@ class HeldOutItems:
         self.history_items = pairs % stride
         self.history_offsets = np.searchsorted(pairs // stride, np.arange(len(distinct_targets) + 1))
         target_pairs = self.target_users * stride + self.targets
-        self.repeated = np.isin(target_pairs, pairs)
+        self.repeated = np.isin(target_pairs, pairs, assume_unique=True)  # both are, and else NumPy hashes for minutes
         pairs = np.setdiff1d(pairs, target_pairs, assume_unique=True)
         self.seen_items = pairs % stride
         self.seen_offsets = np.searchsorted(pairs // stride, np.arange(len(distinct_targets) + 1))

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..batches import HistoryDataLoader, HistoryStore, PackingCollator, PaddingCollator
@@ -71,6 +71,7 @@ class SequentialRecommendationTrainer(Trainer):
         self._only_ranks = "compute_metrics" not in given
         given.setdefault("compute_metrics", ranking_compute_metrics())
         super().__init__(**given)
+        self.add_callback(_EpochCallback())
         self._histories: HistoryStore | None = None
         packing = isinstance(self.data_collator, PackingCollator)
         if packing and self.args.n_gpu > 1:
@@ -240,7 +241,7 @@ class SequentialRecommendationTrainer(Trainer):
         class names, a `DataLoader` as `Trainer` makes it.
         """
         args, collate, rows = self.args, self.data_collator, self.train_dataset
-        strategy = getattr(args, "train_sampling_strategy", "random")
+        strategy = args.train_sampling_strategy
         if (
             rows is None
             or isinstance(rows, IterableDataset)
@@ -263,7 +264,7 @@ class SequentialRecommendationTrainer(Trainer):
             num_replicas=args.world_size,
             rank=args.process_index,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
@@ -324,6 +325,17 @@ class SequentialRecommendationTrainer(Trainer):
         padded = columns.new_full((*target_ids.shape, 4), float(IGNORE_INDEX))
         padded[target_ids.to(doubled.device) != IGNORE_INDEX] = columns
         return None, padded, target_ids.to(doubled.device)
+
+
+class _EpochCallback(TrainerCallback):
+    """
+    Sets the epoch of the training batches. In a resumed epoch, `Trainer` of `transformers` before 5.24 sets it on a loader
+    without the batches already seen, which has no `set_epoch`.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **kwargs: Any) -> None:
+        if isinstance(train_dataloader, HistoryDataLoader):
+            train_dataloader.set_epoch(int(state.epoch))
 
 
 class _EvaluationCollator:
