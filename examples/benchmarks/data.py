@@ -1,16 +1,16 @@
 """
-Times the road from a Parquet log to a saved Dataset.
+Time building a data set from a Parquet log, and iterating over packed batches.
 
     python examples/benchmarks/data.py --interactions 32_000_000 --k_core 5
 
-generates a log (Zipf items, log-normal histories, rows in time order, so users are interleaved), keeps it under
-`--folder` for the next time, and builds it in a process of its own. Prints one line of JSON a run: seconds of
-`build_sequences`, seconds of the whole process with its imports, peak resident MiB, and what came out.
+generates a log (items by Zipf's law, log-normal history lengths, rows in time order, so users are interleaved), stores it in
+`--folder` for later runs, and builds it in a process of its own. The output is one line of JSON per run: seconds of
+`build_sequences`, seconds of the whole process including imports, peak resident memory in MiB, and the size of the result.
 
     python examples/benchmarks/data.py --log ml-1m/interactions.txt --max_length 1000 --max_tokens 65536 --workers 2
 
-builds a log at hand and then times epochs of packed batches, with nothing to train: how full they are, how long the loop
-waits a batch, and how much of that is work of the process that would train.
+builds an existing log, then times epochs of packed batches without training: how full the batches are, how long a training
+loop waits per batch, and the CPU time of the training process.
 """
 
 import argparse
@@ -31,8 +31,8 @@ CHUNK = 4_000_000
 
 
 def generate(path: Path, interactions: int, seed: int = 0) -> None:
-    """A log of `interactions` rows: user, item, rating, timestamp; about 165 a user, as in MovieLens."""
-    from blossomrec_hf.utils.files import atomic_write  # here, so that `bare_sort` does not pay for PyTorch
+    """Write a log of `interactions` rows with user, item, rating and timestamp; about 165 per user, as in MovieLens."""
+    from blossomrec_hf.utils.files import atomic_write  # not at the top, because `bare_sort` is timed without PyTorch
 
     rng = np.random.default_rng(seed)
     num_users, num_items = max(interactions // 165, 10), max(int(interactions**0.5) * 15, 100)
@@ -54,7 +54,7 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
 
 
 def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
-    """What Polars alone takes to sort and group such a log: the yardstick, without filter, ids or saving."""
+    """Time sorting and grouping the log with Polars alone, for comparison: no filters, ids or output."""
     started = time.perf_counter()
     frame = pl.scan_parquet(path).select("user", "item", "timestamp").sort("user", "timestamp", maintain_order=True)
     users = frame.group_by("user", maintain_order=True).agg("item").collect(engine="streaming").height
@@ -83,7 +83,7 @@ def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) 
 
 
 def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seconds: float) -> None:
-    """Epochs of packed batches; a sleep of `step_seconds` stands for the training step that workers run beside."""
+    """Time epochs of packed batches. A sleep of `step_seconds` simulates the training step, during which workers run."""
     from blossomrec_hf.batches import HistoryDataLoader, HistoryWindows
     from blossomrec_hf.data import build_sequences
 
@@ -119,16 +119,20 @@ def batches(log: Path, max_length: int, max_tokens: int, workers: int, step_seco
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--interactions", type=int, nargs="+", default=[1_000_000], help="sizes; several give the slope"
+        "--interactions", type=int, nargs="+", default=[1_000_000], help="sizes of the log; several give the slope"
     )
     parser.add_argument("--k_core", type=int, default=5)
-    parser.add_argument("--log", type=Path, help="a log to build instead of generating one")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark_data"), help="for generated logs and output")
+    parser.add_argument("--log", type=Path, help="an existing log, instead of a generated one")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("benchmark_data"), help="folder of generated logs and output"
+    )
     parser.add_argument("--bare_sort", action="store_true", help="also time Polars' sort and group alone")
-    parser.add_argument("--max_tokens", type=int, help="with --log: time packed batches of this size instead")
-    parser.add_argument("--max_length", type=int, default=1000, help="items of a history in such a batch")
-    parser.add_argument("--workers", type=int, default=2, help="DataLoader workers for such batches")
-    parser.add_argument("--step_seconds", type=float, default=0.03, help="what a training step takes")
+    parser.add_argument("--max_tokens", type=int, help="with --log: time packed batches of this many items")
+    parser.add_argument("--max_length", type=int, default=1000, help="with --max_tokens: maximum items of a history")
+    parser.add_argument("--workers", type=int, default=2, help="with --max_tokens: number of DataLoader workers")
+    parser.add_argument(
+        "--step_seconds", type=float, default=0.03, help="with --max_tokens: duration of a simulated training step"
+    )
     arguments = parser.parse_args()
     if arguments.max_tokens is not None:
         if arguments.log is None:
@@ -136,7 +140,7 @@ def main() -> None:
         batches(arguments.log, arguments.max_length, arguments.max_tokens, arguments.workers, arguments.step_seconds)
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")  # so that a run's peak memory is its own
+    spawn = multiprocessing.get_context("spawn")  # so that peak memory is measured per run
     seconds = []
     for interactions in [0] if arguments.log else arguments.interactions:
         path = arguments.log or arguments.folder / f"log-{interactions}.parquet"

@@ -1,20 +1,22 @@
 """
-Are new items recommended after fine-tuning on the latest part of a log, and what does it cost the old ones?
+Measure how well new items are recommended after fine-tuning on the latest part of a log, and how old items are affected.
 
     python examples/benchmarks/finetune.py --data ratings.parquet --seeds 1 2 3
     python examples/benchmarks/finetune.py --data ratings.parquet --save_events events.npz   # then, on another machine:
     python examples/benchmarks/finetune.py --data events.npz --seeds 1 2 3 --parallel 3
 
-A random `--new_share` of the items with at least `--least_events` events is withheld: the old log is what comes before
-the latest `--late_share` of time, without them. The late events are learned, up to the last fifth of each user's, by two
-models: one that was trained on the old log and is fine-tuned as `blossomrec finetune` does, and one trained from scratch on the
-old log and the late events, stopped at its best epoch on the events to be predicted. All late events are then predicted
-from those before them, among all items, less those that the user has met: those of withheld items after each item's
-first event ("new"), and of other items ("old"), at most `--targets` each. "Learned" were part of the training, "held
-out" are the last fifth. Prints Recall@10 and, for the fine-tuned models, its ratio to that of the retrained one.
+A random `--new_share` of the items with at least `--least_events` events is withheld. The old log is the part before the
+latest `--late_share` of the events, without the withheld items. Two models learn the late events, except for the last fifth
+of each user's: a model trained on the old log and fine-tuned as by `blossomrec finetune`, and a model trained from scratch
+on the old log and the late events, stopped at its best epoch on the targets.
 
-`--variants` compares fine-tunings; new items start where their `events` place them (`initialize_from_events`) or at the
-`mean` of the old ones.
+The late events are then predicted from the events before them. All items are ranked, seen items masked. Targets are events
+of withheld items after the first event of the item ("new") and of other items ("old"), at most `--targets` each. "Learned"
+targets were part of the training, "held out" ones are the last fifth. The output is Recall@10 and, for the fine-tuned models,
+its ratio to that of the retrained model.
+
+`--variants` compares settings of fine-tuning. The vectors of new items start from their `events` (`initialize_from_events`)
+or at the `mean` of the old ones.
 """
 
 import argparse
@@ -63,14 +65,14 @@ DEFAULT_VARIANT = (
 
 
 def read_events(data: str) -> dict[str, np.ndarray]:
-    """`item` (int32 codes), `user` (int32 codes, ascending) and `time` (int64) of every event, each user's in order."""
+    """Arrays `item` (int32 codes), `user` (int32 codes, ascending) and `time` (int64), one entry per event, in time order."""
     if data.endswith(".npz"):
         return dict(np.load(data))
     from blossomrec_hf.data import build_sequences
 
     table = build_sequences(data)[0].with_format("arrow")[:]
     if "timestamps" not in table.column_names:
-        raise ValueError(f"`data` {data} has no times; the latest part of a log is measured by time.")
+        raise ValueError(f"`data` {data} has no times; give a log with times, which define its latest part.")
     items, times = (table[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "timestamps"))
     lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
     return {
@@ -83,11 +85,12 @@ def read_events(data: str) -> dict[str, np.ndarray]:
 @dataclass
 class Case:
     """
-    Histories of vocabulary ids, the withheld items last: those from `first_new` on.
+    Histories of vocabulary ids.
 
     Attributes:
-        num_past: events of each history before the late part.
-        num_learned: events of each history that are learned; the others are held out.
+        num_past: number of events of each history before the late part.
+        num_learned: number of events of each history that are learned; the others are held out.
+        first_new: the first id of the withheld items, which are the last of the vocabulary.
     """
 
     histories: list[np.ndarray]
@@ -97,7 +100,7 @@ class Case:
     vocab_size: int
 
     def places(self, *, new: bool, learned: bool) -> list[tuple[int, int]]:
-        """(history, place) of the late events to predict, of new or old items."""
+        """(history, position) of the late events that are targets, of new or old items."""
         found, met = [], set()
         for row, history in enumerate(self.histories):
             limits = self.num_past[row], self.num_learned[row], len(history)
@@ -113,7 +116,7 @@ class Case:
 def divide(
     events: dict[str, np.ndarray], *, new_share: float, least_events: int, late_share: float, seed: int
 ) -> Case:
-    """Withholds items and marks the late part, see the head of this file."""
+    """Withhold items and mark the late part, as described above."""
     item, user, time = events["item"], events["user"], events["time"]
     counts = np.bincount(item)
     frequent = np.flatnonzero(counts >= least_events)
@@ -140,7 +143,7 @@ def divide(
 
 
 def to_predict(case: Case, places: list[tuple[int, int]], args: argparse.Namespace) -> HeldOutItems:
-    """At most `args.targets` of the events at `places`, each with the history before it."""
+    """At most `args.targets` targets of `places`, each with the history before it."""
     drawn = np.random.default_rng(0).permutation(len(places))[: args.targets]
     rows = []
     for row, place in (places[number] for number in sorted(drawn)):
@@ -155,7 +158,7 @@ def to_predict(case: Case, places: list[tuple[int, int]], args: argparse.Namespa
 def train_from_scratch(
     histories: list[np.ndarray], validation: HeldOutItems, vocab_size: int, args: argparse.Namespace, seed: int
 ) -> BlossomRecForSequentialRecommendation:
-    """A model at its best epoch on `validation`."""
+    """Train a model, and return it as it was after its best epoch on `validation`."""
     set_seed(seed)
     config = BlossomRecConfig(
         vocab_size=vocab_size,
@@ -186,7 +189,7 @@ def train_from_scratch(
 def fine_tune(
     model: BlossomRecForSequentialRecommendation, case: Case, variant: str, args: argparse.Namespace, seed: int
 ) -> None:
-    """Fine-tunes as `blossomrec finetune` does, with the settings of `variant`."""
+    """Fine-tune as `blossomrec finetune` does, with the settings of `variant`."""
     start, learning_rate, epochs, replay, batch_size, schedule = variant.split(":")
     learned = [history[:length] for history, length in zip(case.histories, case.num_learned)]
     new_items = range(case.first_new, case.vocab_size)
@@ -227,7 +230,7 @@ def fine_tune(
 
 
 def measure(events: dict[str, np.ndarray], args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
-    """Recall@10 of each model for each kind of events to predict."""
+    """Recall@10 of each model for each kind of targets."""
     began = perf_counter()
     case = divide(
         events, new_share=args.new_share, least_events=args.least_events, late_share=args.late_share, seed=seed
@@ -269,23 +272,23 @@ def measure(events: dict[str, np.ndarray], args: argparse.Namespace, seed: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--data", required=True, help="a log with times, or what --save_events wrote")
-    parser.add_argument("--save_events", metavar="FILE.npz", help="write the events as plain arrays, and end")
-    parser.add_argument("--new_share", type=float, default=0.1, help="of the items to withhold")
-    parser.add_argument("--least_events", type=int, default=20, help="of an item to be withheld")
-    parser.add_argument("--late_share", type=float, default=0.1, help="of the events, by time")
-    parser.add_argument("--targets", type=int, default=10_000, help="events of a kind to predict, at most")
+    parser.add_argument("--data", required=True, help="a log with times, or a file of --save_events")
+    parser.add_argument("--save_events", metavar="FILE.npz", help="write the events as arrays, and exit")
+    parser.add_argument("--new_share", type=float, default=0.1, help="share of the items to withhold")
+    parser.add_argument("--least_events", type=int, default=20, help="minimum number of events of a withheld item")
+    parser.add_argument("--late_share", type=float, default=0.1, help="share of the events in the late part")
+    parser.add_argument("--targets", type=int, default=10_000, help="maximum number of targets of each kind")
     parser.add_argument("--max_length", type=int, default=200)
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--dropout", type=float, default=0.2)
-    parser.add_argument("--epochs", type=int, default=100, help="of training from scratch, at most")
-    parser.add_argument("--eval_epochs", type=int, default=5, help="from one validation to the next")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="of training from scratch")
-    parser.add_argument("--tokens_per_step", type=int, default=16384, help="of training from scratch")
-    parser.add_argument("--min_steps", type=int, default=MIN_STEPS, help="of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs of training from scratch")
+    parser.add_argument("--eval_epochs", type=int, default=5, help="epochs between validations")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="learning rate of training from scratch")
+    parser.add_argument("--tokens_per_step", type=int, default=16384, help="items per step of training from scratch")
+    parser.add_argument("--min_steps", type=int, default=MIN_STEPS, help="minimum number of steps of fine-tuning")
     parser.add_argument("--variants", nargs="+", default=[DEFAULT_VARIANT], help=VARIANT)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="each withholds other items")
-    parser.add_argument("--parallel", type=int, default=1, help="seeds at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds; each withholds other items")
+    parser.add_argument("--parallel", type=int, default=1, help="number of seeds that run in parallel")
     args = parser.parse_args()
 
     events = read_events(args.data)

@@ -1,13 +1,13 @@
 """
-Puts `blossomrec serve` under load, kills it in the middle, starts it again, and looks for lost events.
+Run `blossomrec serve` under load, kill it, restart it, and look for lost events.
 
     python examples/benchmarks/load_test.py --model runs/blossomrec --clients 64 --seconds 60
 
-Every client sends requests one after the other: an event of its own user, every eighth time one of a user shared by all
-clients, every sixteenth time a history without a user. While requests are still under way the service gets `kill -9`. The
-store must then hold, in order, every event of a client's own user that was acknowledged (and at most the one that was
-under way), and all acknowledged events of the shared user; the restarted service must know all of them. The exit status
-is 1 where a request failed before the kill, or an event is missing.
+Each client sends one request after another: an event of its own user, every eighth time an event of a user that all clients
+share, every sixteenth time a history without a user. The service is killed (`kill -9`) while requests are in progress. The
+store must then have all acknowledged events, in order for each client's own user, and at most one more per request in
+progress. The restarted service must use all of them. The exit status is 1 if a request failed before the kill, or an event
+is missing.
 """
 
 import argparse
@@ -27,27 +27,28 @@ import httpx
 import numpy as np
 
 from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.serving.event_store import Store, first_read
 from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 
 
 async def started(base: str, process: subprocess.Popen) -> None:
-    """Waits until the service answers."""
+    """Wait until the service responds."""
     async with httpx.AsyncClient() as http:
         for _ in range(1200):
             if process.poll() is not None:
-                raise SystemExit(f"The service ended with status {process.returncode} before it answered.")
+                raise SystemExit(f"The service exited with status {process.returncode} before it responded.")
             try:
                 if (await http.get(f"{base}/health")).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             await asyncio.sleep(0.1)
-    raise SystemExit("The service did not answer within two minutes.")
+    raise SystemExit("The service did not respond within two minutes.")
 
 
 class Load:
-    """The clients, and what they were told."""
+    """The clients, and the responses that they received."""
 
     def __init__(self, base: str, items: list, args: argparse.Namespace) -> None:
         self.base, self.items, self.args = base, items, args
@@ -91,7 +92,7 @@ class Load:
         return seconds
 
     async def missing(self, store: Store, max_history: int) -> list[str]:
-        """What the store, or the service that was started again, lacks of what was acknowledged."""
+        """The users with acknowledged events that the store or the restarted service lacks."""
         lost = []
         async with httpx.AsyncClient(base_url=self.base, timeout=60) as http:
             for user, items in self.acknowledged.items():
@@ -100,10 +101,10 @@ class Load:
                     complete = not Counter(items) - Counter(stored) and len(stored) <= len(items) + self.args.clients
                 else:
                     complete = stored[: len(items)] == items and len(stored) <= len(items) + 1
-                known = (await http.post("/recommend", json={"user": user})).json()["length"]
+                used = (await http.post("/recommend", json={"user": user})).json()["length"]
                 wanted = len(stored) - first_read(len(stored), max_history)
-                if not complete or known != wanted:
-                    lost.append(f"{user}: {len(items)} acknowledged, {len(stored)} stored, {known} known")
+                if not complete or used != wanted:
+                    lost.append(f"{user}: {len(items)} acknowledged, {len(stored)} stored, {used} used")
         return lost
 
 
@@ -117,7 +118,8 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
     command = [sys.executable, "-m", "blossomrec_hf.commands.serve", "--model", args.model, "--store", str(path)]
     command += ["--port", str(port), "--max_history", str(args.max_history)]
     tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
-    items = tokenizer.decode_items(range(2, min(2 + args.items, len(tokenizer) - 10)))
+    first, last = NUM_SPECIAL_IDS, len(tokenizer) - 10  # ten items must remain to be recommended
+    items = tokenizer.decode_items(range(first, min(first + args.items, last)))
     process = subprocess.Popen(command)
     try:
         await started(base, process)
@@ -148,11 +150,13 @@ async def load_test(args: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its tokenizer, or a Hub id")
-    parser.add_argument("--clients", type=int, default=64, help="clients that send requests at the same time")
+    parser.add_argument("--clients", type=int, default=64, help="number of concurrent clients")
     parser.add_argument("--seconds", type=float, default=60.0, help="seconds from the first request to the kill")
-    parser.add_argument("--items", type=int, default=200, help="how many items the events are drawn from")
-    parser.add_argument("--max_history", type=int, default=4096, help="that of `blossomrec serve`")
-    parser.add_argument("--json", type=Path, help="file for the figures; by default, they are printed only")
+    parser.add_argument("--items", type=int, default=200, help="number of items that events are drawn from")
+    parser.add_argument("--max_history", type=int, default=4096, help="passed to `blossomrec serve`")
+    parser.add_argument(
+        "--json", type=Path, help="JSON file to write the figures to; by default, they are only printed"
+    )
     args = parser.parse_args()
     figures = asyncio.run(load_test(args))
     print(json.dumps(figures, indent=1))
