@@ -133,20 +133,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def power_law_distances(
     num_blocks: int, window: int, base: int, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """
-    The block distances below `num_blocks` that the short-term stream attends to, ascending. They are made on `device`:
-    copying them to a GPU would make the CPU wait.
-    """
-    near = torch.arange(min(window, num_blocks), device=device)
-    powers = []
-    power = 1
+    """The block distances below `num_blocks` that the short-term stream attends to, ascending."""
+    near, powers, power = min(window, num_blocks), [], 1
     while power < num_blocks:
-        if power >= near.shape[0]:
+        if power >= near:
             powers.append(power)
         power *= base
-    if not powers:
-        return near
-    return torch.cat([near, powers[0] * base ** torch.arange(len(powers), device=device)])
+    if device is None or torch.device(device).type == "cpu":
+        return torch.tensor([*range(near), *powers], dtype=torch.long)
+    # For a list that is copied to a GPU, the CPU waits.
+    far = powers[0] * base ** torch.arange(len(powers), device=device) if powers else torch.arange(0, device=device)
+    return torch.cat([torch.arange(near, device=device), far])
 
 
 def compress(k: torch.Tensor, compressor: nn.Module, windows: Queries, first: torch.Tensor) -> torch.Tensor:

@@ -71,23 +71,37 @@ def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
     return _Rows(token.clamp(max=num_tokens - 1), block, first)
 
 
-def _tiles(queries: Queries, num_histories: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Queries `[N, size]` of one history each, and the place `[Q]` of every query among the slots; `None` if they are the
-    slots, in their order.
-    """
-    number = torch.arange(queries.history.shape[0], device=queries.history.device)
-    if queries.most == 1:
-        return number[:, None], None
-    history = torch.arange(num_histories + 1, device=number.device)
-    offsets = torch.searchsorted(queries.history, history)
-    size = min(queries.most, TILE)
-    rows = _rows(offsets, number.shape[0], size)
-    place = rows.first[queries.history] * size + number - offsets[queries.history]
-    token = rows.token
-    if _reads_freely(number):  # the bound may be far above the number of tiles
-        token = token[: int(place[-1]) // size + 1]
-    return token, place
+class _Tiles(NamedTuple):
+    """Queries in tiles of up to `TILE`, each of one history (or, of packed ones, of histories that follow one another)."""
+
+    token: torch.Tensor | None  # [N, size]: the query in each slot; `None` for tiles of one query each
+    slot: torch.Tensor | None  # [Q]: the slot of each query; `None` if queries and slots have one order
+
+    @classmethod
+    def of(cls, queries: Queries, num_histories: int) -> "_Tiles":
+        number = torch.arange(queries.history.shape[0], device=queries.history.device)
+        if queries.most == 1:
+            return cls(None, None)
+        if queries.every:
+            size = TILE if queries.max_length <= 1024 else 8 * TILE
+            token = torch.arange(-(-len(number) // size) * size, device=number.device).clamp(max=len(number) - 1)
+            return cls(token.unflatten(0, (-1, size)), None)
+        offsets = torch.searchsorted(queries.history, torch.arange(num_histories + 1, device=number.device))
+        size = min(queries.most, TILE)
+        rows = _rows(offsets, len(number), size)
+        slot = rows.first[queries.history] * size + number - offsets[queries.history]
+        # The bound may be far above the number of tiles.
+        token = rows.token[: int(slot[-1]) // size + 1] if _reads_freely(slot) else rows.token
+        return cls(token, slot)
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """`[Q, …]` → `[N, size, …]`"""
+        return x[:, None] if self.token is None else _gather(x, self.token)
+
+    def join(self, x: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """`[N, size, …]` → `[Q, …]`"""
+        x = x.flatten(0, 1)
+        return x[:num_queries] if self.slot is None else _gather(x, self.slot)
 
 
 def short_places(position: torch.Tensor, max_length: int, *, block_size: int, window: int, base: int) -> torch.Tensor:
@@ -126,11 +140,11 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _gather_states(keys: Keys, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[…, d]` at the `index` of row · G + group."""
+def _gather_states(keys: Keys, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[…, d]` in `dtype` at the `index` of row · G + group."""
     if keys.states is not None:
-        return _gather(keys.states.flatten(0, 1), index).chunk(2, -1)
-    return tuple(nn.functional.embedding(index, x.flatten(0, 1)) for x in (keys.k, keys.v))
+        return _gather(keys.states.flatten(0, 1), index).to(dtype).chunk(2, -1)
+    return tuple(nn.functional.embedding(index, x.flatten(0, 1)).to(dtype) for x in (keys.k, keys.v))
 
 
 def compress(k: torch.Tensor, compressor: nn.Module, windows: Queries, first: torch.Tensor) -> torch.Tensor:
@@ -163,39 +177,36 @@ def select(
     if _is_alone(queries, blocks.first):
         return _select_alone(q[0], blocks.rows[: int(queries.position) // block_size], *shape[1:], threshold, scaling)
 
+    # A tile meets the blocks from the first one of its first history on: that history's own, and, if all positions are
+    # asked for, those that begin inside the tile.
+    tiles = _Tiles.of(queries, blocks.first.shape[0])
     begin = blocks.first[queries.history]
     end = begin + torch.div(queries.position, block_size, rounding_mode="floor")
-    place, reach_over = None, 0
-    if queries.every:
-        # A tile of consecutive queries meets the blocks from the first one of its first history on: that history's
-        # own, and those that begin inside the tile.
-        size = TILE if queries.max_length <= 1024 else 8 * TILE
-        reach_over = size // block_size
-        token = torch.arange(-(-q.shape[0] // size) * size, device=q.device).clamp(max=q.shape[0] - 1)
-        token = token.unflatten(0, (-1, size))
-    else:
-        token, place = _tiles(queries, blocks.first.shape[0])
+    begin, end = tiles.split(begin), tiles.split(end)
+    reach_over = begin.shape[1] // block_size if queries.every else 0
     width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
 
     with torch.autocast(q.device.type, enabled=False):
-        mean_q = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling
+        mean_q = tiles.split(q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling)
 
-        def rank(token):
-            first, last = begin[token], end[token]
+        def rank(mean_q, begin, end):
             reach = width
-            if _reads_freely(token):
-                reach = max(int((last - first[:, :1]).max()), num_selected_blocks)
-            met = first[:, :1] + torch.arange(reach, device=q.device)
+            if queries.every and _reads_freely(end):  # the tile's own, not the widest
+                reach = max(int((end - begin[:, :1]).max()), num_selected_blocks)
+            met = begin[:, :1] + torch.arange(reach, device=q.device)
             keys = _gather(blocks.rows, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
-            scores = _gather(mean_q, token).transpose(1, 2) @ keys  # [N, G, size, M]
-            candidate = (met[:, None] >= first[..., None]) & (met[:, None] < last[..., None])
+            scores = mean_q.transpose(1, 2) @ keys  # [N, G, size, M]
+            candidate = met[:, None] < end[..., None]
+            if queries.every:
+                candidate = candidate & (met[:, None] >= begin[..., None])
             pi, chosen = _best_blocks(scores, candidate[:, None], num_selected_blocks)
-            chosen = chosen - (first - first[:, :1])[:, None, :, None]
+            if queries.every:
+                chosen = chosen - (begin - begin[:, :1])[:, None, :, None]
             # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
             return torch.stack([pi, chosen.to(dtype)]).permute(1, 3, 2, 4, 0)
 
-        ranked = _in_slices(rank, token.shape[1] * width * num_groups, token).flatten(0, 1)
-    ranked = ranked[: q.shape[0]] if place is None else _gather(ranked, place)
+        ranked = _in_slices(rank, begin.shape[1] * width * num_groups, mean_q, begin, end)
+    ranked = tiles.join(ranked, q.shape[0])
     pi, chosen = ranked[..., 0], ranked[..., 1].detach().long()
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, chosen, -1), torch.where(kept, pi, 0.0))
@@ -374,25 +385,23 @@ def attend_full(q: torch.Tensor, keys: Keys, queries: Queries, *, scaling: float
     if queries.every:
         return _attend_padded(q, keys, queries, None, scaling)
 
-    token, slot = _tiles(queries, keys.first.shape[0])
+    tiles = _Tiles.of(queries, keys.first.shape[0])
     place = torch.arange(queries.max_length, device=q.device)
     group = torch.arange(num_groups, device=q.device)[:, None]
 
-    def attend(token):
+    def attend(q, history, position):
         # All heads of a group and all queries of the tile read the same keys.
-        tiles = _gather(q, token).unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, G, H/G, size, d]
-        row = keys.first[queries.history[token[:, 0]], None] + place
-        k, v = _gather_states(keys, row.clamp(max=num_rows - 1)[:, None] * num_groups + group)
-        mask = (place <= queries.position[token][..., None])[:, None, None]
-        mask = mask.expand(-1, 1, tiles.shape[2], -1, -1).flatten(2, 3)
-        out = nn.functional.scaled_dot_product_attention(
-            tiles.flatten(2, 3), k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scaling
-        )
-        return out.unflatten(2, (-1, token.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        size, q = q.shape[1], q.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [N, G, H/G, size, d]
+        row = (keys.first[history[:, :1]] + place).clamp(max=num_rows - 1)  # [N, L]
+        k, v = _gather_states(keys, row[:, None] * num_groups + group, q.dtype)
+        mask = (place <= position[..., None])[:, None, None].expand(-1, 1, q.shape[2], -1, -1).flatten(2, 3)
+        q = q.flatten(2, 3)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return out.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    row_elements = queries.max_length * max(token.shape[1] * q.shape[1], 2 * num_groups * q.shape[2])
-    out = _in_slices(attend, row_elements, token).flatten(0, 1)
-    return out if slot is None else _gather(out, slot)
+    parts = [tiles.split(x) for x in (q, queries.history, queries.position)]
+    row_elements = queries.max_length * max(parts[0].shape[1] * q.shape[1], 2 * num_groups * q.shape[2])
+    return tiles.join(_in_slices(attend, row_elements, *parts), q.shape[0])
 
 
 def attend_places(
@@ -407,20 +416,22 @@ def attend_places(
 def _attend_places(q, keys, queries, place, scaling, factor=None):
     """`attend_places` with a `factor` `[Q, G, K]` of the logits."""
     num_rows, num_groups, width = keys.k.shape
-    group = torch.arange(num_groups, device=q.device)[:, None]
-    first = keys.first.clamp(max=num_rows - 1)  # an empty history at the end begins behind the last row
+    first = keys.first[queries.history]
+    if keys.states is None:  # packed: an empty history at the end begins behind the last row
+        first = first.clamp(max=num_rows - 1)
+    first = (first[:, None] * num_groups + torch.arange(num_groups, device=q.device))[..., None]  # [Q, G, 1]
 
-    def attend(q, history, position, place, factor):
+    def attend(q, first, position, place, factor):
         mask = (place >= 0) & (place <= position)
-        row = first[history] + torch.minimum(place.clamp(min=0), position)
-        k, v = (x.to(q.dtype) for x in _gather_states(keys, row * num_groups + group))
+        row = torch.minimum(place.clamp(min=0), position)
+        k, v = _gather_states(keys, row * num_groups + first, q.dtype)
         if factor is not None:
             k = k * factor[..., None].to(q.dtype)
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, None], scale=scaling)
 
-    at = queries.history[:, None, None], queries.position[:, None, None]
-    tiles = q.unflatten(1, (num_groups, -1))
-    return _in_slices(attend, num_groups * place.shape[2] * width, tiles, *at, place, factor).flatten(1, 2)
+    tiles, position = q.unflatten(1, (num_groups, -1)), queries.position[:, None, None]
+    row_elements = num_groups * place.shape[2] * width
+    return _in_slices(attend, row_elements, tiles, first, position, place, factor).flatten(1, 2)
 
 
 def _blocks_alone(block_indices: torch.Tensor, length: int, block_size: int) -> torch.Tensor:
