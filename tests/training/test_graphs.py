@@ -58,7 +58,7 @@ def test_room_is_for_the_batch_and_what_fills_it_up():
         offsets = static.cu_seq_lens
         assert offsets[-1] == static.tokens and (offsets.diff() >= 0).all()
         assert offsets.diff().max() <= static.max_length
-    static = StaticBatch(100, 10, 10, torch.device("cpu"))
+    static = StaticBatch(100, 10, 10, torch.device("cpu"), {"input_ids": torch.long})
     assert static.has_room(100, 10) and static.has_room(50, 5)
     assert not static.has_room(101, 1) and not static.has_room(100, 11) and not static.has_room(5, 5)
 

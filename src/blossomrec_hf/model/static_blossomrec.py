@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,48 +26,47 @@ class StaticBatch:
         histories: S, number of histories.
         max_length: length of the longest history; also of those that fill the remainder.
         device: where its tensors are.
+        columns: dtypes of the columns of the events. `labels` are filled with −100, all others with 0.
+
+    Attributes:
+        columns: the columns, `[1, T]` each.
+        cu_seq_lens: offsets, int32 `[S + 1]`; those behind the last history are T.
     """
 
-    def __init__(self, tokens: int, histories: int, max_length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        tokens: int,
+        histories: int,
+        max_length: int,
+        device: torch.device,
+        columns: Mapping[str, torch.dtype],
+    ) -> None:
         self.tokens, self.histories, self.max_length = tokens, histories, max_length
-        self.input_ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        self.labels = torch.full((1, tokens), IGNORE_INDEX, device=device)
+        self.columns = {name: torch.zeros(1, tokens, dtype=dtype, device=device) for name, dtype in columns.items()}
         self.cu_seq_lens = torch.zeros(histories + 1, dtype=torch.int32, device=device)
-        self.num_targets = torch.ones((), dtype=torch.long, device=device)
         self._filling = torch.arange(1, histories + 1, dtype=torch.int32, device=device) * max_length
-        self.load(self.input_ids[:, :0], self.cu_seq_lens[:1])
+        self.load({name: column[:, :0] for name, column in self.columns.items()}, self.cu_seq_lens[:1])
 
     def has_room(self, tokens: int, histories: int) -> bool:
         """Whether so many positions and histories fit, and the histories that fill the remainder."""
         rest = self.tokens - tokens
         return rest >= 0 and histories + -(-rest // self.max_length) <= self.histories
 
-    def load(
-        self,
-        input_ids: torch.Tensor,
-        cu_seq_lens: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        num_targets: int | None = None,
-    ) -> None:
+    def load(self, columns: Mapping[str, torch.Tensor], cu_seq_lens: torch.Tensor) -> None:
         """
         Copies a batch that has room.
 
         Args:
-            input_ids: vocabulary ids, `[1, T]`.
-            cu_seq_lens: offsets, `[S + 1]`.
-            labels: `[1, T]`, optional.
-            num_targets: number of targets of the training step, optional.
+            columns: the columns, `[1, T]` each, T up to `tokens`.
+            cu_seq_lens: offsets, `[S + 1]`, S up to `histories`.
         """
-        tokens, offsets = input_ids.shape[1], cu_seq_lens.shape[0]
-        self.input_ids[:, :tokens].copy_(input_ids)
-        self.input_ids[:, tokens:].zero_()
+        offsets, tokens = cu_seq_lens.shape[0], next(iter(columns.values())).shape[1]
+        for name, column in self.columns.items():
+            column[:, :tokens].copy_(columns[name])
+            column[:, tokens:].fill_(IGNORE_INDEX if name == "labels" else 0)
         self.cu_seq_lens[:offsets].copy_(cu_seq_lens)
         filling = self._filling[: self.histories + 1 - offsets] + tokens
         self.cu_seq_lens[offsets:].copy_(filling.clamp_(max=self.tokens))
-        if labels is not None:
-            self.labels[:, :tokens].copy_(labels)
-            self.labels[:, tokens:].fill_(IGNORE_INDEX)
-            self.num_targets.fill_(num_targets)
 
 
 def warm_up(run: Callable[[], Any], device: torch.device) -> None:
@@ -122,7 +121,7 @@ class StaticEncoder:
         self.max_length = min(max_length, max_tokens)
         self.device = model.item_embedding.weight.device
         room = max_histories + -(-max_tokens // self.max_length)
-        self.batch = StaticBatch(max_tokens, room, self.max_length, self.device)
+        self.batch = StaticBatch(max_tokens, room, self.max_length, self.device, {"input_ids": torch.long})
         vocab_size = model.config.vocab_size
 
         def encode(input_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> torch.Tensor:
@@ -149,12 +148,12 @@ class StaticEncoder:
     def __call__(self, histories: PackedHistories) -> torch.Tensor:
         """The hidden states `[S, hidden_size]` of each history's last position."""
         with self._lock:
-            self.batch.load(histories.pack(histories.item_ids)[None], histories.cu_seqlens)
+            self.batch.load({"input_ids": histories.pack(histories.item_ids)[None]}, histories.cu_seqlens)
             return self._run()[: histories.cu_seqlens.shape[0] - 1].clone()
 
     def _run(self) -> torch.Tensor:
         def run() -> torch.Tensor:
-            return self._encode(self.batch.input_ids, self.batch.cu_seq_lens)
+            return self._encode(self.batch.columns["input_ids"], self.batch.cu_seq_lens)
 
         if self.device.type != "cuda":
             return run()

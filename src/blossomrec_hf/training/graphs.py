@@ -10,6 +10,9 @@ from ..model.static_blossomrec import StaticBatch, capture, warm_up
 
 Batch = dict[str, torch.Tensor | int]
 
+# The arguments that describe packed histories; the others are columns of the events.
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+
 
 class StaticPass:
     """
@@ -34,30 +37,32 @@ class StaticPass:
 
     def _load(self, batch: Batch, num_targets: int) -> bool:
         """Copies the batch into fixed memory; returns whether that is new."""
-        tokens, histories = batch["input_ids"].shape[1], batch["cu_seq_lens_q"].shape[0] - 1
+        columns = {name: batch[name] for name in batch.keys() - _PACKING}
+        offsets = batch["cu_seq_lens_q"]
+        tokens, histories = batch["input_ids"].shape[1], offsets.shape[0] - 1
         enlarge = self._batch is None or not self._batch.has_room(tokens, histories)
         if enlarge:
-            self._batch = self._room_for(tokens, histories, batch["input_ids"].device)
-        self._batch.load(batch["input_ids"], batch["cu_seq_lens_q"], batch["labels"], num_targets)
+            room = self._room_for(tokens, histories)
+            dtypes = {name: column.dtype for name, column in columns.items()}
+            self._batch = StaticBatch(*room, self.max_length, offsets.device, dtypes)
+            self._num_targets = torch.ones((), dtype=torch.long, device=offsets.device)
+        self._batch.load(columns, offsets)
+        self._num_targets.fill_(num_targets)
         return enlarge
 
-    def _room_for(self, tokens: int, histories: int, device: torch.device) -> StaticBatch:
-        """Room for such a batch and for most batches like it of up to `max_tokens` positions."""
+    def _room_for(self, tokens: int, histories: int) -> tuple[int, int]:
+        """Positions and histories for such a batch and for most batches like it of up to `max_tokens` positions."""
         tokens = max(tokens, min(self.max_tokens, -(-tokens * 9 // 8)))
         histories = -(-histories * 5 // 4) + -(-tokens // self.max_length)
-        if self._batch is not None:  # never less than before, or two kinds of batches would alternate
-            tokens, histories = max(tokens, self._batch.tokens), max(histories, self._batch.histories)
-        return StaticBatch(tokens, histories, self.max_length, device)
+        if self._batch is None:
+            return tokens, histories
+        # Never less than before, or two kinds of batches would alternate.
+        return max(tokens, self._batch.tokens), max(histories, self._batch.histories)
 
     def _arguments(self) -> Batch:
         """The model's arguments: always the same tensors."""
-        return {
-            "input_ids": self._batch.input_ids,
-            "labels": self._batch.labels,
-            "cu_seq_lens_q": self._batch.cu_seq_lens,
-            "max_length_q": self.max_length,
-            "num_items_in_batch": self._batch.num_targets,
-        }
+        packing = {"cu_seq_lens_q": self._batch.cu_seq_lens, "max_length_q": self.max_length}
+        return {**self._batch.columns, **packing, "num_items_in_batch": self._num_targets}
 
 
 class GraphedPass(StaticPass):
@@ -101,7 +106,7 @@ class GraphedPass(StaticPass):
 
     def _capture(self) -> None:
         self._graph = self._gradients = None  # frees their memory first
-        arguments, device = self._arguments(), self._batch.input_ids.device
+        arguments, device = self._arguments(), self._batch.cu_seq_lens.device
         random_state = torch.cuda.get_rng_state(device)
         gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
         warm_up(lambda: self.run(arguments), device)
