@@ -11,8 +11,9 @@ from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
-from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.data import build_sequences, generate_log, split
 from blossomrec_hf.data.overview import describe, write_report
+from blossomrec_hf.training import LogArguments
 
 
 pytest.importorskip("matplotlib", reason="the extra report is not installed")
@@ -113,3 +114,17 @@ def test_the_command_says_what_is_wrong_and_leaves_nothing(log, tmp_path, capsys
         prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--k_core", "500"])
     assert "k-core 500, 500" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_the_command_splits_into_folds_and_training_chooses_one(tmp_path):
+    generate_log(60).with_columns(pl.col("timestamp") - 1_600_000_000).write_parquet(tmp_path / "log.parquet")
+    last = generate_log(60)["timestamp"].max() - 1_600_000_000
+    options = ["--split", "folds", "--test_from", "0.6", "--fold_width", f"{last // 10}s", "--folds", "3"]
+    prepare.main([str(tmp_path / "log.parquet"), "--output_dir", str(tmp_path / "out"), *options])
+    ends = [LogArguments(data=str(tmp_path / "out"), fold=fold).build()[0]["train_end"] for fold in (0, 1, 2, None)]
+    sums = [sum(end) for end in ends]
+    assert sums[0] < sums[1] < sums[2] == sums[3]
+    with pytest.raises(ValueError, match="fold is 3, but the data set has 3 folds; it may be from 0 to 2"):
+        LogArguments(data=str(tmp_path / "out"), fold=3).build()
+    with pytest.raises(ValueError, match="`fold` is 1, but `data` is not prepared"):
+        LogArguments(data=str(tmp_path / "log.parquet"), fold=1).build()

@@ -22,7 +22,7 @@ from datasets import disable_progress_bars, load_from_disk
 from transformers import HfArgumentParser
 
 from .. import BlossomRecTokenizer
-from ..data import build_sequences, hold_out_nothing, split_by_time, split_by_user
+from ..data import build_sequences, hold_out_nothing, split_by_time, split_by_user, split_into_folds
 from ..data.filters import FilterReport
 from ..data.known_sets import KNOWN
 from ..data.options import EventOptions, FilterOptions, LogOptions
@@ -52,15 +52,25 @@ class PrepareArguments:
             "made for the items of the log."
         },
     )
-    split: Literal["leave_one_out", "time", "user", "none"] = field(
+    split: Literal["leave_one_out", "time", "folds", "user", "none"] = field(
         default="leave_one_out",
-        metadata={"help": "What is held out: each user's last two items, a period of time, users, or nothing."},
+        metadata={
+            "help": "What is held out: each user's last two targets, a period of time, rolling periods (folds), users, or nothing."
+        },
     )
-    validation_from: float | None = field(
-        default=None, metadata={"help": "For the split by time: first second of validation."}
+    validation_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "For the split by time: beginning of validation, as a date, seconds, or a share of the events (0.8)."
+        },
     )
-    test_from: float | None = field(
-        default=None, metadata={"help": "For the split by time: first second of the test."}
+    test_from: str | None = field(
+        default=None,
+        metadata={"help": "For the splits by time and into folds: beginning of the (first) test, likewise."},
+    )
+    folds: int = field(default=1, metadata={"help": "For the split into folds: number of tests, one after another."})
+    fold_width: str = field(
+        default="7d", metadata={"help": "For the split into folds: duration of a test, such as 12h or 7d."}
     )
     validation_users: float = field(default=0.1, metadata={"help": "For the split by user: share of users."})
     test_users: float = field(default=0.1, metadata={"help": "For the split by user: share of users."})
@@ -76,6 +86,8 @@ class PrepareArguments:
     def __post_init__(self) -> None:
         if self.split == "time" and None in (self.validation_from, self.test_from):
             raise ValueError("--split is time, which needs --validation_from and --test_from; give both.")
+        if self.split == "folds" and self.test_from is None:
+            raise ValueError("--split is folds, which needs --test_from; give the beginning of the first test.")
         if self.report is None:
             return
         if self.report.suffix not in (".html", ".png"):
@@ -100,6 +112,8 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
         # Only the ends differ, but they are columns: the folder is written again, and replaces the first one.
         if args.split == "time":
             dataset = split_by_time(dataset, args.validation_from, args.test_from)
+        elif args.split == "folds":
+            dataset = split_into_folds(dataset, args.test_from, width=args.fold_width, folds=args.folds)
         elif args.split == "none":
             dataset = hold_out_nothing(dataset)
         else:

@@ -4,16 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .event_table import EventTable
-from .splits import (
-    has_users,
+from .holdout import (
+    choose_fold,
     hold_out_nothing,
-    item_counts,
-    repeat_share,
-    split,
     split_by_leave_one_out,
     split_by_time,
     split_by_user,
+    split_into_folds,
 )
+from .splits import has_users, item_counts, repeat_share, split
 
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ __all__ = [
     "EventTable",
     "build_sequences",
     "build_sequences_on_spark",
+    "choose_fold",
     "generate_log",
     "generate_titles",
     "has_users",
@@ -53,4 +53,5 @@ __all__ = [
     "split_by_leave_one_out",
     "split_by_time",
     "split_by_user",
+    "split_into_folds",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .columns import ROLES
+from .time_units import duration_seconds
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -186,15 +187,7 @@ class EventOptions:
     @property
     def gap_seconds(self) -> float | None:
         """The longest time between two events of a session."""
-        if self.session_gap is None:
-            return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.session_gap.strip())
-        if match is None:
-            raise ValueError(
-                f"session_gap is {self.session_gap!r}; it may be a number of seconds, minutes, hours or days, such as 90s, 30m, "
-                "12h or 7d."
-            )
-        return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+        return None if self.session_gap is None else duration_seconds("session_gap", self.session_gap)
 
     @property
     def needs_types(self) -> str | None:

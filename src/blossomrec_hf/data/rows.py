@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Features, List
 
 from .filters import FilterReport
+from .holdout import leave_one_out_ends
 from .options import EventOptions
 from .partitions import Partition, runs
-from .splits import leave_one_out_ends
 from .time_units import UNITS
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,7 +86,7 @@ def split(
 
 def too_short(dataset: Dataset | EventTable, part: str) -> ValueError:
     """The error if no user has enough events for `part`."""
-    longest = _numbers(dataset, "test_end").max(initial=0)
+    longest = numbers(dataset, "test_end").max(initial=0)
     return ValueError(
         f'dataset has no user with enough items for the part "{part}": it has {len(dataset)} users, the longest history '
         f"has {longest} items, and {_NEEDED[part]}. Give a log with longer histories; where they should be longer, look "
@@ -100,18 +99,13 @@ def part_lengths(dataset: Dataset | EventTable, part: str) -> tuple[np.ndarray, 
     needed = {"input_ids", "train_end", "validation_end", "test_end"}
     if missing := needed - set(dataset.column_names):
         raise ValueError(f"dataset lacks {', '.join(sorted(missing))}; it should come from build_sequences.")
-    ends = {name: _numbers(dataset, f"{name}_end") for name in PARTS}
+    ends = {name: numbers(dataset, f"{name}_end") for name in PARTS}
     history = ends["validation"] if part == "test" else ends["train"]
     target = {"train": history, "validation": ends["validation"], "test": ends["test"]}[part]
     if "part" in dataset.column_names:
-        others = _numbers(dataset, "part") != PARTS.index(part)
+        others = numbers(dataset, "part") != PARTS.index(part)
         history, target = np.where(others, 0, history), np.where(others, 0, target)
     return history, target - history
-
-
-def hold_out_nothing(dataset: Dataset | EventTable) -> Dataset | EventTable:
-    """`dataset` with all events of all users in training, and none for validation and test."""
-    return _with_ends(dataset, *[_history_lengths(dataset)] * 3)
 
 
 def has_users(dataset: Dataset | EventTable, part: Literal["train", "validation", "test"]) -> bool:
@@ -136,7 +130,7 @@ def _usable_rows(
             logger.warning("%s: %d of %d targets never seen in training, dropped", part, dropped, total)
             tests["whose targets never occur in training"] = known >= 1
     if "part" in dataset.column_names:
-        tests = {"of the other parts": _numbers(dataset, "part") == PARTS.index(part)} | tests
+        tests = {"of the other parts": numbers(dataset, "part") == PARTS.index(part)} | tests
     usable, reasons = np.ones(len(dataset), bool), {}
     for reason, passed in tests.items():
         if failed := int((usable & ~passed).sum()):
@@ -153,7 +147,7 @@ def repeat_share(dataset: Dataset | EventTable) -> float:
     lengths, targets = part_lengths(dataset, "test")
     targets = np.where(lengths >= 1, targets, 0)
     if not targets.any():
-        stops = _numbers(dataset, "test_end")
+        stops = numbers(dataset, "test_end")
         lengths, targets = np.maximum(stops - 1, 0), (stops >= 2).astype(np.int64)
     held_out, repeated, first = 0, 0, 0
     weights = event_batches(dataset, "weights") if "weights" in dataset.column_names else repeat((None, None))
@@ -180,7 +174,8 @@ def user_ids(dataset: Dataset | EventTable) -> list[int | str]:
     return list(dataset.with_format(None)["user_id"])
 
 
-def _numbers(dataset: Dataset | EventTable, column: str) -> np.ndarray:
+def numbers(dataset: Dataset | EventTable, column: str) -> np.ndarray:
+    """int64 [users]: a column of one number per user."""
     if isinstance(dataset, EventTable):
         return dataset.users[column].astype(np.int64)
     return dataset.with_format("arrow").select_columns([column])[:][column].to_numpy().astype(np.int64)
@@ -267,150 +262,3 @@ def item_counts(dataset: Dataset | EventTable, vocab_size: int) -> np.ndarray:
             raise ValueError(f"vocab_size is {vocab_size}, but dataset has the id {ids.max()}.")
         counts += np.bincount(ids, minlength=vocab_size)
     return counts
-
-
-def split_by_leave_one_out(dataset: Dataset | EventTable) -> Dataset | EventTable:
-    """
-    Splits by leave-one-out: the last target of each user is the test, and the one before it validation.
-
-    Events with weight 0 are no targets; those after the last target are in no part. The events of a basket
-    (`basket_starts`) are targets together.
-    """
-    batches = [_of_column(dataset, name) for name in ("input_ids", "weights", "basket_starts")]
-    ends = [leave_one_out_ends(lengths, *values) for (_, lengths), *values in zip(*batches)]
-    return _with_ends(dataset, *(np.concatenate([end[part] for end in ends]) for part in PARTS))
-
-
-def _of_column(dataset: Dataset | EventTable, name: str) -> Iterator[Any]:
-    """Batches of the events of a column: with lengths for `input_ids`, without for others, `None` if there is none."""
-    if name not in dataset.column_names:
-        return repeat(None)
-    batches = event_batches(dataset, name)
-    return batches if name == "input_ids" else (values for values, _ in batches)
-
-
-def leave_one_out_ends(
-    lengths: np.ndarray, weights: np.ndarray | None = None, basket_starts: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """
-    The ends of the parts under leave-one-out, see [`split_by_leave_one_out`].
-
-    Args:
-        lengths: int [users], the number of events of each user.
-        weights: float [events], the weight of each event; by default, 1.
-        basket_starts: bool [events], whether an event is the first of a basket; by default, each is.
-
-    Returns:
-        int64 [users] by part: the number of events before the end of the part. The test has the basket of the last target;
-        validation has the events from the basket of the target before it.
-    """
-    if weights is None and basket_starts is None:
-        return {part: np.maximum(lengths - held_out, 0) for part, held_out in zip(PARTS, (2, 1, 0))}
-    total, stops = int(lengths.sum()), np.cumsum(lengths)
-    starts = stops - lengths
-    begins = np.arange(total) if basket_starts is None else np.flatnonzero(basket_starts)
-    targets = np.arange(total) if weights is None else np.flatnonzero(np.asarray(weights) > 0)
-    before = np.append(targets, -1)  # index -1: there is no target before
-
-    def last_target(stop: np.ndarray) -> np.ndarray:
-        found = before[np.searchsorted(targets, stop) - 1]
-        return np.where(found >= starts, found, -1)
-
-    def basket_of(event: np.ndarray) -> np.ndarray:
-        return begins[np.maximum(np.searchsorted(begins, event, side="right") - 1, 0)] if total else event
-
-    last = last_target(stops)
-    test_start = np.where(last >= 0, basket_of(last), starts)
-    next_basket = np.append(begins, total)[np.searchsorted(begins, last, side="right")]
-    test_end = np.where(last >= 0, next_basket, starts)
-    earlier = last_target(test_start)
-    validation_start = np.where(earlier >= 0, basket_of(earlier), test_start)
-    return {part: end - starts for part, end in zip(PARTS, (validation_start, test_start, test_end))}
-
-
-def split_by_time(dataset: Dataset | EventTable, validation_from: float, test_from: float) -> Dataset | EventTable:
-    """
-    `dataset` with the ends of a global time split: train before `validation_from`, validation from there to before
-    `test_from`, test from there on; nothing of a later part is known in an earlier one. The lists are shared, not
-    copied.
-
-    A user may have no event in some parts, and an item none in training: the log says how many, [`split`] leaves such
-    users out of those parts, and with `counts` it takes such items out too.
-
-    Args:
-        validation_from, test_from: times in the unit of the column `timestamps`.
-
-    Raises:
-        `ValueError`: no column `timestamps`; `test_from` before `validation_from`; no event before `validation_from`.
-    """
-    if "timestamps" not in dataset.column_names:
-        raise ValueError("dataset has no column timestamps; a split by time needs a log with times.")
-    if test_from < validation_from:
-        raise ValueError(f"test_from is {test_from}, before validation_from {validation_from}.")
-    ends = []
-    for border in (validation_from, test_from):
-        before = []
-        for times, lengths in event_batches(dataset, "timestamps"):
-            user = np.repeat(np.arange(lengths.size), lengths)
-            before.append(np.bincount(user[times < border], minlength=lengths.size))
-        ends.append(np.concatenate(before))
-    if not ends[0].any():
-        raise ValueError(
-            f"validation_from is {validation_from}, but no event is before it; nothing would be left to train."
-        )
-    lengths = _history_lengths(dataset)
-    logger.info("%d of %d users have no event before %s: cold", (ends[0] == 0).sum(), len(dataset), validation_from)
-    return _with_ends(dataset, *ends, lengths)
-
-
-def split_by_user(
-    dataset: Dataset | EventTable,
-    *,
-    validation: float = 0.1,
-    test: float = 0.1,
-    num_targets: int = 1,
-    seed: int = 0,
-) -> Dataset | EventTable:
-    """
-    Splits by user: users of validation and test do not occur in training.
-
-    The result has a column `part` (int8: 0 train, 1 validation, 2 test). All events of a training user are in training.
-    Of other users, the last `num_targets` events are to be predicted from those before. The lists are shared, not copied.
-
-    Args:
-        validation, test (`float`): share of the users.
-        num_targets (`int`): number of events to predict.
-        seed (`int`): seed of the draw.
-
-    Raises:
-        ValueError: if a share is negative, or no user remains for training.
-    """
-    if validation < 0 or test < 0 or validation + test >= 1:
-        raise ValueError(
-            f"validation is {validation} and test {test}; they may be 0 or more and less than 1 together."
-        )
-    draw = np.random.default_rng(seed).random(len(dataset))
-    part = np.where(draw < test, 2, np.where(draw < test + validation, 1, 0)).astype(np.int8)
-    lengths = _history_lengths(dataset)
-    history = np.maximum(lengths - num_targets, 0)
-    train_end = np.where(part == 0, lengths, history)
-    validation_end = np.where(part == 2, history, lengths)
-    split = _with_ends(dataset, train_end, validation_end, lengths)
-    if isinstance(split, EventTable):
-        return replace(split, users={**split.users, "part": part})
-    return split.add_column("part", part)
-
-
-def _history_lengths(dataset: Dataset | EventTable) -> np.ndarray:
-    return np.concatenate([lengths for _, lengths in event_batches(dataset)])
-
-
-def _with_ends(dataset: Dataset | EventTable, *ends: np.ndarray) -> Dataset | EventTable:
-    names = [f"{part}_end" for part in PARTS]
-    if isinstance(dataset, EventTable):
-        users = {name: values for name, values in dataset.users.items() if name != "part"}
-        return replace(dataset, users=users | {name: end.astype(np.int32) for name, end in zip(names, ends)})
-    dataset = dataset.remove_columns([*names, *({"part"} & set(dataset.column_names))])
-    for name, end in zip(names, ends):
-        dataset = dataset.add_column(name, end.astype(np.int32))
-    return dataset

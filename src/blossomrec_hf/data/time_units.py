@@ -1,4 +1,7 @@
-"""The unit of a log's times, from their size."""
+"""Units of times and durations."""
+
+import re
+
 
 _YEAR_2100 = 4_102_444_800  # in seconds
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -12,3 +15,18 @@ def time_unit(median: float) -> str:
 def latest_time(unit: str | None) -> int:
     """The start of the year 2100 in a unit; a later number is not the time of an event."""
     return _YEAR_2100 * UNITS[unit or "s"]
+
+
+def duration_seconds(name: str, duration: str) -> float:
+    """
+    A duration such as 90s, 30m, 12h or 7d, in seconds.
+
+    Raises:
+        ValueError: if it is no duration; `name` is the option.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", duration.strip())
+    if match is None:
+        raise ValueError(
+            f"{name} is {duration!r}; it may be a number of seconds, minutes, hours or days, such as 90s, 30m, 12h or 7d."
+        )
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]

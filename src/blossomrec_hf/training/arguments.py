@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from ..data.event_table import METADATA_FILE, EventTable
 from ..data.filters import FilterReport
+from ..data.holdout import choose_fold
 from ..data.options import LogOptions
 from ..data.splits import repeat_share
 from ..model.configuration_blossomrec import BlossomRecConfig
@@ -235,6 +236,10 @@ class LogArguments:
     k_core: int = field(
         default=1, metadata={"help": "Drop users and items with fewer events, until all have as many."}
     )
+    fold: int | None = field(
+        default=None,
+        metadata={"help": "Fold of prepared data (prepare --split folds), from 0; by default, the last one."},
+    )
     titles: str | None = field(
         default=None,
         metadata={
@@ -287,7 +292,10 @@ class LogArguments:
         if self._is_built:
             self._refuse_filters()
             dataset, built = load_folder(self.data), BlossomRecTokenizer.from_pretrained(self.data)
+            dataset = dataset if self.fold is None else choose_fold(dataset, self.fold)
             return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
+        if self.fold is not None:
+            raise ValueError(f"`fold` is {self.fold}, but `data` is not prepared; prepare it with --split folds.")
         return build_sequences(
             generate_log() if self.data is None else self.data,
             format=self.format,
@@ -304,7 +312,7 @@ class LogArguments:
     def _load_exported(self) -> tuple[EventTable, BlossomRecTokenizer]:
         self._refuse_filters()
         table = EventTable.load(self.data)
-        return table, table.tokenizer()
+        return table if self.fold is None else choose_fold(table, self.fold), table.tokenizer()
 
     def _refuse_filters(self) -> None:
         if self.k_core > 1:
@@ -312,6 +320,8 @@ class LogArguments:
 
     def repeat_share(self, dataset: "Dataset | EventTable") -> float:
         """The share of test targets that already occur in their user's history: stored with prepared data, or measured."""
+        if self.fold is not None:  # what is stored is of the last fold
+            return repeat_share(dataset)
         if isinstance(dataset, EventTable) and dataset.repeat_share is not None:
             return dataset.repeat_share
         report = FilterReport.load(self.data) if self._is_built else None
