@@ -170,7 +170,7 @@ def test_a_log_that_grew_under_its_name_is_counted_and_a_model_is_not_overwritte
     said = run_command("finetune", "--model", tmp_path / "first", "--data", log, "--output_dir", f"{tmp_path}/first/", *common,
         status=2, field="stderr",
     )  # fmt: skip
-    assert said.splitlines()[-1].startswith("`output_dir` ") and "is the folder of `model`" in said
+    assert said.splitlines()[-1].startswith("`output_dir` ") and "the folder of `model`" in said
 
 
 def test_text_for_a_catalog_of_integers_is_refused_in_one_sentence(run_command, tmp_path):
