@@ -4,8 +4,11 @@ import importlib
 import json
 import os
 import random
+import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from example_cases import REPOSITORY
 from safetensors.torch import load_file
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.data import generate_log
 from blossomrec_hf.model.streams_blossomrec import STREAMS
 from blossomrec_hf.sharing.export import HistoryScorer
 
@@ -158,6 +162,17 @@ def test_probabilities_of_positions_are_refused():
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="the stream 'compressed' does not have"):
         model(torch.tensor([[2, 3]]), output_attentions=True)
+
+
+def test_the_script_trains_saves_and_loads(tmp_path, monkeypatch, capsys):
+    small = {"num_users": 60, "num_items": 40, "num_rings": 1, "min_history": 24, "max_history": 48}
+    small |= {"num_genres": 4, "taste_length": 4, "drift_lag": 1, "return_probability": 0.4}
+    monkeypatch.setattr("blossomrec_hf.data.generate_log", partial(generate_log, **small))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / "train.py"), run_name="__main__")
+    trained, loaded = re.findall(r"(?:NDCG@10|after loading) ([\d.]+)", capsys.readouterr().out)
+    assert trained == loaded
+    assert (tmp_path / "runs" / "custom_stream" / "stream.py").exists()
 
 
 # Elsewhere
