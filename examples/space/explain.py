@@ -8,6 +8,7 @@ import torch
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation
 from blossomrec_hf.model.ops_reference import Selection, last_positions
+from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 
 
 Span = tuple[int, int]  # first and last position, counted from 0, both included
@@ -19,7 +20,7 @@ class LayerReading:
     What one layer reads for the prediction after the last item of a history.
 
     Attributes:
-        attention_type: "blossom", "long_term", "short_term" or "full".
+        attention_type: the type of the layer in the configuration; streams from outside of the package are not shown.
         selected: for each key/value head, the past blocks it selected and their importance, the most important first.
         own: the block of the last item, which the long-term stream always reads; all items in a "full" layer.
         short: the blocks that the short-term stream reads, the latest first.
@@ -49,8 +50,8 @@ def explain(model: BlossomRecForSequentialRecommendation, history: Sequence[int]
         selection = None
         if found.block_indices is not None:
             selection = Selection(found.block_indices[:, -1].cpu(), found.importance[:, -1].cpu())
-        streams = layer.self_attn.streams
-        seen = {stream.name: stream.mask(last, position, selection)[0, 0] for stream in streams}
+        streams = {stream.name: stream for stream in layer.self_attn.streams if stream.name in ATTENTION_TYPES}
+        seen = {name: stream.mask(last, position, selection)[0, 0] for name, stream in streams.items()}
         selected: list[list[tuple[Span, float]]] = []
         own, short = None, []
         if "long_term" in seen:
@@ -63,7 +64,10 @@ def explain(model: BlossomRecForSequentialRecommendation, history: Sequence[int]
             (own,) = _blocks_seen(seen["full"], length)
         if "short_term" in seen:
             short = _blocks_seen(seen["short_term"], config.short_term_block_size)
-        gates = [] if found.gates is None else [(long, near) for long, near in found.gates[0, -1].tolist()]
+        gates: list[tuple[float, float]] = []
+        if "long_term" in seen and "short_term" in seen:
+            of_stream = dict(zip(layer.self_attn.stream_names, found.gates[0, -1].T.tolist()))
+            gates = list(zip(of_stream["long_term"], of_stream["short_term"]))
         readings.append(LayerReading(attention_type, selected, own, short, gates))
     return readings
 

@@ -147,7 +147,7 @@ def selection_statistics(model: nn.Module, batch: dict[str, torch.Tensor | int])
     What the layers of a model attend to in one packed batch.
 
     Returns, for each layer i that has the part in question:
-        - `layer_i/gate_long_h`, `layer_i/gate_short_h`: the mean gate of each head h;
+        - `layer_i/gate_long_h`, `layer_i/gate_short_h`: the mean gate of each head h (`gate_NAME_h` of another stream);
         - `layer_i/distance_n`: the share of the selected blocks that lie n to 2n − 1 blocks back, n a power of 2;
         - `layer_i/entropy`: the mean entropy (nats) of the importance, all blocks not selected taken as one;
         - `layer_i/nothing_selected`: the share of (query, key/value head) pairs with a candidate that selected none.
@@ -163,9 +163,10 @@ def selection_statistics(model: nn.Module, batch: dict[str, torch.Tensor | int])
     for layer, selection in enumerate(selections):
         prefix = f"layer_{layer}/"
         if selection.gates is not None:
-            for stream, name in enumerate(("long", "short")):
-                for head, mean in enumerate(selection.gates[0, ..., stream].float().mean(0).tolist()):
-                    statistics[f"{prefix}gate_{name}_{head}"] = mean
+            names = model.base_model.layers[layer].self_attn.stream_names
+            for name, gates in zip(names, selection.gates[0].float().mean(0).unbind(-1), strict=True):
+                for head, mean in enumerate(gates.tolist()):
+                    statistics[f"{prefix}gate_{name.removesuffix('_term')}_{head}"] = mean
         if selection.block_indices is None:
             continue
         has_candidates = own_blocks > 0
@@ -202,9 +203,10 @@ def draw_selection(folder: Path) -> Path | None:
     steps = [line["step"] for line in lines]
     names = sorted({name for line in lines for name in line if name != "step"})
     layers = sorted({name.split("/")[0] for name in names})
-    figure = Figure(figsize=(16, 3 * len(layers) + 3), layout="constrained")
-    panels = figure.subplots(len(layers) + 1, 4, squeeze=False)
-    kinds = ("gate_long", "gate_short", "distance", "entropy")
+    gates = {name.split("/")[1].rpartition("_")[0] for name in names if "/gate_" in name}
+    kinds = (*sorted(gates | {"gate_long", "gate_short"}), "distance", "entropy")
+    figure = Figure(figsize=(4 * len(kinds), 3 * len(layers) + 3), layout="constrained")
+    panels = figure.subplots(len(layers) + 1, len(kinds), squeeze=False)
     for row, layer in enumerate(layers):
         for panel, kind in zip(panels[row], kinds):
             panel.set_title(f"{layer.replace('_', ' ')}: {kind.replace('_', ' ')}", fontsize=10)
@@ -225,8 +227,8 @@ def draw_selection(folder: Path) -> Path | None:
     panels[-1][0].legend(fontsize=6)
     panels[-1][1].plot([line["step"] for line in norms], [line["grad_norm"] for line in norms])
     panels[-1][1].set_title("gradient norm", fontsize=10)
-    panels[-1][2].axis("off")
-    panels[-1][3].axis("off")
+    for panel in panels[-1][2:]:
+        panel.axis("off")
     for panel in panels.flat:
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
