@@ -1,7 +1,7 @@
 """
-A page for any BlossomRec checkpoint: pick a history or type one, see ten recommendations, and see why.
+A web page for any BlossomRec checkpoint: choose or type a history, and see ten recommendations with their explanation.
 
-    python examples/space/app.py                                    # what examples/train.py saved
+    python examples/space/app.py                                    # a model of `blossomrec train`
     python examples/space/app.py --model you/your-model --data ratings.csv
 
 As a Space on the Hub: see README.md in this folder.
@@ -27,12 +27,13 @@ from transformers import PreTrainedConfig
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, generate_log
 from blossomrec_hf.data.metadata import METADATA_FILE
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.utils.command_line import HelpFormatter
 
 
 TOP_K, NUM_SAMPLES, NUM_MATCHES = 10, 6, 6
 UNIT = "Number: the model's score (a logit). Bar: the chance it gives the item, beside that of the first."
-# Gradio's own greys and orange are too pale to read.
+# Gradio's default grays and orange have too little contrast.
 THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate").set(
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
@@ -47,7 +48,7 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate").set(
 
 @dataclass(frozen=True)
 class Sample:
-    """A history to try: vocabulary ids, and what its user took next, where that is known."""
+    """A sample history of vocabulary ids, and the next item of its user, if known."""
 
     label: str
     history: list[int]
@@ -56,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Served:
-    """A checkpoint and what is known beside it; `titles` by vocabulary id."""
+    """A checkpoint with the titles of its items, by vocabulary id, and sample histories."""
 
     name: str
     model: BlossomRecForSequentialRecommendation
@@ -70,11 +71,11 @@ class Served:
         return self.titles.get(item) or f"item {self.tokenizer.decode_items(item)}"
 
     def text(self, history: list[int]) -> str:
-        """A history as one types it."""
+        """A history as text, as a user types it."""
         return " ".join(self.tokenizer.convert_ids_to_tokens(history))
 
     def search(self, query: str) -> list[int]:
-        """Items whose title holds all words of `query`: those that hold it as it stands first, then the more frequent."""
+        """Items whose titles contain all words of `query`: those that contain the whole query first, then by frequency."""
         query = query.strip().casefold()
         titles = ((item, title.casefold()) for item, title in self.titles.items())
         found = [(query not in t, item) for item, t in titles if query and all(word in t for word in query.split())]
@@ -83,31 +84,31 @@ class Served:
 
 def load(model_id: str, data: str | None = None, max_length: int = 2000) -> Served:
     """
-    Loads a checkpoint, its titles and histories to try.
+    Load a checkpoint, its titles and sample histories.
 
     Args:
         model_id: a folder or a Hub id.
-        data: a log to take sample histories from; by default, the built-in one if the model was trained on that.
+        data: a log to take sample histories from. Defaults to the built-in data set if the model was trained on it.
 
     Raises:
-        ValueError: with a sentence that tells what is wrong with either.
+        ValueError: if the checkpoint or the log cannot be read; the message is one sentence.
     """
     try:
         model_type = PreTrainedConfig.get_config_dict(model_id)[0].get("model_type")
         if model_type is None:
-            raise ValueError("there is no model in it. Has its training finished?")
+            raise ValueError("it has no model. Has its training finished?")
         if model_type != "blossomrec":
-            raise ValueError(f"its config.json is that of {model_type!r}, not of a BlossomRec model.")
+            raise ValueError(f"its config.json belongs to {model_type!r}, not to a BlossomRec model.")
         model = BlossomRecForSequentialRecommendation.from_pretrained(model_id).eval()
         tokenizer = BlossomRecTokenizer.from_pretrained(model_id)
         if len(tokenizer) != model.config.vocab_size:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} entries, its model {model.config.vocab_size}.")
-    except Exception as error:  # whatever a broken file makes the libraries raise: here it is told in words
+            raise ValueError(f"its tokenizer has {len(tokenizer)} ids, its model {model.config.vocab_size}.")
+    except Exception as error:  # a damaged file can make the libraries raise any error
         raise ValueError(
-            f"Cannot load {model_id!r}, which should be a folder that examples/train.py saved or a Hub id (owner/name): "
+            f"Cannot load {model_id!r}, which must be a folder of `blossomrec train` or a Hub id (owner/name): "
             + (str(error).strip() or type(error).__name__).splitlines()[0]
         ) from error
-    titles_file, titles = _beside(model_id, METADATA_FILE), {}
+    titles_file, titles = _find_file(model_id, METADATA_FILE), {}
     if titles_file is not None:
         frame = pl.read_parquet(titles_file, columns=["item", "title"]).drop_nulls()
         titles = dict(zip(tokenizer.encode_items(frame["item"].to_list()), frame["title"].to_list()))
@@ -117,8 +118,8 @@ def load(model_id: str, data: str | None = None, max_length: int = 2000) -> Serv
     return served
 
 
-def _beside(model_id: str, name: str) -> Path | None:
-    """A file of the checkpoint, here or on the Hub; `None` where it has none."""
+def _find_file(model_id: str, name: str) -> Path | None:
+    """A file of the checkpoint, local or from the Hub; `None` if there is none."""
     path = Path(model_id) / name
     if not path.parent.is_dir():
         try:
@@ -129,8 +130,8 @@ def _beside(model_id: str, name: str) -> Path | None:
 
 
 def _samples(served: Served, data: str | None) -> list[Sample]:
-    counts, run = served.model.item_counts[2:], _beside(served.name, "run.yaml")
-    popular = (counts.argsort(descending=True, stable=True)[:TOP_K] + 2).tolist()
+    counts, run = served.model.item_counts[NUM_SPECIAL_IDS:], _find_file(served.name, "run.yaml")
+    popular = (counts.argsort(descending=True, stable=True)[:TOP_K] + NUM_SPECIAL_IDS).tolist()
     source = data
     if data is None and run is not None and (yaml.safe_load(run.read_text("utf-8")) or {}).get("data", "") is None:
         source = generate_log()
@@ -149,7 +150,7 @@ def _samples(served: Served, data: str | None) -> list[Sample]:
 
 
 def read_history(served: Served, text: str) -> tuple[list[int], list[str]]:
-    """What someone typed as vocabulary ids, and what to tell them about it."""
+    """Convert typed text to vocabulary ids, with notices about parts that are ignored."""
     numbers = served.tokenizer.item_type == "int"
     words = [word for word in re.split(r"[\s,;\[\]]+" if numbers else r"\s+", text) if word]
     known, unknown, malformed = [], [], []
@@ -163,11 +164,13 @@ def read_history(served: Served, text: str) -> tuple[list[int], list[str]]:
     notices = []
     if malformed:
         example = served.text([2, 3])
-        notices.append(f"No item ids, so left out: {_some(malformed)}. Ids here are whole numbers, such as {example}.")
+        notices.append(
+            f"Ignored, because these are no item ids: {_some(malformed)}. Item ids are integers, such as {example}."
+        )
     if unknown:
-        notices.append(f"Unknown to this model, so left out: {_some(unknown)}.")
+        notices.append(f"Ignored, because the model has no such items: {_some(unknown)}.")
     if len(known) > served.max_length:
-        notices.append(f"Only the latest {served.max_length:,} of these {len(known):,} items are read.")
+        notices.append(f"Only the latest {served.max_length:,} of these {len(known):,} items are used.")
     return known[-served.max_length :], notices
 
 
@@ -177,9 +180,9 @@ def _some(words: list[str]) -> str:
 
 
 def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -> tuple[str, str]:
-    """The page's answer to a history, as HTML: notices and recommendations, and what they rest on."""
+    """The HTML for a history: notices and recommendations, and their explanation."""
     history, notices = read_history(served, text or "")
-    top_k = min(TOP_K, served.model.config.vocab_size - 2)
+    top_k = min(TOP_K, served.model.config.num_items)
     best = served.model.recommend(torch.tensor([history or [0]]), top_k=top_k, exclude_seen=exclude_seen)
     items = [item for item in best.item_ids[0].tolist() if item >= 0]
     scores = best.scores[0, : len(items)]
@@ -187,8 +190,8 @@ def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -
         heading, note, digits = "Recommended next", UNIT, 2
         bars = (scores - scores[:1]).exp()
     else:
-        notices.append("The history holds no item that this model knows.")
-        heading, note, digits = "The most popular items", "Number: how often the training data hold the item.", 0
+        notices.append("The history has no items of this model.")
+        heading, note, digits = "The most popular items", "Number: how often the item occurs in the training data.", 0
         bars = scores / scores[:1].clamp(min=1)
     rows = []
     for item, score, bar in zip(items, scores.tolist(), bars.tolist()):
@@ -198,20 +201,20 @@ def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -
     if next_item is not None:
         place = f"number {items.index(next_item) + 1} here" if next_item in items else "not among these"
         note = f"What this user took next: {served.label(next_item)}, {place}. {note}"
-    told = "".join(f'<p class="notice" role="alert">{escape(notice)}</p>' for notice in notices)
+    alerts = "".join(f'<p class="notice" role="alert">{escape(notice)}</p>' for notice in notices)
     if not history:
         why = '<section class="why"><h2>Why these</h2><p>Without a history there is nothing to explain.</p></section>'
     else:
         why = render_explanation(explain(served.model, history), [served.label(item) for item in history])
-    return told + render_recommendations(heading, rows, note), why
+    return alerts + render_recommendations(heading, rows, note), why
 
 
 def build_page(served: Served) -> gr.Blocks:
-    """The page; its own style is `style.css`."""
+    """Build the page. Its style is in `style.css`."""
     with gr.Blocks(title="BlossomRec: what next, and why", analytics_enabled=False) as page:
         config = served.model.config
         gr.HTML(
-            f"<h1>What next, and why</h1><p>{escape(served.name)}: {config.vocab_size - 2:,} items, "
+            f"<h1>What next, and why</h1><p>{escape(served.name)}: {config.num_items:,} items, "
             f"{config.num_hidden_layers} layers of {config.num_attention_heads} heads.</p>"
         )
         with gr.Row():
@@ -251,36 +254,36 @@ def build_page(served: Served) -> gr.Blocks:
             found = served.search(words)
             return ("", add(found[0], text)) if found else (words, text)
 
-        asked = {"fn": show, "inputs": [history, exclude_seen], "outputs": [best, why], "show_progress": "hidden"}
+        event = {"fn": show, "inputs": [history, exclude_seen], "outputs": [best, why], "show_progress": "hidden"}
         with matches:
 
             @gr.render(query, [query.change], trigger_mode="always_last", show_progress="hidden")
             def show_matches(words: str) -> None:
                 for item in served.search(words):
                     button = gr.Button(served.label(item), size="sm")
-                    button.click(partial(add, item), history, history).then(**asked)
+                    button.click(partial(add, item), history, history).then(**event)
 
-        gr.on([page.load, run.click, history.submit, exclude_seen.input], **asked)
-        samples.click(lambda row: row[0], samples, history).then(**asked)
-        query.submit(add_first, [query, history], [query, history]).then(**asked)
+        gr.on([page.load, run.click, history.submit, exclude_seen.input], **event)
+        samples.click(lambda row: row[0], samples, history).then(**event)
+        query.submit(add_first, [query, history], [query, history]).then(**event)
     return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     model = os.environ.get("BLOSSOMREC_MODEL", "runs/blossomrec")
-    parser.add_argument("--model", default=model, help="a checkpoint's folder or Hub id (or BLOSSOMREC_MODEL)")
+    parser.add_argument("--model", default=model, help="folder or Hub id of a checkpoint (or BLOSSOMREC_MODEL)")
     data = os.environ.get("BLOSSOMREC_DATA")
-    parser.add_argument("--data", default=data, help="a log to take histories to try from (or BLOSSOMREC_DATA)")
-    parser.add_argument("--max_length", type=int, default=2000, help="the latest items of a history that are read")
-    parser.add_argument("--port", type=int, help="left out, the first free one from 7860 on")
+    parser.add_argument("--data", default=data, help="a log to take sample histories from (or BLOSSOMREC_DATA)")
+    parser.add_argument("--max_length", type=int, default=2000, help="maximum number of latest items that are used")
+    parser.add_argument("--port", type=int, help="port of the server; by default, the first free one from 7860")
     args = parser.parse_args()
     try:
         page = build_page(load(args.model, args.data, args.max_length))
     except ValueError as error:
         if "SPACE_ID" not in os.environ:
             sys.exit(str(error))
-        with gr.Blocks(analytics_enabled=False) as page:  # nobody reads the log of a Space
+        with gr.Blocks(analytics_enabled=False) as page:  # the log of a Space is hidden from its visitors
             gr.HTML(f'<p role="alert">{escape(str(error))}</p>')
     style = Path(__file__).with_name("style.css")
     page.launch(server_port=args.port, css_paths=style, theme=THEME, footer_links=[], ssr_mode=False)

@@ -191,7 +191,7 @@ def test_bad_input_is_told_in_words(app, served):
 
     short = app.Served("m", served.model, served.tokenizer, served.titles, [], max_length=5)
     best, why = app.answer(short, " ".join(map(str, range(100, 112))))
-    assert notices_of(best) == ["Only the latest 5 of these 12 items are read."]
+    assert notices_of(best) == ["Only the latest 5 of these 12 items are used."]
     assert "The whole history: 5 items" in why and "Film number 11 " in why and "Film number 6 " not in why
 
 
@@ -205,7 +205,10 @@ def test_string_ids_and_samples_from_a_log(app, tmp_path):
     sample = served.samples[0]
     assert served.tokenizer.decode_items([*sample.history, sample.next_item]) == items
     typed = served.text(sample.history)
-    assert app.read_history(served, f"{typed} nope") == (sample.history, ["Unknown to this model, so left out: nope."])
+    assert app.read_history(served, f"{typed} nope") == (
+        sample.history,
+        ["Ignored, because the model has no such items: nope."],
+    )
     best, _ = app.answer(served, typed)
     assert "What this user took next: item é, number 1 here." in best
     assert served.search("item") == []
@@ -249,9 +252,9 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(app, checkpoint, tmp_path
     (broken / "model.safetensors").write_bytes(b"no weights")
     BlossomRecTokenizer.from_items(range(50)).save_pretrained(grown)
     for folder, words in (
-        (other, "'bert', not of a BlossomRec model"),
+        (other, "'bert', not to a BlossomRec model"),
         (broken, "model.safetensors"),
-        (grown, "tokenizer has 52 entries, its model 42"),
+        (grown, "tokenizer has 52 ids, its model 42"),
         (unfinished, "Has its training finished?"),
         (tmp_path / "nowhere", ""),
     ):
@@ -389,7 +392,7 @@ def test_in_a_browser(browser, address, tmp_path, width, scheme):
     typed = " ".join(str(random.randrange(100, 125)) for _ in range(70))  # leaves more than ten unseen
     person.press("a", held=person.keys.CONTROL)
     person.press(f"{typed} foo 7", person.keys.ENTER)
-    person.sees("left out: foo.", "left out: 7.", "The whole history: 70 items", "selected them with importance")
+    person.sees("item ids: foo.", "such items: 7.", "The whole history: 70 items", "selected them with importance")
     assert browser.execute_script("return document.querySelectorAll('#best li').length") == 10
 
     person.press(person.keys.TAB, held=person.keys.SHIFT)
