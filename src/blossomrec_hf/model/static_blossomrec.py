@@ -119,7 +119,7 @@ class StaticEncoder:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         self.sizes = (max_tokens, max_histories, max_length)
         self.max_length = min(max_length, max_tokens)
-        self.device = model.item_embedding.weight.device
+        self.device = model.item_counts.device
         room = max_histories + -(-max_tokens // self.max_length)
         self.batch = StaticBatch(max_tokens, room, self.max_length, self.device, {"input_ids": torch.long})
         vocab_size = model.config.vocab_size
@@ -135,7 +135,7 @@ class StaticEncoder:
 
     def takes(self, model: nn.Module, *sizes: int) -> bool:
         """Whether it was made for batches of these sizes and for where the model is now."""
-        return self.sizes == sizes and self.device == model.item_embedding.weight.device
+        return self.sizes == sizes and self.device == model.item_counts.device
 
     def has_room(self, histories: PackedHistories) -> bool:
         """Whether a batch fits and is at least half as large, so that it does not take longer than by itself."""
