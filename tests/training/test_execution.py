@@ -1,12 +1,15 @@
 """When steps are compiled and captured."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from small_cases import make_model
 
+from blossomrec_hf.data import split
 from blossomrec_hf.model import ops_triton_cross_entropy
-from blossomrec_hf.training import LoopArguments
+from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.training.arguments import COMPILE_STEPS
 from blossomrec_hf.training.execution import is_compiled, why_not_captured
 
@@ -52,3 +55,28 @@ def test_long_runs_on_a_gpu_are_compiled_by_default():
     assert not is_compiled(args, CPU, COMPILE_STEPS)
     assert is_compiled(LoopArguments(torch_compile=True), CPU, 1)
     assert not is_compiled(LoopArguments(torch_compile=False), GPU, COMPILE_STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, tolerance", [("no", 1e-5), ("bf16", 1e-2)])
+def test_compiled_training_has_the_losses_of_the_training(log, tmp_path, precision, tolerance):
+    """On the CPU; needs a C++ compiler."""
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        args = LoopArguments(
+            output_dir=str(tmp_path / str(compiled)),
+            max_length=20,
+            max_steps=6,
+            tokens_per_step=200,
+            logging_steps=1,
+            mixed_precision=precision,
+            torch_compile=compiled,
+        )
+        model = make_model(hidden_dropout_prob=0.0, num_hidden_layers=1)
+        loop = TrainingLoop(model, split(log[0], "train"), args=args)
+        loop.run()
+        assert loop.update.execution == {"compiled": compiled, "CUDA graphs": False}
+        lines = (tmp_path / str(compiled) / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=tolerance) and len(losses[0]) == 6

@@ -28,6 +28,7 @@ from ..data.parts import reading
 from ..evaluation.ranking import COMPILE_BATCHES, worth_compiling
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.environment import keep_compiled_code
 from ..utils.files import atomic_write, recover_writes, require_folder
 from ..utils.progress import progress_bar, set_up_logging
 
@@ -179,6 +180,7 @@ def main() -> None:
         compiled = worth_compiling(accelerator.device, count_batches(dataset, args) // accelerator.num_processes)
     if compiled and done < len(own):
         sizes = {"max_tokens": args.max_tokens, "max_histories": args.max_users, "max_length": args.max_length}
+        keep_compiled_code()
         with accelerator.autocast():
             model.compile_for_inference(**sizes)
     bar = progress_bar(

@@ -31,6 +31,7 @@ from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.packing_blossomrec import pack_histories
 from ..model.ranking_blossomrec import top_of_rows
+from ..utils.environment import keep_compiled_code
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
 from .metrics import DEFAULT_KS, per_user_metrics
@@ -211,6 +212,7 @@ def rank_held_out_items(
     if compile and not _is_sharded(bare_model):
         longest = max(1, int(held_out.inputs.lengths.max(initial=1)))
         max_users = max(1, min(MAX_SCORES // bare_model.config.vocab_size, len(held_out)))
+        keep_compiled_code()
         with autocast():
             bare_model.compile_for_inference(max_tokens=max_tokens, max_histories=max_users, max_length=longest)
     with evaluating(bare_model):

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.loss_blossomrec import MAX_LOGITS, supports_fused
+from ..utils.environment import keep_compiled_code
 from .arguments import COMPILE_STEPS, LoopArguments
 
 
@@ -49,6 +50,7 @@ def compile_model(model: PreTrainedModel, *, sharded: bool) -> nn.Module:
     The compiled forward pass of a model, for batches of one shape. Of a sharded model, each layer is compiled on its
     own, because weights are gathered between the layers.
     """
+    keep_compiled_code()
     if not sharded:
         return torch.compile(model, dynamic=False)
     for layer in model.base_model.layers:

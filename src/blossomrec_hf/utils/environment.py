@@ -1,11 +1,14 @@
 """The environment of a run."""
 
+import os
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HOME
 
 
 def describe_environment() -> dict[str, Any]:
@@ -32,3 +35,14 @@ def git_revision() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def keep_compiled_code() -> None:
+    """
+    Keep the results of `torch.compile` between runs in `blossomrec/compiled` below `HF_HOME` (PyTorch uses a temporary
+    folder), unless the environment variable `TORCHINDUCTOR_CACHE_DIR` is set or the folder cannot be created.
+    """
+    folder = Path(HF_HOME) / "blossomrec" / "compiled"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
