@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blossomrec_hf.batches import HistoryStore, HistoryWindows, PackingCollator, PaddingCollator
-from blossomrec_hf.data import EventTable, split
-from blossomrec_hf.data.storage import with_ends
+from blossomrec_hf.data import EventTable, split, split_by_leave_one_out
 
 
 KINDS = {
@@ -40,9 +39,10 @@ def latest(row: dict, max_length: int | None) -> dict:
     length = len(row["input_ids"])
     first = 0 if max_length is None else max(length - max_length, 0)
     cut = {name: np.asarray(values)[first:].tolist() for name, values in row.items() if name != "num_known"}
-    known = row.get("num_known", 1) - first
+    known, weights = row.get("num_known", 1) - first, cut.get("weights", [1] * length)
     cut["labels"] = [
-        item if place >= max(known, 1) and item >= 2 else -100 for place, item in enumerate(cut["input_ids"])
+        item if place >= max(known, 1) and item >= 2 and weights[place] > 0 else -100
+        for place, item in enumerate(cut["input_ids"])
     ]
     return cut
 
@@ -60,6 +60,8 @@ def test_packed_and_padded_batches_have_each_event_with_its_columns(rows_of, max
     names, rows = rows_of
     wanted = [latest(row, max_length) for row in rows]
     given_rows = HistoryStore.from_rows(rows, columns=names) if as_store else rows
+    store = HistoryStore.from_rows(given_rows, columns=names, max_length=max_length)
+    assert store.num_targets.tolist() == [sum(label >= 0 for label in row["labels"]) for row in wanted]
 
     side = data.draw(st.sampled_from(["right", "left"]))
     batch = PaddingCollator(max_length, side, columns=names)(given_rows)
@@ -109,9 +111,10 @@ def test_the_next_event_of_a_packed_batch_is_that_of_the_history(rows_of, data):
 def test_windows_of_a_data_set_have_each_event_with_its_columns(rows_of, window, as_table, data):
     names, rows = rows_of
     columns = {name: [np.asarray(row[name]).tolist() for row in rows] for name in ("input_ids", *names)}
-    lengths = np.array([len(row["input_ids"]) for row in rows])
-    dataset = Dataset(with_ends(Dataset.from_dict({"user_id": list(range(len(rows))), **columns}).data.table, lengths))
-    training = [{name: np.asarray(row[name]).tolist()[:-2] for name in ("input_ids", *names)} for row in rows]
+    ends = [len(row["input_ids"]) for row in rows]
+    columns |= {"user_id": list(range(len(rows))), "train_end": ends, "validation_end": ends, "test_end": ends}
+    dataset = split_by_leave_one_out(Dataset.from_dict(columns))
+    training = [{name: row[name][: row["train_end"]] for name in ("input_ids", *names)} for row in dataset]
     training = [row for row in training if len(row["input_ids"]) >= 2]
     if not training:
         return
@@ -125,6 +128,8 @@ def test_windows_of_a_data_set_have_each_event_with_its_columns(rows_of, window,
         row.pop("position_ids")
     if window == "latest":
         assert found == [latest(row, max_length) for row in training]
+        if "weights" in names:  # users without a training target are no part of the view
+            return
         view = split(source, "train", columns=names)
         assert unpack(PackingCollator(max_length, columns=names)(view)) == unpack(
             PackingCollator(columns=names)(windows)
@@ -147,7 +152,7 @@ def test_windows_of_a_data_set_have_each_event_with_its_columns(rows_of, window,
             tuple(row[name][place] for name in ("input_ids", *names))
             for row in training
             for place in range(1, len(row["input_ids"]))
-            if row["input_ids"][place] >= 2
+            if row["input_ids"][place] >= 2 and row.get("weights", {place: 1})[place] > 0
         ]
         assert sorted(event[1:] for events in asked for event in events) == sorted(wanted)
 

@@ -105,11 +105,13 @@ class HistoryStore(Dataset):
     @property
     def num_targets(self) -> np.ndarray:
         """
-        int64 [histories], number of events that are targets: those in use without the known ones, `[PAD]` and `[UNK]`.
+        int64 [histories], number of events that are targets: those in use without the known ones, `[PAD]`, `[UNK]` and those
+        of weight 0.
         """
         if self._num_targets is None:
             targets_before = np.zeros(len(self.items) + 1, dtype=np.int64)
-            np.cumsum(self.items.cpu().numpy() >= NUM_SPECIAL_IDS, out=targets_before[1:])
+            may_be_targets = self._may_be_targets(self.items, self.columns.get("weights"))
+            np.cumsum(may_be_targets.cpu().numpy(), out=targets_before[1:])
             stops = self.starts + self.lengths
             firsts = np.minimum(self.starts + self.num_known, stops)
             self._num_targets = targets_before[stops] - targets_before[firsts]
@@ -152,8 +154,8 @@ class HistoryStore(Dataset):
         Returns:
             Arguments of the model, on the device of the columns: `input_ids` int64 [1, T], the other columns [1, T]
             (integers as int64), `cu_seq_lens_q` and `cu_seq_lens_k` int32 [S + 1], `max_length_q` and `max_length_k`
-            (`int`) and, with `labels`, `labels` int64 [1, T]: the items, with −100 for the known events of each history and
-            for `[PAD]` and `[UNK]`.
+            (`int`) and, with `labels`, `labels` int64 [1, T]: the items, with −100 for the known events of each history, for
+            `[PAD]` and `[UNK]`, and for events of weight 0 if there is a column `weights`.
         """
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
@@ -173,7 +175,9 @@ class HistoryStore(Dataset):
         batch["max_length_q"] = batch["max_length_k"] = int(lengths.max(initial=0))
         if labels:
             input_ids = batch["input_ids"][0]
-            targets = input_ids.masked_fill(input_ids < NUM_SPECIAL_IDS, IGNORE_INDEX)
+            targets = input_ids.masked_fill(
+                ~self._may_be_targets(batch["input_ids"], batch.get("weights"))[0], IGNORE_INDEX
+            )
             if (self.num_known[rows] == 1).all():
                 targets = targets.index_fill(0, firsts, IGNORE_INDEX)
             else:
@@ -208,6 +212,11 @@ class HistoryStore(Dataset):
             padding = IGNORE_INDEX if name == "labels" else 0
             batch[name] = packed[name].new_full(mask.shape, padding).masked_scatter(mask, packed[name])
         return batch
+
+    @staticmethod
+    def _may_be_targets(items: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        targets = items >= NUM_SPECIAL_IDS
+        return targets if weights is None else targets & (weights > 0)
 
     def _latest(self, max_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts, lengths and known events of the latest `max_length` events of each history."""
