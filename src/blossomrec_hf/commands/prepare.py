@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("httpx", "matplotlib", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not sys.stderr.isatty():
-        disable_progress_bars()  # those of `datasets`; ours are silent by themselves
+        disable_progress_bars()  # of `datasets`; those of this package need a terminal
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     with atomic_folder(args.output_dir) as folder:
         build(rest.source, args, options, folder)

@@ -366,7 +366,7 @@ def count_batches(held_out: HeldOutItems, max_tokens: int) -> int:
 
 
 def worth_compiling(device: torch.device, num_batches: int) -> bool:
-    """Whether to compile for so many batches of inference by default: on a GPU, if there are `COMPILE_BATCHES` of them."""
+    """Whether inference is compiled by default: on a GPU, for at least `COMPILE_BATCHES` batches."""
     return device.type == "cuda" and num_batches >= COMPILE_BATCHES
 
 
