@@ -7,7 +7,7 @@ Conventions of all ops files. Keys lie in token-major rows: `k` and `v` are `[N,
 Queries are `[Q, H, d]`, each given by its history and its position there: all positions, the last ones or appended
 events are the same functions with other queries. Every position, window and block is counted inside its own history.
 The functions of this file also accept leading batch dimensions of `q`, `k` and `v`: `[…, Q, H, d]`, `[…, N, G, d]`.
-Section numbers are those of the paper, arXiv 2512.13368.
+Streams and steps in parentheses are those of the paper, arXiv 2512.13368.
 """
 
 from collections.abc import Callable

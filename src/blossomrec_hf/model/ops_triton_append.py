@@ -72,7 +72,7 @@ def windows_kernel(
 @jit
 def attend_to(queries, source, place, seen, m, norm, acc, scale2, G: tl.constexpr, D: tl.constexpr):
     """One step of attention of `queries` `[R, D]` to the `place` `[N]` of a history, where `seen`: a softmax in base 2."""
-    at = source + place[:, None] * (2 * D * G) + tl.arange(0, D)[None, :]
+    at = source + place.to(tl.int64)[:, None] * (2 * D * G) + tl.arange(0, D)[None, :]
     keys = tl.load(at, seen[:, None], 0.0).to(tl.float32)
     values = tl.load(at + D, seen[:, None], 0.0).to(tl.float32)
     s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale2

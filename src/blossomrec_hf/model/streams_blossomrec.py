@@ -36,7 +36,7 @@ from .ops_reference import (
 from .ops_torch import DENSE_MAX_LENGTH, TORCH_OPS, is_half_on_cpu
 
 
-# The layer types of the package: three streams, and a combination of two of them under a name of its own.
+# The layer types of the package: a combination of two streams, and three streams.
 ATTENTION_TYPES = ("blossom", "long_term", "short_term", "full")
 COMBINATIONS = {"blossom": ("long_term", "short_term")}
 
@@ -46,8 +46,8 @@ FUSED = (("long_term", "short_term"), ("long_term",), ("short_term",))
 
 class Stream:
     """
-    One way of attending. Subclasses override `attend` and, if they need them, `modules` and `summarize`; one instance
-    serves one layer, and every method gets that layer, which has the stream's modules as attributes.
+    One way of attending. Subclasses override `attend` and, if necessary, `modules`, `summarize` and `mask`. One instance
+    serves one layer. Every method gets that layer, which has the stream's modules as attributes.
 
     All functions of `ops` (see `ops_reference.Ops`) accept leading batch dimensions in the reference and in exported
     graphs, so a stream indexes tensors from the right: `x[..., n, :, :]`, never `x[n]`.
@@ -129,7 +129,7 @@ def register_stream(name: str, stream: type[Stream]) -> None:
         stream (`type[Stream]`): its class.
 
     Raises:
-        ValueError: for a name that is no identifier or that the package uses, and for a `stream` that is no class.
+        ValueError: for a name that is no identifier or that the package uses, and for a `stream` that is no `Stream`.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"`name` is {name!r}; it must be an identifier: `register_stream('recent', RecentStream)`.")
@@ -312,7 +312,7 @@ class BlossomCompressor(nn.Module):
 
 
 class LongTermStream(Stream):
-    """Long-term interest selection (paper, section 3.3): attention to the past blocks of the highest importance."""
+    """Long-term interest selection (arXiv 2512.13368): attention to the past blocks of the highest importance."""
 
     def __init__(self, config: BlossomRecConfig) -> None:
         super().__init__(config)
@@ -367,7 +367,7 @@ class LongTermStream(Stream):
 
 
 class ShortTermStream(Stream):
-    """Short-term interest selection (paper, section 3.4): the latest blocks, and blocks at power-law distances."""
+    """Short-term interest selection (arXiv 2512.13368): attention to blocks at power-law distances."""
 
     def __init__(self, config: BlossomRecConfig) -> None:
         super().__init__(config)
