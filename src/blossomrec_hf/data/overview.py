@@ -85,7 +85,7 @@ def write_report(path: str | Path, folder: str | Path) -> dict[str, Any]:
         if path.suffix == ".png":
             partial.write_bytes(picture)
         else:
-            partial.write_text(_page(figures, filters, picture, _favourites(dataset, folder)), encoding="utf-8")
+            partial.write_text(_page(figures, filters, picture, _favorites(dataset, folder)), encoding="utf-8")
     return figures
 
 
@@ -132,7 +132,7 @@ def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple
     if filters and filters.repeat_share is not None:
         rows.append(("Test targets that already occur in their user's history", f"{filters.repeat_share:.1%}"))
     for percent, length in figures["covering_length"].items():
-        rows.append((f"Latest items a user that hold {percent} % of the interactions", f"{length:,}"))
+        rows.append((f"Latest items per user that cover {percent} % of the interactions", f"{length:,}"))
     if "time_span" in figures:
         rows.append(("Time span", " to ".join(_date(time) for time in figures["time_span"])))
     return rows
@@ -142,8 +142,8 @@ def _date(time: int) -> str:
     return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M")
 
 
-def _favourites(dataset: Dataset, folder: Path) -> list[str]:
-    """The titles of the ten most frequent items, where titles are known; vocabulary ids fall by frequency."""
+def _favorites(dataset: Dataset, folder: Path) -> list[str]:
+    """The titles of the ten most frequent items, if there are titles. Lower vocabulary ids are more frequent."""
     titles = read_item_metadata(folder)
     return [] if titles is None else titles.filter(titles["input_id"] < NUM_SPECIAL_IDS + 10)["title"].to_list()
 
@@ -154,7 +154,7 @@ def _table(rows: list[tuple], header: tuple[str, ...] = ()) -> str:
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def _page(figures: dict[str, Any], filters: FilterReport | None, picture: bytes, favourites: list[str]) -> str:
+def _page(figures: dict[str, Any], filters: FilterReport | None, picture: bytes, favorites: list[str]) -> str:
     source = html.escape(filters.source) if filters else "a data set"
     parts = [f"<h1>{source}</h1>", _table(summary(figures, filters))]
     image = base64.b64encode(picture).decode()
@@ -167,8 +167,8 @@ def _page(figures: dict[str, Any], filters: FilterReport | None, picture: bytes,
             before = interactions
         parts += ["<h2>What each filter removed</h2>", f"<p>Bad rows skipped: {filters.bad_rows:,}</p>"]
         parts.append(_table(rows, ("filter", "interactions left", "removed", "users left", "items left")))
-    if favourites:
-        parts += ["<h2>Most frequent items</h2>", "<ol>", *(f"<li>{html.escape(t)}</li>" for t in favourites), "</ol>"]
+    if favorites:
+        parts += ["<h2>Most frequent items</h2>", "<ol>", *(f"<li>{html.escape(t)}</li>" for t in favorites), "</ol>"]
     style = (
         "body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
         "table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.2em 1em;text-align:left}"
