@@ -43,6 +43,15 @@ def random_rows(vocab_size, num_users=40):
     return rows
 
 
+def test_the_last_layer_computes_one_position_per_user():
+    model, positions = make_model(40, num_hidden_layers=2), []
+    for layer in model.model.layers:
+        layer.up_proj.register_forward_pre_hook(lambda module, inputs: positions.append(inputs[0].shape[1]))
+    rows = [{"user_id": user, "input_ids": list(range(2, 9 + user)), "target_ids": [30]} for user in range(5)]
+    evaluate(model, rows, progress=False)
+    assert positions == [sum(len(row["input_ids"]) for row in rows), len(rows)]
+
+
 @pytest.mark.parametrize(
     ("max_tokens", "max_scores"), [(10_000, 2**26), (15, 2**26), (10_000, 100)], ids=["whole", "tokens", "scores"]
 )
