@@ -206,7 +206,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             )
         return cache
 
-    def layer_outputs(
+    def requested_outputs(
         self,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
@@ -219,23 +219,18 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         Raises:
             ValueError: if attentions are requested with a cache, or from an implementation that never has them.
         """
-        requested = {
-            "hidden_states": self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
-            "attentions": self.config.output_attentions if output_attentions is None else output_attentions,
-            "selections": output_selection,
-        }
-        if requested["attentions"] and self.config._attn_implementation != "eager":
+        config = self.config
+        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        if attentions and config._attn_implementation != "eager":
             raise ValueError(
                 f'`output_attentions=True` works with `attn_implementation="eager"` only; '
-                f"{self.config._attn_implementation!r} never has all probabilities at once. Use `output_selection=True`."
+                f"{config._attn_implementation!r} never has all probabilities at once. Use `output_selection=True`."
             )
-        if requested["attentions"] and cache is not None:
+        if attentions and cache is not None:
             raise ValueError("`output_attentions=True` cannot be combined with a cache; use `output_selection=True`.")
-        if not any(requested.values()):
-            return None
-        return LayerOutputs(**{name: [] if wanted else None for name, wanted in requested.items()})
+        requested = (hidden_states, attentions, output_selection)
+        return LayerOutputs(*([] if wanted else None for wanted in requested)) if any(requested) else None
 
     @can_return_tuple
     def forward(
@@ -287,7 +282,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             drop_padding=cache is not None,
             **packing,
         )
-        records = self.layer_outputs(output_hidden_states, output_attentions, output_selection, cache)
+        records = self.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
         hidden_states = self.encode(
             histories,
             cache=cache,
@@ -325,6 +320,13 @@ def _layer_selection(histories: PackedHistories, selection, gates) -> LayerSelec
     if block_indices is not None:  # shifted, so that padding reads −1
         block_indices, importance = histories.unpack(block_indices + 1) - 1, histories.unpack(importance)
     return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates[0]))
+
+
+class LossKwargs(TransformersKwargs, total=False):
+    """Keywords of `BlossomRecForSequentialRecommendation.forward`, see there."""
+
+    shift_labels: torch.LongTensor | None
+    skip_logits: bool
 
 
 class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
@@ -392,7 +394,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[LossKwargs],
     ) -> BlossomRecOutput:
         """
         Args:
@@ -439,7 +441,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             drop_padding=cache is not None,
             **packing,
         )
-        records = self.model.layer_outputs(output_hidden_states, output_attentions, output_selection, cache)
+        records = self.model.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
         loss = logits = None
         with nullcontext() if cache is None else cache.all_or_nothing():
             hidden_states = self.model.encode(
