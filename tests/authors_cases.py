@@ -10,7 +10,7 @@ ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": torch.relu, "swish": nn.funct
 
 
 def turn_pairs(x, freqs):
-    """Rotary embedding of neighbouring pairs; `x` is `[..., L, d]`."""
+    """Rotary embedding of neighboring pairs; `x` is `[..., L, d]`."""
     angle = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * freqs.to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1).flatten(

@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure, at least")
-    parser.add_argument("--items", type=int, default=1_000_000, help="cross_entropy: the catalogue")
+    parser.add_argument("--items", type=int, default=1_000_000, help="cross_entropy: the catalog")
     parser.add_argument("--positions", type=int, default=8192)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--implementations", nargs="+", default=["plain", "torch", "triton", "liger"])

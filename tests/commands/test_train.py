@@ -101,11 +101,11 @@ def test_a_log_of_which_nobody_has_a_held_out_item_is_trainable(run_command, log
 
 
 def test_bad_arguments_are_named(run_command, log_file, tmp_path):
-    misspelt = '{"objectiv": "gbce"}'
+    misspelled = '{"objectiv": "gbce"}'
     for arguments, named in (
         (("--item", "movie"), "movie"),
         (("--tokens_per_step", 10), "max_tokens is 10"),
-        (("--config_overrides", misspelt), "objectiv"),
+        (("--config_overrides", misspelled), "objectiv"),
         (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is not installed or not known"),
     ):
         run = ("train", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)

@@ -49,7 +49,7 @@ def publisher(tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_fetched_once_with_titles_and_licence(publisher, tmp_path, caplog):
+def test_fetched_once_with_titles_and_license(publisher, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     for number in range(2):
         dataset, tokenizer = build_sequences("ml-1m", output_dir=tmp_path / f"out{number}")

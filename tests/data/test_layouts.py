@@ -149,7 +149,7 @@ def test_a_layout_with_a_pattern_is_recognized(tmp_path, layout):
 def test_every_known_set_is_read_by_a_format():
     assert len(known_sets.KNOWN) >= 30
     for name, known in known_sets.KNOWN.items():
-        assert known.url.startswith("http") and known.licence and known.format in FORMATS, name
+        assert known.url.startswith("http") and known.license and known.format in FORMATS, name
         assert known.download or known.md5 is None
 
 

@@ -1,4 +1,4 @@
-"""Every format: recognised by its look, read to the same three events."""
+"""Every format: recognized by its look, read to the same three events."""
 
 import gzip
 import json

@@ -89,7 +89,7 @@ def build_sequences(
         raise FileNotFoundError(f"titles {str(titles)!r} is no file; give the path of one, or a frame.")
     log = open_log(source, reading)
     _check_columns(log, events, filters)
-    report = FilterReport(log.name, log.format, licence=log.licence)
+    report = FilterReport(log.name, log.format, license=log.license)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
         interactions = ingest(log, scratch, filters, events)

@@ -31,7 +31,7 @@ class FilterReport:
         interactions_read (`int`): events that were read.
         bad_rows (`int`): rows that were skipped.
         time_unit (`str`, *optional*): unit of the times: s, ms, us or ns.
-        licence (`str`, *optional*): license of a public data set.
+        license (`str`, *optional*): license of a public data set.
         repeat_share (`float`, *optional*): see [`~blossomrec_hf.data.repeat_share`].
         steps: [name, events, users, items] after each filter.
         bad_row_reasons: number of bad rows by reason.
@@ -43,7 +43,7 @@ class FilterReport:
     interactions_read: int = 0
     bad_rows: int = 0
     time_unit: str | None = None
-    licence: str | None = None
+    license: str | None = None
     repeat_share: float | None = None
     steps: list[list] = field(default_factory=list)
     bad_row_reasons: dict[str, int] = field(default_factory=dict)

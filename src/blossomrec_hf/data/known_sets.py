@@ -34,7 +34,7 @@ class KnownSet:
         url (`str`): the file to download, or, with `download=False`, the page to get it from.
         log (`str`): the log's file, or a glob pattern of several, in the unpacked folder.
         format (`str`): its format, one of [`~data.formats.FORMATS`].
-        licence (`str`): terms of use.
+        license (`str`): terms of use.
         md5 (`str`, *optional*): the checksum that the publisher states. Without one, the checksum of the first download is
             stored, and later downloads are compared with it.
         titles (`str`, *optional*): the file of item titles in the unpacked folder.
@@ -44,56 +44,56 @@ class KnownSet:
     url: str
     log: str
     format: str
-    licence: str
+    license: str
     md5: str | None = None
     titles: str | None = None
     download: bool = True
 
 
-def _by_hand(log: str, format: str, licence: str, url: str | None = None, titles: str | None = None) -> KnownSet:
+def _by_hand(log: str, format: str, license: str, url: str | None = None, titles: str | None = None) -> KnownSet:
     """A data set that users have to get themselves, by default from the page of its layout."""
-    return KnownSet(url or LAYOUTS[format].source, log, format, licence, titles=titles, download=False)
+    return KnownSet(url or LAYOUTS[format].source, log, format, license, titles=titles, download=False)
 
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
-_GROUPLENS_LICENCE = (
+_GROUPLENS_LICENSE = (
     "MovieLens, GroupLens Research: for research; redistribution and commercial use need permission. See its README; cite "
     "Harper and Konstan, doi:10.1145/2827872."
 )
 _SNAP = "https://snap.stanford.edu/data/"
 _AMAZON = _SNAP + "amazon/productGraph/categoryFiles/"
-_AMAZON_LICENCE = "Amazon reviews, J. McAuley, UCSD: for research; cite He and McAuley, doi:10.1145/2872427.2883037."
+_AMAZON_LICENSE = "Amazon reviews, J. McAuley, UCSD: for research; cite He and McAuley, doi:10.1145/2872427.2883037."
 
 KNOWN = {
     "ml-100k": KnownSet(
-        _GROUPLENS + "ml-100k.zip", "ml-100k/u.data", "ml-100k", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-100k.zip", "ml-100k/u.data", "ml-100k", _GROUPLENS_LICENSE,
         "0e33842e24a9c977be4e0107933c0723", "ml-100k/u.item",
     ),
     "ml-1m": KnownSet(
-        _GROUPLENS + "ml-1m.zip", "ml-1m/ratings.dat", "ml-1m", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-1m.zip", "ml-1m/ratings.dat", "ml-1m", _GROUPLENS_LICENSE,
         "c4d9eecfca2ab87c1945afe126590906", "ml-1m/movies.dat",
     ),
     "ml-20m": KnownSet(
-        _GROUPLENS + "ml-20m.zip", "ml-20m/ratings.csv", "csv", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-20m.zip", "ml-20m/ratings.csv", "csv", _GROUPLENS_LICENSE,
         "cd245b17a1ae2cc31bb14903e1204af3", "ml-20m/movies.csv",
     ),
     "ml-32m": KnownSet(
-        _GROUPLENS + "ml-32m.zip", "ml-32m/ratings.csv", "csv", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-32m.zip", "ml-32m/ratings.csv", "csv", _GROUPLENS_LICENSE,
         "d472be332d4daa821edc399621853b57", "ml-32m/movies.csv",
     ),
     "ml-10m": KnownSet(
-        _GROUPLENS + "ml-10m.zip", "ml-10M100K/ratings.dat", "ml-10m", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-10m.zip", "ml-10M100K/ratings.dat", "ml-10m", _GROUPLENS_LICENSE,
         "ce571fd55effeba0271552578f2648bd", "ml-10M100K/movies.dat",
     ),
     "ml-25m": KnownSet(
-        _GROUPLENS + "ml-25m.zip", "ml-25m/ratings.csv", "csv", _GROUPLENS_LICENCE,
+        _GROUPLENS + "ml-25m.zip", "ml-25m/ratings.csv", "csv", _GROUPLENS_LICENSE,
         "6b51fb2759a8657d3bfcbfc42b592ada", "ml-25m/movies.csv",
     ),
     "ml-latest-small": _by_hand(  # its content changes, so that there is no checksum
-        "ratings.csv", "ml-csv", _GROUPLENS_LICENCE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
+        "ratings.csv", "ml-csv", _GROUPLENS_LICENSE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
     ),
     "ml-latest": _by_hand(
-        "ratings.csv", "ml-csv", _GROUPLENS_LICENCE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
+        "ratings.csv", "ml-csv", _GROUPLENS_LICENSE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
     ),
     "rees46": _by_hand("*.csv*", "rees46", "REES46 Marketing Platform; see its page."),
     "otto": _by_hand("*.jsonl", "otto", "OTTO; see its page."),
@@ -128,10 +128,10 @@ KNOWN = {
         "userid-timestamp-artid-artname-traid-traname.tsv", "lastfm-1k", "Last.fm, for non-commercial use; see its page."
     ),
     "amazon-beauty": KnownSet(
-        _AMAZON + "ratings_Beauty.csv", "ratings_Beauty.csv", "amazon-csv", _AMAZON_LICENCE
+        _AMAZON + "ratings_Beauty.csv", "ratings_Beauty.csv", "amazon-csv", _AMAZON_LICENSE
     ),
     "amazon-video-games": KnownSet(
-        _AMAZON + "ratings_Video_Games.csv", "ratings_Video_Games.csv", "amazon-csv", _AMAZON_LICENCE
+        _AMAZON + "ratings_Video_Games.csv", "ratings_Video_Games.csv", "amazon-csv", _AMAZON_LICENSE
     ),
     "gowalla": KnownSet(
         _SNAP + "loc-gowalla_totalCheckins.txt.gz", "loc-gowalla_totalCheckins.txt.gz", "gowalla",
@@ -166,7 +166,7 @@ def fetch(name: str) -> Path:
     if not known.download:
         if not list(folder.glob(known.log)):
             raise FileNotFoundError(
-                f"{name} is not downloaded by this package (license: {known.licence.rstrip('.')}); get {known.log} from "
+                f"{name} is not downloaded by this package (license: {known.license.rstrip('.')}); get {known.log} from "
                 f"{known.url} and put it into {folder}."
             )
         return folder
@@ -199,7 +199,7 @@ def fetch(name: str) -> Path:
             f"{download} is damaged or another edition ({error}); it was removed. Run this again to fetch it from {known.url}, "
             "or put it there by hand."
         ) from error
-    logger.warning("%s: %s", name, known.licence)
+    logger.warning("%s: %s", name, known.license)
     (folder / ".complete").touch()
     return folder
 

@@ -104,7 +104,7 @@ def _picture(figures: dict[str, Any]) -> bytes:
     covered = np.cumsum(_longer_than(lengths)) / max(figures["interactions"], 1)
     coverage.plot(np.arange(1, covered.size + 1), covered)
     for percent, length in figures["covering_length"].items():
-        coverage.axvline(length, color="grey", linewidth=0.8, linestyle=":")
+        coverage.axvline(length, color="gray", linewidth=0.8, linestyle=":")
         point = (length, percent / 100)
         coverage.annotate(f"{percent} %: {length}", point, (-4, 2), textcoords="offset points", ha="right", fontsize=8)
     coverage.set(xscale="log", xlabel="latest items kept a user", ylabel="share of interactions", title="Coverage")

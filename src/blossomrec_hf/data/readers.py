@@ -31,7 +31,7 @@ class Log:
     name: str
     format: str
     options: LogOptions
-    licence: str | None = None
+    license: str | None = None
     titles: Path | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
         folder = known_sets.fetch(str(source))
         files = find_files(str(folder / known.log), options.encoding)
         log = _open_files(files, str(source), replace(options, format=known.format))
-        log.licence = known.licence
+        log.license = known.license
         if known.titles is not None and (folder / known.titles).is_file():
             log.titles = folder / known.titles
         return log

@@ -4,7 +4,7 @@ a layer. An append has so little to compute that it costs what its operations co
 
 Layouts are those of the cache: `states` `[B, C, G, 2·d]` and `block_keys` `[B, C // b, G, d]`, contiguous. `events`
 `[T, 2]` (int64) are the history and the place in it of each new event. Everything is computed in float32, whatever the
-dtype of the states, and the same events give the same bits. Nothing here has gradients, synchronises, or is specialised
+dtype of the states, and the same events give the same bits. Nothing here has gradients, synchronizes, or is specialized
 on a size that changes from one append to the next.
 """
 
@@ -258,7 +258,7 @@ def compress(k: Tensor, compressor: nn.Module, windows: Queries, first: Tensor) 
 
 @lru_cache
 def _constants(heads: int, groups: int, width: int, long: bool, short: bool, sizes: Sizes) -> dict[str, int]:
-    """What `attend_kernel` is specialised on."""
+    """What `attend_kernel` is specialized on."""
     rows = max(16, power_of_two(heads // groups))
     power = next(p for p in (sizes.base**e for e in range(64)) if p >= sizes.window)
     powers = next(e for e in range(32) if power * sizes.base**e * sizes.short_block >= 2**31)

@@ -57,7 +57,7 @@ def dataset_card(folder: str | Path) -> str:
     lines += ["", *_columns(dataset)]
     if filters:
         lines += ["", "## Source and license", "", f"Read from `{filters.source}`, format `{filters.format}`."]
-        lines += [f"License of the source: {filters.licence or 'not known; see the source.'}"]
+        lines += [f"License of the source: {filters.license or 'not known; see the source.'}"]
         lines += ["", "## Filters", "", *(f"- {line}" for line in str(filters).splitlines())]
     return "\n".join(lines) + "\n" + _USAGE
 
