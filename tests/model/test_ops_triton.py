@@ -5,12 +5,13 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig
-from blossomrec_hf.model import ops_triton, ops_triton_launch
+from blossomrec_hf.model import ops_triton, ops_triton_launch, ops_triton_selected
 from blossomrec_hf.model.attention_blossomrec import BlossomAttention, attend_packed, eager_attention_forward
 from blossomrec_hf.model.ops_reference import REFERENCE_OPS, Selection
 
@@ -23,8 +24,9 @@ pytestmark = [
     pytest.mark.skipif(
         DEVICE == "cpu" and not ops_triton_launch.INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1"
     ),
-    # Keys that a row does not see get any exponential before they are masked.
+    # Keys that a row does not see get any exponential before they are masked, and any weight times that.
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in multiply"),
 ]
 
 ODD = {"compress_block_size": 7, "compress_stride": 4, "selection_block_size": 16, "num_selected_blocks": 3}
@@ -65,9 +67,6 @@ class Layer:
         self.inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, gates)][: 4 if kind == "blossom" else 3]
         if kind != "short_term":
             torch.nn.init.normal_(self.layer.compressor.position, std=0.25)
-            # So far from zero that rounding takes no hidden unit to the other side.
-            bias = self.layer.compressor.mlp[0].bias
-            torch.nn.init.constant_(bias, 10).data[torch.rand_like(bias) < 0.5] = -10
             self.layer.to(dtype)
             if self.config.selection_gradient != "none":
                 self.inputs += self.layer.compressor.parameters()
@@ -161,11 +160,13 @@ def test_every_size_has_the_values_and_gradients_of_the_reference(repeat, width,
     sizes = {"selection_block_size": block, "compress_stride": block, "compress_block_size": block + 3}
     sizes |= {"num_selected_blocks": 2, "short_term_block_size": 8}
     layer = Layer([min(2 * block, 80) + 9, 0, 1], heads=repeat, groups=1, width=width, **sizes)
+    bias = layer.layer.compressor.mlp[0].bias.data  # so far from zero that rounding switches no hidden unit
+    bias.copy_(torch.where(torch.rand_like(bias) < 0.5, -10.0, 10.0))
     out, selection, gradients = layer.run(triton_forward)
     expected, _, expected_gradients = layer.exact(reference_given(selection))
     assert_close(out, expected, 1e-5)
     for i, (actual, exact) in enumerate(zip(gradients, expected_gradients, strict=True)):
-        assert_close(actual, exact, 1e-5, f"input {i}")
+        assert_close(actual, exact, 1e-5 if i < 4 else 1e-4, f"input {i}")
 
 
 # The interpreter has no arithmetic in bfloat16.
@@ -208,6 +209,15 @@ def test_a_block_that_many_queries_choose_is_split(monkeypatch):
     assert torch.equal(out, expected)
     for actual, reference in zip(split_gradients, gradients, strict=True):
         assert_close(actual, reference, 1e-5)
+
+
+def test_pairs_that_are_sorted_give_the_same(monkeypatch):
+    layer = Layer([5, 60, 0, 40], heads=2, groups=2)
+    expected, _, gradients = layer.run(triton_forward)
+    monkeypatch.setattr(ops_triton_selected, "MAX_SCANNED_LENGTH", 0)
+    out, _, sorted_gradients = layer.run(triton_forward)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(sorted_gradients, gradients))
 
 
 def test_wide_offsets_give_the_same(monkeypatch):
@@ -264,6 +274,19 @@ def test_compiles_to_one_graph_and_checkpoints():
     out, _, checkpointed_gradients = layer.run(checkpointed)
     assert torch.equal(out, expected)
     assert all(torch.equal(a, b) for a, b in zip(checkpointed_gradients, gradients))
+
+
+def test_compiles_once_for_all_lengths():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(triton_forward, fullgraph=True, backend=counter)
+    module = Layer([3], heads=2, groups=1).layer
+    for lengths in ([20, 13], [40, 9], [70, 3], [33, 30]):
+        layer = Layer(lengths, heads=2, groups=1)
+        layer.layer = module
+        with torch.no_grad():
+            out, _ = layer.outputs(compiled)
+            assert torch.equal(out, layer.outputs(triton_forward)[0])
+    assert counter.frame_count <= 2  # for the first lengths, then for any
 
 
 def test_without_gradients_nothing_is_saved_and_the_output_is_the_same():

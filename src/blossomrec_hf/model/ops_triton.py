@@ -21,8 +21,8 @@ from .ops_triton_streams import Stream, streams
 from .ops_triton_streams_backward import LongGradients, gradient_terms, key_backward, query_backward
 
 
-# Part of the operations' names: two versions of this package in one process must not replace each other's. It is that
-# of the package, which this file cannot import where it travels with a checkpoint; a test compares them.
+# Part of the operations' names: two versions of this package in one process must not replace each other's operations. It
+# equals the version of the package, which this file cannot import when it travels with a checkpoint; a test compares them.
 VERSION = "0.1.0"
 NAMESPACE = "blossomrec_hf_" + VERSION.replace(".", "_")
 
@@ -66,7 +66,7 @@ class Results(NamedTuple):
         q, k: with rotary embeddings.
         mean_q `[T, G, d]`, c `[rows, G, d]`, score_lse `[T, G]`, u `[T, G, d]`: mean queries, score keys, lse of the
             scores, and the sum of π · c.
-        order, offsets, chunks: the `Pairs`.
+        order, spans, chunks: the `Pairs`.
         long_out, long_lse, short_out, short_lse: each `Stream`.
         hidden: the hidden activations of the compressor.
         w1, w2: its weights in the dtype of q, if theirs is another.
@@ -83,7 +83,7 @@ class Results(NamedTuple):
     score_lse: Tensor
     u: Tensor
     order: Tensor
-    offsets: Tensor
+    spans: Tensor
     chunks: Tensor
     long_out: Tensor
     long_lse: Tensor
@@ -108,20 +108,19 @@ def _wanted(settings: Settings, gated: bool, cast: bool) -> set[str]:
         for stream in ("long",) * settings.long + ("short",) * settings.short:
             names |= {f"{stream}_lse"} | ({f"{stream}_out"} if gated else set())
         if settings.long:
-            names |= {"order", "offsets", "chunks"}
+            names |= {"order", "spans", "chunks"}
         if settings.factor:
             names |= {"mean_q", "c", "score_lse", "u", "hidden"} | ({"w1", "w2"} if cast else set())
     return names
 
 
 def _schema(arguments: str, results: int) -> str:
+    """The schema of an operation that returns so many tensors."""
     return f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
 
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1, Tensor? b1"
-)
-_INPUTS += ", Tensor? w2, Tensor cu_seqlens, int[] settings, float scaling, float threshold"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1"
+_INPUTS += ", Tensor? b1, Tensor? w2, Tensor cu_seqlens, SymInt[] settings, float scaling, float threshold"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=(), schema=_schema(_INPUTS, len(Results._fields)))
@@ -202,12 +201,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of the columns of a matrix; as a product, they take a GPU a fraction of the time."""
+    """The sums of the columns of a matrix, as a product, which is several times faster on a GPU."""
     return _product(x.new_ones(1, x.shape[0]), x, dtype)[0]
 
 
-_SAVED = "Tensor grad, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1, Tensor? b1"
-_SAVED += ", Tensor? w2, Tensor cu_seqlens, Tensor[] results, int[] settings, float scaling"
+_SAVED = "Tensor grad, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1"
+_SAVED += ", Tensor? b1, Tensor? w2, Tensor cu_seqlens, Tensor[] results, SymInt[] settings, float scaling"
 
 
 @torch.library.custom_op(
@@ -226,15 +225,15 @@ def _attention_backward(grad, v, cos, sin, gates, position, w1, b1, w2, cu_seqle
     long_terms, short_terms, dgates = gradient_terms(layout, grad, gates, long_stream, short_stream)
     long = chosen = dwindows = None
     if settings.long:
-        pairs = Pairs(results.order, results.offsets, results.chunks)
+        pairs = Pairs(results.order, results.spans, results.chunks)
         parts = selected_backward(layout, q, k, v, grad, long_terms, results.pi, pairs, settings.factor)
         factor = (parts.weight, results.c, results.u) if settings.factor else None
         long = LongGradients(long_terms, results.blocks, parts.dq, factor)
-        chosen = (parts.dk, parts.dv, pairs.offsets) if layout.rows else None
+        chosen = (parts.dk, parts.dv, pairs.spans) if layout.rows else None
     dq, weight_sum = query_backward(layout, q, k, v, results.query_tiles, grad, long, short_terms, rotary)
     if settings.factor:
         scores = (results.mean_q, results.c, results.score_lse, weight_sum, results.blocks, start, stop)
-        dc = select_backward(layout, *scores, parts.dc, pairs.offsets).flatten(0, 1)
+        dc = select_backward(layout, *scores, parts.dc, pairs.spans).flatten(0, 1)
         inputs = windows(layout, k, position, start, stop)  # cheaper to make again than to keep
         w1_cast, w2_cast = (w1, w2) if w1.dtype == q.dtype else (results.w1, results.w2)
         dw2 = _product(dc.t(), results.hidden, w2.dtype)
@@ -299,7 +298,7 @@ def blossom_attention(
     short: bool = True,
 ) -> tuple[Tensor, Selection | None]:
     """
-    A whole layer: rotary embedding, and the streams asked for.
+    A whole layer: rotary embedding, compressor, selection, streams and gates.
 
     Args:
         q, k, v: `[T, H, d]`, `[T, G, d]`, `[T, G, d]`, rotary embedding not yet applied; any strides of the first two
@@ -314,7 +313,7 @@ def blossom_attention(
         `[T, H, d]`, and the `Selection` of the long-term stream (whose importance carries no gradient here).
 
     Raises:
-        ValueError: where the kernels do not support the device, the dtype or a size.
+        ValueError: if the kernels do not support the device, the dtype or a size.
     """
     check(
         q,
@@ -328,7 +327,9 @@ def blossom_attention(
     inputs = (q, k, v, gates, *(weights if factor else ()))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    settings = Settings(max_seqlen, long, short, factor and long, save, *sizes)
+    # Symbolic lengths and `bool` do not mix in a list.
+    flags = (int(flag) for flag in (long, short, factor and long, save))
+    settings = Settings(max_seqlen, *flags, *sizes)
     results = _attention(
         *(q, k, v.contiguous(), cos.float().contiguous(), sin.float().contiguous()),
         *(gates, *weights, cu_seqlens, list(settings), scaling, threshold),

@@ -56,7 +56,7 @@ MAX_TILE_BYTES = 2**16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Rows of queries that one program of the selected stream works on; blocks that are chosen more often are split.
-CHUNK_ROWS = 512
+CHUNK_ROWS = 256
 # Tile sizes, warps and pipeline stages of each kernel, the fastest measured on an H100 (bfloat16; 65,536 tokens with H=8,
 # G=2, d=16, and 16,384 tokens with H=G=8, d=32; b=16, k=4, B=8). Larger tiles and heads get more warps. `ROWS` are rows of
 # queries (fewer of wider heads in "selected_backward"), `COLUMNS` and `KEYS` keys.
@@ -72,7 +72,7 @@ LAUNCH = {
 
 
 class Sizes(NamedTuple):
-    """The numbers of a configuration that the kernels are specialized on."""
+    """The numbers of a configuration for which the kernels are compiled."""
 
     stride: int
     length: int
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, config: BlossomRecConfig) -> "Sizes":
-        """Those of a configuration."""
+        """The sizes of a configuration."""
         return cls(
             stride=config.compress_stride,
             length=config.compress_block_size,
@@ -139,12 +139,14 @@ def why_unsupported(
 
 
 def check(x: Tensor, **sizes: int) -> None:
+    """Raises a `ValueError` if the kernels do not support `x` or a size; `sizes`: those of `why_unsupported`."""
     reason = why_unsupported(x.device.type, x.dtype, x.shape[-1], **sizes)
     if reason is not None:
         raise ValueError(reason)
 
 
 def ceil(a: int, b: int) -> int:
+    """`a` divided by `b`, rounded up."""
     return -(-a // b)
 
 
@@ -159,7 +161,7 @@ def whole_blocks(positions: int, block_size: int) -> int:
 
 
 class Layout:
-    """What the launches of one call have in common."""
+    """Sizes, tiles and constants that the launches of one call have in common."""
 
     def __init__(self, q: Tensor, num_groups: int, cu_seqlens: Tensor, max_seqlen: int, sizes: Sizes, scaling: float):
         self.num_tokens, self.heads, self.width = q.shape
@@ -176,12 +178,10 @@ class Layout:
         self.rep_kw = {"REP": rep, "REPP": power_of_two(rep)}
         self.chunk = max(1, min(256, CHUNK_ROWS // self.rep_kw["REPP"]))  # in pairs
         self.precision = {"PREC": "ieee" if q.dtype == torch.float32 else "tf32"}
-        # The distances of short-term blocks are 0 … window − 1, then `power`, `power` · base, …
-        powers = [sizes.base**e for e in range(32)]
-        first = next(i for i, p in enumerate(powers) if p >= sizes.window)
-        self.num_powers = sum(p * sizes.short_block < max_seqlen for p in powers[first:])
+        # The distances of short-term blocks are 0 … window − 1, then `POWER`, `POWER` · base, …
+        first_power = next(p for p in (sizes.base**e for e in range(32)) if p >= sizes.window)
         self.short_kw = {"B": sizes.short_block, "WINDOW": sizes.window, "BASE": sizes.base}
-        self.short_kw["POWER"] = min(powers[first], 2**31 - 1)
+        self.short_kw["POWER"] = min(first_power, 2**31 - 1)
         # Positions of a tile of queries, and of one of keys: whole short-term blocks.
         self.query_tile = whole_blocks(ceil(LAUNCH["streams"]["ROWS"], self.rep_kw["REPP"]), sizes.short_block)
         self.key_tile = whole_blocks(LAUNCH["key_backward"]["KEYS"], sizes.short_block)
@@ -193,24 +193,32 @@ class Layout:
         return {"num_warps": warps, "num_stages": LAUNCH[name]["num_stages"]}
 
     @property
+    def num_powers(self) -> int:
+        """How many powers of the base, from `POWER` on, are distances inside of the longest history."""
+        powers = (self.short_kw["POWER"] * self.sizes.base**e for e in range(32))
+        return sum(p * self.sizes.short_block < self.max_seqlen for p in powers)
+
+    @property
     def index(self) -> dict[str, object]:
         """The integers that count the elements of the largest buffers: the parts of pairs and of chunks, and windows."""
-        chunk_rows = self.num_tokens * self.groups * (1 + self.sizes.selected * self.sizes.block // self.chunk)
+        chunk_rows = self.num_tokens * self.groups * (2 + self.sizes.selected * self.sizes.block // self.chunk)
         window_rows = self.num_tokens // self.sizes.stride * self.groups * self.sizes.length
         rows = max(self.num_tokens * self.heads * self.sizes.selected, chunk_rows, window_rows)
         return {"INDEX": tl.int32 if rows * self.width < 2**31 else tl.int64}
 
     def num_tiles(self, tile: int) -> int:
+        """An upper bound of the number of tiles of `tile` positions."""
         return self.num_tokens // tile + self.cu_seqlens.shape[0] - 1
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor that is not initialized, by default in the dtype of the queries."""
         return torch.empty(shape, device=self.device, dtype=dtype or self.dtype)
 
 
 @jit
 def block_place(row, T, start, stop, B: tl.constexpr):
     """The first token of the complete block in a `row`, the start of its history, and whether there is one."""
-    token = tl.minimum((row + 1) * B - 1, T - 1)  # lies in the block wherever there is one
+    token = tl.minimum((row + 1) * B - 1, T - 1)  # lies in the block if there is one
     lo = tl.load(start + token)
     first = lo + (row - lo // B) * B
     return first, lo, first + B <= tl.load(stop + token)

@@ -1,4 +1,7 @@
-"""What comes before the streams: offsets of histories, rotary embedding, windows of keys. Conventions: `ops_triton_launch.py`."""
+"""
+What comes before the streams: offsets of histories, rotary embedding, windows of keys. Conventions:
+`ops_triton_launch.py`.
+"""
 
 import math
 

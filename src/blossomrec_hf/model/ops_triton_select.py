@@ -147,17 +147,17 @@ def spread_kernel(
         queries = tl.load(mean_q + at[:, None] * D + d, real[:, None], 0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision=PREC)
         p = tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :])
+        best = tl.load(blocks + at * K, real, -1).to(tl.int32)  # −1 for none, whose weights are zero
+        best += tl.load(start + t, real, 0) // B
+        all_blocks = tl.load(weight_sum + at * 2, real, 0.0)
+        others = tl.load(weight_sum + at * 2 + 1, real, 0.0)
+        p *= tl.where(row[:, None] == best[None, :], others[None, :], all_blocks[None, :])
         lo = tl.load(start + i)
         one_history = lo == tl.load(start + tl.minimum(i + BQ, end) - 1)
         if (one_history == 0) | (i + BQ > end) | (lo // B > r0) | (lo // B + (i - lo) // B < r0 + BM):
             first = tl.load(start + t, real, 0)
             last = tl.where(real, first // B + (t - first) // B, 0)
             p = tl.where((row[:, None] >= (first // B)[None, :]) & (row[:, None] < last[None, :]), p, 0.0)
-        best = tl.load(blocks + at * K, real, -1).to(tl.int32)  # −1 for none, whose weights are zero
-        best += tl.load(start + t, real, 0) // B
-        all_blocks = tl.load(weight_sum + at * 2, real, 0.0)
-        others = tl.load(weight_sum + at * 2 + 1, real, 0.0)
-        p *= tl.where(row[:, None] == best[None, :], others[None, :], all_blocks[None, :])
         acc += tl.dot(p.to(queries.dtype), queries, input_precision=PREC)
     target = ((split.to(tl.int64) * num_rows + row) * G + group)[:, None] * D + d
     tl.store(dc_part + target, acc, (row < num_rows)[:, None])
@@ -167,22 +167,20 @@ def spread_kernel(
 def score_key_kernel(
     chosen_part,
     spread_part,
-    offsets,
+    spans,
     dc,
     num_rows,
     num_splits,
     factor,
     G: tl.constexpr,
     D: tl.constexpr,
-    CHUNK: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     BR: tl.constexpr,
 ):
     """Sums the parts of the score keys' gradient, and hands each window of a block its share."""
     key = tl.program_id(0) * BR + tl.arange(0, BR)  # row · G + group
     real = key < num_rows * G
-    lo, hi = tl.load(offsets + key, real, 0), tl.load(offsets + key + 1, real, 0)
-    first, count = lo // CHUNK + key, (hi - lo + CHUNK - 1) // CHUNK
+    first, count = tl.load(spans + key * 2, real, 0), tl.load(spans + key * 2 + 1, real, 0)
     d = tl.arange(0, D)[None, :]
     acc = tl.zeros((BR, D), tl.float32)
     for i in range(tl.max(count, 0)):
@@ -253,7 +251,7 @@ def select_backward(
     start: Tensor,
     stop: Tensor,
     chosen_part: Tensor,
-    offsets: Tensor,
+    spans: Tensor,
 ) -> Tensor:
     """
     The gradient of the compressed keys `[rows · b / s, G, d]`.
@@ -261,8 +259,8 @@ def select_backward(
     Args:
         weight_sum: `[T, G, 2]`, the sum over the selected blocks of π times the gradient of the factor, and that sum
             without the best block.
-        chosen_part, offsets: the parts of the score keys' gradient that come from the queries that chose them, and
-            where the pairs of each (block, group) begin (`ops_triton_selected.py`).
+        chosen_part, spans: the parts of the score keys' gradient that come from the queries that chose them, and the
+            span of each (block, group) in them (`ops_triton_selected.py`).
     """
     stride, _, block = layout.sizes[:3]
     dc = layout.empty(layout.rows * (block // stride), layout.groups, layout.width)
@@ -297,14 +295,13 @@ def select_backward(
     score_key_kernel[(ceil(layout.num_keys, 16),)](
         chosen_part,
         parts,
-        offsets,
+        spans,
         dc,
         layout.rows,
         num_splits,
         math.log(2) * stride / block,
         G=layout.groups,
         D=layout.width,
-        CHUNK=layout.chunk,
         PER_BLOCK=block // stride,
         BR=16,
         num_warps=1,

@@ -216,6 +216,7 @@ def streams_kernel(
 
 
 def query_tile(layout: Layout, name: str) -> dict[str, int]:
+    """The tiles of queries of the kernel `name`, its warps and stages."""
     repp = layout.rep_kw["REPP"]
     positions = max(power_of_two(layout.query_tile), ceil(16, repp))
     distances = max(ceil(16, positions), LAUNCH[name]["COLUMNS"] // positions)

@@ -214,7 +214,7 @@ def key_backward_kernel(
     short_terms,
     dk_part,
     dv_part,
-    offsets,
+    spans,
     dwindows,
     cos,
     sin,
@@ -227,7 +227,6 @@ def key_backward_kernel(
     REP: tl.constexpr,
     REPP: tl.constexpr,
     SB: tl.constexpr,
-    CHUNK: tl.constexpr,
     STRIDE: tl.constexpr,
     LENGTH: tl.constexpr,
     B: tl.constexpr,
@@ -300,8 +299,7 @@ def key_backward_kernel(
         if CHOSEN:
             number = (lo // SB + key // SB) * G + group
             whole = real & ((key // SB + 1) * SB <= n)
-            before, after = tl.load(offsets + number, whole, 0), tl.load(offsets + number + 1, whole, 0)
-            chunk, count = before // CHUNK + number, (after - before + CHUNK - 1) // CHUNK
+            chunk, count = tl.load(spans + number * 2, whole, 0), tl.load(spans + number * 2 + 1, whole, 0)
             for i in range(tl.max(count, 0)):
                 source = ((chunk + i).to(INDEX) * SB + key % SB)[:, None] * D + d
                 dkeys += tl.load(dk_part + source, (i < count)[:, None], 0.0)
@@ -444,7 +442,7 @@ def key_backward(
 
     Args:
         long_terms, short_terms: `gradient_terms` of each stream, or `None`.
-        chosen: the parts dk and dv of `ops_triton_selected.selected_backward`, and the offsets of its pairs.
+        chosen: the parts dk and dv of `ops_triton_selected.selected_backward`, and the spans of its pairs.
         dwindows: the gradient of the windows.
     """
     dk, dv = layout.empty(*k.shape), layout.empty(*v.shape)
@@ -469,7 +467,6 @@ def key_backward(
         **layout.heads_kw,
         **layout.rep_kw,
         SB=layout.sizes.block,
-        CHUNK=layout.chunk,
         STRIDE=layout.sizes.stride,
         LENGTH=layout.sizes.length,
         **layout.short_kw,
