@@ -298,3 +298,35 @@ def test_two_processes_share_an_epoch_and_train_as_one(log, tmp_path, max_tokens
         assert ranks[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)  # as `Trainer` rounds them
         assert ranks[0]["weights"] == pytest.approx(alone["weights"], rel=1e-9)
         assert ranks[0]["metrics"] == pytest.approx(alone["metrics"])
+
+
+def test_packed_steps_with_a_token_budget_are_compiled_once(log, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "ACCELERATE_DYNAMO_BACKEND", "no"
+    )  # which the arguments set, and which must not reach other tests
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        args = TrainingArguments(
+            tmp_path / "out",
+            max_steps=6,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            **options,
+        )
+        trainer = SequentialRecommendationTrainer(
+            make_model(hidden_dropout_prob=0.0),
+            args,
+            data_collator=PackingCollator(20, max_tokens=300),
+            train_dataset=split(log[0], "train"),
+        )
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 6
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

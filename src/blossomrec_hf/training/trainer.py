@@ -56,6 +56,8 @@ class SequentialRecommendationTrainer(Trainer):
     batches of `Trainer`, in which several processes may share a history. Rows with `target_ids` are ranked whatever the
     collator.
 
+    With `torch_compile=True`, pass a token budget: batches then have few shapes, each of which is compiled once.
+
     `label_smoothing_factor` is uniform over the whole vocabulary, `[PAD]` and `[UNK]` included. The noise of
     `neftune_noise_alpha` shrinks with the length of a row, which packing increases; use
     [`~blossomrec_hf.batches.PaddingCollator`] with it.
@@ -292,6 +294,17 @@ class SequentialRecommendationTrainer(Trainer):
             yield
         finally:
             self.data_collator = collate
+
+    def _prepare_inputs(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+        """As in `Trainer`. Compiled packed batches get empty histories up to a power of two, so that they have few shapes."""
+        inputs = super()._prepare_inputs(inputs)
+        offsets = inputs.get("cu_seq_lens_q")
+        if offsets is None or not self.args.torch_compile:
+            return inputs
+        histories = len(offsets) - 1
+        missing = (1 << max(histories - 1, 0).bit_length()) - histories
+        offsets = nn.functional.pad(offsets, (0, missing), value=inputs["input_ids"].shape[1])
+        return {**inputs, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
 
     def prediction_step(
         self,
