@@ -261,6 +261,16 @@ def test_what_was_set_after_the_configuration_was_made_is_checked(name, value):
         BlossomRecForSequentialRecommendation(changed)
 
 
+def test_a_cache_is_passed_as_cache():
+    model = recommender()
+    cache = model(torch.tensor([[5, 6]]), use_cache=True).cache
+    with pytest.raises(ValueError, match="pass the `BlossomRecCache` as `cache`"):
+        model(torch.tensor([[7]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="`cache` is a dict; it must be a `BlossomRecCache`"):
+        model(torch.tensor([[7]]), cache={})
+    assert cache.lengths.tolist() == [2]
+
+
 def test_keywords_without_effect_are_accepted():
     """`None`, and what `Trainer`, `peft` and the collators of `transformers` send along."""
     model, x = recommender(), torch.tensor([[5, 6, 7, 8]])
