@@ -106,7 +106,7 @@ def test_bad_arguments_are_named(run_command, log_file, tmp_path):
         (("--item", "movie"), "movie"),
         (("--tokens_per_step", 10), "max_tokens is 10"),
         (("--config_overrides", misspelled), "objectiv"),
-        (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is not installed or not known"),
+        (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is unknown or not installed"),
     ):
         run = ("train", "--data", log_file, "--output_dir", tmp_path / "run", *arguments)
         error = run_command(*run, status=2, field="stderr")
