@@ -57,6 +57,7 @@ class StepPlan:
             )
         if len(self.trainable) < len(histories):
             logger.info("%d histories have no item to predict.", len(histories) - len(self.trainable))
+        self._planned_epoch, self._planned_steps = -1, []
         self.sampler = TokenBudgetSampler(histories.lengths[self.trainable], args.tokens_per_step, seed=args.seed)
 
     def total_steps(self) -> int:
@@ -66,9 +67,12 @@ class StepPlan:
         return self.args.num_train_epochs * len(self.epoch_steps(0))
 
     def epoch_steps(self, epoch: int) -> list[np.ndarray]:
-        """The histories of each step of an epoch: int64 [S] each."""
-        self.sampler.set_epoch(epoch)
-        return [self.trainable[rows] for rows in self.sampler]
+        """The histories of each step of an epoch: int64 [S] each. The latest plan is kept, because many histories take long."""
+        if self._planned_epoch != epoch:
+            self.sampler.set_epoch(epoch)
+            self._planned_steps = [self.trainable[rows] for rows in self.sampler]
+            self._planned_epoch = epoch
+        return self._planned_steps
 
     def own_parts(self, rows: np.ndarray) -> list[np.ndarray]:
         """
