@@ -153,7 +153,7 @@ def test_damaged_ranks(run_here, tmp_path, content):
     is_one_sentence(result, "ranks.npz is damaged")
 
 
-@pytest.mark.parametrize("name", ["run.yaml", "item_metadata.parquet", "vectors.parquet", "vectors.safetensors"])
+@pytest.mark.parametrize("name", ["run.yaml", "items.parquet", "vectors.parquet", "vectors.safetensors"])
 def test_damaged_files_beside_a_model(run_here, checkpoint, tmp_path, name):
     (checkpoint / name).write_bytes(b"[1")
     arguments = ["--model", checkpoint, "--data", write_log(tmp_path / "log.csv"), "--output_dir", tmp_path / "out"]

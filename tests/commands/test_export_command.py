@@ -28,7 +28,7 @@ def test_training_from_the_exported_file_gives_the_losses_and_ranks_of_the_folde
 ):
     folder, file = tmp_path / "data", tmp_path / "data.safetensors"
     (tmp_path / "titles.csv").write_text("item,title\n3,Three\n7,Seven\n")
-    run_command("prepare", log_file, "--output_dir", folder, "--titles", tmp_path / "titles.csv")
+    run_command("prepare", log_file, "--output_dir", folder, "--items", tmp_path / "titles.csv")
     assert run_command("export", "--data", folder, "--output", file).startswith(f"Wrote {file}")
     # As on a machine without these libraries: importing one of them fails.
     without = "import sys\nfor name in ('datasets', 'polars', 'pyarrow'):\n    sys.modules[name] = None\n"
@@ -41,7 +41,7 @@ def test_training_from_the_exported_file_gives_the_losses_and_ranks_of_the_folde
     measured = [metrics(tmp_path / name) for name in "ab"]
     assert measured[0] == measured[1] and len(measured[0]) > 5
     assert printed.splitlines()[3:] == others.splitlines()[3:]  # figures and recommendations
-    for name in ("model.safetensors", "item_metadata.parquet", "tokenizer.json"):
+    for name in ("model.safetensors", "items.parquet", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     reports = []
     for data, model in ((folder, "a"), (file, "b")):

@@ -63,8 +63,8 @@ def test_damaged_logs(tmp_path, capsys, name, content, said):
         (["--output_dir", "folder"], "pass overwrite=True .--overwrite."),
         (["--output_dir", "folder", "--overwrite"], "has files, but no data set"),
         (["--output_dir", "out", "--report", "nowhere/page.html"], "--report is nowhere/page.html"),
-        (["--output_dir", "out", "--titles", "nowhere.csv"], "titles 'nowhere.csv' is no file"),
-        (["--output_dir", "out", "--titles", "file"], "file can not be read|titles has the columns"),
+        (["--output_dir", "out", "--items", "nowhere.csv"], "items 'nowhere.csv' is no file"),
+        (["--output_dir", "out", "--items", "file"], "file can not be read|items has the columns"),
         (["--output_dir", "out", "--time_format", "%d/%m/%Y"], "the times look like '1'"),
     ],
 )

@@ -101,7 +101,7 @@ def exported(tmp_path_factory):
     """(folder of a prepared data set with titles, the file it was exported to)"""
     folder = tmp_path_factory.mktemp("prepared")
     titles = small_log().select(item="item", title="item").unique("item")
-    build_sequences(small_log(), output_dir=folder / "data", titles=titles)
+    build_sequences(small_log(), output_dir=folder / "data", items=titles)
     export_folder(folder / "data", folder / "data.safetensors")
     return folder / "data", folder / "data.safetensors"
 

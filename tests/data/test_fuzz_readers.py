@@ -157,6 +157,6 @@ def test_a_gzip_bomb_is_refused_before_memory_is_asked_for(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=refused):
         build_sequences(path)
     with pytest.raises(ValueError, match=refused):
-        build_sequences(pl.DataFrame({"user": [1], "item": [2]}), titles=path)
+        build_sequences(pl.DataFrame({"user": [1], "item": [2]}), items=path)
     path.write_bytes(gzip.compress(b"user,item\n" + b"1,2\n" * (1 << 15)))  # a small file may be that dense
     assert len(build_sequences(path)[0]["input_ids"][0]) == 1 << 15

@@ -54,7 +54,7 @@ def test_fetched_once_with_titles_and_license(publisher, tmp_path, caplog):
     for number in range(2):
         dataset, tokenizer = build_sequences("ml-1m", output_dir=tmp_path / f"out{number}")
         assert tokenizer.decode_items(dataset["input_ids"][0]) == [10, 20]
-        assert (tmp_path / f"out{number}" / "item_metadata.parquet").is_file()
+        assert (tmp_path / f"out{number}" / "items.parquet").is_file()
     assert publisher["requests"] == 1
     assert caplog.text.count("free to test") == 1
 

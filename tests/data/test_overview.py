@@ -42,7 +42,7 @@ def test_figures(log):
 
 def test_a_page_holds_everything(log, tmp_path):
     titles = pl.DataFrame({"item_id": [0, 1], "title": ["A <b>", "B"]})
-    build_sequences(log, k_core=5, titles=titles, output_dir=tmp_path / "out")
+    build_sequences(log, k_core=5, items=titles, output_dir=tmp_path / "out")
     write_report(tmp_path / "page.html", tmp_path / "out")
     page = (tmp_path / "page.html").read_text()
     for text in ("k-core 5, 5", "2020-09-13 12:26", "A &lt;b&gt;", "Bad rows skipped: 0"):

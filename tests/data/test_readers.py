@@ -289,7 +289,7 @@ def test_titles_of_items_that_were_written_as_floats():
 def test_titles_stand_beside_the_dataset(tmp_path):
     log = pl.DataFrame({"user": [1, 1], "item": ["a", "b"]})
     titles = pl.DataFrame({"item_id": ["b", "a", "c"], "title": ["B!", "A!", "C!"], "year": [1, 2, 3]})
-    build_sequences(log, titles=titles, output_dir=tmp_path / "log")
+    build_sequences(log, items=titles, output_dir=tmp_path / "log")
     rows = [("a", "A!", 2, 2), ("b", "B!", 3, 1)]
     saved = read_item_metadata(tmp_path / "log")
     assert saved.rows() == rows

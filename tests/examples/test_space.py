@@ -139,7 +139,7 @@ def checkpoint(tmp_path_factory):
     titles = [f"Film number {number} <{'odd' if number % 2 else 'even'}>" for number in range(35)]
     folder = save_checkpoint(tmp_path_factory.mktemp("checkpoint"), list(range(100, 140)))
     titles = pl.DataFrame({"item": [*range(100, 135), 999, 139], "title": [*titles, "Film number 999", None]})
-    titles.write_parquet(folder / "item_metadata.parquet")
+    titles.write_parquet(folder / "items.parquet")
     return folder
 
 

@@ -55,6 +55,6 @@ def test_a_push_is_private_and_complete(local_hub, log, tmp_path, monkeypatch):
     assert (calls["rows"], calls["repo"], calls["private"]) == (100, "ada/log", True)
     assert local_hub.repository("ada/log", "dataset").private
     assert "path: data/train-*" in calls["card"] and "## Filters" in calls["card"]
-    assert calls["upload"]["repo_type"] == "dataset" and "item_metadata.parquet" in calls["upload"]["allow_patterns"]
+    assert calls["upload"]["repo_type"] == "dataset" and "items.parquet" in calls["upload"]["allow_patterns"]
     push_dataset(tmp_path / "out", "ada/log", private=False)
     assert calls["private"] is False

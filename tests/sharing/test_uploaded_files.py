@@ -10,7 +10,7 @@ from blossomrec_hf.sharing.upload import files_to_push
 
 PUBLIC = """
     README.md LICENSE config.json generation_config.json model-00001-of-00002.safetensors model.safetensors.index.json
-    checkpoint_manifest.json tokenizer.json tokenizer_config.json training_summary.json item_metadata.parquet
+    checkpoint_manifest.json tokenizer.json tokenizer_config.json training_summary.json items.parquet
     item_index.faiss item_index.json selection.png adapter/adapter_config.json adapter/adapter_model.safetensors
 """.split()
 PRIVATE = """

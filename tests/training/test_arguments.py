@@ -48,7 +48,7 @@ def test_a_built_folder_is_read_as_it_is(tmp_path):
     (tmp_path / "log.csv").write_text("user,item\nu,a\nu,b\nv,a\n")
     (tmp_path / "titles.csv").write_text("item,title\nb,B!\n")
     folder = tmp_path / "built"
-    built, _ = build_sequences(tmp_path / "log.csv", titles=tmp_path / "titles.csv", output_dir=folder)
+    built, _ = build_sequences(tmp_path / "log.csv", items=tmp_path / "titles.csv", output_dir=folder)
     log = LogArguments(data=str(folder))
     dataset, tokenizer = log.build()
     assert dataset.to_dict() == built.to_dict()

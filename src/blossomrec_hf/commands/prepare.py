@@ -25,7 +25,7 @@ from .. import BlossomRecTokenizer
 from ..data import build_sequences, hold_out_nothing, split_by_time, split_by_user, split_into_folds
 from ..data.filters import FilterReport
 from ..data.known_sets import KNOWN
-from ..data.options import EventOptions, FilterOptions, LogOptions
+from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
 from ..data.overview import describe, summary, write_report
 from ..data.storage import check_output_dir
 from ..sharing.dataset_cards import dataset_card, push_dataset
@@ -39,10 +39,11 @@ class PrepareArguments:
 
     output_dir: Path = field(metadata={"help": "Folder for the result."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an existing output_dir."})
-    titles: str | None = field(
+    items: str | None = field(
         default=None,
         metadata={
-            "help": "File of item titles: movies.dat, u.item, .item, CSV, JSON lines, Parquet; by default, that of the log."
+            "help": "File of item titles and features: movies.dat, u.item, .item, CSV, JSON lines, Parquet; by default, that of "
+            "the log."
         },
     )
     tokenizer: str | None = field(
@@ -106,7 +107,7 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
     if args.tokenizer is not None:
         tokenizer = load_checkpoint(BlossomRecTokenizer, args.tokenizer, "tokenizer")
     dataset, _ = build_sequences(
-        source, tokenizer=tokenizer, titles=args.titles, output_dir=folder, overwrite=True, **options
+        source, tokenizer=tokenizer, items=args.items, output_dir=folder, overwrite=True, **options
     )
     if args.split != "leave_one_out":
         # Only the ends differ, but they are columns: the folder is written again, and replaces the first one.
@@ -132,7 +133,9 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
 @exit_on_error()
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(
-        (PrepareArguments, LogOptions, EventOptions, FilterOptions), description=__doc__, formatter_class=HelpFormatter
+        (PrepareArguments, LogOptions, EventOptions, FilterOptions, ItemOptions),
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "source", help=f"File, folder, glob pattern, data set of the Hub, or one of {', '.join(KNOWN)}."

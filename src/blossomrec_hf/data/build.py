@@ -19,8 +19,8 @@ from ..utils.files import atomic_folder, make_scratch
 from . import partitions
 from .filters import FilterReport
 from .ingest import Interactions, ingest
-from .metadata import item_metadata, write_item_metadata
-from .options import EventOptions, FilterOptions, LogOptions, parse_options
+from .metadata import item_metadata, missing_features, write_item_metadata
+from .options import EventOptions, FilterOptions, ItemOptions, LogOptions, parse_options
 from .readers import Log, open_log
 from .rows import EventColumns, user_rows
 from .storage import check_output_dir, load_folder, to_dataset, write_dataset
@@ -33,7 +33,7 @@ def build_sequences(
     source: Any,
     *,
     tokenizer: BlossomRecTokenizer | None = None,
-    titles: Any = None,
+    items: Any = None,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     partition_rows: int = partitions.PARTITION_ROWS,
@@ -55,14 +55,15 @@ def build_sequences(
             see [`~data.readers.open_log`].
         tokenizer ([`BlossomRecTokenizer`], *optional*): an existing vocabulary to encode with; items that it lacks become
             `[UNK]`. By default, a vocabulary of the log's items is made.
-        titles (*optional*): a file or frame of item titles; see [`~data.metadata.item_metadata`].
-        output_dir (`str` or `Path`, *optional*): folder for the Dataset, the tokenizer, `item_metadata.parquet` and
+        items (*optional*): a file or frame of item titles and features; see [`~data.metadata.item_metadata`]. By default,
+            the one that comes with a public data set.
+        output_dir (`str` or `Path`, *optional*): folder for the Dataset, the tokenizer, `items.parquet` and
             `filters.json`. It is written completely or not at all. By default, the Dataset is in memory.
         overwrite (`bool`): replace an existing `output_dir`.
         partition_rows (`int`): number of events in memory at once.
         options: fields of [`~data.options.LogOptions`] (`user`, `item`, `timestamp`, `format`, …),
-            [`~data.options.EventOptions`] (`event_types`, `targets`, `session_gap`, …) and
-            [`~data.options.FilterOptions`] (`k_core`, `min_history`, …).
+            [`~data.options.EventOptions`] (`event_types`, `targets`, `session_gap`, …), [`~data.options.FilterOptions`]
+            (`k_core`, `min_history`, …) and [`~data.options.ItemOptions`] (`item_categories`, …).
 
     Returns:
         (`Dataset`, [`BlossomRecTokenizer`]). The columns are
@@ -81,14 +82,17 @@ def build_sequences(
         FileExistsError: if `output_dir` exists and `overwrite` is not set.
         OSError: if a file cannot be read to its end, or the disk is full.
     """
-    reading, events, filters = parse_options(options, LogOptions, EventOptions, FilterOptions)
+    reading, events, filters, features = parse_options(options, LogOptions, EventOptions, FilterOptions, ItemOptions)
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
-    if isinstance(titles, (str, Path)) and not Path(titles).is_file():
-        raise FileNotFoundError(f"titles {str(titles)!r} is no file; give the path of one, or a frame.")
+    if isinstance(items, (str, Path)) and not Path(items).is_file():
+        raise FileNotFoundError(f"items {str(items)!r} is no file; give the path of one, or a frame.")
     log = open_log(source, reading)
     _check_columns(log, events, filters)
+    items = log.titles if items is None else items
+    if items is None and any(features.columns.values()):
+        raise ValueError("columns of an item table are given, but no item table; give its file with items=….")
     report = FilterReport(log.name, log.format, license=log.license)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
@@ -97,8 +101,8 @@ def build_sequences(
         columns = EventColumns(events, interactions.time_unit, interactions.types.names())
         parts = _select(interactions, filters, events, partition_rows, report)
         tokenizer, vocabulary = _number_items(interactions, parts, tokenizer, report)
-        titles = log.titles if titles is None else titles
-        metadata = None if titles is None else item_metadata(titles, tokenizer)
+        metadata = None if items is None else item_metadata(items, tokenizer, features)
+        report.note([] if metadata is None else missing_features(metadata, features))
         rows = user_rows(parts, interactions.users.ids(), vocabulary, columns, report)
         if output_dir is None:
             return to_dataset(rows, report), tokenizer

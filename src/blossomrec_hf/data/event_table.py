@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EVENT_COLUMNS = ("input_ids", "timestamps", "event_type_ids", "weights", "session_starts", "basket_starts")
-METADATA_FILE = "item_metadata.parquet"  # item titles
+METADATA_FILE = "items.parquet"  # item titles
 FORMAT, VERSION = "blossomrec_events", "1"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DTYPES = {
@@ -45,7 +45,7 @@ class EventTable:
             any others.
         repeat_share: share of the test targets that already occur in their user's history, see
             [`~blossomrec_hf.data.repeat_share`].
-        files: contents of the files that belong to the data set, by name: the tokenizer, and `item_metadata.parquet`
+        files: contents of the files that belong to the data set, by name: the tokenizer, and `items.parquet`
             if there are item titles.
     """
 

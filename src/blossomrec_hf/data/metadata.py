@@ -1,62 +1,158 @@
-"""Item titles, for people to read: `item_metadata.parquet` beside a built Dataset and beside a checkpoint."""
+"""The item table, titles and features: `items.parquet` next to a prepared data set and next to a checkpoint."""
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from transformers.utils import cached_file
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .event_table import METADATA_FILE
+from .options import ItemOptions
 from .parts import reading
 from .text_files import LogFile, read_blocks
+from .times import as_numbers
 
 
 logger = logging.getLogger(__name__)
 
 _ITEM = ("item_id", "itemid", "movieid", "item", "parent_asin", "asin", "video_id", "business_id", "app_id", "id")
+_ZERO_STEP = 5000  # more than the steps between 1 and the smallest number
 _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
 
 
-def item_metadata(source: Any, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
+def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOptions = ItemOptions()) -> pl.DataFrame:
     """
-    The titles of a vocabulary's items.
+    The item table of a vocabulary: titles and features.
 
     Args:
         source: a Polars or pandas frame, or a file: MovieLens `movies.dat` (`::`) or `u.item` (`|`), RecBole `.item`,
-            CSV, TSV, JSON lines or Parquet with a header. The columns of item id and title go by their usual names;
-            other columns are kept as they are.
-        tokenizer: whose items to keep.
+            CSV, TSV, JSON lines or Parquet with a header. The columns of item ids and titles go by their usual names.
+        tokenizer: the vocabulary.
+        options ([`ItemOptions`]): which columns are features.
 
     Returns:
-        `polars.DataFrame`: `item` (the raw id), `title`, `input_id` (int32, the vocabulary id) and the other columns, in
-        vocabulary order; items without a title have none here, either.
+        `polars.DataFrame` in vocabulary order: `item` (the raw id), `title`, `input_id` (int32, the vocabulary id) and the other
+        columns. Without features, it has the items with titles. With features, it has a row for every item of the
+        vocabulary: categories are lists of an `Enum` whose names are in descending frequency, numbers are lists of one
+        interval, an `Enum` in ascending order, and vectors are arrays of float32; missing ones are null.
 
     Raises:
-        `ValueError`: no column known to hold the item id or the title; a damaged file.
+        ValueError: if no column has a usual name of the item id or the title, a feature is no column, vectors have
+            different lengths, or the file is damaged.
     """
     frame = source if isinstance(source, pl.DataFrame) else _read(source)
+    chosen = [name for names in options.columns.values() for name in names]
     plain = {name.lower().split(":")[0]: name for name in reversed(frame.columns)}
     item = next((plain[name] for name in _ITEM if name in plain), None)
     title = next((plain[name] for name in _TITLE if name in plain), None)
-    if item is None or title is None:
+    if item is None or (title is None and not chosen):
         raise ValueError(
-            f"titles has the columns {', '.join(map(repr, frame.columns))}; one has to be called {' or '.join(_ITEM)}, and "
-            f"one {' or '.join(_TITLE)}."
+            f"items has the columns {', '.join(map(repr, frame.columns))}; one has to be called {' or '.join(_ITEM)}, and "
+            f"one {' or '.join(_TITLE)}, unless features are chosen."
         )
-    frame = frame.rename({item: "item", title: "title"}).with_columns(
+    named = {name: plain.get(name.lower(), name) for name in chosen}  # RecBole's "genre:token_seq" is the column genre
+    if missing := [name for name, column in named.items() if column not in frame.columns]:
+        raise ValueError(f"{missing[0]!r} is no column of items; it has {', '.join(map(repr, frame.columns))}.")
+    columns = {column: name for name, column in named.items()} | {item: "item"} | ({title: "title"} if title else {})
+    frame = frame.rename(columns).with_columns(
         pl.col("item").cast(pl.String).str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
         if tokenizer.item_type == "int"
         else pl.col("item").cast(pl.String, strict=False)
     )
-    frame = frame.filter(pl.col("item").is_not_null() & pl.col("title").is_not_null()).unique("item", keep="first")
+    frame = frame if title else frame.with_columns(title=pl.lit(None, pl.String))
+    usable = pl.col("item").is_not_null() if chosen else pl.col("item").is_not_null() & pl.col("title").is_not_null()
+    frame = frame.filter(usable).unique("item", keep="first")
     ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)
     frame = frame.with_columns(ids).filter(pl.col("input_id") != tokenizer.unk_token_id).sort("input_id")
-    logger.info("titles for %d of %d items", frame.height, tokenizer.num_items)
-    return frame.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
+    logger.info("the item table has %d of %d items", frame.height, tokenizer.num_items)
+    frame = frame.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
+    if not chosen:
+        return frame
+    first = len(tokenizer) - tokenizer.num_items
+    every = pl.DataFrame({"input_id": pl.int_range(first, len(tokenizer), dtype=pl.Int32, eager=True)})
+    every = every.with_columns(
+        item=pl.Series(tokenizer.decode_items(every["input_id"].to_list()), dtype=frame["item"].dtype)
+    )
+    features = {name: convert(frame[name]) for kind, convert in _FEATURES.items() for name in options.columns[kind]}
+    frame = frame.with_columns(**features).drop("item")
+    aligned = every.join(frame, on="input_id", how="left", maintain_order="left")
+    return aligned.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
+
+
+def missing_features(table: pl.DataFrame, options: ItemOptions) -> list[str]:
+    """Sentences on features that items of an aligned item table do not have."""
+    names = [name for names in options.columns.values() for name in names]
+    counts = {name: table[name].null_count() for name in names}
+    return [f"{count:,} of {table.height:,} items have no {name}" for name, count in counts.items() if count]
+
+
+def _categories(column: pl.Series) -> pl.Series:
+    """One or several categories per item, as a list of an `Enum`; null without one."""
+    if not isinstance(column.dtype, (pl.List, pl.Array)):
+        column = column.cast(pl.String).str.split("|")
+    lists = (
+        column.cast(pl.List(pl.String))
+        .to_frame("values")
+        .select(
+            pl.col("values").list.eval(pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != ""))
+        )["values"]
+        .list.unique(maintain_order=True)
+    )
+    lists = lists.set(lists.list.len() == 0, None)
+    counts = lists.explode().drop_nulls().value_counts(sort=False, name="count")
+    names = counts.sort("count", counts.columns[0], descending=[True, False])[counts.columns[0]]
+    return lists.cast(pl.List(pl.Enum(names))).alias(column.name)
+
+
+def _intervals(column: pl.Series) -> pl.Series:
+    """Numbers as lists of one interval, of which there are two per power of 2; null for what is no finite number."""
+    numbers = as_numbers(column).cast(pl.Float64).to_numpy().astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.floor(2 * np.log2(np.abs(numbers)))
+        ranks = np.where(numbers == 0, 0, np.sign(numbers) * (steps + _ZERO_STEP))  # in ascending order of the numbers
+    found = np.unique(ranks[np.isfinite(ranks)])
+    names = {rank: _interval_name(rank) for rank in found.tolist()}
+    texts = pl.Series(column.name, [names.get(rank) for rank in ranks.tolist()], pl.Enum(list(names.values())))
+    return texts.to_frame("name").select(
+        pl.when(pl.col("name").is_not_null()).then(pl.concat_list("name")).alias(column.name)
+    )[column.name]
+
+
+def _interval_name(rank: float) -> str:
+    if rank == 0:
+        return "0"
+    step = abs(rank) - _ZERO_STEP
+    bounds = sorted(np.sign(rank) * 2 ** ((step + place) / 2) for place in (0, 1))
+    return " to ".join(f"{bound:.4g}" for bound in bounds)
+
+
+def _vectors(column: pl.Series) -> pl.Series:
+    """
+    Vectors as arrays of float32; null for missing ones.
+
+    Raises:
+        ValueError: if they have different lengths, or values that are no numbers.
+    """
+    if not isinstance(column.dtype, (pl.List, pl.Array)):
+        column = column.cast(pl.String).str.extract_all(r"[^\s,;|\[\]]+")
+    lists = column.cast(pl.List(pl.Float32), strict=False)
+    lists = lists.set(lists.list.len() == 0, None)
+    lengths = lists.drop_nulls().list.len().unique().sort().to_list()
+    if len(lengths) != 1:
+        raise ValueError(
+            f"{column.name} has vectors of {' and '.join(map(str, lengths[:5])) or 'no'} numbers; all need one length."
+        )
+    if not lists.drop_nulls().explode().is_finite().fill_null(False).all():
+        raise ValueError(f"{column.name} has vectors with values that are no finite numbers; correct them.")
+    return lists.cast(pl.Array(pl.Float32, lengths[0]))
+
+
+_FEATURES = {"categories": _categories, "numbers": _intervals, "vectors": _vectors}
 
 
 def _read(source: Any) -> pl.DataFrame:
@@ -73,14 +169,15 @@ def _read(source: Any) -> pl.DataFrame:
         if suffix == "dat" or path.name == "u.item":
             lines = pl.DataFrame({"line": text.decode().splitlines()})
             fields = pl.col("line").str.splitn("|" if path.name == "u.item" else "::", 3).struct
-            return lines.select(fields.field("field_0").alias("item_id"), fields.field("field_1").alias("title"))
+            names = ["item_id", "title", *(["genres"] if suffix == "dat" else [])]
+            return lines.select(fields.field(f"field_{place}").alias(name) for place, name in enumerate(names))
         separator = "," if suffix == "csv" else "\t"
         quote = '"' if separator == "," else None
         return pl.read_csv(text, separator=separator, quote_char=quote, infer_schema=False, encoding="utf8-lossy")
 
 
 def write_item_metadata(folder: str | Path, metadata: pl.DataFrame | None) -> None:
-    """Writes `item_metadata.parquet` to a folder, made if need be, where there is anything to write."""
+    """Writes `items.parquet` to a folder, if there is an item table."""
     if metadata is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with atomic_write(Path(folder) / METADATA_FILE) as partial:
@@ -88,7 +185,7 @@ def write_item_metadata(folder: str | Path, metadata: pl.DataFrame | None) -> No
 
 
 def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
-    """The `item_metadata.parquet` of a folder, or of a repository of the Hub; `None` where it has none."""
+    """The `items.parquet` of a folder, or of a repository of the Hub; `None` if it has none."""
     lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     path = cached_file(folder, METADATA_FILE, **lenient)
     if path is None:
@@ -98,6 +195,6 @@ def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
 
 
 def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:
-    """Frames of [`item_metadata`] for one vocabulary as one; of an item in several of them, the first row stays."""
+    """Merges frames of [`item_metadata`] for one vocabulary; of an item in several of them, the first row stays."""
     known = [part for part in parts if part is not None]
     return pl.concat(known, how="diagonal_relaxed").unique("item", keep="first").sort("input_id") if known else None

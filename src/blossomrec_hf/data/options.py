@@ -200,6 +200,40 @@ class EventOptions:
         return "session_gap" if self.session_gap is not None else "group" if self.group != "none" else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ItemOptions:
+    """
+    Which columns of the item table are features. Other columns are stored as they are.
+
+    Raises:
+        ValueError: if an option has a value that it cannot have.
+    """
+
+    item_categories: str | None = _option(
+        "Columns of the item table with categories, separated by commas; several of one item are a list, or separated by |."
+    )
+    item_numbers: str | None = _option(
+        "Columns of the item table with numbers, separated by commas; they become categories, two per power of 2."
+    )
+    item_vectors: str | None = _option(
+        "Columns of the item table with vectors, separated by commas: lists of numbers, or numbers separated by spaces."
+    )
+
+    def __post_init__(self) -> None:
+        names = [name for kind in self.columns.values() for name in kind]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"item_categories, item_numbers and item_vectors have the columns {', '.join(map(repr, names))}; give different "
+                "names, separated by commas."
+            )
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """The columns of each kind of feature."""
+        given = {"categories": self.item_categories, "numbers": self.item_numbers, "vectors": self.item_vectors}
+        return {kind: _split(names) or [] for kind, names in given.items()}
+
+
 def _split(names: str | None) -> list[str] | None:
     return None if names is None else [name.strip() for name in names.split(",")]
 

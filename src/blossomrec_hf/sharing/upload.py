@@ -37,7 +37,7 @@ _UPLOADED = re.compile(
             *map(re.escape, (*CONFIG_NAMES, *TOKENIZER_NAMES, *_INDEX_NAMES, *PICTURES)),
             *map(re.escape, (MANIFEST_NAME, SUMMARY_FILE, _README)),
             r"model[\w.-]*\.safetensors(\.index(\.\w+)?\.json)?",
-            r"LICENSE(\.\w+)?|NOTICE(\.\w+)?|CITATION\.cff|item_metadata\.parquet",
+            r"LICENSE(\.\w+)?|NOTICE(\.\w+)?|CITATION\.cff|items\.parquet",
             r"adapter/adapter_(config\.json|model\.safetensors)",
         ]
     )
