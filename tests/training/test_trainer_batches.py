@@ -90,11 +90,14 @@ def test_the_loss_of_a_batch_is_that_of_the_padded_batch(log, tmp_path):
     assert (weights[0] - weights[1]).abs().max() < 1e-6
 
 
-def test_packing_is_the_default(log, tmp_path):
+def test_packing_is_the_default_and_another_train_dataset_is_read(log, tmp_path):
     trainer = Watching(make_model(), arguments(tmp_path, max_steps=1), train_dataset=split(log[0], "train"))
     trainer.train()
     ((inputs, *_),) = trainer.watched
     assert len(histories(inputs)) == 7 and inputs["input_ids"].shape[0] == 1
+    trainer.train_dataset = [{"input_ids": [5, 6, 7]}] * 7
+    trainer.train()
+    assert histories(trainer.watched[1][0]) == [[5, 6, 7]] * 7
 
 
 @pytest.mark.parametrize("window", ["latest", "overlapping", "random_crop"])

@@ -74,7 +74,6 @@ class SequentialRecommendationTrainer(Trainer):
         given.setdefault("compute_metrics", ranking_compute_metrics())
         super().__init__(**given)
         self.add_callback(_EpochCallback())
-        self._histories: HistoryStore | None = None
         packing = isinstance(self.data_collator, PackingCollator)
         if packing and self.args.n_gpu > 1:
             logger.warning(
@@ -252,11 +251,9 @@ class SequentialRecommendationTrainer(Trainer):
             or strategy not in ("random", "sequential")
         ):
             return super().get_train_dataloader()
-        if self._histories is None:
-            self._histories = HistoryStore.from_rows(rows, columns=collate.columns, max_length=collate.max_length)
         max_tokens = getattr(collate, "max_tokens", None)
         return HistoryDataLoader(
-            self._histories,
+            HistoryStore.from_rows(rows, columns=collate.columns, max_length=collate.max_length),
             batch_size=None if max_tokens else self._train_batch_size,
             max_tokens=max_tokens,
             collate=collate,
