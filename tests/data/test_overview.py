@@ -12,7 +12,7 @@ from small_cases import make_model
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import build_sequences, generate_log, split
-from blossomrec_hf.data.overview import describe, write_report
+from blossomrec_hf.data.overview import describe, summary, warnings, write_report
 from blossomrec_hf.training import LogArguments
 
 
@@ -38,6 +38,29 @@ def test_figures(log):
     lengths = np.arange(1, 101)
     for percent, length in figures["covering_length"].items():
         assert np.minimum(lengths, length).sum() >= 5050 * percent / 100 > np.minimum(lengths, length - 1).sum()
+
+
+def test_ties_types_and_warnings():
+    """Three events of u share a second, and u has 5 of 7 events."""
+    log = pl.DataFrame(
+        {
+            "user": list("uuuuuvv"), "item": range(7), "timestamp": [5, 5, 5, 6, 7, 7, 8],
+            "event": ["view", "buy", "view", "view", "buy", "view", "view"],
+        }
+    )  # fmt: skip
+    figures = describe(build_sequences(log, event_type="event")[0])
+    assert figures["tied_share"] == 2 / 7 and figures["event_types"] == {"view": 5, "buy": 2}
+    rows = summary(figures, None)
+    assert ("Event types", "view 5, buy 2") in rows and (
+        "Events in the same second as the one before",
+        "28.6%",
+    ) in rows
+    said = [value for name, value in rows if name == "Warning"]
+    assert said[0] == "one user has 71% of the events" and said[1].startswith(
+        "29% of the events are in the second of the one"
+    )
+    figures = describe(build_sequences(log, timestamp="")[0])
+    assert warnings(figures)[0].startswith("the order of time is unknown") and "tied_share" not in figures
 
 
 def test_a_page_holds_everything(log, tmp_path):

@@ -26,7 +26,8 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         `dict`: `users`, `items`, `interactions`; `density` (interactions by users × items); `repeated_share` (events
         whose item their user had before); `history_lengths` (int64 [users]) and `item_frequencies` (int64 [items],
         falling); `covering_length`: for each of 50, 90 and 99, the least number of latest items a user that holds so
-        many percent of the interactions; `time_span` (first, last) in the log's unit, if it has times.
+        many percent of the interactions; with times, `time_span` (first and last second) and `tied_share` (events in the same
+        second as the one before them in the history); with event types, `event_types` (number of events by type).
     """
     lengths, frequencies, repeated = [], np.zeros(1, np.int64), 0
     for ids, batch_lengths in event_batches(dataset):
@@ -54,9 +55,33 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         percent: int(np.searchsorted(covered, total * percent / 100) + 1) for percent in (50, 90, 99)
     }
     if "timestamps" in dataset.column_names:
-        spans = [(times.min(), times.max()) for times, _ in event_batches(dataset, "timestamps") if times.size]
+        spans, ties = [], 0
+        for times, batch_lengths in event_batches(dataset, "timestamps"):
+            spans += [(times.min(), times.max())] if times.size else []
+            user = np.repeat(np.arange(batch_lengths.size), batch_lengths)
+            ties += int(((times[1:] == times[:-1]) & (user[1:] == user[:-1])).sum())
         figures["time_span"] = (min(first for first, _ in spans), max(last for _, last in spans))
+        figures["tied_share"] = ties / max(total, 1)
+    if "event_type_ids" in dataset.column_names:
+        names = dataset.features["event_type_ids"].feature.names
+        counts = sum(np.bincount(types, minlength=len(names)) for types, _ in event_batches(dataset, "event_type_ids"))
+        figures["event_types"] = dict(zip(names, counts.tolist()))
     return figures
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """Sentences on what may make a data set unfit for its use, from the figures of [`describe`]."""
+    found, longest = [], int(figures["history_lengths"].max(initial=0))
+    if "time_span" not in figures:
+        found.append("the order of time is unknown: every history is in the order of the rows of the log")
+    if figures["users"] > 1 and longest > 0.2 * figures["interactions"]:
+        found.append(f"one user has {longest / figures['interactions']:.0%} of the events")
+    if figures.get("tied_share", 0) > 0.2:
+        found.append(
+            f"{figures['tied_share']:.0%} of the events are in the second of the one before them, so that the order of the rows "
+            "decides; if they are baskets, group them (--group timestamp)"
+        )
+    return found
 
 
 def _longer_than(lengths: np.ndarray) -> np.ndarray:
@@ -135,6 +160,10 @@ def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple
         rows.append((f"Latest items per user that cover {percent} % of the interactions", f"{length:,}"))
     if "time_span" in figures:
         rows.append(("Time span", " to ".join(_date(time) for time in figures["time_span"])))
+        rows.append(("Events in the same second as the one before", f"{figures['tied_share']:.1%}"))
+    if "event_types" in figures:
+        rows.append(("Event types", ", ".join(f"{name} {count:,}" for name, count in figures["event_types"].items())))
+    rows += [("Warning", warning) for warning in warnings(figures)]
     return rows
 
 
