@@ -29,6 +29,10 @@ def test_the_package_is_typed():
 
 def test_links_work_on_an_index_page():
     text = (REPOSITORY / PROJECT["readme"]).read_text()
+    # Pictures of the repository have a description, which an index page shows in their place.
+    for description, picture in re.findall(r"!\[([^\]]*)\]\(([^)\s]*)\)", text):
+        assert len(description) > 40 and (REPOSITORY / picture).is_file(), picture
+    text = re.sub(r"!\[[^\]]*\]\([^)\s]*\)", "", text)
     links = [*re.findall(r"\]\(([^)\s]*)", text), *re.findall(r"(?:href|src)=[\"']([^\"']*)", text)]
     for link in [*links, *PROJECT["urls"].values()]:
         assert link.startswith("https://"), f"{link} is relative: an index page cannot resolve it"
