@@ -16,7 +16,8 @@ class PackingCollator:
 
     A batch has `input_ids`, `position_ids` (restarting at 0 in each history) and `labels` (unshifted; −100 for a history's
     first event, a row's first `num_known` events, `[PAD]`, `[UNK]`, and events of weight 0 if `columns` has `weights`), all
-    int64 [1, T], the columns named in `columns` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]), `max_length_q` and `max_length_k` (`int`).
+    int64 [1, T], the columns named in `columns` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]),
+    `max_length_q` and `max_length_k` (`int`).
 
     With `max_tokens`, every batch has the same T: the remainder is filled with histories of `[PAD]` without targets, and
     `max_length_q` is constant too, so that compiled graphs are reused. A batch of no rows is then filled completely: it
