@@ -113,6 +113,21 @@ def test_one_event_after_the_other_while_the_room_grows(implementation):
         torch.testing.assert_close(logits, whole(model, row), rtol=0, atol=1e-10)
 
 
+def test_histories_are_continued_in_any_mode():
+    """PyTorch refuses to write to a tensor of `torch.inference_mode` elsewhere."""
+    model, rows = recommender(attention_types=["blossom", "full"]), histories(0, 0)
+    cache = BlossomRecCache(model.config)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            append(model, cache, events := histories(1, 20))
+            best = model.recommend([[5], []], top_k=3, cache=cache.select([0, 1]))
+        rows = [torch.cat(pair) for pair in zip(rows, events)]
+        expected = model.recommend([torch.cat([rows[0], torch.tensor([5])]), rows[1]], top_k=3)
+        torch.testing.assert_close(best.scores.clone(), expected.scores, rtol=0, atol=1e-10)
+        assert_continues(model, cache.select([0, 1]), rows)
+    assert_continues(model, cache, rows)
+
+
 def test_tiles_and_slices_of_many_events(monkeypatch):
     monkeypatch.setitem(ops_torch.SLICE_ELEMENTS, "cpu", 3000)
     model = recommender(attention_types=["blossom", "full"])

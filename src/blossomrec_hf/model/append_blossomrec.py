@@ -244,6 +244,8 @@ def _grown(
 ) -> torch.Tensor:
     """`tensor`, or a larger one of `shape` that begins with it along dimension 1 and ends with zeros."""
     if tensor is not None and tensor.shape == shape:
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            tensor = tensor.clone()  # PyTorch refuses to write to it outside of `torch.inference_mode`
         return tensor.contiguous()  # as it is; kernels count on it
     out = torch.zeros(shape, dtype=dtype, device=device)
     if tensor is not None:
