@@ -1,6 +1,10 @@
 """Streams: a stream from outside in one registration, and what is refused."""
 
+import importlib.util
+import json
 import random
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -142,3 +146,99 @@ def test_masks_show_what_the_reference_attends_to():
         last = last_positions(offsets, n)
         chosen = None if selection is None else type(selection)(*(x[-1:] for x in selection))
         assert torch.equal(stream.mask(last, torch.arange(n), chosen)[0], mask[-1])
+
+
+# Checkpoints
+
+CODE = """
+from blossomrec_hf import Stream, register_stream
+
+
+class RecentStream(Stream):
+    def attend(self, ops, layer, q, keys, queries, blocks):
+        return ops.attend_short(q, keys, queries, block_size=8, window=1, base=2, scaling=layer.scaling), None
+
+
+register_stream("recent", RecentStream)
+"""
+
+
+@pytest.fixture
+def import_stream(tmp_path, monkeypatch):
+    """Write a file, and import it without consequences for other tests."""
+    monkeypatch.setattr("blossomrec_hf.model.streams_blossomrec.STREAMS", STREAMS.copy())
+
+    def write_and_import(name: str = "recent_stream", code: str = CODE, folder: str = "mine") -> ModuleType:
+        file = tmp_path / folder / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+        spec = importlib.util.spec_from_file_location(f"{folder}_{name}", file)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return write_and_import
+
+
+def test_a_class_may_have_two_names(import_stream, tmp_path):
+    register_stream("late", import_stream().RecentStream)
+    model = recommender(["full+recent", "full+late"])
+    assert [layer.self_attn.stream_names for layer in model.model.layers] == [("full", "recent"), ("full", "late")]
+    model.save_pretrained(tmp_path / "model")
+    places = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    assert places["BlossomRecStream.recent"] == places["BlossomRecStream.late"] == "recent_stream.RecentStream"
+    loaded = type(model).from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    ids = torch.randint(2, 60, (2, 30))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_code_of_a_model_is_saved_also_if_another_is_registered_since(import_stream, tmp_path):
+    import_stream()
+    model = recommender("full+recent")
+    import_stream("newer_stream", CODE.replace("block_size=8", "block_size=2"))
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "recent_stream.py").read_text() == CODE
+    assert not (tmp_path / "model" / "newer_stream.py").exists()
+
+
+def test_other_code_of_the_name_is_not_taken_for_that_of_a_checkpoint(import_stream, tmp_path):
+    import_stream()
+    model = recommender("full+recent")
+    model.save_pretrained(tmp_path / "model")
+    import_stream(code=CODE.replace("block_size=8", "block_size=2"), folder="newer")
+    with pytest.raises(
+        ValueError, match="other code of the stream 'recent' than .*newer.*without `trust_remote_code`"
+    ):
+        type(model).from_pretrained(tmp_path / "model", trust_remote_code=True)
+    ids = torch.randint(2, 60, (1, 50))
+    loaded = type(model).from_pretrained(tmp_path / "model").eval()  # with the registered code
+    assert not torch.allclose(loaded(ids).logits, model(ids).logits)
+    import_stream(folder="copy")
+    loaded = type(model).from_pretrained(tmp_path / "model", trust_remote_code=True).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_stream_without_a_file_is_not_saved(import_stream, tmp_path):
+    exec(CODE, {"__name__": "nowhere"})
+    with pytest.raises(ValueError, match="RecentStream` is defined in 'nowhere', which is not an imported file"):
+        recommender("full+recent").save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_two_files_of_one_name_are_refused(import_stream, tmp_path):
+    import_stream(folder="one")
+    import_stream(code=CODE.replace('"recent"', '"late"'), folder="two")
+    with pytest.raises(ValueError, match="'recent' has the file .*recent_stream.py.* rename it"):
+        recommender("recent+late").save_pretrained(tmp_path / "model")
+    import_stream("ops_torch")
+    with pytest.raises(ValueError, match="'recent' has the file .*ops_torch.py.* rename it"):
+        recommender("full+recent").save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_code_from_the_hub_lies_next_to_that_of_the_model(import_stream, tmp_path, monkeypatch):
+    import_stream()
+    monkeypatch.setattr("blossomrec_hf.model.streams_blossomrec.__file__", str(tmp_path / "mine" / "streams.py"))
+    recommender("full+recent").save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "recent_stream.py").read_text() == CODE

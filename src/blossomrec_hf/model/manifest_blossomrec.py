@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,15 @@ def require_loadable(saved: type) -> None:
     Refuse to save an object of a class that cannot be imported, because a checkpoint could not name it.
 
     Raises:
-        ValueError: if the class is defined in a script, a notebook or a function.
+        ValueError: if the class is defined in a script, a notebook or a function, or its module is not an imported file.
     """
     if saved.__module__ == "__main__" or "<locals>" in saved.__qualname__:
-        raise ValueError(
-            f"`{saved.__qualname__}` is defined in a script, a notebook or a function, so a checkpoint could not be loaded; "
-            "move the class to a module of its own (a .py file) and import it from there."
-        )
+        place = "a script, a notebook or a function"
+    elif getattr(sys.modules.get(saved.__module__), "__file__", None) is None:
+        place = f"{saved.__module__!r}, which is not an imported file"
+    else:
+        return
+    raise ValueError(
+        f"`{saved.__qualname__}` is defined in {place}, so a checkpoint could not be loaded; move the class to a module of "
+        "its own (a .py file) and import it from there."
+    )

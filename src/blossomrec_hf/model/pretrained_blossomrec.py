@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .attention_blossomrec import BlossomGate
+from .attention_blossomrec import BlossomAttention, BlossomGate
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import NUM_SPECIAL_IDS
@@ -76,7 +76,10 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         if self._auto_class is not None:  # then the code is saved, too
             self.config.auto_map = dict(AUTO_MAP)
             self.config.custom_pipelines = CUSTOM_PIPELINES
-        save_streams(self.config, save_directory, write=kwargs.get("is_main_process", args[0] if args else True))
+        attentions = [module for module in self.modules() if isinstance(module, BlossomAttention)]
+        streams = [stream for attention in attentions for stream in attention.streams]
+        write = kwargs.get("is_main_process", args[0] if args else True)
+        save_streams(streams, self.config, save_directory, write=write)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

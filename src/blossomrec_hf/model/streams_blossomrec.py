@@ -10,6 +10,7 @@ cached, exported and saved like those of this file.
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+from transformers.utils import cached_file
 
 from .configuration_blossomrec import BlossomRecConfig
-from .manifest_blossomrec import require_loadable
+from .manifest_blossomrec import LENIENT, require_loadable
 from .ops_reference import (
     REFERENCE_OPS,
     Blocks,
@@ -53,7 +55,7 @@ class Stream:
     graphs, so a stream indexes tensors from the right: `x[..., n, :, :]`, never `x[n]`.
 
     Attributes:
-        name: the name under which it is registered.
+        name: the name under which the layer has it.
         gate_bias: starting bias of its gate, before the sigmoid, in a layer of several streams.
         block_size: positions of a block that `summarize` computes one row for; `None` without blocks.
         block_width: width of that row, per key/value head.
@@ -124,8 +126,8 @@ def register_stream(name: str, stream: type[Stream]) -> None:
     Register a stream, so that `config.attention_types` can name it.
 
     Args:
-        name (`str`): a name of your own; registering it again replaces the class. The streams of the package cannot be
-            replaced.
+        name (`str`): a name of your own; registering it again replaces the class, for models that are built from then
+            on. The streams of the package cannot be replaced.
         stream (`type[Stream]`): its class.
 
     Raises:
@@ -137,7 +139,6 @@ def register_stream(name: str, stream: type[Stream]) -> None:
         raise ValueError(f"`stream` is {stream!r}; it must be a subclass of `Stream`.")
     if name in ATTENTION_TYPES and stream.__module__ != __name__:
         raise ValueError(f"`name` is {name!r}, which the package uses; register the class under another name.")
-    stream.name = name
     STREAMS[name] = stream
 
 
@@ -165,37 +166,48 @@ def build_streams(config: BlossomRecConfig, layer_idx: int) -> tuple[Stream, ...
             )
     if len(set(names)) < len(names):
         raise ValueError(f"`attention_types` names {attention_type!r}; a layer has each stream once at most.")
-    return tuple(STREAMS[name](config) for name in names)
+    streams = tuple(STREAMS[name](config) for name in names)
+    for name, stream in zip(names, streams, strict=True):
+        stream.name = name  # of the object: a class may have several
+    return streams
 
 
-def save_streams(config: BlossomRecConfig, folder: str | os.PathLike, *, write: bool = True) -> None:
+def save_streams(
+    streams: Iterable[Stream], config: BlossomRecConfig, folder: str | os.PathLike, *, write: bool = True
+) -> None:
     """
     Copy the code of streams from outside of the package to a checkpoint, with the files that it imports relatively, and
     name their classes in `config.auto_map`.
 
     Args:
+        streams: those of the model. Others may be registered under their names since it was built.
         write: whether this process writes files.
 
     Raises:
-        ValueError: if a class is defined in a script, a notebook or a function, and for a file that is named like one of
-            the model's own.
+        ValueError: if a class is defined in a script, a notebook or a function, or its module is not an imported file, and
+            for a file that is named like one of the model's or of another stream.
     """
-    for name in _outside_streams(config):
-        stream = STREAMS[name]
+    classes = {stream.name: type(stream) for stream in streams if stream.name not in ATTENTION_TYPES}
+    sources: dict[str, Path] = {}
+    for name, stream in sorted(classes.items()):
         require_loadable(stream)
         file = Path(sys.modules[stream.__module__].__file__)
-        if (Path(__file__).parent / file.name).exists():
-            raise ValueError(
-                f"The stream {name!r} is defined in {file}, but a checkpoint has a file {file.name} of the model; rename it."
-            )
+        for source in (file, *map(Path, get_relative_import_files(file))):
+            own = Path(__file__).parent / source.name
+            other = own if own.exists() else sources.setdefault(source.name, source)
+            if not other.samefile(source):
+                raise ValueError(
+                    f"The code of the stream {name!r} has the file {source}, but {other} has its name in the checkpoint; "
+                    "rename it."
+                )
+            sources[source.name] = source
         config.auto_map = {
             **(getattr(config, "auto_map", None) or {}),
             _auto_map_key(name): f"{file.stem}.{stream.__name__}",
         }
-        if not write:
-            continue
+    if write and sources:
         os.makedirs(folder, exist_ok=True)
-        for source in (file, *map(Path, get_relative_import_files(file))):
+        for source in sources.values():
             if source.parent.resolve() != Path(folder).resolve():
                 shutil.copyfile(source, Path(folder) / source.name)
 
@@ -210,11 +222,16 @@ def load_streams(config: BlossomRecConfig, path: str | os.PathLike, **finding: A
 
     Raises:
         ImportError: if the code needs a package that is not installed.
+        ValueError: if other code is registered under the name of such a stream.
     """
     auto_map = getattr(config, "auto_map", None) or {}
-    for name in _outside_streams(config):
+    names = {name for attention_type in config.attention_types for name in stream_names(attention_type)}
+    for name in sorted(names.difference(ATTENTION_TYPES)):
         reference = auto_map.get(_auto_map_key(name))
-        if name in STREAMS or reference is None:
+        if reference is None:
+            continue
+        if name in STREAMS:
+            _require_same_code(name, reference, path, **finding)
             continue
         try:
             stream = get_class_from_dynamic_module(reference, path, **finding)
@@ -228,10 +245,23 @@ def load_streams(config: BlossomRecConfig, path: str | os.PathLike, **finding: A
         register_stream(name, stream)
 
 
-def _outside_streams(config: BlossomRecConfig) -> list[str]:
-    """The streams of a configuration that are not part of the package."""
-    names = {name for attention_type in config.attention_types for name in stream_names(attention_type)}
-    return sorted(names.difference(ATTENTION_TYPES))
+def _require_same_code(
+    name: str, reference: str, path: str | os.PathLike, revision: str | None = None, **finding: Any
+) -> None:
+    """Raise a `ValueError` if the registered stream of this name has other code than the checkpoint's, a `reference`."""
+    repository, _, reference = reference.rpartition("--")
+    if repository in ("", os.fspath(path)):
+        repository, finding = path, {"revision": revision, **finding}
+    saved = cached_file(repository, f"{reference.partition('.')[0]}.py", **finding, **LENIENT)
+    if saved is None:  # the manifest names missing files
+        return
+    registered = STREAMS[name]
+    file = getattr(sys.modules.get(registered.__module__), "__file__", None)
+    if file is None or Path(file).read_bytes() != Path(saved).read_bytes():
+        raise ValueError(
+            f"{os.fspath(path)} has other code of the stream {name!r} than {file or registered!r}, where it is registered "
+            "from; load it in another process, or without `trust_remote_code` to use the registered one."
+        )
 
 
 def _auto_map_key(name: str) -> str:
