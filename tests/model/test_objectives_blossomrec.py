@@ -1,8 +1,11 @@
 """The chunked full softmax, the objectives against drawn items, and those that users register."""
 
 import importlib.util
+import logging
 import math
+import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -345,9 +348,34 @@ def test_what_cannot_be_registered_is_named(name, function, named):
         register_objective(name, function)
 
 
-def test_a_lambda_has_no_name_to_save():
-    with pytest.raises(ValueError, match="register_objective"):
-        BlossomRecConfig(objective=lambda *args, **kwargs: 0.0)
+@pytest.mark.parametrize("function", [lambda *args, **kwargs: 0.0, partial(print, sep="")])
+def test_a_function_without_a_name_is_refused(function):
+    with pytest.raises(ValueError, match="`objective` is .*no name to save; call `register_objective"):
+        BlossomRecConfig(objective=function)
+
+
+def test_a_replaced_objective_is_reported(hinge, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+
+    def scaled(*args, **kwargs):
+        return 2 * hinge(*args, **kwargs)
+
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(objective=hinge, **SIZES)).eval()
+    ids = torch.arange(2, 20)[None]
+    before = model(ids, labels=ids).loss
+    assert not caplog.records
+    register_objective("hinge", scaled)
+    assert "The objective 'hinge' is replaced" in caplog.text
+    assert model(ids, labels=ids).loss == 2 * before
+
+
+@pytest.mark.parametrize(("loss", "shape"), [(1.5, "float of shape []"), (torch.ones(3), "Tensor of shape [3]")])
+def test_a_loss_that_is_no_scalar_tensor_is_refused(hinge, loss, shape):
+    register_objective("mine", lambda *args, **kwargs: loss)
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(objective="mine", **SIZES))
+    ids = torch.arange(2, 20)[None]
+    with pytest.raises(ValueError, match=re.escape(f"'mine' returned a {shape}; it must return a scalar tensor")):
+        model(ids, labels=ids)
 
 
 def test_the_mean_over_targets_takes_losses_or_their_sum():

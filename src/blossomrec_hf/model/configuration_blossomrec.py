@@ -244,7 +244,13 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "objective" and callable(value):  # the configuration is JSON
-            value = register_objective(getattr(value, "__name__", None), value)
+            own_name = getattr(value, "__name__", None)
+            if own_name is None or not own_name.isidentifier():
+                raise ValueError(
+                    f"`objective` is {_short(value)}, which has no name to save; call `register_objective('hinge', function)` "
+                    "and pass the name."
+                )
+            value = register_objective(own_name, value)
         super().__setattr__(name, value)
 
     @property

@@ -462,6 +462,11 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                     config=self.config,
                     item_counts=self.item_counts,
                 )
+                if not isinstance(loss, torch.Tensor) or loss.dim():
+                    raise ValueError(
+                        f"The objective {self.config.objective!r} returned a {type(loss).__name__} of shape "
+                        f"{list(getattr(loss, 'shape', ()))}; it must return a scalar tensor, see `mean_over_targets`."
+                    )
             if logits_to_keep:
                 logits = self.lm_head(histories.last(hidden_states, logits_to_keep))
             elif not skip_logits and (labels is None or not self.training):

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 Objective = Callable[..., torch.Tensor]
 
@@ -29,8 +32,8 @@ def register_objective(name: str, function: Objective) -> str:
     ```
 
     Args:
-        name (`str`): a name of your own; registering it again replaces the function. The objectives of the package cannot
-            be replaced.
+        name (`str`): a name of your own; registering it again replaces the function, also in existing models, and logs a
+            warning. The objectives of the package cannot be replaced.
         function (`Callable`): called with `hidden_states` `[T, hidden_size]`, `item_vectors` `[vocab_size, hidden_size]`,
             `targets` `[T]` int64 (the vocabulary id to predict at each position, −100 for none) and `num_items_in_batch`
             (an `int`, a scalar tensor or `None`; see [`mean_over_targets`]). The keywords are `config` and `item_counts`
@@ -50,6 +53,11 @@ def register_objective(name: str, function: Objective) -> str:
         raise ValueError(f"`function` is {function!r}; it must be a function that returns the loss.")
     if name in BUILT_IN_OBJECTIVES and name in _REGISTERED:
         raise ValueError(f"`name` is {name!r}, an objective of the package; register the function under another name.")
+    if _REGISTERED.setdefault(name, function) is not function:
+        logger.warning(
+            f"The objective {name!r} is replaced: all models with this objective train with {function!r} from now on, "
+            f"instead of {_REGISTERED[name]!r}. Give the functions two names to use both."
+        )
     _REGISTERED[name] = function
     return name
 
