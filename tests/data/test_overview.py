@@ -2,11 +2,15 @@
 
 import base64
 import re
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
 import pytest
 from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
@@ -63,12 +67,83 @@ def test_ties_types_and_warnings():
     assert warnings(figures)[0].startswith("the order of time is unknown") and "tied_share" not in figures
 
 
+EVENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(0, 500)), min_size=1, max_size=60)
+
+
+@settings(max_examples=30, deadline=None)
+@given(events=EVENTS)
+def test_months_cold_items_and_unseen_targets(events):
+    """Against plain Python, on events of a user with an item on one of 500 days."""
+    begin = datetime(2023, 1, 1, tzinfo=UTC)
+    events = [(user, item, begin + timedelta(days=day)) for user, item, day in events]
+    log = pl.DataFrame(events, ["user", "item", "timestamp"], orient="row")
+    dataset, tokenizer = build_sequences(log)
+    figures = describe(dataset, tokenizer)
+
+    months = sorted({f"{time:%Y-%m}" for _, _, time in events})
+    first = {item: min(time for _, other, time in events if other == item) for _, item, _ in events}
+    assert figures["months"] == [
+        (
+            month,
+            sum(f"{time:%Y-%m}" == month for _, _, time in events),
+            sum(f"{time:%Y-%m}" == month for time in first.values()),
+        )
+        for month in months
+    ]
+    histories = [
+        [item for _, item, _ in sorted((event for event in events if event[0] == user), key=lambda event: event[2])]
+        for user in {user for user, _, _ in events}
+    ]
+    trained = {item for history in histories for item in history[:-2]}
+    tests = [history[-1] for history in histories if len(history) >= 2]
+    assert figures["unseen_targets"] == (sum(item not in trained for item in tests), len(tests))
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("order, ordered", [("ascending", 90), ("descending", 0), ("shuffled", None)])
+def test_ties_that_are_sorted_by_item_id(order, ordered, as_text):
+    """Ten users with ten events each in one second; 9 is before 10 as a number, and after it as a text."""
+    rng = np.random.default_rng(0)
+    histories = [rng.choice(np.arange(1, 200), 10, replace=False) for _ in range(10)]
+    if order != "shuffled":
+        histories = [np.sort(items)[:: 1 if order == "ascending" else -1] for items in histories]
+    log = pl.DataFrame(
+        {"user": np.repeat(np.arange(10), 10), "item": np.concatenate(histories), "timestamp": [1_600_000_000] * 100}
+    )
+    log = log.cast({"item": pl.String}) if as_text else log
+    dataset, tokenizer = build_sequences(log)
+    figures = describe(dataset, tokenizer)
+    if ordered is None:
+        ordered = sum(int(a < b) for items in histories for a, b in pairwise(items))
+    assert figures["ordered_ties"] == (ordered, 90)
+    said = [sentence for sentence in warnings(figures) if "sorted by item id" in sentence]
+    assert len(said) == (order != "shuffled")
+    assert all(sentence.startswith("100% of the 90 ties are sorted by item id") for sentence in said)
+    assert "ordered_ties" not in describe(dataset)
+
+
+def test_a_warning_counts_the_test_items_that_never_occur_in_training():
+    log = pl.DataFrame({"user": list("aaabbbccc"), "item": list("xyzxyzzyx"), "timestamp": range(9)})
+    figures = describe(build_sequences(log)[0])
+    assert figures["unseen_targets"] == (0, 3)  # x and z are trained
+    assert not any("never occur" in sentence for sentence in warnings(figures))
+    figures = describe(build_sequences(log.filter(pl.col("user") != "c"))[0])
+    assert warnings(figures)[-1].startswith("2 of 2 test targets (100%) are items that never occur in training")
+    assert ("Test targets that never occur in training", "2 of 2") in summary(figures, None)
+
+
 def test_a_page_holds_everything(log, tmp_path):
     titles = pl.DataFrame({"item_id": [0, 1], "title": ["A <b>", "B"]})
     build_sequences(log, k_core=5, items=titles, output_dir=tmp_path / "out")
     write_report(tmp_path / "page.html", tmp_path / "out")
     page = (tmp_path / "page.html").read_text()
-    for text in ("k-core 5, 5", "2020-09-13 12:26", "A &lt;b&gt;", "Bad rows skipped: 0"):
+    for text in (
+        "k-core 5, 5",
+        "2020-09-13 12:26",
+        "<td>2020-09</td><td>5,035</td><td>97</td>",
+        "A &lt;b&gt;",
+        "Bad rows skipped: 0",
+    ):
         assert text in page
     assert "http" not in page  # self-contained
     image = base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])

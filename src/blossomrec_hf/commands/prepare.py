@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import disable_progress_bars, load_from_disk
+from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 
 from .. import BlossomRecTokenizer
@@ -26,7 +26,7 @@ from ..data import build_sequences, hold_out_nothing, split_by_time, split_by_us
 from ..data.filters import FilterReport
 from ..data.known_sets import KNOWN
 from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
-from ..data.overview import describe, summary, write_report
+from ..data.overview import describe_folder, summary, write_report
 from ..data.storage import check_output_dir
 from ..sharing.dataset_cards import dataset_card, push_dataset
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     with atomic_folder(args.output_dir) as folder:
         build(rest.source, args, options, folder)
 
-    figures = write_report(args.report, args.output_dir) if args.report else describe(load_from_disk(args.output_dir))
+    figures = write_report(args.report, args.output_dir) if args.report else describe_folder(args.output_dir)
     for name, value in summary(figures, FilterReport.load(args.output_dir)):
         print(f"{name}: {value}")
     print(f"Saved to {args.output_dir}" + (f", report in {args.report}" if args.report else ""))

@@ -167,6 +167,18 @@ def repeat_share(dataset: Dataset | EventTable) -> float:
     return float(repeated / max(held_out, 1))
 
 
+def count_unseen_targets(dataset: Dataset | EventTable, vocab_size: int) -> tuple[int, int]:
+    """
+    The number of test targets whose item never occurs in training, and the number of all test targets. Users without an
+    event before the test do not count.
+    """
+    history, events = part_lengths(dataset, "test")
+    events = np.where(history >= 1, events, 0)
+    total = int(_count_targets(dataset, history, history + events).sum())
+    seen = item_counts(dataset, vocab_size) > 0
+    return total - int(_count_targets(dataset, history, history + events, seen).sum()), total
+
+
 def user_ids(dataset: Dataset | EventTable) -> list[int | str]:
     """The ids of the users, in the order of the rows."""
     if isinstance(dataset, EventTable):

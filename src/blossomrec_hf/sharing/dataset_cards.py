@@ -7,7 +7,7 @@ from huggingface_hub import DatasetCard, HfApi
 
 from ..data.filters import REPORT_FILE, FilterReport
 from ..data.metadata import METADATA_FILE
-from ..data.overview import describe, summary
+from ..data.overview import describe_folder, summary
 from ..data.storage import load_folder
 from ..model.manifest_blossomrec import MANIFEST_NAME, TOKENIZER_NAMES, code_files
 from .upload import ensure_repo
@@ -53,7 +53,9 @@ def dataset_card(folder: str | Path) -> str:
     filters = FilterReport.load(folder)
     lines = ["---", "tags:", "- sequential-recommendation", "- blossomrec", "license: other", "---", ""]
     lines += [f"# Item-id sequences from {filters.source if filters else 'a log'}", ""]
-    lines += ["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in summary(describe(dataset), filters)]
+    lines += ["| | |", "|---|---|"] + [
+        f"| {name} | {value} |" for name, value in summary(describe_folder(folder), filters)
+    ]
     lines += ["", *_columns(dataset)]
     if filters:
         lines += ["", "## Source and license", "", f"Read from `{filters.source}`, format `{filters.format}`."]
