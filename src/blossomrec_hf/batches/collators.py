@@ -15,7 +15,7 @@ class PackingCollator:
     Lays histories end to end, without padding; the names are those of `transformers`' padding-free collator.
 
     A batch has `input_ids`, `position_ids` (restarting at 0 in each history) and `labels` (unshifted; −100 for a history's
-    first event, a row's first `num_known` events, `[PAD]`, `[UNK]`, and events of weight 0 if `columns` has `weights`), all
+    first event, a row's first `num_known` events, `[PAD]`, `[UNK]`, and events of weight 0), all
     int64 [1, T], the columns named in `columns` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]),
     `max_length_q` and `max_length_k` (`int`).
 

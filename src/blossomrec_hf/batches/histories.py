@@ -32,6 +32,8 @@ class HistoryStore(Dataset):
         num_known: int64 [histories], number of first events of each history that are context and no targets, as in
             overlapping windows. Defaults to 1: nothing precedes the first event.
         columns: other columns of the events, by name, [events] each: times, event types, weights.
+        weights: [events], 0 for events that are context and no targets, else 1. Batches do not have them, unless they are
+            one of the `columns`, in which other values are allowed.
 
     Attributes:
         columns (`dict[str, torch.Tensor]`): all columns, with the items as `input_ids`.
@@ -39,7 +41,8 @@ class HistoryStore(Dataset):
         num_known: int64 [histories], as the argument, for the events in use.
 
     Raises:
-        ValueError: if `max_length` is below 1, or a column has another number of values than `items`.
+        ValueError: if `max_length` is below 1, a column has another number of values than `items`, or `weights` has other
+            values than 0 and 1.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class HistoryStore(Dataset):
         max_length: int | None = None,
         num_known: np.ndarray | None = None,
         columns: Mapping[str, np.ndarray] | None = None,
+        weights: np.ndarray | None = None,
     ):
         arrays = {"input_ids": np.asarray(items, dtype=np.int32), **(columns or {})}
-        for name, values in arrays.items():
+        for name, values in [*arrays.items(), *([] if weights is None else [("weights", weights)])]:
             if len(values) != len(items):
                 raise ValueError(
                     f"`columns` has {len(values)} values in {name} for {len(items)} events; give one each."
@@ -60,6 +64,7 @@ class HistoryStore(Dataset):
         self.columns = {
             name: torch.from_numpy(np.require(values, requirements=["C", "W"])) for name, values in arrays.items()
         }
+        self._weights = None if weights is None else _target_weights(weights)
         known = np.ones(len(offsets) - 1, np.int64) if num_known is None else np.asarray(num_known, dtype=np.int64)
         self._set_spans(offsets[:-1], np.diff(offsets), known)
         if max_length is not None:
@@ -78,7 +83,7 @@ class HistoryStore(Dataset):
         which only the spans are copied.
 
         Args:
-            rows: the histories. Their `num_known` is read if they have it.
+            rows: the histories. Their `num_known` and `weights` are read if they have them.
             columns: other columns to read, one value per event.
             max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
         """
@@ -89,18 +94,33 @@ class HistoryStore(Dataset):
             return store
         values: dict[str, list] = {name: [] for name in ("input_ids", *columns)}
         known: list[int] = []
+        weights: list = []
         for batch in _row_batches(rows):
             for name, lists in values.items():
                 lists += batch[name]
+            if "weights" not in columns:
+                weights += batch.get("weights", [])
             known += batch.get("num_known", [1] * len(batch["input_ids"]))
         items, offsets = concatenate(values.pop("input_ids"))
         joined = {name: _join(lists) for name, lists in values.items()}
-        return cls(items, offsets, max_length=max_length, num_known=np.array(known, np.int64), columns=joined)
+        return cls(
+            items,
+            offsets,
+            max_length=max_length,
+            num_known=np.array(known, np.int64),
+            columns=joined,
+            weights=_join(weights) if weights else None,
+        )
 
     @property
     def items(self) -> torch.Tensor:
         """int32 [events], the vocabulary ids of all events."""
         return self.columns["input_ids"]
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """[events], the weights of all events: the column of that name, or the argument."""
+        return self.columns.get("weights", self._weights)
 
     @property
     def num_targets(self) -> np.ndarray:
@@ -110,7 +130,7 @@ class HistoryStore(Dataset):
         """
         if self._num_targets is None:
             targets_before = np.zeros(len(self.items) + 1, dtype=np.int64)
-            may_be_targets = self._may_be_targets(self.items, self.columns.get("weights"))
+            may_be_targets = self._may_be_targets(self.items, self.weights)
             np.cumsum(may_be_targets.cpu().numpy(), out=targets_before[1:])
             stops = self.starts + self.lengths
             firsts = np.minimum(self.starts + self.num_known, stops)
@@ -123,6 +143,8 @@ class HistoryStore(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         span = slice(self.starts[index], self.starts[index] + self.lengths[index])
         row: dict[str, Any] = {name: values[span].cpu().numpy() for name, values in self.columns.items()}
+        if self.weights is not None:
+            row["weights"] = self.weights[span].cpu().numpy()
         return row if self.num_known[index] == 1 else row | {"num_known": int(self.num_known[index])}
 
     def __getitems__(self, indices: Sequence[int]) -> HistoryStore:
@@ -141,6 +163,7 @@ class HistoryStore(Dataset):
     def to(self, device: torch.device | str) -> HistoryStore:
         """Moves the columns to the device where the batches are needed. Spans stay on the CPU."""
         self.columns = {name: values.to(device) for name, values in self.columns.items()}
+        self._weights = None if self._weights is None else self._weights.to(device)
         return self
 
     def pack(self, rows: np.ndarray | Sequence[int], *, labels: bool = False) -> dict[str, torch.Tensor | int]:
@@ -155,7 +178,7 @@ class HistoryStore(Dataset):
             Arguments of the model, on the device of the columns: `input_ids` int64 [1, T], the other columns [1, T]
             (integers as int64), `cu_seq_lens_q` and `cu_seq_lens_k` int32 [S + 1], `max_length_q` and `max_length_k`
             (`int`) and, with `labels`, `labels` int64 [1, T]: the items, with −100 for the known events of each history, for
-            `[PAD]` and `[UNK]`, and for events of weight 0 if there is a column `weights`.
+            `[PAD]` and `[UNK]`, and for events of weight 0.
         """
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
@@ -175,9 +198,8 @@ class HistoryStore(Dataset):
         batch["max_length_q"] = batch["max_length_k"] = int(lengths.max(initial=0))
         if labels:
             input_ids = batch["input_ids"][0]
-            targets = input_ids.masked_fill(
-                ~self._may_be_targets(batch["input_ids"], batch.get("weights"))[0], IGNORE_INDEX
-            )
+            weights = None if self.weights is None else self.weights[events]
+            targets = input_ids.masked_fill(~self._may_be_targets(input_ids, weights), IGNORE_INDEX)
             if (self.num_known[rows] == 1).all():
                 targets = targets.index_fill(0, firsts, IGNORE_INDEX)
             else:
@@ -230,6 +252,17 @@ class HistoryStore(Dataset):
         self.starts, self.lengths = starts, lengths
         self.num_known = np.maximum(num_known, 1)  # an event without one before it can never be predicted
         self._num_targets: np.ndarray | None = None
+
+
+def _target_weights(weights: np.ndarray) -> torch.Tensor:
+    weights = np.require(weights, requirements=["C", "W"])
+    others = weights[(weights != 0) & (weights != 1)]
+    if len(others):
+        raise ValueError(
+            f"`weights` has the value {others[0]:g}, but an event is a target (1) or not (0), and losses have no weights; "
+            "prepare the log with `targets` instead of weights, or drop the column."
+        )
+    return torch.from_numpy(weights)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

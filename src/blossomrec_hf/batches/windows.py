@@ -28,7 +28,8 @@ class HistoryWindows(HistoryStore):
             `"random_crop"`, one window per user at a place drawn in each epoch, see [`~HistoryWindows.set_epoch`].
         stride (`int`, *optional*): step of overlapping windows. Defaults to half of `max_length`.
         seed (`int`, defaults to 0): seed of the crops.
-        columns: other columns of the events that the windows have, such as `timestamps`.
+        columns: other columns of the events that the windows have, such as `timestamps`. Events of weight 0 are no
+            targets, also without the column `weights`.
 
     Raises:
         ValueError: if `window` is unknown, `"overlapping"` or `"random_crop"` have no `max_length`, `stride` is not 1 to
@@ -58,7 +59,10 @@ class HistoryWindows(HistoryStore):
         lengths = ends[ends > 0]
         offsets = np.append(0, np.cumsum(lengths))
         values = {name: _training_events(data, name, ends) for name in ("input_ids", *columns)}
-        super().__init__(values.pop("input_ids"), offsets, columns=values)
+        weights = None
+        if "weights" in data.column_names and "weights" not in columns:
+            weights = _training_events(data, "weights", ends)
+        super().__init__(values.pop("input_ids"), offsets, columns=values, weights=weights)
 
         longest = max_length or int(lengths.max())
         firsts, stops = offsets[:-1], offsets[1:]

@@ -41,7 +41,7 @@ def split(
     for validation and test, `seen_ids` (the whole history):
 
     - train: `input_ids` are the events up to `train_end`, and `target_ids` is empty (the target of every position is the
-      next item);
+      next item, except events of weight 0). If the data set has `weights`, the view has them too;
     - validation: `input_ids` are the events up to `train_end`, and `target_ids` those up to `validation_end`;
     - test: `input_ids` are the events up to `validation_end`, and `target_ids` those up to `test_end`.
 
@@ -76,8 +76,10 @@ def split(
         logger.warning("%s: left out %d of %d users: %s", part, len(dataset) - len(rows), len(dataset), listed)
     if not len(rows):
         raise too_short(dataset, part)
+    if part == "train" and "weights" in dataset.column_names:
+        columns = dict.fromkeys([*columns, "weights"])
     unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
-    transform = _View(part, max_length, columns, unseen)
+    transform = _View(part, max_length, tuple(columns), unseen)
     if isinstance(dataset, EventTable):
         return TableView(dataset, rows, transform)
     view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)

@@ -81,6 +81,7 @@ def describe_run(
         "data": {
             "histories": len(histories),
             "items": int(histories.lengths.sum()),
+            "targets": int(histories.num_targets.sum()),
             "checksum": zlib.crc32(histories.items.numpy(), zlib.crc32(histories.lengths)),
         },
         "processes": {"number": num_processes},
