@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "rank the held-out items of a log by checkpoints and baselines",
     "compare": "run a paired significance test between two groups of checkpoints",
     "recommend": "write the recommendations of all users to Parquet files",
+    "similar": "print the items that are most similar to given items",
     "serve": "serve recommendations over HTTP",
     "push": "upload a trained model to the Hub",
     "export": "write a checkpoint as ONNX or torch.export program, or prepared data as one file",

@@ -183,6 +183,28 @@ def test_outputs_are_checked_before_the_work(run_here, checkpoint, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint"}
 
 
+def test_similar_items_of_bad_ids(run_here, checkpoint, tmp_path):
+    """The items of the checkpoint are 100 … 139."""
+    lines, empty, binary = tmp_path / "lines.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"
+    lines.write_text("101\n7\n102\n8\n")
+    empty.write_text("\n")
+    binary.write_bytes(b"\xff\xfe\xfd")
+    for arguments, *words in (
+        ((101, 7, 8), "The command line has 2 of 3 items that are not in the model's vocabulary ('7', '8')"),
+        (("--items", lines), "lines.txt has 2 of 4 items", "remove them"),
+        (("abc",), "'abc'", "all raw ids of this tokenizer are int"),
+        (("--items", empty), "empty.txt is empty"),
+        (("--items", binary), "binary.txt is not UTF-8"),
+        (("--items", tmp_path / "nowhere.txt"), "nowhere.txt"),
+        ((101, "--items", lines), "`items`"),
+        ((), "`items`"),
+        ((101, "--top_k", 0), "`top_k` is 0; it must lie in 1 … 40"),
+        ((101, "--candidates", empty), "empty.txt is empty"),
+    ):
+        is_one_sentence(run_here("similar", *arguments, "--model", checkpoint), *words)
+    is_one_sentence(run_here("similar", 101, "--model", "nowhere"), "--model is nowhere")
+
+
 def test_an_unknown_objective(run_here, tmp_path):
     log = write_log(tmp_path / "log.csv")
     overrides = ("--config_overrides", '{"objective": "hinge"}')

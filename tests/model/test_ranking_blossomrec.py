@@ -25,7 +25,8 @@ def test_the_top_of_rows_is_that_of_a_stable_sort(size):
 
 @pytest.mark.parametrize("choice", ["all", "shared", "own few", "own many"])
 @pytest.mark.parametrize("popular", [False, True])
-def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popular):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popular, scaled):
     monkeypatch.setitem(ranking_blossomrec.MAX_SCORES, "cpu", 2**11)  # several chunks of items, and of rows
     rows, vocab_size, top_k = 7, 4000, random.choice([1, 10, 30])
     # Small whole numbers: sums are exact and most scores occur many times.
@@ -33,6 +34,10 @@ def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popu
     counts = torch.randint(0, 9, (vocab_size,))
     empty = torch.rand(rows) < 0.5
     scores = (states @ weight.T).tolist()
+    scales = None
+    if scaled:
+        scales = 2.0 ** torch.randint(-2, 3, (vocab_size,))
+        scores = (states @ weight.T * scales).tolist()
     if popular:
         scores = [counts.tolist() if empty[i] else scores[i] for i in range(rows)]
     excluded = draw_ids(rows, 3000, vocab_size)
@@ -49,6 +54,7 @@ def test_ranking_agrees_with_the_twin_where_scores_tie(monkeypatch, choice, popu
         states.float(),
         weight.float(),
         top_k,
+        scales=scales,
         excluded=padded(excluded, padding=-1),
         candidates=tensor,
         popular=empty if popular else None,

@@ -44,6 +44,25 @@ def test_reading_all_lists_is_exact_and_saving_keeps_it(model, tmp_path):
         assert torch.equal(model.recommend([row], index=index).item_ids, model.recommend([row]).item_ids)
 
 
+def test_similar_items_require_an_index_for_cosines(model, tmp_path):
+    """Of vectors of different lengths, those of the highest dot products are others."""
+    model = copy.deepcopy(model).double()  # in which no two scores are nearly equal
+    items = torch.randint(2, 5002, (20,))
+    index = ItemIndex.build(model, scoring="cosine", lists=20, probes=20)
+    index.save(tmp_path)
+    for found in (index, ItemIndex.load(tmp_path, model)):
+        for settings in ({}, {"top_k": 40}, {"exclude_ids": [5, 9]}, {"min_score": 0.6}, {"candidate_ids": [5, 9]}):
+            out, expected = model.similar_items(items, index=found, **settings), model.similar_items(items, **settings)
+            assert torch.equal(out.item_ids, expected.item_ids)
+            torch.testing.assert_close(out.scores, expected.scores)
+    with pytest.raises(ValueError, match=r'scoring="cosine", but `recommend` requires .*scoring="dot"'):
+        model.recommend(histories(), index=index)
+    with pytest.raises(ValueError, match=r'scoring="dot", but `similar_items` requires .*scoring="cosine"'):
+        model.similar_items(items, index=ItemIndex.build(model, lists=20))
+    with pytest.raises(ValueError, match="`scoring` is 'angle'"):
+        ItemIndex.build(model, scoring="angle")
+
+
 def test_few_lists_find_most(model):
     rows = [torch.randint(2, 5002, (9,)).tolist() for _ in range(50)]
     exact = model.recommend(rows).item_ids

@@ -102,7 +102,7 @@ def stored_item_vectors(model: nn.Module) -> torch.Tensor:
     if not is_plain(head):
         raise ValueError(
             f"`index` requires item vectors in memory, but the output embedding ({type(head).__qualname__}) is "
-            "offloaded, quantized or adapted; call `recommend` without `index`."
+            "offloaded, quantized or adapted; omit `index`."
         )
     return model.item_vectors()
 

@@ -40,6 +40,7 @@ def rank_items(
     top_k: int,
     *,
     all_scores: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
     candidates: torch.Tensor | None = None,
     popular: torch.Tensor | None = None,
@@ -53,6 +54,7 @@ def rank_items(
         states: `[S, hidden_size]`, the last hidden state of each history.
         weight: item vectors `[vocab_size, hidden_size]`; [PAD] and [UNK] are never chosen.
         all_scores: `[S, vocab_size]`, in place of the products of `states` and `weight`; changed in place.
+        scales: factors `[vocab_size]` that the scores of the items are multiplied by. Defaults to 1.
         excluded: ids `[S, E]` to exclude for each row; ids below the first item (padding) are ignored.
         candidates: ids to choose from, `[C]` or, for each row, `[S, C]`; ids below the first item are ignored.
         popular: `[S]` bool, the rows that are ranked by `item_counts` `[vocab_size]` instead.
@@ -72,11 +74,13 @@ def rank_items(
     # Scores in float32 even under autocast: bfloat16 has too few bits to separate the items of a catalog.
     with torch.autocast(states.device.type, enabled=False):
         if own is not None and all_scores is None and own.shape[1] * GATHER_COST < weight.shape[0]:
-            scores, ids = _rank_own(states, weight, top_k, excluded, own, popular, counts)
+            scores, ids = _rank_own(states, weight, scales, top_k, excluded, own, popular, counts)
         else:
             if candidates is not None:
                 candidates = candidates[candidates >= NUM_SPECIAL_IDS].unique()
-            scores, ids = _rank_shared(states, weight, all_scores, top_k, excluded, candidates, own, popular, counts)
+            scores, ids = _rank_shared(
+                states, weight, all_scores, scales, top_k, excluded, candidates, own, popular, counts
+            )
     if bool(scores[:, :1].isnan().any()):  # NaN is sorted first
         raise ValueError(
             "Scores that are not numbers (NaN): the model's weights or hidden states are not finite. Look at "
@@ -87,7 +91,7 @@ def rank_items(
     return ids.masked_fill(scores == -torch.inf, -1), scores
 
 
-def _rank_shared(states, weight, all_scores, top_k, excluded, candidates, allowed, popular, counts):
+def _rank_shared(states, weight, all_scores, scales, top_k, excluded, candidates, allowed, popular, counts):
     """The best of the same items for all rows, a chunk of items at a time."""
     device, num_rows = states.device, states.shape[0]
     vocab_size = weight.shape[0] if all_scores is None else all_scores.shape[1]
@@ -108,6 +112,8 @@ def _rank_shared(states, weight, all_scores, top_k, excluded, candidates, allowe
             found = _products(states, weight[chosen].to(states.dtype))
         else:
             found = all_scores[:, chosen]
+        if scales is not None:
+            found = found * scales[chosen]
         if counts is not None:
             found = torch.where(popular[:, None], counts[chosen], found)
         if keep is not None:
@@ -151,7 +157,7 @@ def _among(places: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return members.scatter_(1, column, True)[:, :size]
 
 
-def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
+def _rank_own(states, weight, scales, top_k, excluded, candidates, popular, counts):
     """The best of each row's own candidates, some rows at a time, from gathered item vectors."""
     candidates = candidates.sort(dim=1).values
     valid = candidates >= NUM_SPECIAL_IDS
@@ -166,6 +172,8 @@ def _rank_own(states, weight, top_k, excluded, candidates, popular, counts):
     for state, chosen in zip(states.split(rows), candidates.split(rows)):
         scores.append((weight[chosen].to(states.dtype) @ state[:, :, None])[..., 0])
     scores = torch.cat(scores) if scores else states.new_empty(candidates.shape)
+    if scales is not None:
+        scores = scores * scales[candidates]
     if counts is not None:
         scores = torch.where(popular[:, None], counts[candidates], scores)
     scores, places = top_of_rows(scores.masked_fill(~valid, -torch.inf), top_k)

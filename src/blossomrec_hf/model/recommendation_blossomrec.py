@@ -1,4 +1,4 @@
-"""`recommend`: the best next items of histories, with exclusions and candidates."""
+"""`recommend`, the best next items of histories, and `similar_items`, with exclusions and candidates."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 # Candidates that an index is asked for per recommended item, and at least: its own scores are rough.
 INDEX_FETCH, MIN_FETCH = 4, 100
+MIN_NORM = 1e-12  # norms below count as this, so that a vector of zeros has similarity 0
 
 
 @dataclass
@@ -29,8 +30,9 @@ class RecommendationOutput(ModelOutput):
     """
     Attributes:
         item_ids (`torch.LongTensor` `[B, k]`): vocabulary ids, the best first; −1 if no candidate remains.
-        scores (`torch.FloatTensor` `[B, k]`): their logits (for an empty history, their counts); −inf for an id of −1.
-        num_unknown (`torch.LongTensor` `[B]`): number of [UNK] that were dropped from each history.
+        scores (`torch.FloatTensor` `[B, k]`): their logits (for an empty history, their counts; for `similar_items`,
+            their cosine similarities); −inf for an id of −1.
+        num_unknown (`torch.LongTensor` `[B]`): number of [UNK] that were dropped from each history, by `recommend`.
     """
 
     item_ids: torch.LongTensor | None = None
@@ -93,7 +95,7 @@ def _tensor_of_lists(name: str, ids: Any, padding: int, device: torch.device) ->
 
 
 class RecommendationMixin:
-    """`recommend` for a model with a base model, `item_vectors` and `item_counts`."""
+    """`recommend` and `similar_items` for a model with a base model, `item_vectors` and `item_counts`."""
 
     def compile_for_inference(
         self, *, max_tokens: int = 65536, max_histories: int = 4096, max_length: int = 1000
@@ -177,8 +179,7 @@ class RecommendationMixin:
         """
         check_inference(self)
         vocab_size = self.config.vocab_size
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
-            raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalog.")
+        _check_top_k(top_k, vocab_size)
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` is {max_length}; it must be at least 1, or None for whole histories.")
         if max_length is not None and cache is not None:
@@ -240,17 +241,68 @@ class RecommendationMixin:
         candidates = self._checked("candidate_ids", candidate_ids, batch)
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
+    @torch.no_grad()
+    def similar_items(
+        self,
+        item_ids: torch.LongTensor | Sequence[int],
+        top_k: int = 10,
+        *,
+        exclude_ids: torch.LongTensor | Sequence | None = None,
+        candidate_ids: torch.LongTensor | Sequence | None = None,
+        min_score: float | None = None,
+        index: Any | None = None,
+    ) -> RecommendationOutput:
+        """
+        Find the `top_k` items whose vectors have the highest cosine similarity to that of each item; of equal
+        similarities, the lower id comes first. The item itself, [PAD] and [UNK] are never returned. The vectors are those
+        of `item_vectors`, and similarities are computed in float32 or better. A vector of zeros has similarity 0.
+
+        Args:
+            item_ids (`torch.LongTensor` or `list[int]` `[B]`): vocabulary ids of items.
+            top_k (`int`, defaults to 10): number of similar items per item.
+            exclude_ids (`torch.LongTensor` or lists, *optional*): further items to exclude, `[E]` for all items, or
+                `[B, E]` padded with −1 or lists of different lengths for each.
+            candidate_ids (`torch.LongTensor` or lists, *optional*): items to choose from, `[C]` for all items, or `[B, C]`
+                padded with −1 or lists of different lengths for each. Defaults to the catalog.
+            min_score (`float`, *optional*): exclude items of a lower similarity.
+            index (`blossomrec_hf.serving.index.ItemIndex`, *optional*): index of this model with `scoring="cosine"` that
+                finds the candidates if no `candidate_ids` are given. The candidates are scored exactly, but some of the
+                most similar items may be missing.
+
+        Returns:
+            `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`, padded with −1 and −inf if fewer items remain.
+
+        Raises:
+            ValueError: for `top_k` outside the catalog, ids outside the vocabulary, [PAD] or [UNK] in `item_ids`, an
+                `index` of other vectors or of `scoring="dot"`, vectors that are not finite, and for a module in training
+                mode that is not BlossomRec's own.
+        """
+        check_inference(self)
+        _check_top_k(top_k, self.config.vocab_size)
+        item_ids = as_ids("item_ids", item_ids, 0, self._input_device(), self.config.vocab_size)
+        if item_ids.dim() != 1:
+            raise ValueError(f"`item_ids` has shape {tuple(item_ids.shape)}; it must be one list of vocabulary ids.")
+        if special := item_ids[item_ids < NUM_SPECIAL_IDS].tolist():
+            raise ValueError(f"`item_ids` contains {special[0]}, which is [PAD] or [UNK]; give ids of items only.")
+        excluded = [item_ids[:, None], self._checked("exclude_ids", exclude_ids, len(item_ids), row="an item")]
+        candidates = self._checked("candidate_ids", candidate_ids, len(item_ids), row="an item")
+        vectors = self.item_vectors()
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
+        scales = torch.linalg.vector_norm(vectors, dim=1, dtype=dtype).clamp(min=MIN_NORM).reciprocal()
+        states = vectors[item_ids].to(dtype) * scales[item_ids, None]
+        return self._best(states, excluded, candidates, None, top_k, min_score, index, scales=scales)
+
     def _input_device(self) -> torch.device:
         return self.item_vectors().device if is_plain(self.get_output_embeddings()) else execution_device(self)
 
-    def _checked(self, name: str, ids: Any, batch: int) -> torch.Tensor | None:
-        """Ids for all histories `[C]` or for each `[B, C]`, as int64 on the device of the item vectors."""
+    def _checked(self, name: str, ids: Any, batch: int, row: str = "a history") -> torch.Tensor | None:
+        """Ids for all rows `[C]` or for each `[B, C]`, as int64 on the device of the item vectors."""
         if ids is None:
             return None
         ids = as_ids(name, ids, -1, self._input_device(), self.config.vocab_size)
         if ids.dim() not in (1, 2) or (ids.dim() == 2 and ids.shape[0] != batch):
             raise ValueError(
-                f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list a history "
+                f"`{name}` has shape {tuple(ids.shape)}; it must be one list of ids, or one list {row} "
                 f"({batch} of them)."
             )
         return ids
@@ -264,8 +316,12 @@ class RecommendationMixin:
         top_k: int,
         min_score: float | None,
         index: Any | None,
+        scales: torch.Tensor | None = None,
     ) -> RecommendationOutput:
-        """The output of `recommend_from_states`, from ids that are `_checked`."""
+        """
+        The output of `recommend_from_states`, from ids that are `_checked`. With `scales` `[vocab_size]`, which make
+        the item vectors unit vectors, that of `similar_items`.
+        """
         head = self.get_output_embeddings()
         states = states.to(self._input_device())
         excluded = [ids.expand(states.shape[0], -1) for ids in excluded if ids is not None]
@@ -274,7 +330,7 @@ class RecommendationMixin:
         if item_counts.is_meta:
             item_counts = offloaded_tensor(self.base_model, "item_counts").to(states.device)
         if index is not None and candidates is None:
-            index.check(stored_item_vectors(self))
+            index.check(stored_item_vectors(self), scoring="dot" if scales is None else "cosine")
             count = max(INDEX_FETCH * top_k, MIN_FETCH) + (0 if excluded is None else excluded.shape[1])
             count = min(count, self.config.vocab_size - NUM_SPECIAL_IDS)
             candidates = index.search(states, count)
@@ -282,7 +338,7 @@ class RecommendationMixin:
                 popular = top_of_rows(item_counts[None, NUM_SPECIAL_IDS:].float(), count)[1] + NUM_SPECIAL_IDS
                 candidates = torch.where(empty[:, None], popular, candidates)
         by_row = {"excluded": excluded, "candidates": candidates, "popular": empty}
-        rank = partial(rank_items, top_k=top_k, item_counts=item_counts)
+        rank = partial(rank_items, top_k=top_k, item_counts=item_counts, scales=scales)
         if is_plain(head):
             item_ids, scores = rank(states, self.item_vectors(), **by_row)
         else:
@@ -291,6 +347,11 @@ class RecommendationMixin:
             low = scores < min_score if empty is None else (scores < min_score) & ~empty[:, None]
             item_ids, scores = item_ids.masked_fill(low, -1), scores.masked_fill(low, -torch.inf)
         return RecommendationOutput(item_ids=item_ids, scores=scores)
+
+
+def _check_top_k(top_k: Any, vocab_size: int) -> None:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= vocab_size - NUM_SPECIAL_IDS:
+        raise ValueError(f"`top_k` is {top_k}; it must lie in 1 … {vocab_size - NUM_SPECIAL_IDS}, the catalog.")
 
 
 def _real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

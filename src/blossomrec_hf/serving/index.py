@@ -6,13 +6,15 @@ Approximate search in a catalog of millions of items with FAISS (extra `index`):
     index = ItemIndex.load("path/to/checkpoint", model)
     model.recommend(histories, index=index)
 
-The index returns more candidates than needed. `recommend` scores them exactly and ranks them as it ranks a whole catalog.
+The index returns more candidates than needed. The model scores them exactly and ranks them as it ranks a whole catalog.
+`similar_items` requires an index of its own, `ItemIndex.build(model, scoring="cosine")`.
 """
 
 import json
 import os
 import weakref
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +31,7 @@ except ImportError:
     faiss = None
 
 
+SCORINGS = {"dot": "`recommend`", "cosine": "`similar_items`"}  # and the methods that require them
 INDEX_FILE, ABOUT_FILE = "item_index.faiss", "item_index.json"
 LISTS = 8  # times the square root of the number of items; FAISS advises 4 to 16
 SAMPLE, KMEANS_STEPS = 40, 6  # items per list that centroids are learned from, and iterations
@@ -42,13 +45,17 @@ class ItemIndex:
     Args:
         index: a FAISS index of inner products, in which entry i is the item i + 2.
         fingerprint: digest of the item vectors that the index was built from.
+        scoring: "dot" if the entries are the item vectors, for `recommend`; "cosine" if they are scaled to length 1, for
+            `similar_items`.
         probes: number of lists read per search. Higher values increase recall and latency.
     """
 
-    def __init__(self, index: "faiss.IndexIVF", fingerprint: str, *, probes: int = 64) -> None:
+    def __init__(
+        self, index: "faiss.IndexIVF", fingerprint: str, *, scoring: Literal["dot", "cosine"] = "dot", probes: int = 64
+    ) -> None:
         if probes < 1:
             raise ValueError(f"`probes` is {probes}; it must be at least 1.")
-        self.index, self.fingerprint = index, fingerprint
+        self.index, self.fingerprint, self.scoring = index, fingerprint, scoring
         self.probes = probes
         self._checked: tuple[weakref.ref, tuple[int, int]] | None = None
 
@@ -63,21 +70,32 @@ class ItemIndex:
 
     @classmethod
     def build(
-        cls, model: PreTrainedModel, *, lists: int | None = None, probes: int = 64, seed: int = 0
+        cls,
+        model: PreTrainedModel,
+        *,
+        scoring: Literal["dot", "cosine"] = "dot",
+        lists: int | None = None,
+        probes: int = 64,
+        seed: int = 0,
     ) -> "ItemIndex":
         """
         Build the index from the item vectors of `model`.
 
         Args:
+            scoring: "dot" for `recommend`, "cosine" for `similar_items`.
             lists: number of lists. Defaults to about 8·√items. Higher values make searches faster and the build slower.
             probes: number of lists read per search.
             seed: seed of the sample that the centroids are learned from.
 
         Raises:
-            ValueError: if there are more lists than items, or item vectors are not finite.
+            ValueError: if `scoring` has another value, there are more lists than items, or item vectors are not finite.
             ImportError: if FAISS is not installed.
         """
         _require_faiss()
+        if scoring not in SCORINGS:
+            raise ValueError(
+                f'`scoring` is {scoring!r}; it must be "dot" (`recommend`) or "cosine" (`similar_items`).'
+            )
         weight = stored_item_vectors(model).detach()
         items = weight[NUM_SPECIAL_IDS:].float().cpu().contiguous()
         if not bool(items.isfinite().all()):
@@ -85,6 +103,8 @@ class ItemIndex:
         lists = min(len(items), int(LISTS * len(items) ** 0.5)) if lists is None else lists
         if not 1 <= lists <= len(items):
             raise ValueError(f"`lists` is {lists}; it must be between 1 and {len(items)}, the number of items.")
+        if scoring == "cosine":
+            items = torch.nn.functional.normalize(items, dim=1)
         width = items.shape[1]
         quantizer = faiss.IndexFlatIP(width)
         index = faiss.IndexIVFScalarQuantizer(
@@ -95,13 +115,13 @@ class ItemIndex:
         sample = torch.randperm(len(items), generator=generator)[: max(SAMPLE * lists, 1000)]
         index.train(items[sample].numpy())
         index.add(items.numpy())
-        return cls(index, items_fingerprint(weight), probes=probes)
+        return cls(index, items_fingerprint(weight), scoring=scoring, probes=probes)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `item_index.faiss` and `item_index.json` to a folder, each atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"embedding": self.fingerprint, "probes": self.probes}
+        about = {"embedding": self.fingerprint, "scoring": self.scoring, "probes": self.probes}
         with atomic_write(folder / INDEX_FILE) as partial:
             faiss.write_index(self.index, str(partial))
             about["file"] = sha256(partial)
@@ -126,8 +146,9 @@ class ItemIndex:
             )
         try:
             about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-            fingerprint, probes, digest_of_file = about["embedding"], about["probes"], about["file"]
-            sound = type(probes) is int and probes >= 1 and digest_of_file == sha256(folder / INDEX_FILE)
+            fingerprint, scoring, probes = about["embedding"], about["scoring"], about["probes"]
+            sound = scoring in SCORINGS and type(probes) is int and probes >= 1
+            sound = sound and about["file"] == sha256(folder / INDEX_FILE)
         except (ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
@@ -135,17 +156,23 @@ class ItemIndex:
                 f"{folder / INDEX_FILE} and {ABOUT_FILE} are damaged, or were not saved together; build the index again "
                 "with `ItemIndex.build(model).save(folder)`."
             )
-        index = cls(faiss.read_index(str(folder / INDEX_FILE)), fingerprint, probes=probes)
+        index = cls(faiss.read_index(str(folder / INDEX_FILE)), fingerprint, scoring=scoring, probes=probes)
         index.check(stored_item_vectors(model))
         return index
 
-    def check(self, weight: torch.Tensor) -> None:
+    def check(self, weight: torch.Tensor, *, scoring: str | None = None) -> None:
         """
-        Check that the index was built from these item vectors. Repeated checks of an unchanged tensor are cheap.
+        Check that the index was built from these item vectors and, if given, for this scoring. Repeated checks of an
+        unchanged tensor are cheap.
 
         Raises:
             ValueError: if it was not.
         """
+        if scoring not in (None, self.scoring):
+            raise ValueError(
+                f'`index` was built with scoring="{self.scoring}", but {SCORINGS[scoring]} requires '
+                f'`ItemIndex.build(model, scoring="{scoring}")`.'
+            )
         # A weak reference and not an id, which could be reused by another tensor.
         state = tensor_state(weight)
         if self._checked is not None and self._checked[0]() is weight and self._checked[1] == state:
