@@ -98,7 +98,8 @@ def locate(first: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tens
     row = torch.arange(num_rows, device=first.device)
     if first.shape[0] == 1:
         return torch.zeros_like(row), row
-    history = torch.searchsorted(first, row, right=True) - 1
+    # One more element in front: Inductor of PyTorch 2.11 cannot search in a slice, which `first` often is.
+    history = torch.searchsorted(nn.functional.pad(first, (1, 0)), row, right=True) - 2
     return history, row - first[history]
 
 
