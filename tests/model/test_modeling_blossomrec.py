@@ -290,7 +290,7 @@ def test_other_bad_input_is_named():
     for name, values in (("input_ids", x[0]), ("input_ids", x.double()), ("labels", x.double()), ("labels", x > 5)):
         with pytest.raises(ValueError, match=f"`{name}` has shape .* and dtype .*; it must be `\\[B, L\\]`"):
             model(**{"input_ids": x, name: values})
-    for number in (-1, torch.tensor([0, 1])):
+    for number in (-1, 1.5, torch.tensor([0, 1])):
         with pytest.raises(ValueError, match="`logits_to_keep` is"):
             model(x, logits_to_keep=number)
     offsets = torch.tensor([0, 2, 4])

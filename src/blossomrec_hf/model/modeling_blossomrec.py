@@ -425,7 +425,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
         check_keywords(kwargs, position_ids, packing)
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep < 0:
+        if isinstance(logits_to_keep, torch.Tensor | float) or logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be a number of positions, 0 for all.")
         cache = self.model.cache_for(cache, use_cache)
         if labels is not None and cache is not None:
