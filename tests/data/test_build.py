@@ -180,7 +180,7 @@ def test_gaps_in_pandas_integers_are_bad_rows():
 def test_mixed_ids_are_refused():
     with pytest.raises(ValueError, match="not a mixture"):
         build_sequences(pd.DataFrame({"user": [1, "a"], "item": [3, 4]}))
-    with pytest.raises(ValueError, match="a DatasetDict has to be one of its splits"):
+    with pytest.raises(ValueError, match="source is a mapping of train; one of train and of validation, test or both"):
         build_sequences(DatasetDict(train=Dataset.from_dict({"user": [1], "item": [3]})))
 
 

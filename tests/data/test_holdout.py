@@ -1,13 +1,17 @@
 """Splits by dates, shares of the events and rolling folds, against plain Python; users who are left out are counted by reason."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blossomrec_hf import BlossomRecTokenizer
+from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import (
     EventTable,
     build_sequences,
@@ -18,6 +22,8 @@ from blossomrec_hf.data import (
     split_by_user,
     split_into_folds,
 )
+from blossomrec_hf.data.filters import FilterReport
+from blossomrec_hf.data.storage import export_folder
 
 
 DAY = 86_400
@@ -130,3 +136,123 @@ def test_users_are_left_out_for_counted_reasons(caplog):
         f"train: left out {4 - len(split(divided, 'train'))} of 4 users: {test_users} of the other parts"
         in caplog.text
     )
+
+
+PARTS = ("train", "validation", "test")
+GIVEN = st.lists(
+    st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 3), st.sampled_from(PARTS)), min_size=1, max_size=40
+)
+
+
+def given_histories(events: list[tuple], *, timed: bool) -> dict[int, dict[str, list[int]]]:
+    """The items of each user and part in the order of time, in plain Python."""
+    histories: dict[int, dict[str, list[int]]] = {}
+    for part in PARTS:
+        rows = [event for event in events if event[3] == part]
+        for user, item, _, _ in sorted(rows, key=lambda event: event[2] if timed else 0):
+            histories.setdefault(user, {name: [] for name in PARTS})[part].append(item)
+    return histories
+
+
+def views(dataset, tokenizer) -> dict[str, dict[int, tuple]]:
+    """What each user's views read and predict, as raw ids."""
+    found = {}
+    for part in PARTS:
+        try:
+            rows = list(split(dataset, part))
+        except ValueError:  # no user has enough events
+            rows = []
+        decode = tokenizer.decode_items
+        found[part] = {r["user_id"]: (decode(list(r["input_ids"])), decode(list(r["target_ids"]))) for r in rows}
+    return found
+
+
+def plain_views(histories: dict[int, dict[str, list[int]]]) -> dict[str, dict[int, tuple]]:
+    users = histories.items()
+    known = {user: h["train"] + h["validation"] for user, h in users}
+    return {
+        "train": {user: (h["train"], []) for user, h in users if len(h["train"]) > 1},
+        "validation": {user: (h["train"], h["validation"]) for user, h in users if h["train"] and h["validation"]},
+        "test": {user: (known[user], h["test"]) for user, h in users if known[user] and h["test"]},
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(events=GIVEN, timed=st.booleans(), partition_rows=st.sampled_from([5, 1000]))
+def test_a_given_split_is_that_of_its_tables(events, timed, partition_rows):
+    events = [*events, (0, 0, 0, "train"), (0, 1, 0, "validation"), (1, 0, 0, "test")]
+    log = pl.DataFrame(events, ["user", "item", "timestamp", "part"], orient="row")
+    log = log if timed else log.drop("timestamp")
+    tables = {part: log.filter(part=part).drop("part") for part in PARTS}
+    dataset, tokenizer = build_sequences(tables, partition_rows=partition_rows)
+    histories = given_histories(events, timed=timed)
+    assert {
+        row["user_id"]: (tokenizer.decode_items(row["input_ids"]), [row[f"{part}_end"] for part in PARTS])
+        for row in dataset
+    } == {
+        user: (sum(parts.values(), []), np.cumsum([len(items) for items in parts.values()]).tolist())
+        for user, parts in histories.items()
+    }
+    assert views(dataset, tokenizer) == plain_views(histories)
+    assert views(EventTable.from_dataset(dataset), tokenizer) == plain_views(histories)
+
+
+def write_given(folder: Path, layout: str) -> list[tuple]:
+    """Writes 200 random events as three files, and returns them."""
+    rng = np.random.default_rng(0)
+    events = [(int(u), int(i), int(t), PARTS[p]) for u, i, t, p in rng.integers(0, (20, 30, 9, 3), (200, 4))]
+    folder.mkdir()
+    for part in PARTS:
+        rows = [event[:3] for event in events if event[3] == part]
+        header = "user_id:token\titem_id:token\ttimestamp:float" if layout == "recbole" else "user,item,timestamp"
+        name = f"set.{part[:5]}.inter" if layout == "recbole" else f"{part}.csv"
+        lines = [("\t" if layout == "recbole" else ",").join(map(str, row)) for row in rows]
+        (folder / name).write_text("\n".join([header, *lines]) + "\n")
+    return events
+
+
+@pytest.mark.parametrize("layout", ["recbole", "csv"])
+def test_the_command_takes_a_given_split_which_saving_and_exporting_keep(tmp_path, layout):
+    events = write_given(tmp_path / "log", layout)
+    arguments = {
+        "recbole": [str(tmp_path / "log"), "--split", "given"],
+        "csv": [str(tmp_path / "log/train.csv")]
+        + [word for part in PARTS[1:] for word in (f"--{part}", str(tmp_path / f"log/{part}.csv"))],
+    }[layout]
+    prepare.main([*arguments, "--output_dir", str(tmp_path / "out")])
+    export_folder(tmp_path / "out", tmp_path / "out.safetensors")
+    tokenizer = BlossomRecTokenizer.from_pretrained(tmp_path / "out")
+    wanted = plain_views(given_histories(events, timed=True))
+    assert views(load_from_disk(tmp_path / "out"), tokenizer) == wanted
+    assert views(EventTable.load(tmp_path / "out.safetensors"), tokenizer) == wanted
+    notes = " ".join(FilterReport.load(tmp_path / "out").notes)
+    if layout == "recbole":
+        prepare.main([str(tmp_path / "log"), "--output_dir", str(tmp_path / "joined")])
+        assert "--split given keeps the split" in " ".join(FilterReport.load(tmp_path / "joined").notes)
+    assert "the split is that of " in notes and "a given part of a user begins before the part before it ends" in notes
+
+
+def test_a_given_split_that_is_none_is_refused(tmp_path, capsys):
+    write_given(tmp_path / "log", "csv")
+    files = [str(tmp_path / f"log/{part}.csv") for part in PARTS]
+    out = ["--output_dir", str(tmp_path / "out")]
+    for arguments, said in (
+        ([files[0], "--test", files[2], "--split", "user", *out], "--split is user, but --test names the events of a given"),
+        ([str(tmp_path / "log"), "--split", "given", *out], "is no folder with a given split: it should have one file .train.inter"),
+        ([files[0], "--test", str(tmp_path / "none.csv"), *out], "none.csv' is no file"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            prepare.main(arguments)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    table = pl.DataFrame({"user": [1], "item": [2]})
+    for parts in ({"train": table}, {"validation": table, "test": table}, {"train": table, "dev": table}):
+        with pytest.raises(
+            ValueError, match="source is a mapping of .*; one of train and of validation, test or both"
+        ):
+            build_sequences(parts)
+    with pytest.raises(ValueError, match="the parts of source have the formats csv, table; write them in one format"):
+        build_sequences({"train": files[0], "test": table})
+    (tmp_path / "a.inter").write_text("user_id:token\titem_id_list:token_seq\titem_id:token\n1\t3 4\t5\n")
+    with pytest.raises(ValueError, match="has the column item_id_list, so that a row is a history with its next item"):
+        build_sequences(tmp_path / "a.inter")

@@ -4,6 +4,7 @@ Builds item-id sequences from a log of events.
     blossomrec prepare ml-1m --output_dir data/ml-1m --report data/ml-1m.html
     blossomrec prepare ratings.csv --min_rating 4 --k_core 5 --output_dir data/mine
     blossomrec prepare week.csv --tokenizer runs/mine --output_dir data/week
+    blossomrec prepare train.csv --validation validation.csv --test test.csv --output_dir data/given
     blossomrec prepare "clicks/*.parquet" --user uid --item sku --timestamp at --output_dir data/clicks
 
 The folder contains the Dataset (`datasets.load_from_disk`), the tokenizer (`BlossomRecTokenizer.from_pretrained`), item
@@ -27,6 +28,7 @@ from ..data.filters import FilterReport
 from ..data.known_sets import KNOWN
 from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
 from ..data.overview import describe_folder, summary, write_report
+from ..data.readers import find_given_split
 from ..data.storage import check_output_dir
 from ..sharing.dataset_cards import dataset_card, push_dataset
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
@@ -53,11 +55,19 @@ class PrepareArguments:
             "made for the items of the log."
         },
     )
-    split: Literal["leave_one_out", "time", "folds", "user", "none"] = field(
-        default="leave_one_out",
+    split: Literal["leave_one_out", "time", "folds", "user", "given", "none"] | None = field(
+        default=None,
         metadata={
-            "help": "What is held out: each user's last two targets, a period of time, rolling periods (folds), users, or nothing."
+            "help": "What is held out: each user's last two targets, a period of time, rolling periods (folds), users, what the "
+            "files say (given: --validation and --test, or a folder of RecBole's benchmark files), or nothing. By default, "
+            "given if --validation or --test is given, otherwise leave_one_out."
         },
+    )
+    validation: str | None = field(
+        default=None, metadata={"help": "Events of validation, if the source has those of training alone."}
+    )
+    test: str | None = field(
+        default=None, metadata={"help": "Events of the test, if the source has those of training alone."}
     )
     validation_from: str | None = field(
         default=None,
@@ -85,6 +95,13 @@ class PrepareArguments:
     public: bool = field(default=False, metadata={"help": "Make a new repository public; by default, it is private."})
 
     def __post_init__(self) -> None:
+        named = "--validation" if self.validation is not None else "--test" if self.test is not None else None
+        if self.split is None:
+            self.split = "leave_one_out" if named is None else "given"
+        if named is not None and self.split != "given":
+            raise ValueError(
+                f"--split is {self.split}, but {named} names the events of a given split; leave one of them out."
+            )
         if self.split == "time" and None in (self.validation_from, self.test_from):
             raise ValueError("--split is time, which needs --validation_from and --test_from; give both.")
         if self.split == "folds" and self.test_from is None:
@@ -107,9 +124,14 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
     if args.tokenizer is not None:
         tokenizer = load_checkpoint(BlossomRecTokenizer, args.tokenizer, "tokenizer")
     dataset, _ = build_sequences(
-        source, tokenizer=tokenizer, items=args.items, output_dir=folder, overwrite=True, **options
+        find_given_split(source, args.validation, args.test) if args.split == "given" else source,
+        tokenizer=tokenizer,
+        items=args.items,
+        output_dir=folder,
+        overwrite=True,
+        **options,
     )
-    if args.split != "leave_one_out":
+    if args.split not in ("leave_one_out", "given"):
         # Only the ends differ, but they are columns: the folder is written again, and replaces the first one.
         if args.split == "time":
             dataset = split_by_time(dataset, args.validation_from, args.test_from)

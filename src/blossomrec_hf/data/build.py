@@ -52,7 +52,8 @@ def build_sequences(
 
     Args:
         source: a path, a folder, a glob pattern, the name of a public data set, a Polars or pandas frame, or a `Dataset`;
-            see [`~data.readers.open_log`].
+            see [`~data.readers.open_log`]. If it is a mapping of `train`, `validation` and `test` to one of these each, this is
+            the split; a user's events are in the order of the parts.
         tokenizer ([`BlossomRecTokenizer`], *optional*): an existing vocabulary to encode with; items that it lacks become
             `[UNK]`. By default, a vocabulary of the log's items is made.
         items (*optional*): a file or frame of item titles and features; see [`~data.metadata.item_metadata`]. By default,
@@ -74,7 +75,7 @@ def build_sequences(
           and not predicted) with `targets`, `type_weights` or `weight`; `session_starts` (list of bool) with
           `session_gap`; `basket_starts` (list of bool) with `group`;
         - `train_end`, `validation_end`, `test_end` (int32), the ends of
-          [leave-one-out][`~blossomrec_hf.data.split_by_leave_one_out`].
+          [leave-one-out][`~blossomrec_hf.data.split_by_leave_one_out`] or of the given split.
 
     Raises:
         ValueError: if an option has a value that it cannot have, the log cannot be read (see

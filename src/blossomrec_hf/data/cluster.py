@@ -438,6 +438,8 @@ def partition_log(
         raise ValueError(f"num_partitions is {num_partitions}; it may be 1 or more.")
     report_leftovers(folder)
     log = open_log(source, reading)
+    if "part" in log.parts[0].types:
+        raise ValueError("source is a given split, which Spark does not build; use build_sequences.")
     if with_rating:
         log.require("rating", "with_rating is given")
     roles = ["rating"] * with_rating

@@ -86,6 +86,22 @@ def leave_one_out_ends(
     return {part: end - starts for part, end in zip(PARTS, (validation_start, test_start, test_end))}
 
 
+def given_ends(parts: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+    """
+    The ends of the parts if the split is given.
+
+    Args:
+        parts: int [events], the part of each event as an index of [`~data.splits.PARTS`], ascending for each user.
+        starts: int [users], the index of each user's first event.
+
+    Returns:
+        int64 [users] by part: the number of events before the end of the part.
+    """
+    if not starts.size:
+        return {name: np.zeros(0, np.int64) for name in PARTS}
+    return {name: np.add.reduceat((parts <= part).astype(np.int64), starts) for part, name in enumerate(PARTS)}
+
+
 def split_by_time(
     dataset: Dataset | EventTable,
     validation_from: float | str,

@@ -34,7 +34,8 @@ class Interactions:
     Args:
         folder (`Path`): folder of the files `log_NAME.bin`, one per column.
         columns: the data type of each column: `user` and `item` (uint32 codes), and `time` (int64 or float64, in the log's
-            unit), `event_type` (uint8 codes) and `weight` (float32) if they are read.
+            unit), `event_type` (uint8 codes), `weight` (float32) and, of a given split, `part` (uint8, an index of
+            [`~data.splits.PARTS`]) if they are read.
         bad (`BadRows`): the rows that were skipped.
         rows (`int`): number of events.
         dropped (`int`): number of events that `min_rating` or `event_types` dropped.
@@ -91,8 +92,10 @@ def ingest(log: Log, folder: Path, filters: FilterOptions, events: EventOptions)
     """
     result = Interactions(folder, BadRows(skip=log.options.on_bad_rows == "skip"))
     roles = ["rating"] * (filters.min_rating is not None)
-    roles += [role for role in ("timestamp", "event_type", "weight") if role in log.parts[0].types]
-    names = {"user": "user", "item": "item", "timestamp": "time", "event_type": "event_type", "weight": "weight"}
+    roles += [role for role in ("timestamp", "event_type", "weight", "part") if role in log.parts[0].types]
+    names = {"user": "user", "item": "item", "timestamp": "time"} | {
+        name: name for name in ("event_type", "weight", "part")
+    }
     if "event_type" in roles and events.type_list is not None:
         result.types.encode(pl.Series(events.type_list))
     with ExitStack() as stack:
@@ -174,7 +177,12 @@ def _types(column: pl.Series) -> pl.Series:
     return names.set(names.is_in(["", *MISSING_IDS]), None)
 
 
-_READ: dict[str, Callable[[pl.Series], pl.Series]] = {"rating": as_numbers, "weight": _weights, "event_type": _types}
+_READ: dict[str, Callable[[pl.Series], pl.Series]] = {
+    "rating": as_numbers,
+    "weight": _weights,
+    "event_type": _types,
+    "part": lambda column: column,
+}
 
 
 class _Times:

@@ -135,6 +135,11 @@ def open_delimited(file: LogFile, options: LogOptions, notes: list[str], *, sepa
     separator = options.separator or separator or find_separator(first_lines(file, 1)[0], options)
     quoting = separator != "\t" if options.quoting is None else options.quoting
     table = DelimitedFile(file, separator, quoting=quoting, columns=options.column_list)
+    if any(name.split(":")[0] == "item_id_list" for name in table.columns):
+        raise ValueError(
+            f"{file} has the column item_id_list, so that a row is a history with its next item and no event; give the file of "
+            "events from which it was made."
+        )
     found = find_columns(table.columns, options.column_names, str(file), notes)
     if odd := numbers(found.values()):
         notes.append(

@@ -75,11 +75,11 @@ def partition(log: Interactions, rows: int = PARTITION_ROWS) -> list[Partition]:
 
 
 def sort(part: Partition) -> None:
-    """Orders the events of a part by user and time, ties in file order."""
+    """Orders the events of a part by user and time, ties in file order; by user, part and time if a split is given."""
     columns = part.load()
     user, time = columns["user"].astype(np.int64), columns.get("time", np.zeros(1, np.int64))
     first, span = time.min(initial=0), int(time.max(initial=0)) - int(time.min(initial=0)) + 1
-    if time.dtype.kind == "i" and (int(user.max(initial=0)) + 1) * span < 2**63:
+    if "part" not in columns and time.dtype.kind == "i" and (int(user.max(initial=0)) + 1) * span < 2**63:
         key = user * span + (time - first)
         if (key[1:] >= key[:-1]).all():
             return
@@ -89,7 +89,7 @@ def sort(part: Partition) -> None:
         columns = {name: ordered[name].to_numpy() for name in others}
         part.store({**columns, "user": key // span, "time": key % span + first})
     else:
-        order = np.lexsort((time, user))
+        order = np.lexsort([columns[name] for name in ("time", "part", "user") if name in columns])
         part.store({name: column[order] for name, column in columns.items()})
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from .columns import find_usual, no_times_note
 from .formats import FORMATS, recognize_format
 from .options import LogOptions
 from .parts import Part
+from .splits import PARTS
 from .tables import open_table
 from .text_files import BadRows, LogFile, find_files
 from .times import check_time_type
 
 
 logger = logging.getLogger(__name__)
+
+_BENCHMARK_ENDS = {"train": ".train.inter", "validation": ".valid.inter", "test": ".test.inter"}
 
 
 @dataclass
@@ -66,7 +69,8 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
             the order of their names; a URL of `fsspec` to one of these (`s3://…`, `gs://…`, `hf://…`,
             `zip://member.csv::archive.zip`); the name of a public data set ([`~data.known_sets.KNOWN`]), which is
             downloaded once; a folder of `Dataset.save_to_disk`, or the id of a data set on the Hub (its split `train`); a
-            Polars or pandas frame, a pyarrow table or a `Dataset`. The keys of Hive partitions (folders such as
+            Polars or pandas frame, a pyarrow table or a `Dataset`; for a given split, a mapping of `train`, `validation` and
+            `test` to one of these each, such as a `DatasetDict`. The keys of Hive partitions (folders such as
             `date=2024-01-01`) are columns. In JSON lines, Parquet and tables, the events of a user may be in lists.
         options ([`LogOptions`]): `format` is one of [`~data.formats.FORMATS`]. The columns of `csv`, `tsv`, `parquet`,
             `jsonl`, `recbole` and `python-lines` (Steam) have names, which `user`, `item`, `timestamp` and `rating` choose
@@ -81,6 +85,8 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
         ValueError: if a file is empty or damaged, a named column does not exist (near matches are named), the format is
             unknown, or only some of the files have times.
     """
+    if isinstance(source, Mapping):
+        return _open_given(source, options)
     if not isinstance(source, (str, Path)):
         return _open_table(source, "source", options)
     if options.format is not None and options.format not in FORMATS:
@@ -122,6 +128,8 @@ def _open_files(files: list[LogFile], name: str, options: LogOptions) -> Log:
         raise ValueError(
             f"source is {len(files)} files, but the users of item-sequences are the numbers of their lines; join the files."
         )
+    if len(files) > 1 and any(file.name.endswith((".valid.inter", ".test.inter")) for file in files):
+        notes.append("the files are those of a given split and read as one log; --split given keeps the split")
     logger.info("reading %d file(s) as %s, first %s", len(files), format, files[0])
     parts = [_open_part(file, format, options, notes) for file in files]
     if recoded := {file.text_encoding for file in files if format != "parquet"} - {"utf-8", options.encoding}:
@@ -147,13 +155,68 @@ def _open_part(file: LogFile, format: str, options: LogOptions, notes: list[str]
     keys |= {role: key for role, key in usual.items() if getattr(options, role) is None and role not in part.types}
     if not keys:
         return part
-    constants = [pl.lit(file.partition[key], pl.String).alias(role) for role, key in keys.items()]
+    return _with_constants(
+        part, {role: pl.Series([file.partition[key]], dtype=pl.String) for role, key in keys.items()}
+    )
+
+
+def _with_constants(part: Part, values: Mapping[str, pl.Series]) -> Part:
+    """`part` with other columns, whose one value is that of every row."""
+    constants = [pl.lit(value[0], value.dtype).alias(role) for role, value in values.items()]
 
     def read(wanted: Sequence[str], bad: BadRows) -> Iterator[pl.DataFrame]:
-        for batch in part.read([role for role in wanted if role not in keys], bad):
+        for batch in part.read([role for role in wanted if role not in values], bad):
             yield batch.with_columns(constants).select("row", *wanted)
 
-    return replace(part, types={**part.types, **dict.fromkeys(keys, pl.String())}, read=read)
+    return replace(part, types={**part.types, **{role: value.dtype for role, value in values.items()}}, read=read)
+
+
+def find_given_split(source: str, validation: str | None = None, test: str | None = None) -> dict[str, str]:
+    """
+    The source of each part of a given split, for [`open_log`].
+
+    Args:
+        source (`str`): the training events; or, without `validation` and `test`, a folder of RecBole's benchmark files
+            `NAME.train.inter`, `NAME.valid.inter` and `NAME.test.inter`.
+        validation, test (`str`, *optional*): the events of the other parts.
+
+    Raises:
+        ValueError: if the folder does not have one file for training and one for each other part at most.
+    """
+    if validation is not None or test is not None:
+        named = {"train": source, "validation": validation, "test": test}
+        return {part: path for part, path in named.items() if path is not None}
+    paths = [file.path for file in find_files(source)] if Path(source).is_dir() else []
+    found = {part: [path for path in paths if path.endswith(_BENCHMARK_ENDS[part])] for part in PARTS}
+    counts = {part: len(files) for part, files in found.items()}
+    if counts["train"] != 1 or max(counts.values()) > 1 or sum(counts.values()) < 2:
+        raise ValueError(
+            f"source is {source!r}, which is no folder with a given split: it should have one file {_BENCHMARK_ENDS['train']} and "
+            f"one {_BENCHMARK_ENDS['validation']} or {_BENCHMARK_ENDS['test']}; or name the files with --validation and --test."
+        )
+    return {part: files[0] for part, files in found.items() if files}
+
+
+def _open_given(sources: Mapping[str, Any], options: LogOptions) -> Log:
+    """The logs of a given split as one log, with the column `part`."""
+    if "train" not in sources or set(sources) - set(PARTS) or len(sources) < 2:
+        raise ValueError(
+            f"source is a mapping of {', '.join(map(str, sources))}; one of train and of validation, test or both is a given "
+            "split, and other logs are given without a mapping."
+        )
+    logs = {part: open_log(sources[part], options) for part in PARTS if part in sources}
+    if len(formats := {log.format for log in logs.values()}) > 1:
+        raise ValueError(
+            f"the parts of source have the formats {', '.join(sorted(formats))}; write them in one format."
+        )
+    parts = [
+        _with_constants(part, {"part": pl.Series([PARTS.index(name)], dtype=pl.UInt8)})
+        for name, log in logs.items()
+        for part in log.parts
+    ]
+    notes = [f"the split is that of {', '.join(f'{log.name} ({name})' for name, log in logs.items())}"]
+    notes += [note for log in logs.values() for note in log.notes]
+    return _checked(replace(logs["train"], parts=parts, notes=notes))
 
 
 def _open_table(source: Any, name: str, options: LogOptions) -> Log:
@@ -208,7 +271,7 @@ def _as_polars(source: Any) -> pl.LazyFrame:
     except Exception as error:
         raise ValueError(
             f"source can not be read as a table ({error}); each column needs a name of its own and values of one type, not a "
-            "mixture, and a DatasetDict has to be one of its splits."
+            "mixture."
         ) from error
     raise ValueError(
         f"source is a {type(source).__name__}; it may be a path, a Polars or pandas frame, a pyarrow table or a Dataset."

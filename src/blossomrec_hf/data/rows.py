@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Features, List
 
 from .filters import FilterReport
-from .holdout import leave_one_out_ends
+from .holdout import given_ends, leave_one_out_ends
 from .options import EventOptions
 from .partitions import Partition, runs
 from .time_units import UNITS
@@ -75,7 +75,7 @@ class EventColumns:
             gap = self.options.gap_seconds * UNITS[self.time_unit or "s"]
             columns["session_starts"] = _begins(np.diff(stored["time"]) > gap, starts)
         if self.options.group == "timestamp":
-            columns["basket_starts"] = _begins(np.diff(columns["timestamps"]) > 0, starts)
+            columns["basket_starts"] = _begins(np.diff(columns["timestamps"]) != 0, starts)
         return columns
 
 
@@ -99,36 +99,65 @@ def user_rows(
     report: FilterReport,
 ) -> Iterator[pa.Table]:
     """
-    Yields one Arrow table per part, with one row per user and the ends of leave-one-out.
+    Yields one Arrow table per part, with one row per user and the ends of the given split or of leave-one-out.
 
     Args:
         parts: the events, sorted.
         user_ids: the ids of the user codes.
         vocabulary: int32 [items], the vocabulary id of each item code.
         events ([`EventColumns`]): the columns besides `input_ids`.
-        report ([`FilterReport`]): gets the number of events after the last target of their user.
+        report ([`FilterReport`]): gets the number of events after the last target of their user, and of those that are
+            earlier than an event of an earlier part.
     """
     id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
-    unused = 0
+    unused = early = 0
     for part in parts:
         stored = part.load()
         starts, lengths = runs(stored["user"])
         ids = user_ids[stored["user"][starts]].to_arrow().cast(id_type)
         columns = events.compute(stored, starts)
-        table = make_rows(ids, starts, lengths, {"input_ids": vocabulary[stored["item"]], **columns}, events.types)
+        ends = None
+        if "part" in stored:
+            ends = given_ends(stored["part"], starts)
+            early += _count_early(stored, starts)
+        table = make_rows(
+            ids, starts, lengths, {"input_ids": vocabulary[stored["item"]], **columns}, events.types, ends
+        )
         unused += int(lengths.sum()) - (pc.sum(table["test_end"]).as_py() or 0)
         yield table
     note_unused(unused, report)
+    if early:
+        report.note(
+            [
+                f"in {early:,} places, a given part of a user begins before the part before it ends, so that a model reads "
+                "later events to predict earlier ones"
+            ]
+        )
+
+
+def _count_early(stored: Mapping[str, np.ndarray], starts: np.ndarray) -> int:
+    """The number of events that are earlier than the one before them in their history, which is of an earlier part."""
+    if "time" not in stored:
+        return 0
+    early = np.diff(stored["time"]) < 0
+    early[starts[1:] - 1] = False
+    return int(early.sum())
 
 
 def make_rows(
-    user_ids: pa.Array, starts: np.ndarray, lengths: np.ndarray, columns: Mapping[str, np.ndarray], types: list[str]
+    user_ids: pa.Array,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+    types: list[str],
+    ends: Mapping[str, np.ndarray] | None = None,
 ) -> pa.Table:
-    """One row per user, with a list per column of events and the ends of leave-one-out."""
+    """One row per user, with a list per column of events and the `ends` of the parts, by default of leave-one-out."""
     offsets = pa.array(np.append(starts, lengths.sum()), pa.int32())
     rows = {"user_id": user_ids}
     rows |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
-    ends = leave_one_out_ends(lengths, columns.get("weights"), columns.get("basket_starts"))
+    if ends is None:
+        ends = leave_one_out_ends(lengths, columns.get("weights"), columns.get("basket_starts"))
     rows |= {f"{part}_end": pa.array(end, pa.int32()) for part, end in ends.items()}
     table = pa.table(rows)
     if "event_type_ids" not in columns:
