@@ -127,7 +127,15 @@ class InterruptedLoop(TrainingLoop):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "optim": "adafactor", "lr_scheduler_type": "cosine"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema_decay": 0.9, "optim": "adafactor", "lr_scheduler_type": "cosine"},
+        {"windows": "random_crop", "max_length": 8},
+        {"windows": "overlapping", "max_length": 8},
+    ],
+)
 def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(log, tmp_path, changes):
     whole = make_loop(log, tmp_path / "whole", **changes)
     result = whole.run()
@@ -413,6 +421,7 @@ def test_a_run_that_is_resumed_under_another_setting_says_that_it_is_not_equal_t
         ({"tokens_per_step": 0}, "`tokens_per_step` must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "`learning_rate`"),
         ({"mixed_precision": "fp8"}, "`mixed_precision`"),
+        ({"windows": "none"}, "`windows` must be latest, overlapping, random_crop, got 'none'"),
         ({"optim": "sgdd"}, "sgdd is not a valid OptimizerNames"),
         ({"metric_for_best_model": "ndcg"}, "`metric_for_best_model` must be one of recall@1"),
     ],

@@ -129,13 +129,19 @@ class HistoryStore(Dataset):
         of weight 0.
         """
         if self._num_targets is None:
-            targets_before = np.zeros(len(self.items) + 1, dtype=np.int64)
-            may_be_targets = self._may_be_targets(self.items, self.weights)
-            np.cumsum(may_be_targets.cpu().numpy(), out=targets_before[1:])
-            stops = self.starts + self.lengths
-            firsts = np.minimum(self.starts + self.num_known, stops)
-            self._num_targets = targets_before[stops] - targets_before[firsts]
+            self._num_targets = self._count_targets(self.starts + self.num_known, self.starts + self.lengths)
         return self._num_targets
+
+    @property
+    def has_targets(self) -> np.ndarray:
+        """bool [histories], whether a history has a target, in any epoch."""
+        return self.num_targets > 0
+
+    def _count_targets(self, firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """int64 [histories], number of events from index `firsts` to before `stops` that may be targets."""
+        targets_before = np.zeros(len(self.items) + 1, dtype=np.int64)
+        np.cumsum(self._may_be_targets(self.items, self.weights).cpu().numpy(), out=targets_before[1:])
+        return targets_before[stops] - targets_before[np.minimum(firsts, stops)]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -34,6 +34,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import HistoryStore, PackingCollator
 from ..batches.histories import concatenate
+from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
 from ..data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
@@ -101,6 +102,14 @@ class FineTuneArguments:
     max_length: int = field(
         default=200, metadata={"help": "Number of latest items that the model reads of each history."}
     )
+    windows: str = field(
+        default="overlapping",
+        metadata={
+            "help": "Events of histories longer than max_length to train on. overlapping: all, in windows of max_length, each "
+            "new event predicted once per epoch, after half a window of context or more; latest: the latest max_length; "
+            "random_crop: max_length consecutive events, drawn anew in each epoch."
+        },
+    )
     eval_users: int = field(default=0, metadata={"help": "Number of users in the validation sample; 0 for all users."})
     train_only: str = field(
         default="all",
@@ -137,6 +146,8 @@ class FineTuneArguments:
     def __post_init__(self):
         if self.eval_users < 0:
             raise ValueError(f"`eval_users` must be 0 or more, got {self.eval_users}.")
+        if self.windows not in WINDOWS:
+            raise ValueError(f"`windows` must be one of {', '.join(WINDOWS)}, got {self.windows!r}.")
         if self.train_only not in TRAIN_ONLY:
             raise ValueError(f"`train_only` must be one of {', '.join(TRAIN_ONLY)}, got {self.train_only!r}.")
         replay = self.replay not in ("auto", "none")
@@ -287,15 +298,17 @@ def main() -> None:
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
 
     histories, train_ends = read_histories(dataset), part_lengths(dataset, "train")[0]
-    rows = windows_to_learn(
+    windows = windows_to_learn(
         histories,
         past_ends,
         train_ends,
         max_length=args.max_length,
+        window=args.windows,
+        weights=read_histories(dataset, "weights") if "weights" in dataset.column_names else None,
         replay_share=args.replay_share,
         seed=training_args.seed,
     )
-    if not rows:
+    if not windows.has_targets.any():
         raise ValueError(
             f"`data` is {log_args.data}, in which no user has an earlier event before a new one, so there is nothing to "
             "learn; give a log with longer histories."
@@ -306,7 +319,7 @@ def main() -> None:
         trained = HistoryStore(*concatenate(history[:end] for history, end in zip(histories, train_ends) if end))
         initialize_from_events(model.to(training_args.device), to_place, trained)
     if training_args.max_steps <= 0:
-        training_args.max_steps = count_steps(len(rows), training_args, args.min_steps)
+        training_args.max_steps = count_steps(len(windows), training_args, args.min_steps)
     validation = validation_users(dataset, training_args, args.eval_users)
     if args.train_only != "all":
         freeze_all_but_items(model, NUM_SPECIAL_IDS if args.train_only == "embeddings" else first_new)
@@ -318,7 +331,7 @@ def main() -> None:
         model,
         training_args,
         data_collator=PackingCollator(max_length=args.max_length),
-        train_dataset=rows,
+        train_dataset=windows,
         eval_dataset=validation,
         processing_class=tokenizer,
     )

@@ -161,14 +161,17 @@ def main() -> None:
     if output_args.eval_negatives and views["test"] is not None:
         # Fails before the training if a user has interacted with every item.
         HeldOutItems.from_rows(views["test"]).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
-    train_view = split(dataset, "train", max_length=args.max_length)
+    train_length = args.max_length if args.windows == "latest" else None
+    train_view = split(dataset, "train", max_length=train_length)
+    watched = views["validation"] or train_view
+    callbacks = [SelectionWatch(watched, max_length=args.max_length)] if output_args.watch else []
     loop = TrainingLoop(
         model,
         train_view,
         views["validation"],
         args=args,
         tokenizer=tokenizer,
-        callbacks=[SelectionWatch(views["validation"] or train_view)] if output_args.watch else [],
+        callbacks=callbacks,
     )
     accelerator = loop.accelerator
     size = f"{len(dataset)} users, {tokenizer.num_items} items; {model.num_parameters():,} weights"
@@ -234,9 +237,8 @@ def main() -> None:
     if output_args.refit:
         everything, folder = hold_out_nothing(dataset), refit_folder(args)
         model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share)
-        refitted = refit(
-            model, split(everything, "train", max_length=args.max_length), result, args=args, tokenizer=tokenizer
-        )
+        refit_view = split(everything, "train", max_length=train_length)
+        refitted = refit(model, refit_view, result, args=args, tokenizer=tokenizer)
         if accelerator.is_main_process:
             run.pop("test", None)
             run |= {"configuration": {**configuration, "refit": True}, "training": refitted.summary(), "refit": True}

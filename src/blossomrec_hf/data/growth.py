@@ -56,7 +56,7 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
             are new. User ids are compared as text where one log has integers and the other text.
 
     Raises:
-        ValueError: if both logs have event types, but not the same ones in the same order.
+        ValueError: if both logs have event types, but not the same ones in the same order, or only one has weights.
 
     Returns:
         `Dataset`, in memory: the users of `new` in its order, then the others, with `user_id`, `input_ids`,
@@ -67,6 +67,10 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     """
     logs = [data for data in (old, new) if data is not None]
     shared = [name for name in EVENT_COLUMNS if all(name in data.column_names for data in logs)]
+    if "weights" not in shared and any("weights" in data.column_names for data in logs):
+        raise ValueError(
+            "Only one of the earlier log and the new one has weights; prepare both with the same targets, or both without."
+        )
     features = {name: new.features[name] for name in shared if name == "event_type_ids"}
     if any(data.features[name] != feature for data in logs for name, feature in features.items()):
         types = [", ".join(data.features["event_type_ids"].feature.names) for data in logs]
@@ -127,10 +131,10 @@ def add_item_counts(counts: np.ndarray, dataset: Dataset, old: Dataset | None) -
     return counts + learned
 
 
-def read_histories(dataset: Dataset) -> list[np.ndarray]:
-    """All events of each user, int32 [events]."""
-    items, offsets = _flatten(dataset.with_format("arrow")[:], "input_ids")
-    return np.split(items, offsets[1:-1])
+def read_histories(dataset: Dataset, column: str = "input_ids") -> list[np.ndarray]:
+    """All events of each user: a column, by default the vocabulary ids, [events] each."""
+    values, offsets = _flatten(dataset.with_format("arrow")[:], column)
+    return np.split(values, offsets[1:-1])
 
 
 def _flatten(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import yaml
 from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
+from ..batches.windows import WINDOWS
 from ..data.event_table import METADATA_FILE, EventTable
 from ..data.filters import FilterReport
 from ..data.holdout import choose_fold
@@ -56,6 +57,14 @@ class LoopArguments:
     seed: int = field(default=42, metadata={"help": "Seed of the initial weights, the data order and the dropout."})
     max_length: int = field(
         default=200, metadata={"help": "Number of latest items that the model reads of each history."}
+    )
+    windows: str = field(
+        default="latest",
+        metadata={
+            "help": "Events of histories longer than max_length to train on. latest: the latest max_length; overlapping: all, in "
+            "windows of max_length, each event predicted once per epoch, after half a window of context or more; "
+            "random_crop: max_length consecutive events, drawn anew in each epoch."
+        },
     )
     num_train_epochs: int = field(
         default=200, metadata={"help": "Maximum number of epochs. Early stopping usually ends the run before."}
@@ -179,6 +188,7 @@ class LoopArguments:
             "weight_decay",
         ):
             self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("windows", self.windows in WINDOWS, ", ".join(WINDOWS))
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0 or more and below 1")
         self._require("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1")

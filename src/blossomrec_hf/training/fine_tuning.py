@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from transformers import TrainingArguments
+
+from ..batches.histories import HistoryStore, concatenate
+from ..batches.windows import HistoryWindows, Window
 
 
 # Of `transformers.TrainingArguments`; examples/FIGURES.md has the measurement.
@@ -23,72 +25,51 @@ MIN_STEPS = 200
 EVALUATIONS = 10
 
 
-def windows(history: np.ndarray, *, past_end: int = 0, max_length: int) -> list[dict[str, Any]]:
-    """
-    Training rows of which each event of `history` from `past_end` on is the target of exactly one. The first half of a
-    window, and what it has from before `past_end`, is context.
-
-    Args:
-        history: int [events], vocabulary ids.
-        max_length: items of a window, 2 or more.
-
-    Returns:
-        Rows of `input_ids` int [at most `max_length`] and `num_known` (the number of first items that are no targets),
-        none if no event has another one before it.
-    """
-    if len(history) <= max(past_end, 1):
-        return []
-    context = max_length // 2
-    first = max(past_end - context, 0)
-    starts = range(first, max(len(history) - context, first + 1), max_length - context)
-    return [
-        {
-            "input_ids": history[start : start + max_length],
-            "num_known": max(past_end, 1) - start if start == first else context,
-        }
-        for start in starts
-    ]
-
-
 def windows_to_learn(
     histories: Sequence[np.ndarray],
     past_ends: Sequence[int],
     train_ends: Sequence[int],
     *,
     max_length: int,
+    window: Window = "overlapping",
+    weights: Sequence[np.ndarray] | None = None,
     replay_share: float = REPLAY_SHARE,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> HistoryWindows:
     """
-    Rows to fine-tune on: the new events of each user, with the past as context, and some of the past again.
+    Windows to fine-tune on: the new events of each user, with the past as context, and some of the past again.
 
     Args:
         histories: int [events] per user, vocabulary ids.
         past_ends: the number of events before the first new one, per user.
         train_ends: the number of events up to the end of the training part, per user.
-        max_length: items of a row, 2 or more.
+        max_length: items of a window, 2 or more.
+        window: see [`HistoryWindows`]. With `"overlapping"`, each new event is the target of exactly one window.
+        weights: [events] per user, 0 for events that are no targets, else 1; optional.
         replay_share: of all targets, the share that are past events, 0 or more and below 1; less if the past is shorter.
-        seed: of the draw of the windows to replay.
+        seed: of the draw of the windows to replay, and of random crops.
 
     Returns:
-        See [`windows`].
+        The windows, none if no event has another one before it.
     """
-    rows, past_rows = [], []
-    for history, past_end, train_end in zip(histories, past_ends, train_ends):
-        rows += windows(history[:train_end], past_end=past_end, max_length=max_length)
-        if replay_share:
-            past_rows += windows(history[: min(past_end, train_end)], max_length=max_length)
-    num_wanted = sum(map(_num_targets, rows)) * replay_share / (1 - replay_share)
-    for number in np.random.default_rng(seed).permutation(len(past_rows)):
-        if num_wanted <= 0:
-            break
-        rows.append(past_rows[number])
-        num_wanted -= _num_targets(rows[-1])
-    return rows
-
-
-def _num_targets(row: dict[str, Any]) -> int:
-    return len(row["input_ids"]) - row["num_known"]
+    num_users, ends = len(histories), list(train_ends)
+    known = list(past_ends)
+    if replay_share:
+        ends += [min(pair) for pair in zip(past_ends, train_ends)]
+        known += [1] * num_users
+    users = [number % num_users for number in range(len(ends))]
+    items, offsets = concatenate(histories[user][:end] for user, end in zip(users, ends))
+    if weights is not None:
+        weights = np.concatenate([weights[user][:end] for user, end in zip(users, ends)])
+    store = HistoryStore(items, offsets, num_known=np.array(known, np.int64), weights=weights)
+    stride = max_length - max_length // 2
+    windows = HistoryWindows(store, max_length, window=window, stride=stride, seed=seed)
+    new, past = np.flatnonzero(windows.sources < num_users), np.flatnonzero(windows.sources >= num_users)
+    past = past[np.random.default_rng(seed).permutation(len(past))]
+    num_targets = windows.num_targets
+    before = np.cumsum(num_targets[past]) - num_targets[past]
+    replayed = past[before < num_targets[new].sum() * replay_share / (1 - replay_share)]
+    return windows.select(np.concatenate([new, replayed]))
 
 
 def count_steps(num_rows: int, args: TrainingArguments, min_steps: int = MIN_STEPS) -> int:

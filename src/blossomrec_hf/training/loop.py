@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batches.histories import HistoryStore
+from ..batches.windows import HistoryWindows
 from ..evaluation.held_out import HeldOutItems
 from ..evaluation.ranking import (
     ALL_SUFFIX,
@@ -65,6 +66,8 @@ def train(
     Args:
         model: a `BlossomRecForSequentialRecommendation`.
         train_view: the training view of [`~blossomrec_hf.data.split`], rows with `input_ids`, or [`HistoryStore`].
+            Events of weight 0 are no targets. Whole histories are needed for other `args.windows` than `"latest"`;
+            [`~blossomrec_hf.batches.HistoryWindows`] are used as they are.
         validation_view: the validation view of [`~blossomrec_hf.data.split`], such rows, or [`HeldOutItems`]. Without
             one, the last weights are kept.
         args: see [`LoopArguments`].
@@ -140,9 +143,7 @@ class TrainingLoop:
         self.accelerator = accelerator or make_accelerator(args)
         self.output_dir = Path(args.output_dir)
         self._repository = self._ensure_repository()
-        histories = train_view
-        if not isinstance(histories, HistoryStore):
-            histories = HistoryStore.from_rows(train_view, max_length=args.max_length)
+        histories = self._make_histories(train_view)
         processes = self.accelerator.num_processes
         self.plan = StepPlan(
             histories,
@@ -174,6 +175,18 @@ class TrainingLoop:
         self._compiled_validation = worth_compiling(self.accelerator.device, batches)
         self.sums = StepSums(self.accelerator, step=0)
         self._stop_requested = False
+
+    def _make_histories(self, train_view: Dataset | Sequence[Mapping] | HistoryStore) -> HistoryStore:
+        """The histories or windows to train on, as in the first epoch."""
+        args, histories = self.args, train_view
+        if not isinstance(histories, HistoryStore):
+            histories = HistoryStore.from_rows(
+                train_view, max_length=args.max_length if args.windows == "latest" else None
+            )
+        if args.windows != "latest" and not isinstance(histories, HistoryWindows):
+            histories = HistoryWindows(histories, args.max_length, window=args.windows, seed=args.seed)
+        histories.set_epoch(0)
+        return histories
 
     def _ensure_repository(self) -> str:
         """The repository of `push_to_hub`. It is created now, so that a missing token is reported before the training."""
@@ -210,6 +223,7 @@ class TrainingLoop:
     def _run_epoch(self) -> None:
         """The rest of an epoch, its validation and its checkpoint."""
         args, state = self.args, self.state
+        self.plan.histories.set_epoch(state.epoch)
         for rows in self.plan.epoch_steps(state.epoch)[state.step_in_epoch :]:
             self.training_step(rows)
             state.seconds = time.perf_counter() - self._started

@@ -25,7 +25,7 @@ class StepPlan:
         process_index: index of this process.
 
     Attributes:
-        trainable: int64 [N], indices of the histories with an item to predict.
+        trainable: int64 [N], indices of the histories with an item to predict (random crops: in any epoch).
 
     Raises:
         ValueError: if no history has an item to predict, or an id is outside the vocabulary.
@@ -43,7 +43,7 @@ class StepPlan:
         self.histories, self.args = histories, args
         self.num_parts = num_processes * args.gradient_accumulation_steps
         self.first_part = process_index * args.gradient_accumulation_steps
-        self.trainable = np.flatnonzero(histories.num_targets > 0)
+        self.trainable = np.flatnonzero(histories.has_targets)
         if len(self.trainable) == 0:
             raise ValueError(
                 f"`train_view` has {len(histories)} histories, the longest of {histories.lengths.max(initial=0)} items, "
@@ -56,7 +56,8 @@ class StepPlan:
                 "grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
             )
         if len(self.trainable) < len(histories):
-            logger.info("%d histories have no item to predict.", len(histories) - len(self.trainable))
+            missing = len(histories) - len(self.trainable)
+            logger.info("%d of %d histories or windows have no item to predict.", missing, len(histories))
         self._planned_epoch, self._planned_steps = -1, []
         self.sampler = TokenBudgetSampler(histories.lengths[self.trainable], args.tokens_per_step, seed=args.seed)
 

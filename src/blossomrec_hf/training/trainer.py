@@ -49,7 +49,9 @@ class SequentialRecommendationTrainer(Trainer):
     of processes; a run that resumes in the middle of an epoch sees the same batches.
 
     `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`], rows like theirs, or, for training, a
-    [`~blossomrec_hf.batches.HistoryStore`] such as [`~blossomrec_hf.batches.HistoryWindows`]. By default, `data_collator` is
+    [`~blossomrec_hf.batches.HistoryStore`]. Only the latest `max_length` events of each row are learned; to learn all events
+    of longer histories, pass `HistoryWindows(dataset, max_length, window="overlapping")` or `window="random_crop"`
+    ([`~blossomrec_hf.batches.HistoryWindows`]). Events of weight 0 are read and are no targets. By default, `data_collator` is
     [`~blossomrec_hf.batches.PackingCollator`] (pass one to set `max_length`), and `compute_metrics` is
     [`ranking_compute_metrics`], which computes the metrics of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, ….
     Any other `data_collator`, an overridden sampler, `train_sampling_strategy` and streams (`IterableDataset`) get the
