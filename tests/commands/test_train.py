@@ -1,11 +1,14 @@
 import json
 import re
 
+import polars as pl
 from example_cases import SMALL_MODEL
+from small_cases import small_log
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blossomrec_hf.data import build_sequences, hold_out_nothing, repeat_share
 from blossomrec_hf.data.metadata import read_item_metadata
+from blossomrec_hf.data.storage import load_folder
 from blossomrec_hf.sharing.cards import train_command
 
 
@@ -45,6 +48,27 @@ def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_comma
     commits = len({result["commit"] for result in results if result["seed"] == 42})
     seeds_and_types = [(result["seed"], *result["configuration"]["attention_types"]) for result in results]
     assert seeds_and_types == [(42, "blossom")] * commits + [(7, "full", "short_term")]
+
+
+def test_targets_baskets_and_windows_of_prepared_data(run_command, tmp_path):
+    log = small_log().with_row_index("time")
+    bought = (pl.col("time") % 3 == 0).replace_strict({True: "buy", False: "view"}, return_dtype=pl.String)
+    log.with_columns(event_type=bought, timestamp=pl.col("time") // 2).drop("time").write_csv(tmp_path / "log.csv")
+    run_command("prepare", tmp_path / "log.csv", "--output_dir", tmp_path / "data", "--event_type", "event_type",
+        "--targets", "buy", "--group", "timestamp",
+    )  # fmt: skip
+    data = ("--data", tmp_path / "data", "--max_length", 8)
+    told = run_command("train", *SMALL_MODEL, *data, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--windows", "overlapping", field="stderr",
+    )  # fmt: skip
+    assert "the data have baskets, but training predicts each event from all events before it" in told
+    dataset = load_folder(tmp_path / "data")
+    wanted = sum(sum(row["weights"][1 : row["train_end"]]) for row in dataset)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["targets"] == wanted
+    assert "--windows overlapping" in (tmp_path / "run" / "README.md").read_text()
+    run_command("finetune", *data, "--model", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--max_steps", 10,
+        "--windows", "random_crop", "--use_cpu", "true",
+    )  # fmt: skip
 
 
 def test_titles_stay_beside_the_model(run_command, log_file, tmp_path):

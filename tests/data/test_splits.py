@@ -137,6 +137,17 @@ def test_nothing_is_held_out(dataset):
     assert hold_out_nothing(by_user)[:] == everything[:]
 
 
+def test_the_training_view_has_the_weights_and_reports_baskets(dataset, caplog):
+    weights = [[place % 2 for place in range(len(row["input_ids"]))] for row in dataset]
+    weighted = hold_out_nothing(dataset.add_column("weights", weights))
+    view = split(weighted, "train", max_length=4)
+    assert view[:]["weights"] == [[1, 0, 1, 0], [0, 1]]
+    assert "weights" not in split(dataset, "train")[0] and "baskets" not in caplog.text
+    baskets = [[True] * len(row["input_ids"]) for row in dataset]
+    split(dataset.add_column("basket_starts", baskets), "train")
+    assert "predicts each event from all events before it, including those of its own basket" in caplog.text
+
+
 def test_splits_survive_saving(dataset, tmp_path):
     split_by_time(dataset, 30, 60).save_to_disk(tmp_path / "timed")
     assert split(load_from_disk(tmp_path / "timed"), "validation")[:]["target_ids"] == [[2, 4, 5]]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from ..data.event_table import EventTable
-from ..data.splits import event_batches, part_lengths, too_short
+from ..data.splits import event_batches, part_lengths, too_short, warn_of_baskets
 from .histories import HistoryStore
 
 
@@ -120,6 +120,7 @@ def _training_histories(data: Dataset | EventTable, columns: Sequence[str]) -> H
     ends[ends < 2] = 0
     if not ends.any():
         raise too_short(data, "train")
+    warn_of_baskets(data)
     values = {name: _training_events(data, name, ends) for name in ("input_ids", *columns)}
     weights = None
     if "weights" in data.column_names and "weights" not in columns:

@@ -140,7 +140,9 @@ class EventOptions:
         "Longest time between two events of a session, such as 30m, 12h or 7d; by default, sessions are not marked."
     )
     group: Literal["none", "timestamp"] = _option(
-        "What makes a basket, whose events are predicted together: nothing, or the same second (timestamp).", "none"
+        "What makes a basket: nothing, or the same second (timestamp). Leave-one-out holds out whole baskets; training "
+        "predicts the events of a basket one after the other.",
+        "none",
     )
     collapse_repeats: bool = _option(
         "Drop an event that repeats the item (and event type) of the one before it in the history.", False
