@@ -5,7 +5,7 @@ import pytest
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, split
-from blossomrec_hf.evaluation import evaluate
+from blossomrec_hf.evaluation import HeldOutItems, evaluate
 
 
 def test_reports_models_and_baselines(run_command, trained, log_file, tmp_path):
@@ -36,6 +36,32 @@ def test_reports_models_and_baselines(run_command, trained, log_file, tmp_path):
     for name in ("ndcg@10_unseen", "ndcg@10_new"):
         better = figures[name] - report["most popular"]["metrics"][name]
         assert f"| {better:+.4f} ± " in next(line for line in told.splitlines() if line.startswith(f"| {name} |"))
+
+
+def test_given_negatives(run_command, trained, log_file, tmp_path):
+    """Seven given items per user, of which one is unknown in the second file."""
+    tokenizer = BlossomRecTokenizer.from_pretrained(trained[0])
+    rows = split(build_sequences(log_file, tokenizer=tokenizer)[0], "test")
+    lines = []
+    for row in rows:
+        others = [item for item in range(2, len(tokenizer)) if item not in row["target_ids"]][:7]
+        lines.append(" ".join(map(str, [row["user_id"], *tokenizer.decode_items(others)])))
+    (tmp_path / "sample.txt").write_text("\n".join(lines) + "\n")
+    arguments = ("--models", trained[0], "--data", log_file, "--samples", 20, "--output_dir", tmp_path / "out")
+    run_command("evaluate", *arguments, "--negatives", tmp_path / "sample.txt")
+    metrics = json.loads((tmp_path / "out/evaluation.json").read_text())["reports"][str(trained[0])]["metrics"]
+    model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
+    held_out = HeldOutItems.from_rows(rows, max_length=200)
+    negatives = held_out.read_negatives(tmp_path / "sample.txt", tokenizer, held_out.user_ids)
+    expected = evaluate(model, held_out, ks=(10,), negatives=negatives, progress=False)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert "ndcg@10_given7" in metrics and not any("_uni" in name for name in metrics)
+
+    (tmp_path / "sample.txt").write_text("\n".join([*lines[:-1], lines[-1] + "9"]) + "\n")
+    refused = run_command("evaluate", *arguments, "--negatives", tmp_path / "sample.txt", status=2, field="stderr")
+    assert f"`negatives`: line {len(lines)} of {tmp_path}/sample.txt has the item" in refused
+    refused = run_command("evaluate", *arguments, "--negatives", tmp_path / "none", status=2, field="stderr")
+    assert "which is no file; give the path of one" in refused
 
 
 def test_models_of_both_protocols_need_a_decision(run_command, trained, log_file, tmp_path):

@@ -50,6 +50,55 @@ def test_sampled_ranks_count_the_negatives_that_score_higher(held_out):
     assert "ndcg@10_uni30" in ranks.metrics()
 
 
+def test_given_negatives_take_the_place_of_sampled_ones(log, held_out, tmp_path):
+    """A line per user in any order, as in S3-Rec's `_sample.txt`, with lines of users that are not evaluated."""
+    dataset, tokenizer = log
+    rng = np.random.default_rng(0)
+    given = {}
+    for row in split(dataset, "test"):
+        others = sorted(set(range(2, 62)) - set(row["target_ids"]))
+        given[row["user_id"]] = rng.choice(others, 7, replace=False).tolist()
+    users = list(given)
+    given["unused"] = given[users[0]]
+    path = tmp_path / "sample.txt"
+    lines = [f"{user} {' '.join(map(str, tokenizer.decode_items(items)))}\n" for user, items in given.items()]
+    path.write_text("".join(lines[::-1]))
+    negatives = held_out.read_negatives(path, tokenizer, [*users, "unused"])
+    assert negatives.tolist() == [given[held_out.user_ids[row]] for row in held_out.target_users]
+
+    scores = torch.rand(60, 62).round(decimals=1)
+    ranks = rank_by_scores(lambda users: scores[users], held_out, vocab_size=62, num_negatives=5, negatives=negatives)
+    for user, target in enumerate(held_out.targets):
+        drawn = [float(scores[user, item]) for item in given[held_out.user_ids[user]]]
+        own = float(scores[user, target])
+        assert ranks.sampled[user] == 1 + sum(x > own for x in drawn) + sum(x == own for x in drawn) / 2
+    assert "ndcg@10_given7" in ranks.metrics() and not any("_uni" in name for name in ranks.metrics())
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a x y\nb y z\nzed x y\n", "line 3 of .* has the user 'zed', whom the data set does not have"),
+        ("a x y\nb y new\n", "line 2 of .* has the item 'new', which is not in the catalog of the model"),
+        ("a x y\nb y z\na x y\n", "line 3 of .* has the user 'a' of an earlier line"),
+        (
+            "a x y\nb y\n",
+            r"line 2 of .* has 1 items, but every line needs as many, at least 1 \(the first one has 2\)",
+        ),
+        ("a x z\nb y z\n", "line 1 of .* has the item 'z', which is held out for this user"),
+        ("a x y\n", "has no line of the user 'b', who has a held-out item"),
+        ("a x y\n\nb\n", "line 3 of .* has 0 items, but every line needs as many"),
+    ],
+)
+def test_negatives_that_do_not_fit_are_named(tmp_path, text, said):
+    """The held-out items of a and b are z and x."""
+    dataset, tokenizer = build_sequences(pl.DataFrame({"user": list("aaabbb"), "item": list("xyzyzx")}))
+    (tmp_path / "sample.txt").write_text(text)
+    held_out = HeldOutItems.from_rows(split(dataset, "test"))
+    with pytest.raises(ValueError, match=f"^`negatives`: .*{said}"):
+        held_out.read_negatives(tmp_path / "sample.txt", tokenizer, list("ab"))
+
+
 def test_several_held_out_items_of_a_user_are_ranked_in_one_list_with_the_drawn_ones():
     """Each among its own drawn items and the user's other held-out items, so that only one can come first."""
     rows = [{"user_id": u, "input_ids": [2], "target_ids": [10, 11, 12, 13, 1][u:], "seen_ids": [2]} for u in range(4)]

@@ -47,7 +47,7 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], di
     ranks: dict[str, dict[str, np.ndarray]] = {}
     for folder, file in zip(folders, files):
         for name in file.keys() - set(COMMON):
-            model, suffix = re.fullmatch(r"(.*?)(_all|_unseen|_uni\d+|)", name).groups()
+            model, suffix = re.fullmatch(r"(.*?)(_all|_unseen|_uni\d+|_given\d+|)", name).groups()
             model, suffix = (model, suffix) if model in file else (name, "")  # a folder may have such a name
             known = ranks.setdefault(suffix, {})
             if model in known and not np.array_equal(known[model], file[name]):

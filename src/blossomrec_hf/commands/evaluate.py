@@ -6,7 +6,8 @@ Evaluate checkpoints on a log, next to baselines that need no training.
 
 All items are ranked for every user. If at most 1 % of the test targets already occur in their user's history, seen items
 are excluded from the ranking. Otherwise nothing is excluded, and repeated and new targets are also reported separately.
-Metrics that end in `_uni100` rank each target among 100 sampled items, as RecBole does.
+Metrics that end in `_uni100` rank each target among 100 sampled items, as RecBole does, and those that end in `_given99` among
+the 99 items of the user in the file of `--negatives`.
 
 The baselines are the most popular items, overall and in the 7 days before the user's latest event (if the log has times), the
 user's most frequent items, and the items that followed the user's last item in training.
@@ -18,6 +19,7 @@ Output files: `evaluation.json` (metrics with bootstrap intervals, also by histo
 import logging
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -25,6 +27,7 @@ from accelerate import Accelerator
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import HistoryStore
 from ..data import item_counts, split
+from ..data.splits import user_ids
 from ..evaluation import (
     PROTOCOL,
     HeldOutItems,
@@ -63,6 +66,13 @@ class EvaluationArguments:
     num_negatives: int = field(
         default=100, metadata={"help": "Number of sampled items for the sampled metrics; 0 for none."}
     )
+    negatives: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of items for the sampled metrics in place of sampled ones, such as S3-Rec's _sample.txt: in each line "
+            "a user id and as many item ids, separated by spaces."
+        },
+    )
     exclude_seen: bool | None = field(
         default=None,
         metadata={
@@ -82,6 +92,8 @@ class EvaluationArguments:
             raise ValueError(f"`part` must be test or validation, got {self.part!r}.")
         if not self.models:
             raise ValueError("`models` must name at least one folder of a checkpoint.")
+        if self.negatives is not None and not Path(self.negatives).is_file():
+            raise ValueError(f"`negatives` is {self.negatives!r}, which is no file; give the path of one.")
 
 
 @exit_on_error()
@@ -104,6 +116,8 @@ def main() -> None:
                 )
             dataset, _ = log_args.read_table(tokenizer)
             held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
+            if args.negatives is not None:
+                ranking["negatives"] = held_out.read_negatives(args.negatives, tokenizer, user_ids(dataset))
             counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), tokenizer.num_items)
             ranking["exclude_seen"] = args.exclude_seen

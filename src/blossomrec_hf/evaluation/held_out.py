@@ -1,12 +1,14 @@
 """The held-out items and the seen items of each user."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ..batches.histories import HistoryStore, concatenate, iterate_columns
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 
 
 class HeldOutItems:
@@ -132,6 +134,68 @@ class HeldOutItems:
             found = excluded[np.minimum(np.searchsorted(excluded, keys), len(excluded) - 1)] == keys
             open_places = open_places[found]
         return negatives.reshape(len(self.targets), number)
+
+    def read_negatives(
+        self, path: str | Path, tokenizer: BlossomRecTokenizer, users: Collection[int | str]
+    ) -> np.ndarray:
+        """
+        Read the items among which each held-out item is ranked from a file such as S3-Rec's `_sample.txt`: a line per user,
+        with the user's id and the same number of item ids, separated by spaces. All held-out items of a user are ranked among
+        the items of the user's line.
+
+        Args:
+            path: the file.
+            tokenizer: the catalog.
+            users: the raw ids of all users of the data set. Lines of users without a held-out item are not used.
+
+        Returns:
+            int32 [held-out items, number].
+
+        Raises:
+            ValueError: if a line has an unknown user or item, a user of an earlier line, another number of items than the
+                first line, or a held-out item of its user; or if a user with a held-out item has no line.
+        """
+        known, rows = set(map(str, users)), {str(user): row for row, user in enumerate(self.user_ids)}
+        raw_items = tokenizer.decode_items(list(range(NUM_SPECIAL_IDS, len(tokenizer))))
+        input_ids = {str(item): input_id for input_id, item in enumerate(raw_items, NUM_SPECIAL_IDS)}
+        lines: dict[str, list[int]] = {}
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                user, *items = text.split()
+                if problem := self._problem_of(user, items, known, rows, input_ids, lines):
+                    raise ValueError(f"`negatives`: line {number} of {path} {problem}.")
+                lines[user] = [input_ids[item] for item in items]
+        if missing := next((user for user in rows if user not in lines), None):
+            raise ValueError(f"`negatives`: {path} has no line of the user {missing!r}, who has a held-out item.")
+        by_row = np.array([lines[user] for user in rows], np.int32)
+        return by_row[self.target_users]
+
+    def _problem_of(
+        self,
+        user: str,
+        items: list[str],
+        users: set[str],
+        rows: Mapping[str, int],
+        input_ids: Mapping[str, int],
+        lines: Mapping[str, list[int]],
+    ) -> str | None:
+        """What is wrong with a line of a file of negatives, if anything."""
+        if user not in users:
+            return f"has the user {user!r}, whom the data set does not have"
+        if user in lines:
+            return f"has the user {user!r} of an earlier line"
+        first = len(next(iter(lines.values()), items))
+        if not items or len(items) != first:
+            return f"has {len(items)} items, but every line needs as many, at least 1 (the first one has {first})"
+        if unknown := next((item for item in items if item not in input_ids), None):
+            return f"has the item {unknown!r}, which is not in the catalog of the model"
+        if user in rows:
+            held_out = self.targets[self.target_offsets[rows[user]] : self.target_offsets[rows[user] + 1]].tolist()
+            if found := next((item for item in items if input_ids[item] in held_out), None):
+                return f"has the item {found!r}, which is held out for this user"
+        return None
 
 
 def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 0) -> Dataset | list[Mapping]:

@@ -55,7 +55,9 @@ class Ranks:
         users: int64 [held-out items], the user of each item as an index of `user_ids`.
         repeated: bool [held-out items], whether the item occurs in its user's history.
         exclude_seen: whether metrics without a suffix are computed from `unseen`, else from `everything`.
-        sampled: the ranks among the user's held-out items and `num_negatives` sampled items, optional.
+        sampled: the ranks among the user's held-out items and sampled or given items, optional.
+        sampled_suffix: the suffix of the metrics of `sampled`, such as "_uni100" for 100 sampled items or "_given99" for 99 given
+            ones.
         top_items: int64 [users, k], the k best items of each user, optional. Excludes seen items if `exclude_seen`; among equal
             scores, the lower id comes first; padded with −1.
     """
@@ -67,19 +69,19 @@ class Ranks:
     repeated: np.ndarray
     exclude_seen: bool
     sampled: np.ndarray | None = None
-    num_negatives: int = 0
+    sampled_suffix: str = ""
     top_items: np.ndarray | None = None
 
     def by_suffix(self, *, all_and_unseen: bool = False) -> dict[str, np.ndarray]:
         """
         The ranks by the suffix of the metrics' names: "" for the protocol of the log, "_all" and "_unseen" if
-        `all_and_unseen`, and "_uni100" (or another number) if sampled.
+        `all_and_unseen`, and `sampled_suffix` if sampled.
         """
         ranks = {"": self.unseen if self.exclude_seen else self.everything}
         if all_and_unseen:
             ranks |= {ALL_SUFFIX: self.everything, UNSEEN_SUFFIX: self.unseen}
         if self.sampled is not None:
-            ranks[f"_uni{self.num_negatives}"] = self.sampled
+            ranks[self.sampled_suffix] = self.sampled
         return ranks
 
     def per_user_metrics(
@@ -119,6 +121,7 @@ def evaluate(
     max_length: int | None = None,
     max_tokens: int = 65536,
     num_negatives: int = 0,
+    negatives: np.ndarray | None = None,
     exclude_seen: bool | None = None,
     all_and_unseen: bool = False,
     accelerator: Accelerator | None = None,
@@ -135,6 +138,8 @@ def evaluate(
         max_length: number of latest items that the model reads of each history. Defaults to all.
         max_tokens: number of items per batch. At most `max_tokens` inputs and 2^26 scores are in memory at once.
         num_negatives: also rank each held-out item among the user's held-out items and this many sampled items.
+        negatives: int [held-out items, number], the items to use in place of sampled ones, see
+            [`HeldOutItems.read_negatives`].
         exclude_seen: whether to exclude seen items from the ranking; held-out items are never excluded. By default, they are
             excluded if `model.config.repeat_share` is at most 0.01. If that is `None`, the share of repeats among the
             held-out items decides.
@@ -146,7 +151,7 @@ def evaluate(
     Returns:
         `recall@k`, `ndcg@k`, `mrr@k` and `hit_rate@k`, means over users. If seen items are not excluded, also with the suffix
         `_repeated` (held-out items that occur in the user's history) and `_new` (all others). With `num_negatives`, also with
-        `_uni100` (or another number), among the sampled items.
+        `_uni100` (or another number), among the sampled items; with `negatives`, with `_given99` (likewise).
 
     Raises:
         ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
@@ -157,6 +162,7 @@ def evaluate(
         max_length=max_length,
         max_tokens=max_tokens,
         num_negatives=num_negatives,
+        negatives=negatives,
         exclude_seen=exclude_seen,
         accelerator=accelerator,
         compile=compile,
@@ -185,6 +191,7 @@ def rank_held_out_items(
     max_length: int | None = None,
     max_tokens: int = 65536,
     num_negatives: int = 0,
+    negatives: np.ndarray | None = None,
     seed: int = 0,
     top_k: int = 0,
     exclude_seen: bool | None = None,
@@ -223,6 +230,7 @@ def rank_held_out_items(
             device=device,
             max_tokens=max_tokens,
             num_negatives=num_negatives,
+            negatives=negatives,
             seed=seed,
             top_k=top_k,
             exclude_seen=exclude_seen,
@@ -239,6 +247,7 @@ def rank_by_scores(
     device: torch.device | str = "cpu",
     max_tokens: int = 65536,
     num_negatives: int = 0,
+    negatives: np.ndarray | None = None,
     seed: int = 0,
     top_k: int = 0,
     exclude_seen: bool | None = None,
@@ -258,7 +267,9 @@ def rank_by_scores(
     if exclude_seen is None:
         exclude_seen = held_out.repeat_share <= MAX_REPEAT_SHARE
     share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    negatives = held_out.sample_negatives(num_negatives, vocab_size=vocab_size, seed=seed) if num_negatives else None
+    sampled_suffix = f"_uni{num_negatives}" if negatives is None else f"_given{negatives.shape[1]}"
+    if negatives is None and num_negatives:
+        negatives = held_out.sample_negatives(num_negatives, vocab_size=vocab_size, seed=seed)
     top_items = torch.zeros(len(held_out), top_k, dtype=torch.int64, device=device)
 
     def keep_top_items(users: np.ndarray, scores: torch.Tensor) -> None:
@@ -292,8 +303,8 @@ def rank_by_scores(
         user_ids=held_out.user_ids,
         repeated=held_out.repeated,
         exclude_seen=exclude_seen,
-        sampled=ranks[:, 2] if num_negatives else None,
-        num_negatives=num_negatives,
+        sampled=None if negatives is None else ranks[:, 2],
+        sampled_suffix=sampled_suffix,
         top_items=top_items.cpu().numpy() if top_k else None,
     )
 
