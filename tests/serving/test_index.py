@@ -44,6 +44,15 @@ def test_reading_all_lists_is_exact_and_saving_keeps_it(model, tmp_path):
         assert torch.equal(model.recommend([row], index=index).item_ids, model.recommend([row]).item_ids)
 
 
+def test_items_with_values_that_the_sample_lacks_are_found(model):
+    """The sample has a fifth of the items; some of the others lie outside of its range."""
+    model = copy.deepcopy(model).double()
+    index = ItemIndex.build(model, scoring="cosine", lists=20, probes=20)
+    for items in torch.arange(2, 5002).split(1000):
+        expected = model.similar_items(items, top_k=40)
+        assert torch.equal(model.similar_items(items, top_k=40, index=index).item_ids, expected.item_ids)
+
+
 def test_similar_items_require_an_index_for_cosines(model, tmp_path):
     """Of vectors of different lengths, those of the highest dot products are others."""
     model = copy.deepcopy(model).double()  # in which no two scores are nearly equal

@@ -35,6 +35,9 @@ SCORINGS = {"dot": "`recommend`", "cosine": "`similar_items`"}  # and the method
 INDEX_FILE, ABOUT_FILE = "item_index.faiss", "item_index.json"
 LISTS = 8  # times the square root of the number of items; FAISS advises 4 to 16
 SAMPLE, KMEANS_STEPS = 40, 6  # items per list that centroids are learned from, and iterations
+MARGIN = (
+    0.25  # share by which the encoded range extends beyond that of the sample on each side; values outside are clipped
+)
 
 
 class ItemIndex:
@@ -111,6 +114,7 @@ class ItemIndex:
             quantizer, width, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
         )
         index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, KMEANS_STEPS, 1
+        index.sq.rangestat_arg = MARGIN
         generator = torch.Generator().manual_seed(seed)
         sample = torch.randperm(len(items), generator=generator)[: max(SAMPLE * lists, 1000)]
         index.train(items[sample].numpy())
