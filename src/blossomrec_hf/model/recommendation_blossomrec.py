@@ -254,28 +254,30 @@ class RecommendationMixin:
     ) -> RecommendationOutput:
         """
         Find the `top_k` items whose vectors have the highest cosine similarity to that of each item; of equal
-        similarities, the lower id comes first. The item itself, [PAD] and [UNK] are never returned. The vectors are those
-        of `item_vectors`, and similarities are computed in float32 or better. A vector of zeros has similarity 0.
+        similarities, the lower id comes first. The item itself, [PAD] and [UNK] are never returned. The vectors are
+        those of `item_vectors`, and similarities are computed in float32 or better. The similarity
+        of a vector of zeros is 0.
 
         Args:
             item_ids (`torch.LongTensor` or `list[int]` `[B]`): vocabulary ids of items.
             top_k (`int`, defaults to 10): number of similar items per item.
             exclude_ids (`torch.LongTensor` or lists, *optional*): further items to exclude, `[E]` for all items, or
                 `[B, E]` padded with −1 or lists of different lengths for each.
-            candidate_ids (`torch.LongTensor` or lists, *optional*): items to choose from, `[C]` for all items, or `[B, C]`
-                padded with −1 or lists of different lengths for each. Defaults to the catalog.
+            candidate_ids (`torch.LongTensor` or lists, *optional*): items to choose from, `[C]` for all items, or
+                `[B, C]` padded with −1 or lists of different lengths for each. Defaults to the catalog.
             min_score (`float`, *optional*): exclude items of a lower similarity.
-            index (`blossomrec_hf.serving.index.ItemIndex`, *optional*): index of this model with `scoring="cosine"` that
-                finds the candidates if no `candidate_ids` are given. The candidates are scored exactly, but some of the
-                most similar items may be missing.
+            index (`blossomrec_hf.serving.index.ItemIndex`, *optional*): index of this model with `scoring="cosine"`
+                that finds the candidates if no `candidate_ids` are given. The candidates are scored exactly, but some
+                of the most similar items may be missing.
 
         Returns:
-            `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`, padded with −1 and −inf if fewer items remain.
+            `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`, padded with −1 and −inf if fewer
+            items remain.
 
         Raises:
             ValueError: for `top_k` outside the catalog, ids outside the vocabulary, [PAD] or [UNK] in `item_ids`, an
-                `index` of other vectors or of `scoring="dot"`, vectors that are not finite, and for a module in training
-                mode that is not BlossomRec's own.
+                `index` of other vectors or of `scoring="dot"`, vectors that are not finite, and for a module in
+                training mode that is not BlossomRec's own.
         """
         check_inference(self)
         _check_top_k(top_k, self.config.vocab_size)

@@ -6,8 +6,8 @@ Approximate search in a catalog of millions of items with FAISS (extra `index`):
     index = ItemIndex.load("path/to/checkpoint", model)
     model.recommend(histories, index=index)
 
-The index returns more candidates than needed. The model scores them exactly and ranks them as it ranks a whole catalog.
-`similar_items` requires an index of its own, `ItemIndex.build(model, scoring="cosine")`.
+The index returns more candidates than needed. The model scores them exactly and ranks them as it ranks a whole
+catalog. `similar_items` requires an index of its own, `ItemIndex.build(model, scoring="cosine")`.
 """
 
 import json
@@ -48,8 +48,8 @@ class ItemIndex:
     Args:
         index: a FAISS index of inner products, in which entry i is the item i + 2.
         fingerprint: digest of the item vectors that the index was built from.
-        scoring: "dot" if the entries are the item vectors, for `recommend`; "cosine" if they are scaled to length 1, for
-            `similar_items`.
+        scoring: "dot" if the entries are the item vectors, for `recommend`; "cosine" if they are scaled to length 1,
+            for `similar_items`.
         probes: number of lists read per search. Higher values increase recall and latency.
     """
 
