@@ -64,6 +64,21 @@ def test_given_negatives(run_command, trained, log_file, tmp_path):
     assert "which is no file; give the path of one" in refused
 
 
+def test_targets_that_never_occur_in_training_are_dropped_and_counted(run_command, trained, tmp_path):
+    """Of the test targets of three users, the first occurs in training."""
+    a, b, c, d, e = BlossomRecTokenizer.from_pretrained(trained[0]).decode_items([2, 3, 4, 5, 6])
+    histories = [[a, b, a, b, a], [b, a, b, a, c], [a, b, d, b, e]]
+    rows = [f"{user},{item},{time}" for user, items in enumerate(histories) for time, item in enumerate(items)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,timestamp", *rows]) + "\n")
+    command = ("evaluate", "--models", trained[0], "--data", tmp_path / "log.csv", "--samples", 5, "--ks", 1)
+    command += ("--output_dir", tmp_path)
+    run_command(*command)
+    assert np.load(tmp_path / "ranks.npz")["user_ids"].tolist() == [0, 1, 2]
+    told = run_command(*command, "--known_targets", field="stderr")
+    assert "test: 2 of 3 targets never seen in training, dropped" in told
+    assert np.load(tmp_path / "ranks.npz")["user_ids"].tolist() == [0]
+
+
 def test_models_of_both_protocols_need_a_decision(run_command, trained, log_file, tmp_path):
     model = BlossomRecForSequentialRecommendation.from_pretrained(trained[0])
     assert not model.config.exclude_seen

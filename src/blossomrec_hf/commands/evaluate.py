@@ -73,6 +73,13 @@ class EvaluationArguments:
             "a user id and as many item ids, separated by spaces."
         },
     )
+    known_targets: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop targets whose item never occurs in the training part of the log, and count them. Histories have [UNK] "
+            "in place of such items."
+        },
+    )
     exclude_seen: bool | None = field(
         default=None,
         metadata={
@@ -115,10 +122,11 @@ def main() -> None:
                     f"`models`: {folder} has another catalog than {args.models[0]}; evaluate them in two runs."
                 )
             dataset, _ = log_args.read_table(tokenizer)
-            held_out = HeldOutItems.from_rows(split(dataset, args.part), max_length=args.max_length)
+            counts = item_counts(dataset, len(tokenizer))
+            view = split(dataset, args.part, counts=counts if args.known_targets else None)
+            held_out = HeldOutItems.from_rows(view, max_length=args.max_length)
             if args.negatives is not None:
                 ranking["negatives"] = held_out.read_negatives(args.negatives, tokenizer, user_ids(dataset))
-            counts = item_counts(dataset, len(tokenizer))
             ranking["top_k"] = min(max(args.ks), tokenizer.num_items)
             ranking["exclude_seen"] = args.exclude_seen
         if args.exclude_seen is None:

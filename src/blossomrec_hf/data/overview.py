@@ -150,7 +150,7 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     if unseen > 0.01 * targets:
         found.append(
             f"{unseen:,} of {targets:,} test targets ({unseen / targets:.0%}) are items that never occur in training, which "
-            "a model of item ids cannot rank well"
+            "a model of item ids cannot rank well; `blossomrec evaluate --known_targets` drops and counts them"
         )
     return found
 
