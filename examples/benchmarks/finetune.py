@@ -48,7 +48,6 @@ from blossomrec_hf.training.fine_tuning import (
     MIN_STEPS,
     REPLAY_SHARE,
     count_steps,
-    windows,
     windows_to_learn,
 )
 from blossomrec_hf.utils.command_line import HelpFormatter
@@ -174,6 +173,7 @@ def train_from_scratch(
             output_dir=folder,
             seed=seed,
             max_length=args.max_length,
+            windows="overlapping",
             tokens_per_step=args.tokens_per_step,
             num_train_epochs=args.epochs,
             learning_rate=args.learning_rate,
@@ -181,8 +181,7 @@ def train_from_scratch(
             patience=3,
             save_seconds=1e9,
         )
-        rows = [row for history in histories for row in windows(history, max_length=args.max_length)]
-        train(model, HistoryStore.from_rows(rows), validation, args=settings)
+        train(model, [{"input_ids": history} for history in histories], validation, args=settings)
     return model
 
 
