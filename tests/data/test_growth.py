@@ -130,3 +130,10 @@ def test_counts_of_another_log_are_added():
     old, new = built(("u", "aab", range(3))), built(("v", "bc", range(2)))
     counts = item_counts(join_logs(None, old), len(VOCABULARY))
     assert add_item_counts(counts, join_logs(None, new), None)[2:6].tolist() == [2, 2, 1, 0]
+
+
+def test_a_log_with_targets_does_not_continue_one_without():
+    log = pl.DataFrame({"user": [1, 1, 1], "item": [1, 2, 3], "kind": ["a", "b", "b"]})
+    old, new = (build_sequences(log, event_type="kind", **targets)[0] for targets in ({}, {"targets": "b"}))
+    with pytest.raises(ValueError, match="Only one .* has weights; prepare both with the same targets"):
+        join_logs(old, new)

@@ -106,7 +106,7 @@ class FineTuneArguments:
         default="overlapping",
         metadata={
             "help": "Events of histories longer than max_length to train on. overlapping: all, in windows of max_length, each "
-            "new event predicted once per epoch, after half a window of context or more; latest: the latest max_length; "
+            "new event predicted once per epoch, with at least half a window of context if the history has it; latest: the latest max_length; "
             "random_crop: max_length consecutive events, drawn anew in each epoch."
         },
     )

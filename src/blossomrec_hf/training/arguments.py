@@ -62,7 +62,7 @@ class LoopArguments:
         default="latest",
         metadata={
             "help": "Events of histories longer than max_length to train on. latest: the latest max_length; overlapping: all, in "
-            "windows of max_length, each event predicted once per epoch, after half a window of context or more; "
+            "windows of max_length, each event predicted once per epoch, with at least half a window of context if the history has it; "
             "random_crop: max_length consecutive events, drawn anew in each epoch."
         },
     )
