@@ -42,3 +42,8 @@ def test_no_file_is_longer_than_600_lines():
     for folder in ("src", "tests", "examples"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
             assert len(path.read_text("utf-8").splitlines()) <= 600, path
+
+
+def test_test_files_have_names_of_their_own():
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}, "pytest imports only one file of a name"
