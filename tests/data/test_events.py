@@ -195,7 +195,7 @@ def test_events_after_the_last_target_are_counted(caplog):
     said = "4 events come after the last target of their user and are dropped from every part"
     assert said in dataset.info.description and said in caplog.text
     split(dataset, "test")
-    assert "test: left out 1 of 2 users: 1 without an event before the targets" in caplog.text
+    assert "test: dropped 1 of 2 users: 1 without an event before the targets" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["event_type", "behaviour", "Event Type", "action"])

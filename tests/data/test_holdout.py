@@ -1,4 +1,4 @@
-"""Splits by dates, shares of the events and rolling folds, against plain Python; users who are left out are counted by reason."""
+"""Splits by dates, shares of the events and rolling folds, against plain Python; users who are dropped are counted by reason."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,13 +119,13 @@ def test_users_are_left_out_for_counted_reasons(caplog):
     dataset, tokenizer = build_sequences(log)
     timed = split_by_time(dataset, 3, 6)
     split(timed, "train")
-    assert "train: left out 2 of 4 users: 2 with fewer than 2 training events" in caplog.text
+    assert "train: dropped 2 of 4 users: 2 with fewer than 2 training events" in caplog.text
     caplog.clear()
     counts = item_counts(timed, len(tokenizer))
     counts[tokenizer.encode_items(["y"])] = 0
     split(timed, "validation", counts=counts)
     assert (
-        "validation: left out 3 of 4 users: 1 without an event before the targets, 1 without a target, "
+        "validation: dropped 3 of 4 users: 1 without an event before the targets, 1 without a target, "
         "1 whose targets never occur in training" in caplog.text
     )
     caplog.clear()
@@ -133,8 +133,7 @@ def test_users_are_left_out_for_counted_reasons(caplog):
     test_users = int((np.array(divided["part"]) == 2).sum())
     split(divided, "train")
     assert (
-        f"train: left out {4 - len(split(divided, 'train'))} of 4 users: {test_users} of the other parts"
-        in caplog.text
+        f"train: dropped {4 - len(split(divided, 'train'))} of 4 users: {test_users} of the other parts" in caplog.text
     )
 
 

@@ -48,7 +48,7 @@ def test_leave_one_out(dataset, caplog):
         "target_ids": [[5], [3]],
         "seen_ids": [[2, 3, 2, 4], [2]],
     }
-    assert "left out 2 of 3 users" in caplog.text
+    assert "dropped 2 of 3 users" in caplog.text
 
 
 def test_max_length_cuts_what_is_read_and_not_what_is_seen(dataset):

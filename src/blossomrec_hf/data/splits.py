@@ -75,7 +75,7 @@ def split(
     rows, reasons = _usable_rows(dataset, part, counts)
     if len(rows) < len(dataset):
         listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        logger.warning("%s: left out %d of %d users: %s", part, len(dataset) - len(rows), len(dataset), listed)
+        logger.warning("%s: dropped %d of %d users: %s", part, len(dataset) - len(rows), len(dataset), listed)
     if not len(rows):
         raise too_short(dataset, part)
     if part == "train":

@@ -330,7 +330,7 @@ class BlossomRecCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Writes the histories to a safetensors file (free room left out), with what they depend on: the configuration
+        Writes the histories to a safetensors file (without free room), with what they depend on: the configuration
         and a fingerprint of the weights. The file appears when it is complete.
 
         Raises:
