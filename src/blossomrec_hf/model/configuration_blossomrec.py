@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .ids_blossomrec import NUM_SPECIAL_IDS
+from .ids_blossomrec import NUM_SPECIAL_IDS, UNKNOWN_TYPE
 from .manifest_blossomrec import CONFIG_NAMES, ManifestMixin, require_loadable, update_manifest
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, Objective, register_objective
 
@@ -18,6 +18,7 @@ VERSION = "0.1.0"  # of the package, which this file cannot import when it is lo
 SELECTION_GRADIENTS = ("straight_through", "none")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
+TIME_FEATURES = ("previous_gap", "next_gap", "next_gap_input", "hour", "weekday")
 # The numbers that each `rope_type` requires, besides `rope_theta`.
 _ROPE_NUMBERS = {
     "default": (),
@@ -45,6 +46,7 @@ _WHOLE_NUMBERS = {
 }
 _NUMBERS = {
     "hidden_dropout_prob": (0, 1, "[0, 1)"),
+    "time_dropout_prob": (0, 1, "[0, 1]"),
     "importance_threshold": (0, 1, "[0, 1)"),
     "gbce_calibration": (0, 1, "[0, 1]"),
     "initializer_range": (0, 1000, "[0, 1000]"),
@@ -134,6 +136,30 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             Epsilon of the layer norms.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the output embedding is the item embedding.
+        time_features (`list[str]`, *optional*):
+            What the model reads of the `timestamps` of events, in any combination. The gaps are sorted into buckets, 1.3
+            per octave of seconds, with a learned vector each. All vectors start at zero, where a feature changes nothing.
+
+            - `"previous_gap"`: the time since the previous event, added to the event's input.
+            - `"next_gap"`: the time to the next event or, at the last one, to `prediction_time` ("now"), as a scale and a
+              shift of the last hidden state. A cache does not depend on it.
+            - `"next_gap_input"`: the same time, added to the event's input. A cache then computes its latest event again
+              when the next one is appended.
+            - `"hour"`, `"weekday"`: the hour of the day and the day of the week in `time_zone`, of the event, added to its
+              input, and of the next event or "now", as a scale and a shift of the last hidden state.
+        time_zone (`str`, *optional*, defaults to `"UTC"`):
+            IANA name of the time zone of `"hour"` and `"weekday"`, such as `"Europe/Berlin"`. Daylight saving time is
+            respected: the changes of the zone's offset up to the year 2100 are stored with the model.
+        time_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Share of the positions at which, in training, the time and the type of the next event are unknown, so that the
+            model also predicts without them.
+        event_types (`list[str]`, *optional*):
+            Names of the event types, in the order of `event_type_ids`. Each type has a learned vector, added to the input of
+            its events; an unknown type (−1) has one of its own. The type to be predicted scales and shifts the last
+            hidden state.
+        target_event_types (`list[str]`, *optional*):
+            The types that are predicted, some of `event_types`. If no `target_event_type` is given, the first of them is
+            predicted. `None` means all types; the type to be predicted is then unknown by default.
         repeat_share (`float`, *optional*):
             Share of the test items in the training log that occur earlier in their user's history. Up to 0.01,
             `recommend`, evaluation and early stopping exclude seen items by default; above, they exclude none. `None` means
@@ -180,6 +206,11 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     tie_word_embeddings: bool = True
+    time_features: list[str] | tuple[str, ...] | None = None
+    time_zone: str = "UTC"
+    time_dropout_prob: float = 0.1
+    event_types: list[str] | tuple[str, ...] | None = None
+    target_event_types: list[str] | tuple[str, ...] | None = None
     repeat_share: float | None = None
     blossomrec_version: str | None = None
     pad_token_id: int | None = 0
@@ -201,6 +232,10 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             self.attention_types = [self.attention_types] * self.num_hidden_layers
         self.attention_types = list(self.attention_types)
         self.gate_initial_bias = list(self.gate_initial_bias)
+        # In one order, so that equal features make equal configurations.
+        self.time_features = [name for name in TIME_FEATURES if name in (self.time_features or ())] or None
+        for name in ("event_types", "target_event_types"):
+            setattr(self, name, list(getattr(self, name) or ()) or None)
         # A copy, because `transformers` completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
         if not type(self).__module__.startswith("transformers_modules."):
@@ -263,6 +298,11 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def default_target_type(self) -> int:
+        """The id of the event type that is predicted if none is given; −1, unknown, without `target_event_types`."""
+        return self.event_types.index(self.target_event_types[0]) if self.target_event_types else UNKNOWN_TYPE
+
+    @property
     def exclude_seen(self) -> bool:
         """Whether items of the history are excluded from recommendations by default, see `repeat_share`."""
         return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE
@@ -302,7 +342,30 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             raise ValueError(
                 f"`blossomrec_version` is {_short(self.blossomrec_version)}; it must be a string such as '0.1.0'."
             )
+        self._check_events()
         self._check_rope()
+
+    def _check_events(self) -> None:
+        for name in ("time_features", "event_types", "target_event_types"):
+            names = getattr(self, name)
+            if names is not None and not (
+                isinstance(names, list | tuple)
+                and all(isinstance(entry, str) for entry in names)
+                and len(set(names)) == len(names)
+            ):
+                raise ValueError(f"`{name}` is {_short(names)}; it must be a list of different names, or None.")
+        for name in self.time_features or ():
+            _check_choice("time_features", name, TIME_FEATURES)
+        for name in self.target_event_types or ():
+            if name not in (self.event_types or ()):
+                raise ValueError(
+                    f"`target_event_types` has {_short(name)}, which is not among `event_types` ({self.event_types}); "
+                    "name all types of the log there."
+                )
+        if not isinstance(self.time_zone, str) or not self.time_zone:
+            raise ValueError(
+                f"`time_zone` is {_short(self.time_zone)}; it must be an IANA name such as 'Europe/Berlin'."
+            )
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters

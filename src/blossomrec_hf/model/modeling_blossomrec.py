@@ -244,6 +244,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
+        timestamps: torch.LongTensor | None = None,
+        event_type_ids: torch.LongTensor | None = None,
+        prediction_time: torch.LongTensor | int | None = None,
+        target_event_type: torch.LongTensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlossomRecModelOutput:
         """
@@ -262,6 +266,16 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             output_attentions (`bool`, *optional*): also return the attention probabilities; requires
                 `attn_implementation="eager"`.
             output_selection (`bool`, *optional*): also return the selected blocks and the gates of every layer.
+            timestamps (`torch.LongTensor`, *optional*): times of the events in seconds, `[B, L]` int64, never falling inside
+                a history. Required with `config.time_features`, and ignored by models without, so that both kinds train on
+                one data set.
+            event_type_ids (`torch.LongTensor`, *optional*): types of the events, `[B, L]`: indices of `config.event_types`,
+                or −1 for an unknown one. Required with `config.event_types`, and ignored by models without.
+            prediction_time (`torch.LongTensor` or `int`, *optional*): time of the event to be predicted ("now") in seconds,
+                `[B]`, or one per packed history. Defaults to unknown. At the other positions, it is the time of the next
+                event.
+            target_event_type (`torch.LongTensor` or `int`, *optional*): type of the event to be predicted, as
+                `prediction_time`. Defaults to the first of `config.target_event_types`, or to unknown (−1).
             kwargs: `cu_seq_lens_q` `[S + 1]` and `max_length_q`, the offsets and the longest length of packed histories;
                 `cu_seq_lens_k` and `max_length_k`, which must be the same.
 
@@ -279,6 +293,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             position_ids,
             inputs_embeds,
             vocab_size=self.config.vocab_size,
+            timestamps=timestamps,
+            event_type_ids=event_type_ids,
+            prediction_time=prediction_time,
+            target_event_type=target_event_type,
             drop_padding=cache is not None,
             **packing,
         )
@@ -394,6 +412,10 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_selection: bool | None = None,
+        timestamps: torch.LongTensor | None = None,
+        event_type_ids: torch.LongTensor | None = None,
+        prediction_time: torch.LongTensor | int | None = None,
+        target_event_type: torch.LongTensor | int | None = None,
         **kwargs: Unpack[LossKwargs],
     ) -> BlossomRecOutput:
         """
@@ -438,6 +460,10 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             vocab_size=self.config.vocab_size,
             labels=labels,
             labels_are_counted=num_items_in_batch is not None and not shifted,
+            timestamps=timestamps,
+            event_type_ids=event_type_ids,
+            prediction_time=prediction_time,
+            target_event_type=target_event_type,
             drop_padding=cache is not None,
             **packing,
         )

@@ -28,6 +28,11 @@ class PackedHistories(NamedTuple):
         item_ids: vocabulary ids `[B, L]`; `None` if embeddings were given. A column has the shape of the input, and
             `pack` lays it out.
         inputs_embeds: embeddings `[B, L, hidden_size]` in place of `item_ids`.
+        timestamps: times of the events in seconds, int64 `[B, L]`.
+        event_type_ids: types of the events, int64 `[B, L]`; −1 if unknown.
+        prediction_time: time of each history's next event ("now"), int64 `[S]`; `UNKNOWN_TIME` if unknown.
+        target_event_type: type of each history's next event, int64 `[S]`; −1 if unknown.
+        previous_time: time of the event before each history's first, int64 `[S]`; `UNKNOWN_TIME` if there is none.
     """
 
     token: torch.Tensor | None
@@ -38,6 +43,11 @@ class PackedHistories(NamedTuple):
     lengths: torch.Tensor | None = None
     item_ids: torch.Tensor | None = None
     inputs_embeds: torch.Tensor | None = None
+    timestamps: torch.Tensor | None = None
+    event_type_ids: torch.Tensor | None = None
+    prediction_time: torch.Tensor | None = None
+    target_event_type: torch.Tensor | None = None
+    previous_time: torch.Tensor | None = None
 
     def pack(self, x: torch.Tensor, padding: float | None = None) -> torch.Tensor:
         """`[B, L, …]` → `[T, …]`, with the value `padding` (if given) where padding remains."""
@@ -98,6 +108,10 @@ def pack_histories(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    timestamps: torch.Tensor | None = None,
+    event_type_ids: torch.Tensor | None = None,
+    prediction_time: torch.Tensor | int | None = None,
+    target_event_type: torch.Tensor | int | None = None,
     drop_padding: bool = False,
 ) -> PackedHistories:
     """
@@ -113,11 +127,16 @@ def pack_histories(
         labels_are_counted: warn of labels that `Trainer` counts as targets and the model does not.
         cu_seq_lens_q, max_length_q: offsets `[S + 1]` of packed input `[1, T]`, and the longest history there.
         cu_seq_lens_k, max_length_k: the same again, as collators pass them.
+        timestamps: times of the events in seconds, integers `[B, L]`.
+        event_type_ids: types of the events, integers `[B, L]`, −1 for an unknown one.
+        prediction_time: time of the event to be predicted ("now") in seconds, integers `[S]` (`[B]` unless packed), or one
+            for all histories; `UNKNOWN_TIME` where unknown.
+        target_event_type: type of the event to be predicted, as `prediction_time`; −1 where unknown.
         drop_padding: drop the padding inside a compiled graph too, which then has a break here.
 
     Raises:
-        ValueError: for ids outside the vocabulary or not `[B, L]`, and for offsets or positions that do not describe the
-            input. Values are not checked inside a compiled graph, nor while a CUDA graph is captured.
+        ValueError: for ids outside the vocabulary or not `[B, L]`, for columns of another shape or of floats, and for
+            offsets or positions that do not describe the input. Values are not checked inside a compiled graph, nor while a CUDA graph is captured.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
@@ -145,6 +164,14 @@ def pack_histories(
         real, max_seqlen = _real_positions(inputs, attention_mask), None
         cu_seqlens = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
 
+    num_histories = cu_seqlens.shape[0] - 1
+    columns = {
+        "timestamps": _column("timestamps", timestamps, shape, device),
+        "event_type_ids": _column("event_type_ids", event_type_ids, shape, device),
+        "prediction_time": _column("prediction_time", prediction_time, (num_histories,), device),
+        "target_event_type": _column("target_event_type", target_event_type, (num_histories,), device),
+    }
+
     values_known = not (torch.compiler.is_compiling() or (inputs.is_cuda and torch.cuda.is_current_stream_capturing()))
     if values_known:
         max_seqlen, num_tokens = _check_values(
@@ -162,7 +189,7 @@ def pack_histories(
     else:
         max_seqlen, num_tokens = length if max_seqlen is None else max_seqlen, None
         if not is_packed and not drop_padding:
-            return _items_before_padding(real, input_ids, inputs_embeds)
+            return _items_before_padding(real, input_ids, inputs_embeds)._replace(**columns)
 
     token = None
     if is_packed:
@@ -179,7 +206,28 @@ def pack_histories(
             raise ValueError(
                 "`position_ids` must count 0, 1, 2 … inside each history, without the padding; omit them for their default."
             )
-    return PackedHistories(token, position, cu_seqlens, max_seqlen, shape, None, input_ids, inputs_embeds)
+    return PackedHistories(token, position, cu_seqlens, max_seqlen, shape, None, input_ids, inputs_embeds, **columns)
+
+
+def _column(
+    name: str, values: torch.Tensor | int | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    """A column of the events `[B, L]` or of the histories `[S]` as int64; a number is the value of all histories."""
+    if isinstance(values, int) and not isinstance(values, bool) and len(shape) == 1:
+        return torch.full(shape, values, device=device)
+    if values is None:
+        return None
+    whole = isinstance(values, torch.Tensor) and not values.is_floating_point() and values.dtype != torch.bool
+    if not whole or values.is_complex():
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        unit = ", seconds" if "time" in name else ""
+        raise ValueError(f"`{name}` is of {kind}; it must be an int64 tensor{unit}, so convert it with `.long()`.")
+    if tuple(values.shape) != shape:
+        raise ValueError(
+            f"`{name}` has shape {list(values.shape)}; it must be {list(shape)}, one value per "
+            f"{'event' if len(shape) == 2 else 'history'}."
+        )
+    return values.to(device=device, dtype=torch.long)
 
 
 def _offsets(
