@@ -19,7 +19,7 @@ from ..utils.files import atomic_folder, make_scratch
 from . import partitions
 from .filters import FilterReport
 from .ingest import Interactions, ingest
-from .metadata import item_metadata, missing_features, write_item_metadata
+from .metadata import ItemTable, write_item_metadata
 from .options import EventOptions, FilterOptions, ItemOptions, LogOptions, parse_options
 from .readers import Log, open_log
 from .rows import EventColumns, user_rows
@@ -94,6 +94,7 @@ def build_sequences(
     items = log.titles if items is None else items
     if items is None and any(features.columns.values()):
         raise ValueError("columns of an item table are given, but no item table; give its file with items=….")
+    table = None if items is None else ItemTable(items, features)
     report = FilterReport(log.name, log.format, license=log.license)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
@@ -102,8 +103,8 @@ def build_sequences(
         columns = EventColumns(events, interactions.time_unit, interactions.types.names())
         parts = _select(interactions, filters, events, partition_rows, report)
         tokenizer, vocabulary = _number_items(interactions, parts, tokenizer, report)
-        metadata = None if items is None else item_metadata(items, tokenizer, features)
-        report.note([] if metadata is None else missing_features(metadata, features))
+        metadata = None if table is None else table.align(tokenizer)
+        report.note([] if metadata is None else table.notes(metadata))
         rows = user_rows(parts, interactions.users.ids(), vocabulary, columns, report)
         if output_dir is None:
             return to_dataset(rows, report), tokenizer

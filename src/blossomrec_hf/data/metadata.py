@@ -15,6 +15,7 @@ from .event_table import METADATA_FILE
 from .options import ItemOptions
 from .parts import reading
 from .text_files import LogFile, read_blocks
+from .text_vectors import as_texts, load_text_model, text_vectors
 from .times import as_numbers
 
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _ITEM = ("item_id", "itemid", "movieid", "item", "parent_asin", "asin", "video_id", "business_id", "app_id", "id")
 _ZERO_STEP = 5000  # more than the steps between 1 and the smallest number
+_RESERVED = ("item", "title", "input_id")
 _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
 
 
@@ -39,56 +41,100 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOpti
         `polars.DataFrame` in vocabulary order: `item` (the raw id), `title`, `input_id` (int32, the vocabulary id) and the other
         columns. Without features, it has the items with titles. With features, it has a row for every item of the
         vocabulary: categories are lists of an `Enum` whose names are in descending frequency, numbers are lists of one
-        interval, an `Enum` in ascending order, and vectors are arrays of float32; missing ones are null.
+        interval, an `Enum` in ascending order, and vectors are arrays of float32; missing ones are null. The vectors of the
+        texts of a column NAME are in the column NAME_vector.
 
     Raises:
         ValueError: if no column has a usual name of the item id or the title, a feature is no column, vectors have
-            different lengths, or the file is damaged.
+            different lengths, the text model cannot be loaded, or the file is damaged.
     """
-    frame = source if isinstance(source, pl.DataFrame) else _read(source)
-    chosen = [name for names in options.columns.values() for name in names]
-    plain = {name.lower().split(":")[0]: name for name in reversed(frame.columns)}
-    item = next((plain[name] for name in _ITEM if name in plain), None)
-    title = next((plain[name] for name in _TITLE if name in plain), None)
-    if item is None or (title is None and not chosen):
-        raise ValueError(
-            f"items has the columns {', '.join(map(repr, frame.columns))}; one has to be called {' or '.join(_ITEM)}, and "
-            f"one {' or '.join(_TITLE)}, unless features are chosen."
+    return ItemTable(source, options).align(tokenizer)
+
+
+class ItemTable:
+    """
+    An item table that is read and checked before the vocabulary is known.
+
+    Args:
+        source, options: see [`item_metadata`].
+
+    Raises:
+        ValueError: see [`item_metadata`].
+    """
+
+    def __init__(self, source: Any, options: ItemOptions) -> None:
+        frame = source if isinstance(source, pl.DataFrame) else _read(source)
+        columns, kinds = frame.columns, options.columns
+        chosen = [name for names in kinds.values() for name in names]
+        plain = {name.lower().split(":")[0]: name for name in reversed(columns)}
+        item = next((plain[name] for name in _ITEM if name in plain), None)
+        title = next((plain[name] for name in _TITLE if name in plain), None)
+        if item is None or (title is None and not chosen):
+            raise ValueError(
+                f"items has the columns {', '.join(map(repr, columns))}; one has to be called {' or '.join(_ITEM)}, and "
+                f"one {' or '.join(_TITLE)}, unless features are chosen."
+            )
+        # RecBole's "genre:token_seq" is the column genre.
+        named = {name: name if name in columns else plain.get(name.lower(), name) for name in chosen}
+        if missing := [name for name, column in named.items() if column not in columns]:
+            raise ValueError(f"{missing[0]!r} is no column of items; it has {', '.join(map(repr, columns))}.")
+        texts = {_vector_name(name): as_texts(frame[named[name]]) for name in kinds["texts"]}
+        if taken := [name for name in texts if name in columns]:
+            raise ValueError(f"items has a column {taken[0]!r} already, the name of a text's vectors; rename it.")
+        features = {named[name]: name for kind, names in kinds.items() if kind != "texts" for name in names}
+        names = {column: name for name, column in named.items()} | {item: "item"}
+        names |= {title: "title"} if title is not None and title not in features else {}
+        others = [name for name in columns if name in names or name not in _RESERVED]
+        frame = frame.select(pl.col(name).alias(names.get(name, name)) for name in others)
+        if "title" not in frame.columns:
+            frame = frame.with_columns(title=pl.lit(None, pl.String) if title is None else pl.col(features[title]))
+        self.frame, self.options, self.has_features = frame.with_columns(**texts), options, bool(chosen)
+        self.text_model = load_text_model(options.text_model) if texts else None
+
+    def align(self, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
+        """The table in the order of a vocabulary, see [`item_metadata`]."""
+        raw = pl.col("item").cast(pl.String, strict=False)
+        if tokenizer.item_type == "int":
+            raw = raw.str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
+        usable = pl.col("item").is_not_null() & (pl.lit(self.has_features) | pl.col("title").is_not_null())
+        frame = self.frame.with_columns(item=raw).filter(usable).unique("item", keep="first")
+        ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)
+        frame = frame.with_columns(ids).filter(pl.col("input_id") != tokenizer.unk_token_id).sort("input_id")
+        logger.info("the item table has %d of %d items", frame.height, tokenizer.num_items)
+        frame = frame.select(*_RESERVED, pl.exclude(_RESERVED))
+        if not self.has_features:
+            return frame
+        first = len(tokenizer) - tokenizer.num_items
+        every = pl.DataFrame({"input_id": pl.int_range(first, len(tokenizer), dtype=pl.Int32, eager=True)})
+        every = every.with_columns(
+            item=pl.Series(tokenizer.decode_items(every["input_id"].to_list()), dtype=frame["item"].dtype)
         )
-    named = {name: plain.get(name.lower(), name) for name in chosen}  # RecBole's "genre:token_seq" is the column genre
-    if missing := [name for name, column in named.items() if column not in frame.columns]:
-        raise ValueError(f"{missing[0]!r} is no column of items; it has {', '.join(map(repr, frame.columns))}.")
-    columns = {column: name for name, column in named.items()} | {item: "item"} | ({title: "title"} if title else {})
-    frame = frame.rename(columns).with_columns(
-        pl.col("item").cast(pl.String).str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
-        if tokenizer.item_type == "int"
-        else pl.col("item").cast(pl.String, strict=False)
-    )
-    frame = frame if title else frame.with_columns(title=pl.lit(None, pl.String))
-    usable = pl.col("item").is_not_null() if chosen else pl.col("item").is_not_null() & pl.col("title").is_not_null()
-    frame = frame.filter(usable).unique("item", keep="first")
-    ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)
-    frame = frame.with_columns(ids).filter(pl.col("input_id") != tokenizer.unk_token_id).sort("input_id")
-    logger.info("the item table has %d of %d items", frame.height, tokenizer.num_items)
-    frame = frame.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
-    if not chosen:
-        return frame
-    first = len(tokenizer) - tokenizer.num_items
-    every = pl.DataFrame({"input_id": pl.int_range(first, len(tokenizer), dtype=pl.Int32, eager=True)})
-    every = every.with_columns(
-        item=pl.Series(tokenizer.decode_items(every["input_id"].to_list()), dtype=frame["item"].dtype)
-    )
-    features = {name: convert(frame[name]) for kind, convert in _FEATURES.items() for name in options.columns[kind]}
-    frame = frame.with_columns(**features).drop("item")
-    aligned = every.join(frame, on="input_id", how="left", maintain_order="left")
-    return aligned.select("item", "title", "input_id", pl.exclude("item", "title", "input_id"))
+        kinds = self.options.columns
+        features = {name: convert(frame[name]) for kind, convert in _FEATURES.items() for name in kinds[kind]}
+        for name in map(_vector_name, kinds["texts"]):
+            features[name] = text_vectors(frame[name], self.text_model)
+        aligned = every.join(
+            frame.with_columns(**features).drop("item"), on="input_id", how="left", maintain_order="left"
+        )
+        return aligned.select(*_RESERVED, pl.exclude(_RESERVED))
+
+    def notes(self, aligned: pl.DataFrame) -> list[str]:
+        """Sentences on the features of the aligned table: the text model, and the items that lack a feature."""
+        kinds = self.options.columns
+        stored = {name: name for kind in _FEATURES for name in kinds[kind]}
+        stored |= {name: _vector_name(name) for name in kinds["texts"]}
+        counts = {name: aligned[column].null_count() for name, column in stored.items()}
+        sentences = [
+            f"{count:,} of {aligned.height:,} items have no {name}" for name, count in counts.items() if count
+        ]
+        for name in kinds["texts"]:
+            size = aligned.schema[stored[name]].size
+            sentences.append(f"{stored[name]} has {size} numbers per item, of {name} by {self.options.text_model}")
+        return sentences
 
 
-def missing_features(table: pl.DataFrame, options: ItemOptions) -> list[str]:
-    """Sentences on features that items of an aligned item table do not have."""
-    names = [name for names in options.columns.values() for name in names]
-    counts = {name: table[name].null_count() for name in names}
-    return [f"{count:,} of {table.height:,} items have no {name}" for name, count in counts.items() if count]
+def _vector_name(text: str) -> str:
+    return f"{text}_vector"
 
 
 def _categories(column: pl.Series) -> pl.Series:

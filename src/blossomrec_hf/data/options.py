@@ -220,19 +220,32 @@ class ItemOptions:
     item_vectors: str | None = _option(
         "Columns of the item table with vectors, separated by commas: lists of numbers, or numbers separated by spaces."
     )
+    item_text: str | None = _option(
+        "Columns of the item table with texts, separated by commas; each becomes vectors, in the column NAME_vector."
+    )
+    text_model: str = _option(
+        "Model of sentence-transformers that makes vectors of texts, a folder or a name on the Hub.",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    )
 
     def __post_init__(self) -> None:
-        names = [name for kind in self.columns.values() for name in kind]
-        if not all(names) or len(set(names)) < len(names):
-            raise ValueError(
-                f"item_categories, item_numbers and item_vectors have the columns {', '.join(map(repr, names))}; give different "
-                "names, separated by commas."
-            )
+        *features, texts = self.columns.values()
+        for names in ([name for kind in features for name in kind], texts):
+            if not all(names) or len(set(names)) < len(names):
+                given = "item_text has" if names is texts else "item_categories, item_numbers and item_vectors have"
+                raise ValueError(
+                    f"{given} the columns {', '.join(map(repr, names))}; give different names, separated by commas."
+                )
 
     @property
     def columns(self) -> dict[str, list[str]]:
         """The columns of each kind of feature."""
-        given = {"categories": self.item_categories, "numbers": self.item_numbers, "vectors": self.item_vectors}
+        given = {
+            "categories": self.item_categories,
+            "numbers": self.item_numbers,
+            "vectors": self.item_vectors,
+            "texts": self.item_text,
+        }
         return {kind: _split(names) or [] for kind, names in given.items()}
 
 
