@@ -60,8 +60,8 @@ def test_random_crops_and_latest_windows_have_a_new_event():
 
 
 def test_events_of_weight_0_are_not_learned():
-    weights = [np.arange(100) % 3 == 0]
-    windows = windows_to_learn([np.arange(100)], [40], [100], max_length=10, weights=weights, replay_share=0)
+    columns = {"weights": [np.arange(100) % 3 == 0]}
+    windows = windows_to_learn([np.arange(100)], [40], [100], max_length=10, columns=columns, replay_share=0)
     batch = windows.pack(np.arange(len(windows)), labels=True)
     assert sorted(batch["labels"][batch["labels"] >= 0].tolist()) == [42, 45, *range(48, 100, 3)]
 

@@ -31,14 +31,16 @@ class HistoryStore(Dataset):
         max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
         num_known: int64 [histories], number of first events of each history that are context and no targets, as in
             overlapping windows. Defaults to 1: nothing precedes the first event.
-        columns: other columns of the events, by name, [events] each: times, event types, weights.
+        columns: other columns of the events, by name, [events] each: times, event types, weights. With `basket_starts`
+            (bool, whether an event is the first of a basket), the items of a basket are targets together: those of a
+            history's first basket are context, also if `max_length` cut it.
         weights: [events], 0 for events that are context and no targets, else 1. Batches do not have them, unless they are
             one of the `columns`, in which other values are allowed.
 
     Attributes:
         columns (`dict[str, torch.Tensor]`): all columns, with the items as `input_ids`.
         starts, lengths: int64 [histories], index of the first event in use and number of events in use.
-        num_known: int64 [histories], as the argument, for the events in use.
+        num_known: int64 [histories], as the argument, for the events in use; at least those of the first basket.
 
     Raises:
         ValueError: if `max_length` is below 1, a column has another number of values than `items`, or `weights` has other
@@ -56,6 +58,8 @@ class HistoryStore(Dataset):
         weights: np.ndarray | None = None,
     ):
         arrays = {"input_ids": np.asarray(items, dtype=np.int32), **(columns or {})}
+        if "basket_starts" in arrays:
+            arrays["basket_starts"] = np.asarray(arrays["basket_starts"], dtype=np.bool_)
         for name, values in [*arrays.items(), *([] if weights is None else [("weights", weights)])]:
             if len(values) != len(items):
                 raise ValueError(
@@ -65,6 +69,9 @@ class HistoryStore(Dataset):
             name: torch.from_numpy(np.require(values, requirements=["C", "W"])) for name, values in arrays.items()
         }
         self._weights = None if weights is None else _target_weights(weights)
+        self._basket_begins = None
+        if "basket_starts" in self.columns:
+            self._basket_begins = _basket_begins(self.columns["basket_starts"], offsets)
         known = np.ones(len(offsets) - 1, np.int64) if num_known is None else np.asarray(num_known, dtype=np.int64)
         self._set_spans(offsets[:-1], np.diff(offsets), known)
         if max_length is not None:
@@ -83,7 +90,7 @@ class HistoryStore(Dataset):
         which only the spans are copied.
 
         Args:
-            rows: the histories. Their `num_known` and `weights` are read if they have them.
+            rows: the histories. Their `num_known`, `weights` and `basket_starts` are read if they have them.
             columns: other columns to read, one value per event.
             max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
         """
@@ -96,6 +103,8 @@ class HistoryStore(Dataset):
         known: list[int] = []
         weights: list = []
         for batch in _row_batches(rows):
+            if "basket_starts" in batch:
+                values.setdefault("basket_starts", [])
             for name, lists in values.items():
                 lists += batch[name]
             if "weights" not in columns:
@@ -254,10 +263,31 @@ class HistoryStore(Dataset):
         cut = self.lengths - lengths
         return self.starts + cut, lengths, self.num_known - cut
 
+    def basket_begin(self, events: np.ndarray) -> np.ndarray:
+        """int64: the index of the first event of the basket of each of `events`; the end of all events is its own."""
+        if self._basket_begins is None:
+            return events
+        return self._basket_begins[np.searchsorted(self._basket_begins, events, side="right") - 1]
+
+    def basket_end(self, events: np.ndarray) -> np.ndarray:
+        """int64: the index behind the last event of the basket of each of `events`."""
+        if self._basket_begins is None:
+            return events + 1
+        last = len(self._basket_begins) - 1
+        return self._basket_begins[np.minimum(np.searchsorted(self._basket_begins, events, side="right"), last)]
+
     def _set_spans(self, starts: np.ndarray, lengths: np.ndarray, num_known: np.ndarray) -> None:
         self.starts, self.lengths = starts, lengths
-        self.num_known = np.maximum(num_known, 1)  # an event without one before it can never be predicted
+        # An event without one before its basket can never be predicted.
+        self.num_known = np.maximum(num_known, np.maximum(self.basket_end(starts) - starts, 1))
         self._num_targets: np.ndarray | None = None
+
+
+def _basket_begins(basket_starts: torch.Tensor, offsets: np.ndarray) -> np.ndarray:
+    """int64: the index of the first event of each basket, and the number of events. Every history begins a basket."""
+    starts = np.append(basket_starts.numpy(), True)
+    starts[offsets] = True
+    return np.flatnonzero(starts)
 
 
 def _target_weights(weights: np.ndarray) -> torch.Tensor:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from ..data.event_table import EventTable
-from ..data.splits import event_batches, part_lengths, too_short, warn_of_baskets
+from ..data.splits import event_batches, part_lengths, too_short
 from .histories import HistoryStore
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 Window = Literal["latest", "overlapping", "random_crop"]
 WINDOWS: tuple[Window, ...] = get_args(Window)
@@ -29,12 +32,13 @@ class HistoryWindows(HistoryStore):
             of whole histories, of which events beyond `num_known` are targets. The store shares its columns.
         max_length (`int`, *optional*): number of events of a window; by default, whole histories.
         window: `"latest"`, one window per user, the latest events; `"overlapping"`, windows that step by `stride` and
-            cover the whole history, each event the target of exactly one of them (the overlap is context);
+            cover the whole history, each event the target of exactly one of them (the overlap is context). Windows end with a
+            whole basket, and events of a basket of `max_length` events or more are no targets;
             `"random_crop"`, one window per user at a place drawn in each epoch, see [`~HistoryWindows.set_epoch`].
         stride (`int`, *optional*): step of overlapping windows. Defaults to half of `max_length`.
         seed (`int`, defaults to 0): seed of the crops.
         columns: other columns of the events that the windows have, such as `timestamps`. Events of weight 0 are no
-            targets, also without the column `weights`. A [`HistoryStore`] has its columns already.
+            targets, also without the column `weights`; windows always have `basket_starts`. A [`HistoryStore`] has its columns already.
 
     Attributes:
         sources: int64 [windows], index in `data` of the history of each window.
@@ -71,16 +75,9 @@ class HistoryWindows(HistoryStore):
             stride = max(longest // 2, 1) if stride is None else stride
             if not 1 <= stride < longest:
                 raise ValueError(f"stride is {stride}; it may be 1 to max_length - 1 ({longest - 1}).")
-            context = longest - stride
-            firsts = np.maximum(first_targets - context, firsts)
-            count = 1 + np.maximum(-(-(stops - firsts - longest) // stride), 0)
-            self.sources, stops, first_targets = (
-                np.repeat(part, count) for part in (self.sources, stops, first_targets)
-            )
-            number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-            starts = np.repeat(firsts, count) + number * stride
-            stops = np.minimum(starts + longest, stops)
-            first_targets = np.where(number == 0, first_targets, starts + context)
+            windows = _overlapping(whole, firsts, stops, first_targets, longest, longest - stride)
+            place, starts, stops, first_targets = windows
+            self.sources = self.sources[place]
         else:
             starts = np.maximum(stops - longest, firsts)
         if window == "random_crop":
@@ -114,14 +111,55 @@ class HistoryWindows(HistoryStore):
             self._epoch = epoch
 
 
+def _overlapping(
+    histories: HistoryStore,
+    firsts: np.ndarray,
+    stops: np.ndarray,
+    first_targets: np.ndarray,
+    longest: int,
+    context: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Windows that ask for each event of whole baskets once: the place of each window's history, and the indices of its
+    first event, of the event behind its last one, and of its first target, int64 [windows] each.
+
+    Args:
+        histories: the store.
+        firsts, stops, first_targets: of each history, such indices.
+        longest: the most events of a window.
+        context: the number of events before the first target, less where a basket needs the room.
+    """
+    places, next_targets, num_dropped = np.arange(len(firsts)), first_targets.copy(), 0
+    windows = [np.empty((4, 0), np.int64)]
+    while len(places):  # the next window of each history
+        first, stop, target = firsts[places], stops[places], next_targets[places]
+        begin, basket_end = histories.basket_begin(target), np.minimum(histories.basket_end(target), stop)
+        start = np.maximum(np.maximum(np.minimum(target - context, begin - 1), basket_end - longest), first)
+        end = histories.basket_begin(np.minimum(start + longest, stop))
+        end = np.where(start + longest < stop, np.maximum(end, basket_end), stop)
+        fits = start < begin
+        num_dropped += int((end - target)[~fits].sum())
+        windows.append(np.stack([places, start, end, target])[:, fits])
+        next_targets[places] = end
+        places = places[end < stop]
+    if num_dropped:
+        logger.warning(
+            "train: %s events in baskets of %d events or more are no targets; raise max_length to learn them",
+            *(f"{num_dropped:,}", longest),
+        )
+    place, start, end, target = np.concatenate(windows, axis=1)
+    order = np.argsort(place, kind="stable")
+    return place[order], start[order], end[order], target[order]
+
+
 def _training_histories(data: Dataset | EventTable, columns: Sequence[str]) -> HistoryStore:
     """The training part of a data set; the history of a user without two training events is empty."""
     ends = part_lengths(data, "train")[0]
     ends[ends < 2] = 0
     if not ends.any():
         raise too_short(data, "train")
-    warn_of_baskets(data)
-    values = {name: _training_events(data, name, ends) for name in ("input_ids", *columns)}
+    names = [name for name in ("input_ids", "basket_starts", *columns) if name in columns or name in data.column_names]
+    values = {name: _training_events(data, name, ends) for name in dict.fromkeys(names)}
     weights = None
     if "weights" in data.column_names and "weights" not in columns:
         weights = _training_events(data, "weights", ends)

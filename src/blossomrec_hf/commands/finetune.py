@@ -38,7 +38,7 @@ from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
 from ..data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
-from ..data.splits import part_lengths, warn_of_baskets
+from ..data.splits import part_lengths
 from ..evaluation import sample_users
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..training import (
@@ -277,7 +277,6 @@ def main() -> None:
     set_seed(training_args.seed)
 
     dataset, tokenizer = log_args.build()
-    warn_of_baskets(dataset)
     past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL_IDS
     if args.model is None:
         model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
@@ -305,7 +304,11 @@ def main() -> None:
         train_ends,
         max_length=args.max_length,
         window=args.windows,
-        weights=read_histories(dataset, "weights") if "weights" in dataset.column_names else None,
+        columns={
+            name: read_histories(dataset, name)
+            for name in ("weights", "basket_starts")
+            if name in dataset.column_names
+        },
         replay_share=args.replay_share,
         seed=training_args.seed,
     )

@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetInfo, Features
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from .event_table import EVENT_COLUMNS
-from .splits import item_counts, part_lengths
+from .holdout import leave_one_out_ends
+from .splits import PARTS, item_counts, part_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -56,21 +57,24 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
             are new. User ids are compared as text where one log has integers and the other text.
 
     Raises:
-        ValueError: if both logs have event types, but not the same ones in the same order, or only one has weights.
+        ValueError: if both logs have event types, but not the same ones in the same order, or only one has weights or
+            baskets.
 
     Returns:
         `Dataset`, in memory: the users of `new` in its order, then the others, with `user_id`, `input_ids`,
         `timestamps` and other columns of events that both logs have, `past_end` (int32, the number of events before the first new one) and
-        `train_end`, `validation_end`, `test_end`. The last two events of a user with at least `LEAST_TO_HOLD_OUT` new
-        ones are held out, for validation and test. All events of other users with new events are training. The
+        `train_end`, `validation_end`, `test_end`. The last two events (with `basket_starts`, baskets) of a user with at
+        least `LEAST_TO_HOLD_OUT` new ones are held out, for validation and test. All events of other users with new events are training. The
         training part of a user without new events stays as it was, and nothing of it is evaluated.
     """
     logs = [data for data in (old, new) if data is not None]
     shared = [name for name in EVENT_COLUMNS if all(name in data.column_names for data in logs)]
-    if "weights" not in shared and any("weights" in data.column_names for data in logs):
-        raise ValueError(
-            "Only one of the earlier log and the new one has weights; prepare both with the same targets, or both without."
-        )
+    for name, what, options in (("weights", "weights", "targets"), ("basket_starts", "baskets", "group")):
+        if name not in shared and any(name in data.column_names for data in logs):
+            raise ValueError(
+                f"Only one of the earlier log and the new one has {what}; prepare both with the same {options}, or both "
+                "without."
+            )
     features = {name: new.features[name] for name in shared if name == "event_type_ids"}
     if any(data.features[name] != feature for data in logs for name, feature in features.items()):
         types = [", ".join(data.features["event_type_ids"].feature.names) for data in logs]
@@ -94,6 +98,9 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     after = _without_repeats(before, after, timed)
     events = pl.concat([before.with_columns(is_new=False), after.with_columns(is_new=True)])
     events = events.sort("user", *["timestamps"] * timed, "is_new", maintain_order=True)
+    if "basket_starts" in shared:  # a new event may be of the second of an earlier one
+        new_second = (pl.col("timestamps").diff() != 0).over("user").fill_null(True)
+        events = events.with_columns(basket_starts=new_second)
     is_new = pl.col("is_new")
     past = pl.when(is_new.any()).then(is_new.cast(pl.Int8).arg_max()).otherwise(pl.len())
     totals = events.group_by("user", maintain_order=True).agg(pl.len(), past=past)
@@ -140,7 +147,7 @@ def read_histories(dataset: Dataset, column: str = "input_ids") -> list[np.ndarr
 def _flatten(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column of lists, and where each list begins; the last offset is the total."""
     lists = table[column].combine_chunks()
-    return lists.flatten().to_numpy(), np.append(0, lists.value_lengths().to_numpy().cumsum())
+    return lists.flatten().to_numpy(zero_copy_only=False), np.append(0, lists.value_lengths().to_numpy().cumsum())
 
 
 def _events(table: pa.Table, users: np.ndarray, columns: list[str]) -> pl.DataFrame:
@@ -172,10 +179,14 @@ def _with_parts(
     rows: pa.Table, lengths: np.ndarray, features: dict[str, Any], *, past: np.ndarray, trained: np.ndarray
 ) -> Dataset:
     """`rows` with the ends of the parts, see [`join_logs`]; `trained` is for users without new events."""
-    num_new = lengths.astype(np.int64) - past
-    held_out = np.where(num_new >= LEAST_TO_HOLD_OUT, 2, 0)
-    test_end = np.where(num_new > 0, lengths, trained)
-    ends = {"train_end": test_end - held_out, "validation_end": test_end - held_out // 2, "test_end": test_end}
+    starts = (
+        _flatten(rows, "basket_starts")[0] if "basket_starts" in rows.column_names else np.ones(lengths.sum(), bool)
+    )
+    held_out = leave_one_out_ends(lengths, basket_starts=starts)
+    begins = np.repeat(np.cumsum(lengths) - lengths + past, lengths) <= np.arange(lengths.sum())
+    num_new = np.bincount(np.repeat(np.arange(lengths.size), lengths)[starts & begins], minlength=lengths.size)
+    test_end = np.where(lengths > past, lengths, trained)
+    ends = {f"{part}_end": np.where(num_new >= LEAST_TO_HOLD_OUT, held_out[part], test_end) for part in PARTS}
     for name, values in {"past_end": past, **ends}.items():
         rows = rows.append_column(name, pa.array(values, pa.int32()))
     return Dataset(rows, info=DatasetInfo(features=Features(Features.from_arrow_schema(rows.schema) | features)))

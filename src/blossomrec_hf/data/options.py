@@ -140,8 +140,8 @@ class EventOptions:
         "Longest time between two events of a session, such as 30m, 12h or 7d; by default, sessions are not marked."
     )
     group: Literal["none", "timestamp"] = _option(
-        "What makes a basket: nothing, or the same second (timestamp). Leave-one-out holds out whole baskets; training "
-        "predicts the events of a basket one after the other.",
+        "What makes a basket: nothing, or the same second (timestamp). The items of a basket are predicted together from "
+        "the events before it, and held out together.",
         "none",
     )
     collapse_repeats: bool = _option(

@@ -41,9 +41,8 @@ def split(
     for validation and test, `seen_ids` (the whole history):
 
     - train: `input_ids` are the events up to `train_end`, and `target_ids` is empty (the target of every position is the
-      next item, except events of weight 0). If the data set has `weights`, the view has them too. Baskets are not
-      kept together: an event is predicted from all events before it, also those of its own basket, see
-      [`warn_of_baskets`];
+      next item, except events of weight 0; the items of a basket are targets together). If the data set has `weights` or
+      `basket_starts`, the view has them too;
     - validation: `input_ids` are the events up to `train_end`, and `target_ids` those up to `validation_end`;
     - test: `input_ids` are the events up to `validation_end`, and `target_ids` those up to `test_end`.
 
@@ -79,23 +78,14 @@ def split(
     if not len(rows):
         raise too_short(dataset, part)
     if part == "train":
-        warn_of_baskets(dataset)
-        columns = dict.fromkeys([*columns, *(["weights"] if "weights" in dataset.column_names else [])])
+        own = [name for name in ("weights", "basket_starts") if name in dataset.column_names]
+        columns = dict.fromkeys([*columns, *own])
     unseen = None if counts is None or part == "train" else np.asarray(counts) <= 0
     transform = _View(part, max_length, tuple(columns), unseen)
     if isinstance(dataset, EventTable):
         return TableView(dataset, rows, transform)
     view = dataset.with_format(None) if len(rows) == len(dataset) else dataset.with_format(None).select(rows)
     return view.with_transform(transform)
-
-
-def warn_of_baskets(dataset: Dataset | EventTable) -> None:
-    """Log how training treats the baskets of a data set that was prepared with `group`, if it was."""
-    if "basket_starts" in dataset.column_names:
-        logger.warning(
-            "train: the data have baskets, but training predicts each event from all events before it, including those of "
-            "its own basket in their order; only the split keeps baskets whole"
-        )
 
 
 def too_short(dataset: Dataset | EventTable, part: str) -> ValueError:

@@ -12,6 +12,7 @@ from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 from .objectives_blossomrec import SAMPLED_OBJECTIVES, mean_over_targets, register_objective
 from .ops_triton_cross_entropy import fused_cross_entropy, why_unsupported
+from .packing_blossomrec import basket_begins
 
 
 MAX_LOGITS = {"cpu": 2**25, "cuda": 2**28}  # logits alive at a time, 128 MiB and 1 GiB in float32
@@ -32,6 +33,28 @@ def next_item_targets(labels: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.T
     first = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
     first.index_fill_(0, cu_seqlens.long(), True)  # an assignment would copy the `True` from the CPU, and wait for it
     return targets.masked_fill(first[1:] | (targets < NUM_SPECIAL_IDS), IGNORE_INDEX)
+
+
+def basket_targets(
+    labels: torch.Tensor, basket_starts: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The target at each packed event, and the position that predicts it: the last one before the event's basket. So no item
+    of a basket is predicted from another one, and one position predicts all items of the next basket.
+
+    Args:
+        labels: vocabulary ids `[T]` aligned with the input; −100 is ignored.
+        basket_starts: whether an event is the first of a basket, bool `[T]`. The first event of a history always is.
+        cu_seqlens: offsets of the packed histories, `[S + 1]`.
+
+    Returns:
+        sources `[T]`, places of the positions that predict; and targets `[T]`, −100 for no target: in the first basket of a
+        history, and for [PAD] and [UNK].
+    """
+    first = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
+    first.index_fill_(0, cu_seqlens.long(), True)
+    begins = basket_begins(basket_starts.to(labels.device) | first[:-1])
+    return (begins - 1).clamp(min=0), labels.masked_fill(first[begins] | (labels < NUM_SPECIAL_IDS), IGNORE_INDEX)
 
 
 def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from .attention_blossomrec import BlossomAttention
 from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import IGNORE_INDEX
-from .loss_blossomrec import given_targets, next_item_targets
+from .loss_blossomrec import basket_targets, given_targets, next_item_targets
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
@@ -345,6 +345,7 @@ class LossKwargs(TransformersKwargs, total=False):
 
     shift_labels: torch.LongTensor | None
     skip_logits: bool
+    basket_starts: torch.BoolTensor | None
 
 
 class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
@@ -431,6 +432,9 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                   by which the summed loss is divided. Defaults to the number in this batch. `Trainer` counts every label
                   that is not −100, except the first of each row.
                 - `shift_labels` `[B, L]`: the target of every position, instead of `labels`.
+                - `basket_starts` bool `[B, L]`: whether an event is the first of a basket. The items of a basket are all
+                  predicted from the last position before it, and those of a history's first basket are no targets. Only
+                  the loss depends on it. By default, every event is a basket.
                 - `skip_logits`: `True` returns no logits.
 
             The other arguments are those of `BlossomRecModel.forward`. `label_smoothing_factor` of `Trainer` replaces
@@ -444,8 +448,11 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         # No parameters of their own: `Trainer` would expect each parameter named like a label in every batch.
         shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
         num_items_in_batch, packing = kwargs.pop("num_items_in_batch", None), pop_packing(kwargs)
+        basket_starts = kwargs.pop("basket_starts", None)
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
+        if shifted and basket_starts is not None:
+            raise ValueError("`basket_starts` cannot be combined with `shift_labels`; give `labels`.")
         check_keywords(kwargs, position_ids, packing)
         if isinstance(logits_to_keep, torch.Tensor | float) or logits_to_keep < 0:
             raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be a number of positions, 0 for all.")
@@ -459,6 +466,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             inputs_embeds,
             vocab_size=self.config.vocab_size,
             labels=labels,
+            basket_starts=basket_starts,
             labels_are_counted=num_items_in_batch is not None and not shifted,
             timestamps=timestamps,
             event_type_ids=event_type_ids,
@@ -478,10 +486,14 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 layer_outputs=records,
             )
             if labels is not None:
-                labels = histories.pack(labels, padding=IGNORE_INDEX).long()
-                targets = given_targets(labels) if shifted else next_item_targets(labels, histories.cu_seqlens)
+                labels, states = histories.pack(labels, padding=IGNORE_INDEX).long(), hidden_states
+                if basket_starts is not None:
+                    sources, targets = basket_targets(labels, histories.pack(basket_starts), histories.cu_seqlens)
+                    states = hidden_states[sources]
+                else:
+                    targets = given_targets(labels) if shifted else next_item_targets(labels, histories.cu_seqlens)
                 loss = find_objective(self.config.objective)(
-                    hidden_states,
+                    states,
                     self.item_vectors(),
                     targets,
                     num_items_in_batch,

@@ -103,6 +103,7 @@ def pack_histories(
     *,
     vocab_size: int,
     labels: torch.Tensor | None = None,
+    basket_starts: torch.Tensor | None = None,
     labels_are_counted: bool = False,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
@@ -124,6 +125,7 @@ def pack_histories(
         inputs_embeds: embeddings `[B, L, hidden_size]` in place of `input_ids`.
         vocab_size: ids must be below it.
         labels: `[B, L]`, checked for ids outside the vocabulary.
+        basket_starts: bool `[B, L]`, for the labels that are no targets.
         labels_are_counted: warn of labels that `Trainer` counts as targets and the model does not.
         cu_seq_lens_q, max_length_q: offsets `[S + 1]` of packed input `[1, T]`, and the longest history there.
         cu_seq_lens_k, max_length_k: the same again, as collators pass them.
@@ -147,6 +149,11 @@ def pack_histories(
     batch, length = shape
     if labels is not None and labels.shape != shape:
         raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the input {shape}; they must be the same.")
+    if basket_starts is not None and (basket_starts.shape != shape or basket_starts.dtype != torch.bool):
+        raise ValueError(
+            f"`basket_starts` has shape {tuple(basket_starts.shape)} and dtype {basket_starts.dtype}; it must be bool, and "
+            f"have the shape {shape} of the input."
+        )
     if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
@@ -184,6 +191,7 @@ def pack_histories(
             vocab_size,
             cu_seq_lens_k=cu_seq_lens_k,
             real=real,
+            basket_starts=basket_starts,
             labels_are_counted=labels_are_counted,
         )
     else:
@@ -282,6 +290,7 @@ def _check_values(
     *,
     cu_seq_lens_k: torch.Tensor | None,
     real: torch.Tensor | None,
+    basket_starts: torch.Tensor | None,
     labels_are_counted: bool,
 ) -> tuple[int, int]:
     """
@@ -297,7 +306,9 @@ def _check_values(
             if labels is None or labels.numel() == 0
             else labels.masked_fill(labels == IGNORE_INDEX, 0).aminmax()
         ),
-        _num_counted_in_vain(labels, real, cu_seqlens) if labels is not None and labels_are_counted else zero,
+        _num_counted_in_vain(labels, real, basket_starts, cu_seqlens)
+        if labels is not None and labels_are_counted
+        else zero,
         zero if cu_seq_lens_k is None else (cu_seq_lens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
         zero if packed_mask is None else (packed_mask == 0).sum(),
         cu_seqlens[0],
@@ -322,7 +333,7 @@ def _check_values(
     if num_in_vain:
         logger.warning_once(
             "`labels` has ids that are no targets but that `Trainer` counts in `num_items_in_batch`, which makes the loss "
-            "too small: set the label of a history's first item, of [PAD] and of [UNK] to −100, or pad on the right."
+            "too small: set the label of a history's first item or basket, of [PAD] and of [UNK] to −100, or pad on the right."
         )
     if num_padding:
         raise ValueError("`attention_mask` marks padding in packed input; omit the padding, or make it a history.")
@@ -337,17 +348,27 @@ def _check_values(
     return longest if max_seqlen is None else max_seqlen, last
 
 
-def _num_counted_in_vain(labels: torch.Tensor, real: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
+def _num_counted_in_vain(
+    labels: torch.Tensor, real: torch.Tensor | None, basket_starts: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
     """
     Number of labels that `Trainer` counts (all but −100 and the first column) at positions without a target. `real` marks
     the items of padded rows, and is `None` for packed input, which has offsets.
     """
     if real is None:
-        no_target = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
-        no_target = no_target.index_fill_(1, cu_seqlens.clamp(0, labels.shape[1]), True)[:, :-1]
+        first = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=labels.device)
+        first = first.index_fill_(1, cu_seqlens.clamp(0, labels.shape[1]), True)[:, :-1]
+        no_target = first if basket_starts is None else first[:, basket_begins(first[0] | basket_starts[0])]
     else:
-        no_target = ~real | (real.cumsum(1) == 1)
+        starts = real if basket_starts is None else real & (basket_starts | (real.cumsum(1) == 1))
+        no_target = ~real | (starts.cumsum(1) == 1)
     return ((no_target | (labels < NUM_SPECIAL_IDS)) & (labels != IGNORE_INDEX))[:, 1:].sum()
+
+
+def basket_begins(basket_starts: torch.Tensor) -> torch.Tensor:
+    """The place of the first event of each event's basket `[T]`; `basket_starts` is bool `[T]`, and true at place 0."""
+    basket = basket_starts.cumsum(0)
+    return torch.searchsorted(basket, basket)
 
 
 def _short(values: list[int]) -> str:

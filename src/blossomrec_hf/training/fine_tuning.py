@@ -1,7 +1,7 @@
 """What fine-tuning learns from, and its settings."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import TrainingArguments
@@ -32,7 +32,7 @@ def windows_to_learn(
     *,
     max_length: int,
     window: Window = "overlapping",
-    weights: Sequence[np.ndarray] | None = None,
+    columns: Mapping[str, Sequence[np.ndarray]] | None = None,
     replay_share: float = REPLAY_SHARE,
     seed: int = 0,
 ) -> HistoryWindows:
@@ -45,7 +45,7 @@ def windows_to_learn(
         train_ends: the number of events up to the end of the training part, per user.
         max_length: items of a window, 2 or more.
         window: see [`HistoryWindows`]. With `"overlapping"`, each new event is the target of exactly one window.
-        weights: [events] per user, 0 for events that are no targets, else 1; optional.
+        columns: other columns of the events by name, [events] per user, as [`HistoryStore`] reads them; optional.
         replay_share: of all targets, the share that are past events, 0 or more and below 1; less if the past is shorter.
         seed: of the draw of the windows to replay, and of random crops.
 
@@ -59,9 +59,12 @@ def windows_to_learn(
         known += [1] * num_users
     users = [number % num_users for number in range(len(ends))]
     items, offsets = concatenate(histories[user][:end] for user, end in zip(users, ends))
-    if weights is not None:
-        weights = np.concatenate([weights[user][:end] for user, end in zip(users, ends)])
-    store = HistoryStore(items, offsets, num_known=np.array(known, np.int64), weights=weights)
+    joined = {
+        name: np.concatenate([lists[user][:end] for user, end in zip(users, ends)])
+        for name, lists in (columns or {}).items()
+    }
+    weights = joined.pop("weights", None)
+    store = HistoryStore(items, offsets, num_known=np.array(known, np.int64), columns=joined, weights=weights)
     stride = max_length - max_length // 2
     windows = HistoryWindows(store, max_length, window=window, stride=stride, seed=seed)
     new, past = np.flatnonzero(windows.sources < num_users), np.flatnonzero(windows.sources >= num_users)
