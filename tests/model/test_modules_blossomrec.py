@@ -96,6 +96,15 @@ def test_a_quantized_head_ranks_by_its_own_scores():
         twin.recommend(rows, index=SimpleNamespace(check=None))
 
 
+def test_a_step_of_a_fused_optimizer_changes_the_fingerprint():
+    """It changes the weights without a new version of the tensors."""
+    model, _ = model_and_histories()
+    before, x = weights_fingerprint(model.model), torch.randint(2, 60, (2, 9))
+    model(x, labels=x).loss.backward()
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    assert weights_fingerprint(model.model) != before
+
+
 def test_weights_made_of_several_tensors_are_not_read():
     """As those of `torchao.quantize_`: the module stays a `Linear`, its weight is of a class of its own."""
     model, _ = model_and_histories()

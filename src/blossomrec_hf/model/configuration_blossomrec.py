@@ -17,6 +17,7 @@ VERSION = "0.1.0"  # of the package, which this file cannot import when it is lo
 
 SELECTION_GRADIENTS = ("straight_through", "none")
 NEGATIVE_SAMPLINGS = ("uniform", "popularity", "in_batch")
+SCORINGS = ("dot", "cosine")
 CROSS_ENTROPY_IMPLEMENTATIONS = ("auto", "torch", "triton", "liger")
 TIME_FEATURES = ("previous_gap", "next_gap", "next_gap_input", "hour", "weekday")
 # The numbers that each `rope_type` requires, besides `rope_theta`.
@@ -47,6 +48,9 @@ _WHOLE_NUMBERS = {
 _NUMBERS = {
     "hidden_dropout_prob": (0, 1, "[0, 1)"),
     "time_dropout_prob": (0, 1, "[0, 1]"),
+    "item_dropout_prob": (0, 1, "[0, 1)"),
+    "id_dropout_prob": (0, 1, "[0, 1)"),
+    "temperature": (0, 1000, "(0, 1000]"),
     "importance_threshold": (0, 1, "[0, 1)"),
     "gbce_calibration": (0, 1, "[0, 1]"),
     "initializer_range": (0, 1000, "[0, 1000]"),
@@ -80,6 +84,20 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         hidden_dropout_prob (`float`, *optional*, defaults to 0.3):
             Dropout probability after the embedding, the attention and the feed-forward network. There is no dropout on
             attention probabilities.
+        item_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Share of the input items that one learned vector replaces in training. The targets stay.
+        scoring (`str`, *optional*, defaults to `"dot"`):
+            `"dot"` scores an item by the dot product of the last hidden state with its vector, `"cosine"` by their cosine
+            similarity divided by `temperature`, in training and afterwards.
+        temperature (`float`, *optional*, defaults to 0.05):
+            Temperature of `"cosine"` scores.
+        item_features (`dict`, *optional*):
+            Features of the items, by name: `{"kind": "categories", "names": [...], "num_values": n}`, where n is the number
+            of values of all items, or `{"kind": "vectors", "size": n}`. `ItemTable` describes them. An item's vector is then
+            the sum of its id embedding, a learned vector per category and a projection of each dense vector.
+        id_dropout_prob (`float`, *optional*, defaults to 0.1):
+            With `item_features`, the probability with which the id embedding of an item is omitted in a training step, so
+            that items are also known by their features alone.
         attention_types (`str` or `list[str]`, *optional*, defaults to `"blossom"`):
             The streams of each layer: `"blossom"` (both streams of the paper with a gate), `"long_term"`, `"short_term"`,
             `"full"`, or names joined by `+`, with a gate for each. A single name applies to all layers. `"full"` in all
@@ -183,6 +201,11 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
     intermediate_size: int = 256
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.3
+    item_dropout_prob: float = 0.0
+    scoring: str = "dot"
+    temperature: float = 0.05
+    item_features: dict[str, dict[str, Any]] | None = None
+    id_dropout_prob: float = 0.1
     attention_types: str | list[str] = "blossom"
     compress_block_size: int = 32
     compress_stride: int = 16
@@ -402,6 +425,37 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
                     f"`attention_types` has {_short(attention_type)}; it must be a name or a list of names."
                 )
         self._check_objective()
+        _check_choice("scoring", self.scoring, SCORINGS)
+        self._check_item_features()
+
+    def _check_item_features(self) -> None:
+        if self.item_features is None:
+            return
+        if not isinstance(self.item_features, dict) or not self.item_features:
+            raise ValueError(
+                f"`item_features` is {_short(self.item_features)}; it must be a dictionary of features by name, or None."
+            )
+        for name, feature in self.item_features.items():
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"`item_features` names a feature {_short(name)}; names must be identifiers.")
+            feature = feature if isinstance(feature, dict) else {}
+            names, kind = feature.get("names"), feature.get("kind")
+            numbers = [feature.get("num_values" if kind == "categories" else "size")]
+            if kind == "categories":
+                sound = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+                sound, least = sound and len(set(names)) == len(names), 0
+            else:
+                sound, least = kind == "vectors", 1
+            if not sound or not all(type(number) is int and least <= number <= _INT32 for number in numbers):
+                raise ValueError(
+                    f'`item_features[{name!r}]` is {_short(self.item_features[name])}; it must have the "kind" '
+                    '"categories" with different "names" and "num_values", or "vectors" with "size".'
+                )
+        if not self.tie_word_embeddings:
+            raise ValueError(
+                "`tie_word_embeddings` is False; with `item_features`, input and scores share the item vectors, and it must "
+                "be True."
+            )
 
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:

@@ -18,6 +18,7 @@ from .attention_blossomrec import BlossomAttention
 from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import IGNORE_INDEX
+from .items_blossomrec import KeptMatrix, unit_vectors
 from .loss_blossomrec import basket_targets, given_targets, next_item_targets
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
@@ -71,6 +72,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        if config.item_dropout_prob > 0:
+            self.replaced_item = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
         self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
         self.gradient_checkpointing = False
@@ -110,8 +113,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         layer_outputs: LayerOutputs | None = None,
     ) -> torch.Tensor:
         """
-        Compute the last layer's hidden states of packed histories: the one entry point of `forward`, `recommend`,
-        evaluation and serving. Nothing in it depends on values, so that `torch.compile(model.encode)` has no graph break
+        Compute the prediction states of packed histories, which are compared with item vectors: the one entry point of
+        `forward`, `recommend`, evaluation and serving. Nothing in it depends on values, so that `torch.compile(model.encode)` has no graph break
         (without a cache).
 
         Args:
@@ -121,7 +124,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             cache: cached histories; if given, `histories` contains only their new events, which are appended.
                 No gradients are computed.
             use_cache: `False` leaves `cache` as it was.
-            training: whether dropout is applied. It does not depend on the modules' mode, so that threads may share a model.
+            training: whether dropout is applied, to items too. It does not depend on the modules' mode, so that threads may share a model.
             layer_outputs: the lists in it that are not `None` get the outputs of every layer.
 
         Returns:
@@ -135,9 +138,21 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         for encoder in self._static_encoders if plain else ():
             if encoder.has_room(histories):
                 return encoder(histories)
-        return self._run_layers(histories, last_only, cache, use_cache, training, layer_outputs)
+        return self.prediction_states(self.run_layers(histories, last_only, cache, use_cache, training, layer_outputs))
 
-    def _run_layers(
+    def prediction_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        The states that are compared with item vectors. With `scoring="cosine"`, hidden states of length 1, divided by the
+        temperature (computed in float32 or better); otherwise the hidden states themselves.
+
+        Args:
+            hidden_states: `[..., hidden_size]`, of the last layer, such as `BlossomRecCache.last_hidden_state`.
+        """
+        if self.config.scoring == "dot":
+            return hidden_states
+        return unit_vectors(hidden_states, scale=1 / self.config.temperature)
+
+    def run_layers(
         self,
         histories: PackedHistories,
         last_only: bool = False,
@@ -146,7 +161,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         training: bool = False,
         layer_outputs: LayerOutputs | None = None,
     ) -> torch.Tensor:
-        """`encode`, operation by operation."""
+        """The last layer's hidden states, of which `encode` makes prediction states; the arguments are those of `encode`."""
         append = None if cache is None else self._begin_append(cache, histories, training)
         position = histories.position if append is None else append.position
         keep = None
@@ -184,7 +199,11 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         x = histories.inputs_embeds
         if x is None:
             x = self.item_embedding(histories.item_ids)  # before it is packed: NEFTune's noise depends on the shape
-        return self.dropout(self.embedding_norm(histories.pack(x)), training)[None]
+        x = histories.pack(x)
+        if training and self.config.item_dropout_prob > 0:
+            replaced = torch.rand(x.shape[0], 1, device=x.device) < self.config.item_dropout_prob
+            x = torch.where(replaced, self.replaced_item, x)
+        return self.dropout(self.embedding_norm(x), training)[None]
 
     def _begin_append(self, cache: BlossomRecCache, histories: PackedHistories, training: bool) -> Append:
         """The new events `histories` of the cached ones."""
@@ -301,7 +320,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             **packing,
         )
         records = self.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
-        hidden_states = self.encode(
+        hidden_states = self.run_layers(
             histories,
             cache=cache,
             use_cache=use_cache is not False,
@@ -359,6 +378,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         self.loss_type = "ForCausalLM"  # `Trainer` then leaves the first label of each row out of its count of targets
         self.model = BlossomRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._unit_vectors = KeptMatrix()
         self.post_init()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -378,26 +398,47 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
 
     def item_vectors(self, ids: torch.LongTensor | Sequence[int] | None = None) -> torch.Tensor:
         """
-        The vectors whose dot products with the last hidden state are the logits. With `tie_word_embeddings=True` they
-        are the input embedding, otherwise weights of their own. All scores, losses and indexes use this method.
+        The vectors whose dot products with the prediction states are the logits. With `tie_word_embeddings=True` they are
+        the input embedding, otherwise weights of their own; with `scoring="cosine"`, they are scaled to length 1. All scores,
+        losses and indexes use this method.
 
         Args:
             ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
 
         Returns:
-            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. Without `ids`
-            this is the weight itself, or computed if the output embedding is offloaded, quantized or adapted.
+            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. With "dot" scores
+            and without `ids`, this is the weight itself, or computed if the output embedding is offloaded, quantized or
+            adapted. In evaluation mode without gradients, unit vectors are kept until a weight changes.
 
         Raises:
             ValueError: if `ids` is not one list of vocabulary ids.
         """
-        vectors = dense_weight(self.lm_head)
+        vectors = self._score_vectors()
         if ids is None:
             return vectors
         ids = as_ids("ids", ids, 0, vectors.device, self.config.vocab_size)
         if ids.dim() != 1:
             raise ValueError(f"`ids` has shape {tuple(ids.shape)}; it must be one list of vocabulary ids.")
         return vectors[ids]
+
+    def _score_vectors(self) -> torch.Tensor:
+        weight = dense_weight(self.lm_head)
+        if self.config.scoring == "dot":
+            return weight
+        return self._unit_vectors.get(self, [weight], lambda: unit_vectors(weight))
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The scores of all items for prediction states."""
+        if self.config.scoring == "dot":
+            return self.lm_head(states)
+        vectors = self._score_vectors()
+        return nn.functional.linear(states.to(vectors.device), vectors)
+
+    def train(self, mode: bool = True) -> "BlossomRecForSequentialRecommendation":
+        """As in PyTorch; training mode drops the item vectors that are kept in evaluation mode."""
+        if mode:
+            self._unit_vectors.drop()
+        return super().train(mode)
 
     @can_return_tuple
     def forward(
@@ -506,9 +547,9 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                         f"{list(getattr(loss, 'shape', ()))}; it must return a scalar tensor, see `mean_over_targets`."
                     )
             if logits_to_keep:
-                logits = self.lm_head(histories.last(hidden_states, logits_to_keep))
+                logits = self._logits(histories.last(hidden_states, logits_to_keep))
             elif not skip_logits and (labels is None or not self.training):
-                logits = histories.unpack(self.lm_head(hidden_states))
+                logits = histories.unpack(self._logits(hidden_states))
         return BlossomRecOutput(loss=loss, logits=logits, cache=cache, **({} if records is None else records.fields()))
 
 

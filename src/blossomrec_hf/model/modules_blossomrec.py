@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -20,6 +21,18 @@ _MODELESS += ("transformers.activations", "torch._dynamo.eval_frame")
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 _DIGEST_ELEMENTS = 2**24  # elements of a tensor that are copied to the CPU at a time
+
+
+_optimizer_steps = 0  # of all optimizers in this process
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers change weights in place without a new version of the tensor.
+register_optimizer_step_post_hook(_count_step)
 
 
 @functools.cache
@@ -147,6 +160,7 @@ class _Weights(NamedTuple):
     ids: list[int]
     plain: bool
     state: list[tuple[int, int]]
+    optimizer_steps: int
     fingerprints: dict[int, WeightsFingerprint]
 
 
@@ -171,17 +185,19 @@ def weights_fingerprint(model: nn.Module, num_items: int | None = None) -> Weigh
         plain = known.plain
     else:
         plain = all(type(x) in _PLAIN and not x.is_inference() for x in tensors)
-    state = [(x.data_ptr(), x._version) for x in tensors] if plain else [tensor_state(x) for x in tensors]
-    if known is None or known.ids != ids or known.state != state:
-        known = _WEIGHTS[model] = _Weights(ids, plain, state, {})
+    state = [(x.data_ptr(), x._version) for x in tensors] if plain else [tensor_state(x)[:2] for x in tensors]
+    steps = _optimizer_steps
+    if known is None or known.ids != ids or known.state != state or known.optimizer_steps != steps:
+        known = _WEIGHTS[model] = _Weights(ids, plain, state, steps, {})
     if num_items not in known.fingerprints:
         known.fingerprints[num_items] = _fingerprint(model, num_items)
     return known.fingerprints[num_items]
 
 
-def tensor_state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Numbers that change if a tensor gets other memory or is changed in place."""
-    return tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor), 0 if tensor.is_inference() else tensor._version
+def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Numbers that change if a tensor gets other memory or is changed in place, or if an optimizer makes a step."""
+    place = tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor)
+    return place, 0 if tensor.is_inference() else tensor._version, _optimizer_steps
 
 
 def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:

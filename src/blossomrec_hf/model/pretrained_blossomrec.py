@@ -92,6 +92,8 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.copy_(module.bias, bias)
         elif "item_counts" in module._buffers:
             init.zeros_(module.item_counts)
+            if "replaced_item" in module._parameters:
+                init.normal_(module.replaced_item, mean=0.0, std=self.config.initializer_range)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -12,7 +12,15 @@ from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
 from .ids_blossomrec import NUM_SPECIAL_IDS
-from .modules_blossomrec import check_inference, execution_device, is_plain, offloaded_tensor, stored_item_vectors
+from .items_blossomrec import MIN_NORM
+from .modules_blossomrec import (
+    check_inference,
+    dense_weight,
+    execution_device,
+    is_plain,
+    offloaded_tensor,
+    stored_item_vectors,
+)
 from .packing_blossomrec import pack_histories
 from .ranking_blossomrec import MAX_SCORES, rank_items, top_of_rows
 from .static_blossomrec import StaticEncoder
@@ -22,7 +30,6 @@ logger = logging.get_logger(__name__)
 
 # Candidates that an index is asked for per recommended item, and at least: its own scores are rough.
 INDEX_FETCH, MIN_FETCH = 4, 100
-MIN_NORM = 1e-12  # norms below count as this, so that a vector of zeros has similarity 0
 
 
 @dataclass
@@ -205,7 +212,8 @@ class RecommendationMixin:
         with nullcontext() if cache is None else cache.all_or_nothing():
             states, seen = self.base_model.encode(histories, last_only=cache is None, cache=cache), input_ids
             if cache is not None:  # a row without new events has the state from before
-                states, seen = cache.last_hidden_state, cache.item_ids.to(device).long()
+                states = self.base_model.prediction_states(cache.last_hidden_state)
+                seen = cache.item_ids.to(device).long()
                 empty = (cache.lengths == 0).to(device)
             exclude_seen = self.config.exclude_seen if exclude_seen is None else exclude_seen
             excluded = [seen if exclude_seen else None, exclude_ids]
@@ -239,6 +247,7 @@ class RecommendationMixin:
         batch = states.shape[0]
         excluded = [self._checked("seen_ids", seen_ids, batch), self._checked("exclude_ids", exclude_ids, batch)]
         candidates = self._checked("candidate_ids", candidate_ids, batch)
+        states = self.base_model.prediction_states(states)
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
     @torch.no_grad()
@@ -295,7 +304,8 @@ class RecommendationMixin:
         return self._best(states, excluded, candidates, None, top_k, min_score, index, scales=scales)
 
     def _input_device(self) -> torch.device:
-        return self.item_vectors().device if is_plain(self.get_output_embeddings()) else execution_device(self)
+        head = self.get_output_embeddings()
+        return dense_weight(head).device if is_plain(head) else execution_device(self)
 
     def _checked(self, name: str, ids: Any, batch: int, row: str = "a history") -> torch.Tensor | None:
         """Ids for all rows `[C]` or for each `[B, C]`, as int64 on the device of the item vectors."""
@@ -341,7 +351,7 @@ class RecommendationMixin:
                 candidates = torch.where(empty[:, None], popular, candidates)
         by_row = {"excluded": excluded, "candidates": candidates, "popular": empty}
         rank = partial(rank_items, top_k=top_k, item_counts=item_counts, scales=scales)
-        if is_plain(head):
+        if is_plain(head) or self.config.scoring == "cosine":
             item_ids, scores = rank(states, self.item_vectors(), **by_row)
         else:
             item_ids, scores = _rank_by_module(head, states, rank, self.config.vocab_size, **by_row)

@@ -127,7 +127,7 @@ class StaticEncoder:
         def encode(input_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> torch.Tensor:
             packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
             histories = pack_histories(input_ids, vocab_size=vocab_size, **packing)
-            return model._run_layers(histories, last_only=True)
+            return model.prediction_states(model.run_layers(histories, last_only=True))
 
         self._encode = torch.compile(encode, dynamic=False)
         self._lock = threading.Lock()
@@ -146,7 +146,7 @@ class StaticEncoder:
         return full_enough and self.batch.has_room(tokens, histories.cu_seqlens.shape[0] - 1)
 
     def __call__(self, histories: PackedHistories) -> torch.Tensor:
-        """The hidden states `[S, hidden_size]` of each history's last position."""
+        """The prediction states `[S, hidden_size]` of each history's last position."""
         with self._lock:
             self.batch.load({"input_ids": histories.pack(histories.item_ids)[None]}, histories.cu_seqlens)
             return self._run()[: histories.cu_seqlens.shape[0] - 1].clone()

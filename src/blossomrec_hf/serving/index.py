@@ -60,7 +60,7 @@ class ItemIndex:
             raise ValueError(f"`probes` is {probes}; it must be at least 1.")
         self.index, self.fingerprint, self.scoring = index, fingerprint, scoring
         self.probes = probes
-        self._checked: tuple[weakref.ref, tuple[int, int]] | None = None
+        self._checked: tuple[weakref.ref, tuple[int, int, int]] | None = None
 
     @property
     def probes(self) -> int:

@@ -57,7 +57,7 @@ class HistoryScorer(nn.Module):
             x = self._layer(layer, x, position, cos_sin)
         count = real.sum(1)
         last = x.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, x.shape[2]))[:, 0]
-        scores = last.float() @ self.model.item_vectors().float().T
+        scores = base.prediction_states(last).float() @ self.model.item_vectors().float().T
         scores = torch.where(count[:, None] > 0, scores, base.item_counts.float())
         special = torch.arange(scores.shape[1], device=scores.device) < NUM_SPECIAL_IDS
         return scores.masked_fill(special, -torch.inf)
