@@ -15,6 +15,7 @@ COMMANDS = {
     "finetune": "fine-tune a model on new events, with new items",
     "evaluate": "rank the held-out items of a log by checkpoints and baselines",
     "compare": "run a paired significance test between two groups of checkpoints",
+    "study": "run a grid of configurations, seeds and data sets, and compare them",
     "recommend": "write the recommendations of all users to Parquet files",
     "similar": "print the items that are most similar to given items",
     "serve": "serve recommendations over HTTP",

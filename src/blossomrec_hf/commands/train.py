@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from ..data import EventTable, has_users, hold_out_nothing, item_counts, split
@@ -30,6 +29,7 @@ from ..training import (
     TrainingLoop,
     changed_arguments,
     check_refit_folder,
+    initialize_model,
     parse_arguments,
     refit,
     refit_folder,
@@ -252,16 +252,14 @@ def main() -> None:
 def new_model(
     model_args: ModelArguments, seed: int, dataset: EventTable, vocab_size: int, repeat_share: float
 ) -> BlossomRecForSequentialRecommendation:
-    """A model initialized with `seed`, equal on every process, with the item frequencies of the training events."""
+    """The model of the arguments, with the item frequencies of the training events."""
     settings = asdict(model_args)
     attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
     settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
     settings |= json.loads(settings.pop("config_overrides"))
     config = BlossomRecConfig(vocab_size=vocab_size, **settings)
-    set_seed(seed)  # the loop seeds what differs between processes
-    model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
-    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, vocab_size)))
-    return model
+    counts = item_counts(dataset, vocab_size)
+    return initialize_model(config, seed=seed, counts=counts, attn_implementation=attn_implementation)
 
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:

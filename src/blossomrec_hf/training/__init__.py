@@ -10,6 +10,7 @@ from .arguments import (
     save_arguments,
 )
 from .callbacks import LogLinesCallback, LoopCallback, SelectionWatch, draw_selection, selection_statistics
+from .initialize import initialize_model
 from .loop import TrainingLoop, train
 from .new_items import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
 from .refit import check_refit_folder, refit, refit_folder
@@ -33,6 +34,7 @@ __all__ = [
     "draw_selection",
     "freeze_all_but_items",
     "initialize_from_events",
+    "initialize_model",
     "parse_arguments",
     "ranking_compute_metrics",
     "read_arguments",

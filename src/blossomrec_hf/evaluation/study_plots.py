@@ -1,0 +1,64 @@
+"""Figures of studies. They need matplotlib (extra `report`), which is imported when one is drawn."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import atomic_write
+from .study_tables import METRIC
+
+
+def draw(path: str | Path, title: str, tables: Mapping[str, Any]) -> None:
+    """
+    Draw the tables of a study: NDCG@10 over a setting if there are slopes, else NDCG@10 of each configuration with its 95 %
+    interval. One panel per data set and group of users.
+
+    Args:
+        path: the PNG file to write.
+        title: title of the figure.
+        tables: the result of [`StudyTables.build`].
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    entries = [entry for entry in tables["slopes"] or tables["means"] if entry["num_users"]]
+    places = list(dict.fromkeys((entry["data"], entry["users"]) for entry in entries))
+    bars = max(sum((entry["data"], entry["users"]) == place for entry in entries) for place in places)
+    height = 3.2 if tables["slopes"] else 0.8 + 0.22 * bars
+    figure = Figure(figsize=(6.5 * min(2, len(places)), height * -(-len(places) // 2)), layout="constrained")
+    panels = figure.subplots(-(-len(places) // 2), min(2, len(places)), squeeze=False).flat
+    for panel in list(panels)[len(places) :]:
+        panel.remove()
+    for place, panel in zip(places, figure.axes):
+        chosen = [entry for entry in entries if (entry["data"], entry["users"]) == place]
+        panel.set_title(f"{place[0]}, {place[1]} ({chosen[0]['num_users']:,})", fontsize=9)
+        if tables["slopes"]:
+            _draw_slopes(panel, chosen)
+        else:
+            _draw_means(panel, chosen)
+    figure.suptitle(title, fontsize=10)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+
+
+def _draw_slopes(panel: Any, entries: list[Mapping[str, Any]]) -> None:
+    for entry in entries:
+        values, metrics = zip(*entry["points"])
+        label = f"{entry.get('configurations', '*')}, {entry['slope']:+.4f} per doubling"
+        panel.plot(values, metrics, marker="o", label=label)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(values, [f"{value:g}" for value in values])
+    panel.set(xlabel=entries[0]["over"], ylabel="NDCG@10")
+    panel.legend(fontsize=7)
+
+
+def _draw_means(panel: Any, entries: list[Mapping[str, Any]]) -> None:
+    several = len({entry["evaluation"] for entry in entries}) > 1
+    names = [f"{e['configuration']}{', ' + e['evaluation'] if several else ''}" for e in entries]
+    places = range(len(entries), 0, -1)
+    half = [entry[f"{METRIC} half interval"] for entry in entries]
+    panel.errorbar([entry[METRIC] for entry in entries], places, xerr=half, fmt="o", capsize=2)
+    panel.set_yticks(places, names, fontsize=7)
+    panel.set_xlabel("NDCG@10")

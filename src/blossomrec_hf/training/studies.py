@@ -1,0 +1,257 @@
+"""Studies: a YAML file of configurations, seeds and data sets, the runs that it asks for, and their records."""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.event_table import EventTable
+from ..evaluation.study_tables import StudyTables
+from ..model.configuration_blossomrec import BlossomRecConfig
+from ..utils.code_hash import hash_files, join_hashes
+from ..utils.files import read_json
+from .arguments import LoopArguments, read_arguments
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent.parent
+# Figures depend on these files. Kernels, commands, serving and the readers of raw logs are not among them: kernels are tested to
+# compute what `ops_reference` computes, and the events that were read have a checksum.
+CODE = (
+    *(
+        "model/configuration_*.py",
+        "model/modeling_*.py",
+        "model/modules_*.py",
+        "model/streams_*.py",
+        "model/loss_*.py",
+    ),
+    *(
+        "model/packing_*.py",
+        "model/attention_*.py",
+        "model/power_law_*.py",
+        "model/objectives_*.py",
+        "model/ops_reference.py",
+    ),
+    *("batches/*.py", "data/splits.py", "data/event_table.py"),
+    *("evaluation/held_out.py", "evaluation/metrics.py", "evaluation/ranking.py", "evaluation/reports.py"),
+    *("training/loop.py", "training/step.py", "training/plan.py", "training/optimizer.py", "training/averaging.py"),
+    *("training/gradients.py", "training/graphs.py", "training/initialize.py", "training/study_runs.py"),
+)
+_PARTS = "description data seeds settings configurations grid evaluations users comparisons slopes costs".split()
+_LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
+_CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One run of a study.
+
+    Attributes:
+        data: name of the data set.
+        configuration: name of the configuration.
+        seed: the seed.
+        settings: the settings of `blossomrec train` and of `BlossomRecConfig` that differ from their defaults.
+        evaluations: how the model is tested: by name, the settings of the test.
+        checksum: of the events, see [`data_checksum`].
+        code: hash of the code.
+    """
+
+    data: str
+    configuration: str
+    seed: int
+    settings: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
+    checksum: str
+    code: str
+
+    @property
+    def key(self) -> str:
+        """12 hexadecimal digits: another number if anything that the figures depend on is another."""
+        parts = [self.settings, self.evaluations, self.seed, self.checksum, self.code]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """The name of the files of the record, without suffix."""
+        words = re.sub(r"[^\w.]+", "-", f"{self.data} {self.configuration} {self.seed}").strip("-")
+        return f"{words}-{self.key}"
+
+    def loop_arguments(self, output_dir: str | Path) -> LoopArguments:
+        """The arguments of the training loop."""
+        settings = {name: value for name, value in self.settings.items() if name in _LOOP_NAMES}
+        return LoopArguments(output_dir=str(output_dir), seed=self.seed, **settings)
+
+    def model_config(self, vocab_size: int, repeat_share: float | None) -> BlossomRecConfig:
+        """The configuration of the model."""
+        settings = {name: value for name, value in self.settings.items() if name in _CONFIG_NAMES}
+        return BlossomRecConfig(vocab_size=vocab_size, repeat_share=repeat_share, **settings)
+
+
+@dataclass
+class Study:
+    """
+    A grid of configurations × seeds × data sets, and what is to be reported about it.
+
+    Attributes:
+        name: name of the study, that of its file.
+        description: a sentence for the report.
+        data: path of each data set by name: what `blossomrec train --data` takes, usually a file of
+            `blossomrec export --data`. Settings of a data set go into `data_settings`.
+        data_settings: by data set, settings that replace those of the study.
+        seeds: the seeds.
+        settings: settings of all runs: arguments of the training loop and of `BlossomRecConfig`.
+        configurations: settings by configuration, which replace the others. The grid is already multiplied out.
+        evaluations: by name, how each trained model is tested: `max_length`, and keywords of `rank_held_out_items`.
+        tables: what to report.
+        costs: whether inference is timed.
+    """
+
+    name: str
+    description: str
+    data: dict[str, str]
+    seeds: list[int]
+    configurations: dict[str, dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    data_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=lambda: {"test": {}})
+    tables: StudyTables = field(default_factory=StudyTables)
+    costs: bool = False
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """
+        Read a study from a YAML file, as `blossomrec study --help` describes it.
+
+        Raises:
+            ValueError: if the file is not valid, or a setting has a wrong name or value.
+            OSError: if the file cannot be read.
+        """
+        content = read_arguments(path)
+        if unknown := sorted(content.keys() - set(_PARTS)):
+            raise ValueError(f"{path} has {', '.join(unknown)}; a study may have {', '.join(_PARTS)}.")
+        for part in ("data", "seeds", "configurations"):
+            if not content.get(part):
+                raise ValueError(f"{path} has no {part}; a study needs data, seeds and configurations.")
+        for part in ("data", "settings", "configurations", "grid", "evaluations", "users"):
+            if not isinstance(content.get(part) or {}, dict):
+                raise ValueError(f"{path} has {content[part]!r} for {part}, which must be a mapping.")
+        if not all(type(seed) is int for seed in content["seeds"]):
+            raise ValueError(f"{path} has the seeds {content['seeds']!r}; they must be a list of integers.")
+        sets = {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in content["data"].items()}
+        tables = {name: content[name] for name in ("users", "comparisons", "slopes") if content.get(name)}
+        study = cls(
+            name=Path(path).stem,
+            description=" ".join(str(content.get("description", "")).split()),
+            data={name: str(entry["path"]) for name, entry in sets.items()},
+            data_settings={name: entry.get("settings") or {} for name, entry in sets.items()},
+            seeds=content["seeds"],
+            settings=content.get("settings") or {},
+            configurations=expand_grid(content["configurations"], content.get("grid") or {}),
+            evaluations={name: entry or {} for name, entry in (content.get("evaluations") or {"test": {}}).items()},
+            tables=StudyTables(**tables),
+            costs=bool(content.get("costs", False)),
+        )
+        study.check(str(path))
+        return study
+
+    def check(self, path: str) -> None:
+        """
+        Raises:
+            ValueError: if a setting of a run has an unknown name or a wrong value, or a comparison names nothing.
+        """
+        for run in self.runs(dict.fromkeys(self.data, ""), code=""):
+            place = f"{path}, configuration {run.configuration}"
+            if unknown := sorted(run.settings.keys() - _LOOP_NAMES - _CONFIG_NAMES):
+                raise ValueError(f"{place}: {', '.join(unknown)} is no setting of `blossomrec train`; correct it.")
+            try:
+                run.loop_arguments("runs")
+                run.model_config(3418, None)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{place}: {error}") from error
+        self.tables.check(path, list(self.configurations), list(self.evaluations))
+
+    def runs(self, checksums: Mapping[str, str], code: str) -> list[Run]:
+        """
+        All runs, in the order in which they are executed: all configurations with the first seed, then with the next.
+
+        Args:
+            checksums: checksum of the events by data set.
+            code: hash of the code.
+        """
+        return [
+            Run(
+                data=data,
+                configuration=name,
+                seed=seed,
+                settings={**self.settings, **self.data_settings.get(data, {}), **settings},
+                evaluations=self.evaluations,
+                checksum=checksums[data],
+                code=code,
+            )
+            for seed in self.seeds
+            for data in self.data
+            for name, settings in self.configurations.items()
+        ]
+
+
+def expand_grid(
+    configurations: Mapping[str, Mapping[str, Any] | None], grid: Mapping[str, Sequence[Any]]
+) -> dict[str, dict[str, Any]]:
+    """
+    Multiply configurations by a grid of settings. `{"blossom": {}}` and `{"max_length": [50, 200]}` give the configurations
+    `"blossom, max_length 50"` and `"blossom, max_length 200"`.
+
+    Args:
+        configurations: settings by name.
+        grid: values by setting. If a configuration has the setting itself, the grid does not vary it.
+    """
+    expanded = {}
+    for name, settings in configurations.items():
+        settings = dict(settings or {})
+        varied = {key: values for key, values in grid.items() if key not in settings}
+        for values in itertools.product(*varied.values()):
+            chosen = dict(zip(varied, values))
+            expanded[", ".join([name, *(f"{key} {value}" for key, value in chosen.items())])] = {**settings, **chosen}
+    return expanded
+
+
+def data_checksum(table: EventTable) -> str:
+    """12 hexadecimal digits: a hash of the events and the splits."""
+    digest = hashlib.sha256(np.ascontiguousarray(table.offsets).tobytes())
+    columns = {**table.events, **{name: table.users[name] for name in ("train_end", "validation_end", "test_end")}}
+    for name, values in sorted(columns.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def code_of_studies() -> dict[str, str]:
+    """Hashes of the files of the package that figures depend on, by path."""
+    return hash_files(PACKAGE, CODE)
+
+
+def changed_code(results: Mapping[str, Any]) -> list[str]:
+    """The files of the package that differ from those with which the `results` of a study were measured."""
+    then, now = results["code"]["files"], code_of_studies()
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+
+
+def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The record of a finished run; `None` if there is none."""
+    path = folder / f"{run.name}.json"
+    return read_json(path) if path.exists() else None
+
+
+def code_entry() -> dict[str, Any]:
+    """The hash of the code, and those of its files, for the results of a study."""
+    files = code_of_studies()
+    return {"hash": join_hashes(files), "files": files}

@@ -1,0 +1,88 @@
+"""`blossomrec study`: one record per run, whatever happens in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+STUDY = """
+data: {small: small.safetensors}
+seeds: [1, 2]
+settings: {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 32, tokens_per_step: 300,
+  max_length: 20, num_train_epochs: 2}
+configurations:
+  blossom: {}
+  full: {attention_types: full}
+comparisons: [{first: blossom, second: full}]
+"""
+
+
+@pytest.fixture
+def prepared(run_command, log_file, tmp_path):
+    run_command("prepare", log_file, "--output_dir", tmp_path / "prepared")
+    run_command("export", "--data", tmp_path / "prepared", "--output", tmp_path / "small.safetensors")
+    (tmp_path / "pair.yaml").write_text(STUDY)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_killed_study_does_the_missing_runs(prepared, run_command):
+    arguments = (prepared / "pair.yaml", "--data_dir", prepared, "--output_dir", prepared / "out")
+    records = prepared / "out" / "records"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "blossomrec_hf.commands.study", *map(str, arguments)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(records.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in records.glob("*.json")}
+    assert 1 <= len(done) < 4
+
+    printed = run_command("study", *arguments, "--per_device", 2)
+    assert len(list(records.glob("*.json"))) == len(list(records.glob("*.npz"))) == 4
+    for name, (written, content) in done.items():
+        assert (records / name).stat().st_mtime_ns == written and (records / name).read_bytes() == content
+    assert not list(records.glob("*.training")) and not list(records.glob(".*"))
+    assert "| blossom | 2 | " in printed and "| blossom − full (test) | small, all users (60) | " in printed
+
+    results = json.loads((prepared / "out" / "pair.json").read_text())
+    assert results["runs"] == {"done": 4, "of": 4} and len(results["records"]) == 4
+    seeds = [record["seed"] for record in results["records"].values() if record["configuration"] == "full"]
+    mean = sum(
+        record["evaluations"]["test"]["metrics"]["ndcg@10"]
+        for record in results["records"].values()
+        if record["configuration"] == "full"
+    )
+    (row,) = [row for row in results["tables"]["means"] if row["configuration"] == "full"]
+    assert sorted(seeds) == [1, 2] and row["ndcg@10"] == pytest.approx(mean / 2)
+
+    # A third time, nothing is left to do; with other code, everything would be.
+    again = run_command("study", *arguments, field="stderr")
+    assert "4 of 4 runs are done" in again
+    assert (prepared / "out" / "pair.md").read_text() in run_command("study", *arguments, "--tables_only")
+
+
+def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command):
+    (tmp_path / "pair.yaml").write_text(STUDY.replace("hidden_size: 16", "hidden_size: 15"))
+    error = run_command("study", tmp_path / "pair.yaml", "--output_dir", tmp_path / "out", status=2, field="stderr")
+    assert "configuration blossom: `" in error and "Traceback" not in error
+    (tmp_path / "pair.yaml").write_text(STUDY)
+    error = run_command(
+        "study", tmp_path / "pair.yaml", "--tables_only", "--output_dir", tmp_path / "out", status=2, field="stderr"
+    )
+    assert "has no record of a finished run of pair; run it without --tables_only." in error
+
+
+def test_studies_need_neither_polars_nor_datasets(run_python):
+    code = (
+        "import sys; sys.modules.update(polars=None, datasets=None, pyarrow=None, matplotlib=None);"
+        "import blossomrec_hf.commands.study"
+    )
+    run_python("-c", code)

@@ -1,0 +1,140 @@
+"""Studies: what a YAML file asks for, and records that change with whatever figures depend on."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from blossomrec_hf.data import EventTable, split
+from blossomrec_hf.evaluation import HeldOutItems, rank_held_out_items
+from blossomrec_hf.training.studies import Study, changed_code, code_entry, data_checksum, expand_grid
+from blossomrec_hf.training.study_runs import execute
+
+
+STUDY = """
+description: Two kinds
+  of attention.
+data:
+  small: small.safetensors
+  other: {path: other.safetensors, settings: {max_length: 7}}
+seeds: [1, 2]
+settings: {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, max_length: 20}
+configurations:
+  blossom: {}
+  full: {attention_types: full, learning_rate: 0.01}
+grid: {learning_rate: [0.001, 0.002]}
+comparisons: [{first: "blossom, learning_rate 0.001", second: full}]
+"""
+
+
+def write_study(tmp_path, text=STUDY):
+    path = tmp_path / "pair.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_grid_is_multiplied_out_and_settings_replace_each_other(tmp_path):
+    study = Study.load(write_study(tmp_path))
+    assert (study.name, study.description) == ("pair", "Two kinds of attention.")
+    runs = study.runs({"small": "1", "other": "2"}, code="c")
+    # All with the first seed come first. The grid does not vary what a configuration sets itself.
+    assert [run.seed for run in runs] == [1] * 6 + [2] * 6
+    names = ["blossom, learning_rate 0.001", "blossom, learning_rate 0.002", "full"]
+    assert [run.configuration for run in runs[:3]] == names
+    by_name = {(run.data, run.configuration): run for run in runs if run.seed == 1}
+    assert by_name["small", "full"].loop_arguments("out").learning_rate == 0.01
+    assert by_name["small", names[1]].loop_arguments("out").learning_rate == 0.002
+    assert by_name["small", "full"].loop_arguments("out").max_length == 20
+    assert by_name["other", "full"].loop_arguments("out").max_length == 7  # of the data set
+    config = by_name["other", "full"].model_config(100, 0.25)
+    assert (config.attention_types, config.vocab_size, config.repeat_share) == (["full"] * 2, 100, 0.25)
+
+
+def test_two_settings_of_a_grid_are_combined():
+    assert expand_grid({"a": None}, {"x": [1, 2], "y": [3]}) == {
+        "a, x 1, y 3": {"x": 1, "y": 3},
+        "a, x 2, y 3": {"x": 2, "y": 3},
+    }
+
+
+def test_a_run_has_another_key_if_anything_that_figures_depend_on_is_another(tmp_path):
+    run = Study.load(write_study(tmp_path)).runs({"small": "1", "other": "2"}, code="c")[0]
+    changes = {"seed": 3, "settings": {}, "evaluations": {"x": {}}, "checksum": "3", "code": "d"}
+    keys = {replace(run, **{name: value}).key for name, value in changes.items()}
+    assert len(keys | {run.key}) == 6
+    assert replace(run, configuration="renamed").key == run.key
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("seeds: [1, 2]", "seeds: one"), "has the seeds 'one'; they must be a list"),
+        (("seeds: [1, 2]", ""), "has no seeds"),
+        (("grid: {", "grids: {"), "has grids; a study may have description, data"),
+        (
+            ("hidden_size: 16", "hiden_size: 16"),
+            "configuration blossom, learning_rate 0.001: hiden_size is no setting",
+        ),
+        (("hidden_size: 16", "hidden_size: 17"), "configuration blossom, learning_rate 0.001: "),
+        (("max_length: 20", "max_length: 0"), "`max_length` must be at least 1, got 0."),
+        (
+            ("second: full", "second: fool"),
+            "the comparison {'first': 'blossom, learning_rate 0.001', 'second': 'fool'} names no",
+        ),
+        (("data:", "data: []\nx:"), "has x"),
+    ],
+)
+def test_a_study_that_cannot_run_is_refused_before_it_does(tmp_path, change, words):
+    with pytest.raises(ValueError) as error:
+        Study.load(write_study(tmp_path, STUDY.replace(*change)))
+    assert words in str(error.value)
+
+
+def test_the_checksum_is_that_of_events_and_splits(log):
+    table = EventTable.from_dataset(log[0])
+    checksum = data_checksum(table)
+    assert data_checksum(EventTable.from_dataset(log[0])) == checksum
+    for part, name in (("events", "input_ids"), ("users", "test_end")):
+        columns = {key: values.copy() for key, values in getattr(table, part).items()}
+        columns[name][-1] += 1
+        assert data_checksum(replace(table, **{part: columns})) != checksum
+
+
+def test_a_record_has_the_metrics_and_the_ranks_of_the_trained_model(log, tmp_path, monkeypatch, seed):
+    dataset, tokenizer = log
+    table = EventTable.from_dataset(dataset)
+    monkeypatch.setattr("blossomrec_hf.training.study_runs._read", lambda data: (table, tokenizer, 0.0))
+    text = STUDY.replace("max_length: 20}", "max_length: 20, num_train_epochs: 2, tokens_per_step: 300}")
+    text += "evaluations: {test: {}, latest 3: {max_length: 3}}\n"
+    run = Study.load(write_study(tmp_path, text)).runs({"small": "1", "other": "2"}, code="c")[0]
+    models = []
+    monkeypatch.setattr(
+        "blossomrec_hf.training.study_runs.rank_held_out_items",
+        lambda model, *arguments, **settings: (
+            models.append(model),
+            rank_held_out_items(model, *arguments, **settings),
+        )[1],
+    )
+    execute(run, "small", tmp_path)
+
+    record = json.loads((tmp_path / f"{run.name}.json").read_text())
+    assert record["settings"] == run.settings and record["training"]["epochs"] == 2
+    assert sorted(path.suffix for path in tmp_path.glob(f"{run.name}*")) == [
+        ".json",
+        ".npz",
+    ]  # no checkpoints are left
+    for name, max_length in (("test", 20), ("latest 3", 3)):
+        held_out = HeldOutItems.from_rows(split(table, "test"), max_length=max_length)
+        ranks = rank_held_out_items(models[0], held_out)
+        with np.load(tmp_path / f"{run.name}.npz") as arrays:
+            np.testing.assert_array_equal(arrays[f"ranks.{name}"], ranks.unseen)
+            np.testing.assert_array_equal(arrays["lengths"], held_out.history_lengths)
+        assert record["evaluations"][name]["metrics"]["ndcg@10"] == pytest.approx(ranks.metrics(ks=[10])["ndcg@10"])
+
+
+def test_changed_code_is_named():
+    entry = code_entry()
+    assert changed_code({"code": entry}) == []
+    files = {**entry["files"], "training/loop.py": "0", "gone.py": "1"}
+    assert changed_code({"code": {"files": files}}) == ["gone.py", "training/loop.py"]
