@@ -5,11 +5,14 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .cache_blossomrec import BlossomRecCache, BlossomRecCacheLayer, roomy
+from .cache_blossomrec import BlossomRecCache, BlossomRecCacheLayer, column_dtypes, roomy, value_before
+from .events_blossomrec import Moments
+from .ids_blossomrec import UNKNOWN_TIME
 from .modules_blossomrec import WeightsFingerprint, has_plain_compressor
 from .ops_reference import Blocks, Keys, Queries, Selection, locate, rotate
 from .ops_triton_append import attend_events, compress, store_events
 from .ops_triton_launch import Sizes, why_unsupported
+from .packing_blossomrec import PackedHistories
 from .streams_blossomrec import FUSED, attend_streams, generic_ops
 
 
@@ -21,22 +24,19 @@ class Append:
     The kernels of `ops_triton_append.py` compute it if they can, otherwise PyTorch does. The device is waited for once,
     for the offsets of the events.
 
+    If the latest event of a cached history is open (see `cache_blossomrec.py`), it comes before the new ones and is computed
+    again.
+
     Attributes:
+        events (`PackedHistories`): the events that the layers compute, the open ones included.
         position (`torch.LongTensor` `[T]`): place of each event in its whole history.
         max_seqlen (`int`): length of the longest history, with its new events.
         from_start (`bool`): whether the events are all there is; then the model's usual attention does.
     """
 
-    def __init__(
-        self,
-        cache: BlossomRecCache,
-        cu_seqlens: torch.Tensor,
-        item_ids: torch.Tensor | None,
-        num_tokens: int,
-        weights: WeightsFingerprint,
-    ) -> None:
-        self.device = cu_seqlens.device
-        self.offsets = cu_seqlens.cpu()
+    def __init__(self, cache: BlossomRecCache, histories: PackedHistories, weights: WeightsFingerprint) -> None:
+        self.device = histories.cu_seqlens.device
+        self.offsets = histories.cu_seqlens.cpu()
         counts = self.offsets.diff()
         if cache.lengths is None:
             lengths = torch.zeros_like(counts)
@@ -62,21 +62,96 @@ class Append:
                 "Begin a new cache with the history's latest items (a part of `item_ids`), or one with a larger "
                 "`max_length`. Nothing was appended."
             )
-        self.item_ids, self.num_tokens = item_ids, num_tokens
-        self.from_start = num_tokens == 0 or not lengths.any()
-        self.counts, self.cu_seqlens = counts, cu_seqlens
         self.capacity = roomy(self.max_seqlen, cache.capacity, limit)
         self.layers = [BlossomRecCacheLayer(x.states, dict(x.blocks)) for x in cache.layers]
 
+        self.new: torch.Tensor | None = None
+        self.events = histories
+        if "next_gap_input" in (self.config.time_features or ()):
+            if histories.inputs_embeds is not None:
+                raise ValueError(
+                    "`inputs_embeds` cannot be combined with a cache of a model with the time feature 'next_gap_input', which "
+                    "computes the latest item again; give `input_ids`."
+                )
+            lengths, counts = self._reopen(histories, lengths, counts)
+        num_tokens = self.events.position.shape[0]
+        self.num_tokens, self.counts, self.cu_seqlens = num_tokens, counts, self.events.cu_seqlens
+        self.from_start = num_tokens == 0 or not lengths.any()
         if self.from_start:
-            self.events = torch.stack(locate(cu_seqlens[:-1], num_tokens), 1)
+            places = torch.stack(locate(self.cu_seqlens[:-1], num_tokens), 1)
         else:  # few: a copy to the device costs less than what would compute them there
             row = torch.repeat_interleave(counts)
             position = torch.arange(num_tokens) + (lengths - self.offsets[:-1])[row]
-            self.events = self._to_device(torch.stack([row, position], 1))
-        self.row, self.position = self.events.unbind(1)
+            places = self._to_device(torch.stack([row, position], 1))
+        self.places = places
+        self.row, self.position = places.unbind(1)
         self._lengths_before = lengths
         self._completed: dict[int, tuple[Queries, torch.Tensor] | None] = {}
+        self.columns = self._stored_columns()
+        if "timestamps" in self.columns:
+            before = value_before(self.columns["timestamps"], self._to_device(lengths))
+            self.events = self.events._replace(previous_time=before)
+
+    def _reopen(
+        self, histories: PackedHistories, lengths: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Put the open events of the cached histories before the new ones. Returns how many events of each history are closed,
+        and how many are computed.
+        """
+        is_open = lengths.clamp(max=1)
+        if not is_open.any():
+            return lengths, counts
+        opened = is_open.cumsum(0)
+        new = torch.arange(int(self.offsets[-1])) + opened.repeat_interleave(counts)
+        rows = is_open.nonzero()[:, 0]
+        order = torch.empty(len(new) + len(rows), dtype=torch.long)
+        order[new] = torch.arange(len(new))
+        order[(self.offsets[:-1] + opened - is_open)[rows]] = torch.arange(len(new), len(order))
+        self.offsets = self.offsets + nn.functional.pad(opened, (1, 0))
+        order, self.new, offsets = map(self._to_device, (order, new, self.offsets))
+        rows, last = map(self._to_device, (rows, lengths[rows] - 1))
+        columns = {}
+        for name, cached in self.cache._columns.items():
+            column = torch.cat([histories.pack(_given(histories, name)), cached[rows, last].long()])
+            columns[name] = column[order][None]
+        self.events = PackedHistories(
+            token=None,
+            position=locate(offsets[:-1], len(order))[1],
+            cu_seqlens=offsets,
+            max_seqlen=histories.max_seqlen + 1,
+            shape=(1, len(order)),
+            prediction_time=histories.prediction_time,
+            target_event_type=histories.target_event_type,
+            **columns,
+        )
+        return lengths - is_open, counts + is_open
+
+    def _stored_columns(self) -> dict[str, torch.Tensor]:
+        """The columns of the cache with the events behind the lengths, `[B, C]` each."""
+        shape, columns = (len(self.lengths), self.capacity), {}
+        for name, dtype in column_dtypes(self.config).items():
+            columns[name] = _grown(self.cache._columns.get(name), shape, dtype, self.device)
+            given = _given(self.events, name)
+            columns[name][self.row, self.position] = 0 if given is None else self.events.pack(given).to(dtype)
+        return columns
+
+    def of_new(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows of the new events alone, of `x` with a row for each computed event."""
+        return x if self.new is None else x.index_select(0, self.new)
+
+    def last_moments(self) -> Moments:
+        """The moments `[B]` of the last event of each history, old or new."""
+        time = next_time = next_type = None
+        if "timestamps" in self.columns:
+            time = value_before(self.columns["timestamps"], self._to_device(self.lengths))
+            next_time = self.events.prediction_time
+            next_time = torch.full_like(time, UNKNOWN_TIME) if next_time is None else next_time
+        if "event_type_ids" in self.columns:
+            next_type = self.events.target_event_type
+            if next_type is None:
+                next_type = torch.full_like(self.cu_seqlens[1:], self.config.default_target_type)
+        return Moments(time=time, next_time=next_time, next_type=next_type)
 
     def _to_device(self, numbers: torch.Tensor) -> torch.Tensor:
         """`numbers` in a copy that nothing waits for."""
@@ -133,7 +208,7 @@ class Append:
         has_kernels, rows = _has_kernels(module, keys), len(self.lengths)
         layer.states = _grown(layer.states, (rows, self.capacity, groups, 2 * width), keys.dtype, self.device)
         if has_kernels:
-            store_events(keys, values, *position_embeddings, self.events, layer.states)
+            store_events(keys, values, *position_embeddings, self.places, layer.states)
         else:
             new = torch.cat([rotate(keys, *position_embeddings), values], -1)[0].transpose(0, 1)
             layer.states.flatten(0, 1).index_copy_(0, self._slot, new.detach())
@@ -182,7 +257,7 @@ class Append:
                 q,
                 *position_embeddings,
                 gates,
-                self.events,
+                self.places,
                 layer.states,
                 layer.blocks.get("long_term"),
                 sizes=Sizes.of(self.config),
@@ -197,28 +272,40 @@ class Append:
         out, selection = attend_streams(ops, module, q, self._keys(layer), self.queries, blocks, gates)
         return out[None], selection
 
-    def commit(self, hidden_states: torch.Tensor) -> None:
-        """Makes the events part of the cache; `hidden_states` `[T, hidden_size]` are the last layer's."""
-        cache, rows = self.cache, len(self.lengths)
-        items = _grown(cache._items, (rows, self.capacity), torch.int32, self.device)
-        if self.item_ids is not None:
-            items[self.row, self.position] = self.item_ids.to(torch.int32)
-        else:
-            items[self.row, self.position] = 0
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        last, last_length = cache._last, cache._last_length
+    def last_states(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The last layer's state of each history's last event, old or new, `[B, hidden_size]` in float32 or better, and the
+        length `[B]` that the history had when it was computed.
+
+        Args:
+            hidden_states: those of the computed events, `[T, hidden_size]`.
+        """
+        last, last_length = self.cache._last, self.cache._last_length
         if last is None:
-            last = hidden_states.new_zeros(rows, hidden_states.shape[1], dtype=wide)
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            last = hidden_states.new_zeros(len(self.lengths), hidden_states.shape[1], dtype=wide)
             last_length = torch.zeros_like(self.lengths)
-        if self.num_tokens:
-            new = hidden_states.detach()[self.cu_seqlens[1:] - 1].to(last.dtype)  # −1 before the first event: any
-            if self.counts.all():
-                last, last_length = new, self.lengths
-            else:
-                last = torch.where((self.cu_seqlens.diff() > 0)[:, None], new, last)
-                last_length = torch.where(self.counts > 0, self.lengths, last_length)
+        if not self.num_tokens:
+            return last, last_length
+        new = hidden_states.detach()[self.cu_seqlens[1:] - 1].to(last.dtype)  # −1 before the first event: any
+        if self.counts.all():
+            return new, self.lengths
+        last = torch.where((self.cu_seqlens.diff() > 0)[:, None], new, last)
+        return last, torch.where(self.counts > 0, self.lengths, last_length)
+
+    def commit(self, last: torch.Tensor, last_length: torch.Tensor) -> None:
+        """Makes the events part of the cache, with what `last_states` returned."""
+        cache = self.cache
         cache.layers, cache.lengths, cache.weights = self.layers, self.lengths, self.weights
-        cache._items, cache._last, cache._last_length = items, last, last_length
+        cache._columns, cache._last, cache._last_length = self.columns, last, last_length
+
+
+def _given(histories: PackedHistories, name: str) -> torch.Tensor | None:
+    """A column of the input `[B, L]`, which the model requires; items may be given as embeddings."""
+    column = getattr(histories, name)
+    if column is None and name != "item_ids":
+        raise ValueError(f"`{name}` is None, but the model reads it; give one value per event.")
+    return column
 
 
 def _has_kernels(module: nn.Module, x: torch.Tensor) -> bool:

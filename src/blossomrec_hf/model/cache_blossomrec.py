@@ -12,6 +12,9 @@ keys. Nothing is kept of a block that is not complete; when it is, the positions
 Histories lie in rows of one capacity, `[B, C, …]`, each with a length of its own; C doubles when it is exceeded. New
 events are written behind the lengths, and the lengths are raised when all layers are done: an append that fails, or is
 not meant to stay (`use_cache=False`), leaves the cache as it was. How events get there: `append_blossomrec.py`.
+
+If the time to the next event is part of an event's input (`"next_gap_input"`), the latest event of a history is *open*:
+what the layers keep of it is computed again, with the next event or a new `prediction_time`.
 """
 
 import json
@@ -29,6 +32,7 @@ from transformers import Cache
 
 from .configuration_blossomrec import BlossomRecConfig
 from .files_blossomrec import atomic_write
+from .ids_blossomrec import UNKNOWN_TIME
 from .modules_blossomrec import WeightsFingerprint, digest, weights_fingerprint
 from .streams_blossomrec import build_streams
 
@@ -38,11 +42,11 @@ FINGERPRINT = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size hidden_act "
     "attention_types compress_block_size compress_stride selection_block_size num_selected_blocks importance_threshold "
     "short_term_block_size short_term_window power_law_base attention_bias rope_parameters max_position_embeddings "
-    "layer_norm_eps"
+    "layer_norm_eps time_features time_zone event_types"
 ).split()
 
 # Version of the files that `save` writes.
-FILE_VERSION = "3"
+FILE_VERSION = "4"
 
 # Room for events comes in multiples of this.
 ROOM = 64
@@ -107,7 +111,7 @@ class BlossomRecCache(Cache):
         self.max_length = max_length
         self.lengths: torch.Tensor | None = None
         self.weights: WeightsFingerprint | None = None
-        self._items: torch.Tensor | None = None  # [B, C] int32
+        self._columns: dict[str, torch.Tensor] = {}  # [B, C] each, see `column_dtypes`; empty before the first append
         self._last: torch.Tensor | None = None  # [B, hidden_size]
         self._last_length: torch.Tensor | None = None  # [B]: how long each history was when `_last` was computed
 
@@ -121,12 +125,12 @@ class BlossomRecCache(Cache):
     @property
     def capacity(self) -> int:
         """C, the events that a row has room for."""
-        return 0 if self._items is None else self._items.shape[1]
+        return self._columns["item_ids"].shape[1] if self._columns else 0
 
     @property
     def device(self) -> torch.device | None:
         """Where the states lie; `None` before the first append."""
-        return None if self._items is None else self._items.device
+        return self._columns["item_ids"].device if self._columns else None
 
     @property
     def is_initialized(self) -> bool:
@@ -138,11 +142,21 @@ class BlossomRecCache(Cache):
         The items of every history, `[B, length of the longest]` int32, 0 behind the end of a shorter one (and for
         events that were given as `inputs_embeds`).
         """
-        if self._items is None:
+        if not self._columns:
             return torch.zeros(0, 0, dtype=torch.int32)
-        items = self._items[:, : self.get_seq_length()]
+        items = self._columns["item_ids"][:, : self.get_seq_length()]
         place = torch.arange(items.shape[1], device=items.device)
         return items.masked_fill(place >= self.lengths.to(items.device)[:, None], 0)
+
+    @property
+    def last_timestamps(self) -> torch.Tensor | None:
+        """
+        The time of each history's last event, int64 `[B]`; `UNKNOWN_TIME` for an empty one, `None` for a model without
+        `time_features` and before the first append.
+        """
+        if "timestamps" not in self._columns:
+            return None
+        return value_before(self._columns["timestamps"], self.lengths.to(self.device))
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -154,14 +168,25 @@ class BlossomRecCache(Cache):
         """
         if self._last is None:
             return torch.zeros(0, self.config.hidden_size)
-        stale = (self.lengths > 0) & (self._last_length != self.lengths)
+        self.check_last(self.lengths, self._last_length)
+        return self._last.masked_fill((self.lengths == 0).to(self._last.device)[:, None], 0)
+
+    @staticmethod
+    def check_last(lengths: torch.Tensor, last_length: torch.Tensor) -> None:
+        """
+        Require that last hidden states, which were computed when histories had the lengths `last_length` `[B]`, are those
+        of histories of `lengths` `[B]`.
+
+        Raises:
+            ValueError: if a history was cropped since.
+        """
+        stale = (lengths > 0) & (last_length != lengths)
         if stale.any():
             row = int(stale.nonzero()[0])
             raise ValueError(
                 f"The last hidden state of history {row} is not known since `crop`; append an event, or crop one event "
-                f"more and append it again (`item_ids[{row}, {int(self.lengths[row]) - 1}]`)."
+                f"more and append it again (`item_ids[{row}, {int(lengths[row]) - 1}]`)."
             )
-        return self._last.masked_fill((self.lengths == 0).to(self._last.device)[:, None], 0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Length of the longest history; `lengths` has each."""
@@ -192,7 +217,7 @@ class BlossomRecCache(Cache):
 
             B · (4·C + hidden_size·E + 16 + layers · G·C·2·d·e + long-term layers · G·(C // b)·d·E)
 
-        (other streams that summarize blocks count as the long-term one, with their own sizes), which in float32 at the defaults (two layers) is 532 bytes an event and 528 a history: 2.1 MiB for 4,096 events.
+        and for the times and the types of events, if the model reads them, 8 and 4 more per event (other streams that summarize blocks count as the long-term one, with their own sizes), which in float32 at the defaults (two layers) is 532 bytes an event and 528 a history: 2.1 MiB for 4,096 events.
         """
         size = torch.finfo(dtype).bits // 8
         wide = max(size, 4)
@@ -202,7 +227,8 @@ class BlossomRecCache(Cache):
             layers += inner * capacity * 2 * size
             for block_size, width in kept.values():
                 layers += config.num_key_value_heads * (capacity // block_size) * width * wide
-        return batch_size * (4 * capacity + config.hidden_size * wide + 16 + layers)
+        event = sum(dtype.itemsize for dtype in column_dtypes(config).values())
+        return batch_size * (event * capacity + config.hidden_size * wide + 16 + layers)
 
     # Changing which histories it holds, and how much of each
 
@@ -222,7 +248,8 @@ class BlossomRecCache(Cache):
         out.lengths, out._last_length = self.lengths[index], self._last_length[index]
         room = min(self.capacity, roomy(out.get_seq_length(), 0, self.max_length))
         index = index.to(self.device)
-        out._items, out._last = self._items[:, :room][index], self._last[index]
+        out._columns = {name: x[:, :room][index] for name, x in self._columns.items()}
+        out._last = self._last[index]
         for layer, new, sizes in zip(self.layers, out.layers, _block_sizes(self.config)):
             new.states = layer.states[:, :room][index]
             new.blocks = {name: rows[:, : room // sizes[name][0]][index] for name, rows in layer.blocks.items()}
@@ -249,7 +276,7 @@ class BlossomRecCache(Cache):
         out._last_length = torch.cat([cache._last_length for cache in caches])
         out._last = torch.cat([cache._last for cache in caches])
         room = roomy(out.get_seq_length(), 0, first.max_length)
-        out._items = _stack([cache._items for cache in caches], room)
+        out._columns = {name: _stack([cache._columns[name] for cache in caches], room) for name in first._columns}
         for i, sizes in enumerate(_block_sizes(first.config)):
             layers = [cache.layers[i] for cache in caches]
             out.layers[i].states = _stack([layer.states for layer in layers], room)
@@ -269,7 +296,7 @@ class BlossomRecCache(Cache):
 
     def _take(self, other: "BlossomRecCache") -> None:
         self.layers, self.lengths, self.weights = other.layers, other.lengths, other.weights
-        self._items, self._last, self._last_length = other._items, other._last, other._last_length
+        self._columns, self._last, self._last_length = other._columns, other._last, other._last_length
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the histories of these numbers, in this order; `select` makes a new cache of them."""
@@ -310,7 +337,8 @@ class BlossomRecCache(Cache):
     def to(self, device: torch.device | str) -> "BlossomRecCache":
         """Moves the states, in place."""
         if self.lengths is not None:
-            self._items, self._last = self._items.to(device), self._last.to(device)
+            self._columns = {name: x.to(device) for name, x in self._columns.items()}
+            self._last = self._last.to(device)
             for layer in self.layers:
                 layer.states = layer.states.to(device)
                 layer.blocks = {name: rows.to(device) for name, rows in layer.blocks.items()}
@@ -321,8 +349,8 @@ class BlossomRecCache(Cache):
     def _tensors(self) -> dict[str, torch.Tensor]:
         if self.lengths is None:
             return {}
-        tensors = {"lengths": self.lengths, "item_ids": self._items, "last_hidden_state": self._last}
-        tensors["last_length"] = self._last_length
+        tensors = {"lengths": self.lengths, "last_length": self._last_length, "last_hidden_state": self._last}
+        tensors |= self._columns
         for i, layer in enumerate(self.layers):
             tensors[f"layers.{i}.states"] = layer.states
             tensors |= {f"layers.{i}.blocks.{name}": rows for name, rows in layer.blocks.items()}
@@ -382,7 +410,8 @@ class BlossomRecCache(Cache):
                 f"`max_length` is {max_length}; {path} holds a history of {out.get_seq_length()} events. Load it "
                 "without a limit, or rebuild the histories from their latest items."
             )
-        out._items, out._last = tensors["item_ids"], tensors["last_hidden_state"]
+        out._columns = {name: tensors[name] for name in column_dtypes(model.config)}
+        out._last = tensors["last_hidden_state"]
         for i, layer in enumerate(out.layers):
             layer.states, prefix = tensors[f"layers.{i}.states"], f"layers.{i}.blocks."
             layer.blocks = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -416,7 +445,8 @@ class BlossomRecCache(Cache):
         """The shapes of the tensors in a file of `batch` histories, the longest of `length` events."""
         config = self.config
         groups, width = config.num_key_value_heads, config.head_dim
-        shapes = {"lengths": (batch,), "last_length": (batch,), "item_ids": (batch, length)}
+        shapes = {"lengths": (batch,), "last_length": (batch,)}
+        shapes |= dict.fromkeys(column_dtypes(config), (batch, length))
         shapes["last_hidden_state"] = (batch, config.hidden_size)
         for i, sizes in enumerate(_block_sizes(config)):
             shapes[f"layers.{i}.states"] = (batch, length, groups, 2 * width)
@@ -427,9 +457,12 @@ class BlossomRecCache(Cache):
     def _is_sound(self, tensors: dict[str, torch.Tensor]) -> bool:
         """Whether tensors of the right shapes have dtypes and values that a cache may have."""
         tensors = dict(tensors)
-        lengths, last_length, items = (tensors.pop(name) for name in ("lengths", "last_length", "item_ids"))
-        if (lengths.dtype, last_length.dtype, items.dtype) != (torch.int64, torch.int64, torch.int32):
+        lengths, last_length = tensors.pop("lengths"), tensors.pop("last_length")
+        dtypes = column_dtypes(self.config)
+        columns = {name: tensors.pop(name) for name in dtypes}
+        if {lengths.dtype, last_length.dtype} != {torch.int64} or any(columns[x].dtype != dtypes[x] for x in dtypes):
             return False
+        items = columns["item_ids"]
         longest = int(lengths.max()) if len(lengths) else 0
         if longest != items.shape[1] or bool((lengths < 0).any()) or bool((last_length < 0).any()):
             return False
@@ -474,6 +507,24 @@ class BlossomRecCache(Cache):
         ]
         if differ:
             raise ValueError(f"The cached histories belong to another configuration: {'; '.join(differ)}.")
+
+
+def column_dtypes(config: BlossomRecConfig) -> dict[str, torch.dtype]:
+    """The columns of the events that a cache keeps, as they enter the model, and their dtypes."""
+    dtypes = {"item_ids": torch.int32}
+    if config.time_features:
+        dtypes["timestamps"] = torch.int64
+    if config.event_types:
+        dtypes["event_type_ids"] = torch.int32
+    return dtypes
+
+
+def value_before(times: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Of times `[B, C]`, the one before `place` `[B]` in each row; `UNKNOWN_TIME` before the first."""
+    if not times.shape[1]:
+        return torch.full_like(place, UNKNOWN_TIME)
+    found = times.gather(1, (place - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.where(place > 0, found, UNKNOWN_TIME)
 
 
 def _fingerprint(config: BlossomRecConfig) -> dict[str, Any]:

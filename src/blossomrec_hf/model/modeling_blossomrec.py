@@ -17,13 +17,14 @@ from .append_blossomrec import Append
 from .attention_blossomrec import BlossomAttention
 from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
-from .ids_blossomrec import IGNORE_INDEX
+from .events_blossomrec import INPUT_FEATURES, PREDICTION_FEATURES, EventVectors, Moments, check_moments, read_moments
+from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME
 from .items_blossomrec import KeptMatrix, unit_vectors
-from .loss_blossomrec import history_loss
+from .loss_blossomrec import basket_targets, given_targets, next_item_targets
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
-from .packing_blossomrec import PackedHistories, pack_histories
+from .packing_blossomrec import PackedHistories, pack_histories, values_are_known
 from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
 from .pretrained_blossomrec import BlossomRecPreTrainedModel, NoGenerationMixin
 from .recommendation_blossomrec import RecommendationMixin, as_ids
@@ -76,6 +77,12 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             self.replaced_item = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
         self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
+        event_vectors = EventVectors(config, INPUT_FEATURES, config.hidden_size)
+        self.event_vectors = event_vectors if event_vectors.features else None
+        prediction_vectors = EventVectors(config, PREDICTION_FEATURES, 2 * config.hidden_size)
+        self.prediction_vectors = prediction_vectors if prediction_vectors.features else None
+        if config.time_features:
+            self.register_buffer("latest_time", torch.zeros((), dtype=torch.long))
         self.gradient_checkpointing = False
         self._static_encoders: list[StaticEncoder] = []  # of `compile_for_inference`
         self.post_init()
@@ -120,7 +127,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         Args:
             histories: what `pack_histories` returns. Every column of the events enters the model here.
             last_only: return the states of each history's last position alone. Without a cache, the last layer computes
-                only keys and values of the others.
+                only keys and values of the others. With one, the last event of a history without new events is a cached one.
             cache: cached histories; if given, `histories` contains only their new events, which are appended.
                 No gradients are computed.
             use_cache: `False` leaves `cache` as it was.
@@ -138,16 +145,48 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         for encoder in self._static_encoders if plain else ():
             if encoder.has_room(histories):
                 return encoder(histories)
-        return self.prediction_states(self.run_layers(histories, last_only, cache, use_cache, training, layer_outputs))
+        return self.compute_states(histories, last_only, cache, use_cache, training, layer_outputs)
 
-    def prediction_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def compute_states(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`encode`, operation by operation; the arguments are those of `run_layers`."""
+        states, moments = self.run_layers(*args, **kwargs)
+        return self.prediction_states(states, moments.time, moments.next_time, moments.next_type)
+
+    def prediction_states(
+        self,
+        hidden_states: torch.Tensor,
+        timestamps: torch.Tensor | None = None,
+        prediction_time: torch.Tensor | None = None,
+        target_event_type: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
-        The states that are compared with item vectors. With `scoring="cosine"`, hidden states of length 1, divided by the
-        temperature (computed in float32 or better); otherwise the hidden states themselves.
+        The states that are compared with item vectors. The time since the event, the hour and the day of the week "now" and
+        the type to be predicted scale and shift the hidden states, if `config` has these features. With `scoring="cosine"`,
+        the states are then scaled to length 1 and divided by the temperature (computed in float32 or better).
 
         Args:
             hidden_states: `[..., hidden_size]`, of the last layer, such as `BlossomRecCache.last_hidden_state`.
+            timestamps: times of the events of these states in seconds, int64 `[...]`, such as
+                `BlossomRecCache.last_timestamps`. Without `prediction_time`, they are not needed.
+            prediction_time: times of the next events ("now"), int64 `[...]`. Defaults to unknown (`UNKNOWN_TIME`).
+            target_event_type: types of the next events, int64 `[...]`, −1 if unknown. Defaults to
+                `config.default_target_type`.
+
+        Raises:
+            ValueError: for a `prediction_time` without `timestamps`.
         """
+        if self.prediction_vectors is not None:
+            place = hidden_states[..., 0]
+            if prediction_time is None:
+                prediction_time = torch.full_like(place, UNKNOWN_TIME, dtype=torch.long)
+            elif timestamps is None and self.config.time_features:
+                raise ValueError("`timestamps` is None; give the time of each state's event with `prediction_time`.")
+            if target_event_type is None:
+                target_event_type = torch.full_like(place, self.config.default_target_type, dtype=torch.long)
+            timestamps = prediction_time if timestamps is None else timestamps
+            moments = Moments(time=timestamps, next_time=prediction_time, next_type=target_event_type)
+            scale, shift = self.prediction_vectors(moments).to(hidden_states.dtype).chunk(2, -1)
+            hidden_states = hidden_states * (1 + scale) + shift
         if self.config.scoring == "dot":
             return hidden_states
         return unit_vectors(hidden_states, scale=1 / self.config.temperature)
@@ -160,9 +199,14 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         use_cache: bool = True,
         training: bool = False,
         layer_outputs: LayerOutputs | None = None,
-    ) -> torch.Tensor:
-        """The last layer's hidden states, of which `encode` makes prediction states; the arguments are those of `encode`."""
+    ) -> tuple[torch.Tensor, Moments]:
+        """
+        The last layer's hidden states, of which `encode` makes prediction states, and their moments; the arguments are
+        those of `encode`.
+        """
         append = None if cache is None else self._begin_append(cache, histories, training)
+        events = histories if append is None else append.events
+        moments = self._moments(events, training)
         position = histories.position if append is None else append.position
         keep = None
         # Padding inside a history stands behind its last item.
@@ -171,30 +215,56 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             keep = slice(-1, None) if one else (histories.ends - 1).clamp(min=0)
         records = layer_outputs or LayerOutputs()
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
-            hidden_states = self._embed(histories, training)
+            hidden_states = self._embed(events, moments, training)
             position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
             for layer in self.layers:
-                hidden_states = records.keep_hidden_states(histories, hidden_states)
+                hidden_states = records.keep_hidden_states(histories, hidden_states, append)
                 hidden_states, selection, gates, probs = layer(
                     hidden_states,
                     training=training,
                     keep=keep if layer is self.layers[-1] else None,
                     position_embeddings=position_embeddings,
-                    cu_seqlens=histories.cu_seqlens,
-                    max_seqlen=histories.max_seqlen,
+                    cu_seqlens=events.cu_seqlens,
+                    max_seqlen=events.max_seqlen,
                     output_attentions=records.attentions is not None,
                     append=append,
                 )
                 if records.attentions is not None:
                     records.attentions.append(histories.unpack_pairs(probs))
                 if records.selections is not None:
-                    records.selections.append(_layer_selection(histories, selection, gates))
-            hidden_states = records.keep_hidden_states(histories, hidden_states)[0]
-        if append is not None and use_cache:
-            append.commit(hidden_states)
-        return histories.last(hidden_states, 1)[:, 0] if last_only and keep is None else hidden_states
+                    records.selections.append(_layer_selection(histories, selection, gates, append))
+            hidden_states = records.keep_hidden_states(histories, hidden_states, append)[0]
+        if append is None:
+            if keep is not None:
+                moments = moments.map(lambda x: x[keep])
+            elif last_only:
+                hidden_states = histories.last(hidden_states, 1)[:, 0]
+                moments = moments.map(lambda x: histories.last(x, 1)[:, 0])
+            return hidden_states, moments
+        last, last_length = append.last_states(hidden_states)
+        if last_only:
+            cache.check_last(append.lengths, last_length)
+            hidden_states, moments = last, append.last_moments()
+            self._check(moments)
+        else:
+            hidden_states, moments = append.of_new(hidden_states), moments.map(append.of_new)
+        if use_cache:
+            append.commit(last, last_length)
+        return hidden_states, moments
 
-    def _embed(self, histories: PackedHistories, training: bool) -> torch.Tensor:
+    def _moments(self, events: PackedHistories, training: bool) -> Moments:
+        """When the events and the next ones happened, and of what type they are, as far as the model reads it."""
+        if self.event_vectors is None and self.prediction_vectors is None:
+            return Moments()
+        moments = read_moments(events, self.config, training)
+        self._check(moments)
+        return moments
+
+    def _check(self, moments: Moments) -> None:
+        if values_are_known(self.item_counts):
+            check_moments(moments, self.config, self.latest_time if self.config.time_features else None)
+
+    def _embed(self, histories: PackedHistories, moments: Moments, training: bool) -> torch.Tensor:
         """The input of the first layer `[1, T, hidden_size]`, from the columns of the events."""
         x = histories.inputs_embeds
         if x is None:
@@ -203,6 +273,8 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if training and self.config.item_dropout_prob > 0:
             replaced = torch.rand(x.shape[0], 1, device=x.device) < self.config.item_dropout_prob
             x = torch.where(replaced, self.replaced_item, x)
+        if self.event_vectors is not None:
+            x = x + self.event_vectors(moments)
         return self.dropout(self.embedding_norm(x), training)[None]
 
     def _begin_append(self, cache: BlossomRecCache, histories: PackedHistories, training: bool) -> Append:
@@ -211,8 +283,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             raise ValueError("A cache works in evaluation mode; call `model.eval()`, or omit `cache`.")
         check_inference(self)
         weights = cache.check_model(self)
-        items = None if histories.item_ids is None else histories.pack(histories.item_ids)
-        return Append(cache, histories.cu_seqlens, items, histories.position.shape[0], weights)
+        return Append(cache, histories, weights)
 
     def cache_for(self, cache: Any, use_cache: bool | None = None) -> BlossomRecCache | None:
         """The given cache, a new one if `use_cache` is `True` and none is given, or `None`."""
@@ -320,7 +391,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             **packing,
         )
         records = self.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
-        hidden_states = self.run_layers(
+        hidden_states, _ = self.run_layers(
             histories,
             cache=cache,
             use_cache=use_cache is not False,
@@ -352,11 +423,16 @@ def check_keywords(keywords: dict[str, Any], position_ids: Any, packing: dict[st
             raise ValueError(f"`{name}` is not an input of BlossomRec; omit it from the call or the batch.")
 
 
-def _layer_selection(histories: PackedHistories, selection, gates) -> LayerSelection:
+def _layer_selection(histories: PackedHistories, selection, gates, append: Append | None) -> LayerSelection:
     block_indices, importance = (None, None) if selection is None else selection
+    gates = None if gates is None else gates[0]
+    if append is not None:
+        block_indices, importance, gates = (
+            None if x is None else append.of_new(x) for x in (block_indices, importance, gates)
+        )
     if block_indices is not None:  # shifted, so that padding reads −1
         block_indices, importance = histories.unpack(block_indices + 1) - 1, histories.unpack(importance)
-    return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates[0]))
+    return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates))
 
 
 class LossKwargs(TransformersKwargs, total=False):
@@ -365,7 +441,6 @@ class LossKwargs(TransformersKwargs, total=False):
     shift_labels: torch.LongTensor | None
     skip_logits: bool
     basket_starts: torch.BoolTensor | None
-    weights: torch.FloatTensor | None
 
 
 class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
@@ -477,8 +552,6 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 - `basket_starts` bool `[B, L]`: whether an event is the first of a basket. The items of a basket are all
                   predicted from the last position before it, and those of a history's first basket are no targets. Only
                   the loss depends on it. By default, every event is a basket.
-                - `weights` float `[B, L]`: the weight in the loss of each event as a target, 0 or more, aligned with the
-                  labels. `num_items_in_batch` counts targets, whatever their weights. Defaults to 1.
                 - `skip_logits`: `True` returns no logits.
 
             The other arguments are those of `BlossomRecModel.forward`. `label_smoothing_factor` of `Trainer` replaces
@@ -492,7 +565,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         # No parameters of their own: `Trainer` would expect each parameter named like a label in every batch.
         shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
         num_items_in_batch, packing = kwargs.pop("num_items_in_batch", None), pop_packing(kwargs)
-        basket_starts, weights = kwargs.pop("basket_starts", None), kwargs.pop("weights", None)
+        basket_starts = kwargs.pop("basket_starts", None)
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
         if shifted and basket_starts is not None:
@@ -511,7 +584,6 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             vocab_size=self.config.vocab_size,
             labels=labels,
             basket_starts=basket_starts,
-            weights=weights,
             labels_are_counted=num_items_in_batch is not None and not shifted,
             timestamps=timestamps,
             event_type_ids=event_type_ids,
@@ -531,18 +603,25 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 layer_outputs=records,
             )
             if labels is not None:
-                loss = history_loss(
-                    hidden_states,
+                labels, states = histories.pack(labels, padding=IGNORE_INDEX).long(), hidden_states
+                if basket_starts is not None:
+                    sources, targets = basket_targets(labels, histories.pack(basket_starts), histories.cu_seqlens)
+                    states = hidden_states[sources]
+                else:
+                    targets = given_targets(labels) if shifted else next_item_targets(labels, histories.cu_seqlens)
+                loss = find_objective(self.config.objective)(
+                    states,
                     self.item_vectors(),
-                    histories.pack(labels, padding=IGNORE_INDEX).long(),
-                    histories.cu_seqlens,
+                    targets,
                     num_items_in_batch,
                     config=self.config,
                     item_counts=self.item_counts,
-                    basket_starts=None if basket_starts is None else histories.pack(basket_starts),
-                    weights=None if weights is None else histories.pack(weights),
-                    shifted=shifted,
                 )
+                if not isinstance(loss, torch.Tensor) or loss.dim():
+                    raise ValueError(
+                        f"The objective {self.config.objective!r} returned a {type(loss).__name__} of shape "
+                        f"{list(getattr(loss, 'shape', ()))}; it must return a scalar tensor, see `mean_over_targets`."
+                    )
             if logits_to_keep:
                 logits = self._logits(histories.last(hidden_states, logits_to_keep))
             elif not skip_logits and (labels is None or not self.training):

@@ -207,7 +207,7 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
             value = offloaded_tensor(model, name)
         if name == "item_embedding.weight":
             items.append((name, value[:num_items]))
-        elif name != "item_counts":
+        elif name not in ("item_counts", "latest_time"):
             layers.append((name, value))
     return WeightsFingerprint(digest(layers), digest(items), num_items)
 

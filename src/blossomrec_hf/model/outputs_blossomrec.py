@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils import ModelOutput
 
+from .append_blossomrec import Append
 from .cache_blossomrec import BlossomRecCache
 from .packing_blossomrec import PackedHistories
 
@@ -32,12 +33,17 @@ class LayerOutputs(NamedTuple):
     attentions: list[torch.Tensor] | None = None
     selections: list[LayerSelection] | None = None
 
-    def keep_hidden_states(self, histories: PackedHistories, hidden_states: torch.Tensor) -> torch.Tensor:
+    def keep_hidden_states(
+        self, histories: PackedHistories, hidden_states: torch.Tensor, append: Append | None
+    ) -> torch.Tensor:
         """
-        Collect `hidden_states` `[1, T, hidden_size]` in the shape of the input. What follows must read the returned
-        ones, so that the collected ones have a gradient (`retain_grad()`).
+        Collect `hidden_states` `[1, T, hidden_size]` in the shape of the input; of an append, those of the new events. What
+        follows must read the returned ones, so that the collected ones have a gradient (`retain_grad()`).
         """
         if self.hidden_states is None:
+            return hidden_states
+        if append is not None:  # there are no gradients
+            self.hidden_states.append(histories.unpack(append.of_new(hidden_states[0])))
             return hidden_states
         self.hidden_states.append(histories.unpack(hidden_states[0]))
         return histories.pack(self.hidden_states[-1])[None]

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from .attention_blossomrec import BlossomAttention, BlossomGate
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
+from .events_blossomrec import EventVectors
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import require_loadable
 from .streams_blossomrec import BlossomCompressor, save_streams
@@ -90,8 +91,11 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.zeros_(module.weight)
             bias = torch.tensor(module.initial_biases).repeat_interleave(self.config.num_attention_heads)
             init.copy_(module.bias, bias)
+        elif isinstance(module, EventVectors):
+            module.initialize()
         elif "item_counts" in module._buffers:
-            init.zeros_(module.item_counts)
+            for buffer in module._buffers.values():
+                init.zeros_(buffer)
             if "replaced_item" in module._parameters:
                 init.normal_(module.replaced_item, mean=0.0, std=self.config.initializer_range)
 

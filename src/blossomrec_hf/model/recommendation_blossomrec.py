@@ -71,10 +71,12 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
     return ids
 
 
-def _tensor_of_lists(name: str, ids: Any, padding: int, device: torch.device) -> torch.Tensor:
+def _tensor_of_lists(
+    name: str, ids: Any, padding: int, device: torch.device, kind: str = "vocabulary ids"
+) -> torch.Tensor:
     """One list of numbers `[C]`, or lists or tensors of different lengths as `[B, longest]` on `device`."""
     if not hasattr(ids, "__iter__"):
-        raise ValueError(f"`{name}` is {ids!r}; it must be a list or tensor of vocabulary ids.")
+        raise ValueError(f"`{name}` is {ids!r}; it must be a list or tensor of {kind}.")
     ids = list(ids)
     nested = any(isinstance(row, (Sequence, torch.Tensor)) or hasattr(row, "__array__") for row in ids)
     try:
@@ -82,15 +84,15 @@ def _tensor_of_lists(name: str, ids: Any, padding: int, device: torch.device) ->
             return torch.as_tensor(ids) if ids else torch.empty(0, dtype=torch.long)
         rows = [torch.as_tensor(row) for row in ids]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{name}` must contain vocabulary ids, whole numbers: {error}.") from error
+        raise ValueError(f"`{name}` must contain {kind}, whole numbers: {error}.") from error
     if all(row.dim() == 0 for row in rows):  # numbers of numpy
         return torch.stack([row.cpu() for row in rows])
     if any(row.dim() != 1 for row in rows):
-        raise ValueError(f"`{name}` must be one list of ids, or one list a history.")
+        raise ValueError(f"`{name}` must be one list of {kind}, or one list a history.")
     rows = [row.long() if row.numel() == 0 else row for row in rows]
     for row in rows:
         if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
-            raise ValueError(f"`{name}` has dtype {row.dtype}; it must contain vocabulary ids, whole numbers.")
+            raise ValueError(f"`{name}` has dtype {row.dtype}; it must contain {kind}, whole numbers.")
     if len({row.dtype for row in rows}) > 1 or len({row.device for row in rows}) > 1:
         rows = [row.to(device=device, dtype=torch.long) for row in rows]
     # Padded on the device, so that no padding is copied there.
@@ -99,6 +101,30 @@ def _tensor_of_lists(name: str, ids: Any, padding: int, device: torch.device) ->
     longest = max(row.shape[0] for row in rows)
     real = torch.arange(longest, device=device) < lengths[:, None]
     return flat.new_full(real.shape, padding).masked_scatter_(real, flat)
+
+
+def _as_column(name: str, values: Any, input_ids: Any, device: torch.device) -> torch.Tensor | None:
+    """A column of the events, given as `input_ids` are: a tensor, or lists of different lengths, padded with 0."""
+    if values is None or isinstance(values, torch.Tensor):
+        return values
+    column = _tensor_of_lists(name, values, 0, device, "numbers")
+    if not isinstance(input_ids, torch.Tensor) and column.dim() == 2:
+        for i, (row, items) in enumerate(zip(values, input_ids)):
+            if len(row) != len(items):
+                raise ValueError(
+                    f"`{name}[{i}]` has {len(row)} values, `input_ids[{i}]` {len(items)} items; give one value per item."
+                )
+    return column
+
+
+def _as_row_values(name: str, values: Any) -> torch.Tensor | int | None:
+    """One value of each history: a tensor or a list `[B]`, or one number for all of them."""
+    if values is None or isinstance(values, int | torch.Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` must be one integer, or one per history: {error}.") from error
 
 
 class RecommendationMixin:
@@ -143,6 +169,10 @@ class RecommendationMixin:
         max_length: int | None = None,
         cache: BlossomRecCache | None = None,
         index: Any | None = None,
+        timestamps: torch.LongTensor | Sequence[Sequence[int]] | None = None,
+        event_type_ids: torch.LongTensor | Sequence[Sequence[int]] | None = None,
+        prediction_time: torch.LongTensor | Sequence[int] | int | None = None,
+        target_event_type: torch.LongTensor | Sequence[int] | int | None = None,
     ) -> RecommendationOutput:
         """
         Recommend the `top_k` best next items of each history; of equal scores, the lower id comes first. Scores are
@@ -175,6 +205,15 @@ class RecommendationMixin:
                 may have none), which are appended. All items of the histories count as seen.
             index (`blossomrec_hf.serving.index.ItemIndex`, *optional*): index of this model that finds the candidates if no
                 `candidate_ids` are given. The candidates are scored exactly, but some of the best may be missing.
+            timestamps (`torch.LongTensor` or lists, *optional*): times of the events in seconds, in the shape of `input_ids`.
+                Required with `config.time_features`, and ignored by models without.
+            event_type_ids (`torch.LongTensor` or lists, *optional*): types of the events, in the shape of `input_ids`, −1 for
+                an unknown one. Required with `config.event_types`, and ignored by models without.
+            prediction_time (`torch.LongTensor`, `list[int]` or `int`, *optional*): time for which to recommend ("now") in
+                seconds, one for all histories or `[B]`, with `UNKNOWN_TIME` where it is unknown. Defaults to unknown. A cache
+                without new events may be asked again with another time.
+            target_event_type (`torch.LongTensor`, `list[int]` or `int`, *optional*): type of the event to recommend, one for
+                all histories or `[B]`. Defaults to the first of `config.target_event_types`, or to unknown (−1).
 
         Returns:
             `RecommendationOutput` with `item_ids` and `scores` `[B, top_k]`. An empty history gets the most frequent
@@ -193,6 +232,12 @@ class RecommendationMixin:
             raise ValueError("`max_length` cannot be combined with `cache`; `crop` a cache instead.")
         cache = self.base_model.cache_for(cache)
         device = self._input_device()
+        columns = {
+            "timestamps": _as_column("timestamps", timestamps, input_ids, device),
+            "event_type_ids": _as_column("event_type_ids", event_type_ids, input_ids, device),
+            "prediction_time": _as_row_values("prediction_time", prediction_time),
+            "target_event_type": _as_row_values("target_event_type", target_event_type),
+        }
         input_ids = as_ids("input_ids", input_ids, 0, device, vocab_size)
         real = _real_positions(input_ids, attention_mask)
         unknown = real & (input_ids == self.config.unk_token_id)
@@ -208,11 +253,10 @@ class RecommendationMixin:
         candidate_ids = self._checked("candidate_ids", candidate_ids, len(input_ids))
         if max_length is not None:
             real = real & (real.flip(1).cumsum(1).flip(1) <= max_length)
-        histories = pack_histories(input_ids, real, vocab_size=vocab_size, drop_padding=cache is not None)
+        histories = pack_histories(input_ids, real, vocab_size=vocab_size, drop_padding=cache is not None, **columns)
         with nullcontext() if cache is None else cache.all_or_nothing():
-            states, seen = self.base_model.encode(histories, last_only=cache is None, cache=cache), input_ids
-            if cache is not None:  # a row without new events has the state from before
-                states = self.base_model.prediction_states(cache.last_hidden_state)
+            states, seen = self.base_model.encode(histories, last_only=True, cache=cache), input_ids
+            if cache is not None:
                 seen = cache.item_ids.to(device).long()
                 empty = (cache.lengths == 0).to(device)
             exclude_seen = self.config.exclude_seen if exclude_seen is None else exclude_seen
@@ -233,6 +277,9 @@ class RecommendationMixin:
         candidate_ids: torch.LongTensor | Sequence | None = None,
         min_score: float | None = None,
         index: Any | None = None,
+        timestamps: torch.Tensor | None = None,
+        prediction_time: torch.Tensor | None = None,
+        target_event_type: torch.Tensor | None = None,
     ) -> RecommendationOutput:
         """
         Recommend from hidden states, such as those of a cache, as `recommend` does from histories.
@@ -241,13 +288,16 @@ class RecommendationMixin:
             states: `[B, hidden_size]`, the last hidden state of each history's last position.
             seen_ids: items to exclude, `[B, N]` padded with −1 or lists of different lengths. Defaults to none.
             empty: `[B]` bool, the rows without a history, whose states have no meaning.
+            timestamps, prediction_time, target_event_type: int64 `[B]`, as in `BlossomRecModel.prediction_states`. With the
+                time feature `"next_gap_input"`, the states themselves depend on the `prediction_time` for which they were
+                computed; ask `recommend` with the cache.
 
             The other arguments, the output and the errors are those of `recommend`; there is no `num_unknown`.
         """
         batch = states.shape[0]
         excluded = [self._checked("seen_ids", seen_ids, batch), self._checked("exclude_ids", exclude_ids, batch)]
         candidates = self._checked("candidate_ids", candidate_ids, batch)
-        states = self.base_model.prediction_states(states)
+        states = self.base_model.prediction_states(states, timestamps, prediction_time, target_event_type)
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .ids_blossomrec import IGNORE_INDEX
+from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME
 from .packing_blossomrec import PackedHistories, pack_histories
 
 
@@ -27,9 +27,12 @@ class StaticBatch:
         max_length: length of the longest history; also of those that fill the remainder.
         device: where its tensors are.
         columns: dtypes of the columns of the events. `labels` are filled with −100, all others with 0.
+        history_columns: names of int64 columns with one value per history, such as `prediction_time`, and the value for
+            histories that fill the remainder.
 
     Attributes:
         columns: the columns, `[1, T]` each.
+        history_columns: the columns with one value per history, `[S]` each.
         cu_seq_lens: offsets, int32 `[S + 1]`; those behind the last history are T.
     """
 
@@ -40,9 +43,14 @@ class StaticBatch:
         max_length: int,
         device: torch.device,
         columns: Mapping[str, torch.dtype],
+        history_columns: Mapping[str, int] | None = None,
     ) -> None:
         self.tokens, self.histories, self.max_length = tokens, histories, max_length
         self.columns = {name: torch.zeros(1, tokens, dtype=dtype, device=device) for name, dtype in columns.items()}
+        self._defaults = dict(history_columns or {})
+        self.history_columns = {
+            name: torch.full((histories,), value, device=device) for name, value in self._defaults.items()
+        }
         self.cu_seq_lens = torch.zeros(histories + 1, dtype=torch.int32, device=device)
         self._filling = torch.arange(1, histories + 1, dtype=torch.int32, device=device) * max_length
         self.load({name: column[:, :0] for name, column in self.columns.items()}, self.cu_seq_lens[:1])
@@ -52,18 +60,29 @@ class StaticBatch:
         rest = self.tokens - tokens
         return rest >= 0 and histories + -(-rest // self.max_length) <= self.histories
 
-    def load(self, columns: Mapping[str, torch.Tensor], cu_seq_lens: torch.Tensor) -> None:
+    def load(
+        self,
+        columns: Mapping[str, torch.Tensor],
+        cu_seq_lens: torch.Tensor,
+        history_columns: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """
         Copies a batch that has room.
 
         Args:
             columns: the columns, `[1, T]` each, T up to `tokens`.
             cu_seq_lens: offsets, `[S + 1]`, S up to `histories`.
+            history_columns: the columns with one value per history, `[S]` each; one that is missing is filled.
         """
         offsets, tokens = cu_seq_lens.shape[0], next(iter(columns.values())).shape[1]
         for name, column in self.columns.items():
             column[:, :tokens].copy_(columns[name])
             column[:, tokens:].fill_(IGNORE_INDEX if name == "labels" else 0)
+        given = history_columns or {}
+        for name, column in self.history_columns.items():
+            if name in given:
+                column[: offsets - 1].copy_(given[name])
+            column[offsets - 1 if name in given else 0 :].fill_(self._defaults[name])
         self.cu_seq_lens[:offsets].copy_(cu_seq_lens)
         filling = self._filling[: self.histories + 1 - offsets] + tokens
         self.cu_seq_lens[offsets:].copy_(filling.clamp_(max=self.tokens))
@@ -121,13 +140,18 @@ class StaticEncoder:
         self.max_length = min(max_length, max_tokens)
         self.device = model.item_counts.device
         room = max_histories + -(-max_tokens // self.max_length)
-        self.batch = StaticBatch(max_tokens, room, self.max_length, self.device, {"input_ids": torch.long})
-        vocab_size = model.config.vocab_size
+        config, names, defaults = model.config, ["input_ids"], {}
+        if config.time_features:
+            names, defaults = [*names, "timestamps"], {"prediction_time": UNKNOWN_TIME}
+        if config.event_types:
+            names, defaults = [*names, "event_type_ids"], {**defaults, "target_event_type": config.default_target_type}
+        dtypes = dict.fromkeys(names, torch.long)
+        self.batch = StaticBatch(max_tokens, room, self.max_length, self.device, dtypes, defaults)
 
-        def encode(input_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> torch.Tensor:
+        def encode(columns: dict[str, torch.Tensor], cu_seq_lens: torch.Tensor) -> torch.Tensor:
             packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
-            histories = pack_histories(input_ids, vocab_size=vocab_size, **packing)
-            return model.prediction_states(model.run_layers(histories, last_only=True))
+            histories = pack_histories(vocab_size=config.vocab_size, **columns, **packing)
+            return model.compute_states(histories, last_only=True)
 
         self._encode = torch.compile(encode, dynamic=False)
         self._lock = threading.Lock()
@@ -148,12 +172,18 @@ class StaticEncoder:
     def __call__(self, histories: PackedHistories) -> torch.Tensor:
         """The prediction states `[S, hidden_size]` of each history's last position."""
         with self._lock:
-            self.batch.load({"input_ids": histories.pack(histories.item_ids)[None]}, histories.cu_seqlens)
+            given = {**histories._asdict(), "input_ids": histories.item_ids}
+            for name in self.batch.columns:
+                if given[name] is None:
+                    raise ValueError(f"`{name}` is None, but the model reads it; give one value per event.")
+            columns = {name: histories.pack(given[name])[None] for name in self.batch.columns}
+            of_histories = {name: given[name] for name in self.batch.history_columns if given[name] is not None}
+            self.batch.load(columns, histories.cu_seqlens, of_histories)
             return self._run()[: histories.cu_seqlens.shape[0] - 1].clone()
 
     def _run(self) -> torch.Tensor:
         def run() -> torch.Tensor:
-            return self._encode(self.batch.columns["input_ids"], self.batch.cu_seq_lens)
+            return self._encode({**self.batch.columns, **self.batch.history_columns}, self.batch.cu_seq_lens)
 
         if self.device.type != "cuda":
             return run()
