@@ -14,7 +14,7 @@ from blossomrec_hf.data import EventTable, split, split_by_leave_one_out
 KINDS = {
     "timestamps": (np.int64, st.integers(-(2**40), 2**40)),
     "event_type_ids": (np.int8, st.integers(0, 5)),
-    "weights": (np.float32, st.floats(-1, 1, width=32)),
+    "weights": (np.float32, st.floats(0, 2, width=32)),
     "session_starts": (np.bool_, st.booleans()),
 }
 

@@ -1,4 +1,4 @@
-"""Losses of events with columns: baskets, against the scores of one history after the other."""
+"""Losses of events in baskets and with weights, against the scores of one history after the other."""
 
 import pytest
 import torch
@@ -33,16 +33,20 @@ def exact_model(**changes):
 
 
 def loss_by_hand(model, rows: list[dict]) -> tuple[torch.Tensor, int]:
-    """The summed cross-entropy of all targets, and their number: an event is predicted from the events before its basket."""
+    """
+    The summed cross-entropy of all targets, and their number: an event is predicted from the events before its basket, and
+    those of weight 0 are no targets.
+    """
     total, number = 0.0, 0
     for row in rows:
-        begin = 0
-        for place, (item, start) in enumerate(zip(row["input_ids"], row["basket_starts"])):
+        begin, length = 0, len(row["input_ids"])
+        starts, weights = row.get("basket_starts", [True] * length), row.get("weights", [1.0] * length)
+        for place, (item, start, weight) in enumerate(zip(row["input_ids"], starts, weights)):
             begin = place if start else begin
-            if begin:
+            if begin and weight:
                 before = torch.tensor([row["input_ids"][:begin]])
                 scores = model(before).logits[0, -1, 2:]
-                total, number = total - scores.log_softmax(-1)[item - 2], number + 1
+                total, number = total - weight * scores.log_softmax(-1)[item - 2], number + 1
     return total, number
 
 
@@ -62,6 +66,37 @@ def test_items_of_a_basket_are_scored_after_the_events_before_it(collate):
     torch.testing.assert_close(model(**collate(rows), num_items_in_batch=100).loss, total / 100)
 
 
+@pytest.mark.parametrize("baskets", [False, True])
+@pytest.mark.parametrize("collate", COLLATORS, ids=["packed", "filled", "right", "left"])
+def test_each_loss_has_the_weight_of_its_target(collate, baskets):
+    model, rows = exact_model(), []
+    for row in draw_rows():
+        weights = torch.randint(0, 4, (len(row["input_ids"]),)) / 2
+        rows.append(row | {"weights": weights.tolist()})
+        if not baskets:
+            del rows[-1]["basket_starts"]
+    total, number = loss_by_hand(model, rows)
+    loss = model(**collate(rows)).loss
+    torch.testing.assert_close(loss, total / number)
+    torch.testing.assert_close(gradients_of(model, loss), gradients_of(model, total / number))
+
+
+def test_weights_of_1_are_no_weights_and_equal_ones_a_factor():
+    model, rows = exact_model(), draw_rows()
+    for collate in COLLATORS:
+        plain = collate(rows)
+        ones = collate([row | {"weights": [1.0] * len(row["input_ids"])} for row in rows])
+        assert plain.keys() == ones.keys()  # so the loss is the same to the last bit
+        halves = collate([row | {"weights": [0.5] * len(row["input_ids"])} for row in rows])
+        torch.testing.assert_close(model(**halves).loss, model(**plain).loss / 2)
+
+
+def test_shifted_labels_have_the_weights_of_their_positions():
+    model, ids, weights = exact_model(), torch.randint(2, 62, (2, 7)), torch.rand(2, 7)
+    moved = {"shift_labels": torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100), "weights": weights.roll(-1, 1)}
+    torch.testing.assert_close(model(ids, **moved).loss, model(ids, labels=ids, weights=weights).loss)
+
+
 def test_a_basket_per_event_is_no_basket():
     model, rows = exact_model(), draw_rows(share=1.1)
     without = [{"input_ids": row["input_ids"]} for row in rows]
@@ -70,9 +105,9 @@ def test_a_basket_per_event_is_no_basket():
         torch.testing.assert_close(*losses, rtol=1e-14, atol=0)
 
 
-def by_hand(hidden_states, item_vectors, targets, num_items_in_batch, **kwargs):
+def by_hand(hidden_states, item_vectors, targets, num_items_in_batch, weights=None, **kwargs):
     losses = (1 - hidden_states @ item_vectors.T).gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return mean_over_targets(losses, targets, num_items_in_batch)
+    return mean_over_targets(losses, targets, num_items_in_batch, weights)
 
 
 @pytest.mark.parametrize("objective", [*BUILT_IN_OBJECTIVES, register_objective("test_event_losses", by_hand)])
@@ -97,7 +132,8 @@ def test_every_objective_sees_one_row_per_target(objective):
 
 
 def test_static_and_compiled_batches_have_the_loss_of_the_batch():
-    model, rows = exact_model(), draw_rows()
+    model = exact_model()
+    rows = [row | {"weights": torch.rand(len(row["input_ids"])).tolist()} for row in draw_rows()]
     store = HistoryStore.from_rows(rows)
     sizes = {"max_tokens": 200, "max_length": int(store.lengths.max())}
     static = StaticPass(lambda arguments: model(**arguments).loss, **sizes)
@@ -107,7 +143,7 @@ def test_static_and_compiled_batches_have_the_loss_of_the_batch():
         torch.testing.assert_close(*(gradients_of(model, loss) for loss in losses), rtol=1e-9, atol=1e-12)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
-        for collate in COLLATORS:
+        for collate in COLLATORS[1::2]:  # compiling takes seconds
             batch = collate(rows)
             torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
 
@@ -118,6 +154,14 @@ def test_refusals():
     for wrong in (starts.long(), starts[:, :2]):
         with pytest.raises(ValueError, match="`basket_starts` has shape .* it must be bool, and have the shape"):
             model(**batch, basket_starts=wrong)
+    for wrong in (torch.ones(1, 3, dtype=torch.long), torch.ones(3)):
+        with pytest.raises(ValueError, match="`weights` has shape .* it must be float, and have the shape"):
+            model(**batch, weights=wrong)
+    for value in (-1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="`weights` has 1 values below 0 or not finite"):
+            model(**batch, weights=torch.tensor([[1.0, value, 0.5]]))
+        with pytest.raises(ValueError, match=f"`weights` has the value {value:g}"):
+            PackingCollator()([{"input_ids": [2, 3], "weights": [1.0, value]}])
     batch["shift_labels"] = batch.pop("labels")
     with pytest.raises(ValueError, match="`basket_starts` cannot be combined with `shift_labels`"):
         model(**batch, basket_starts=starts)

@@ -113,6 +113,41 @@ def test_the_fused_kernel_is_taken_where_it_is_there(monkeypatch):
         cross_entropy(hidden.double(), weight.double(), targets, implementation="liger")
 
 
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_weighted_losses_have_the_value_and_gradients_of_the_weighted_sum(monkeypatch, rows):
+    hidden, weight, targets, _ = problem()
+    loss_weights = torch.rand(12)
+    losses = [cross_entropy(hidden[t : t + 1], weight, targets[t : t + 1]) for t in range(12)]
+    expected = sum(factor * loss for factor, loss in zip(loss_weights, losses)) / 31
+    monkeypatch.setitem(loss_blossomrec.MAX_LOGITS, "cpu", rows * 22)
+    weighted = cross_entropy(hidden, weight, targets, 31, loss_weights=loss_weights)
+    torch.testing.assert_close(weighted, expected)
+    gradients = [torch.autograd.grad(loss * 3, (hidden, weight)) for loss in (weighted, expected)]
+    torch.testing.assert_close(*gradients)
+    default = cross_entropy(hidden, weight, targets, loss_weights=loss_weights)
+    torch.testing.assert_close(default, expected * 31 / (targets >= 0).sum())  # the divisor counts targets
+    if rows < 12:
+        with pytest.raises(ValueError, match='`implementation` is "liger", but it has no weights of events'):
+            cross_entropy(hidden.float(), weight.float(), targets, loss_weights=loss_weights, implementation="liger")
+
+
+@pytest.mark.parametrize("objective", SAMPLED)
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_of_losses_against_drawn_items(objective, shared, seed):
+    hidden, weight, targets, counts = problem()
+    options = {"item_counts": counts, "num_negatives": 6, "negative_sampling": "in_batch", "shared_negatives": shared}
+
+    def loss(loss_weights):
+        torch.manual_seed(seed)
+        return sampled_loss(objective, hidden, weight, targets, 31, loss_weights=loss_weights, **options)
+
+    loss_weights = torch.rand(12)
+    alone = torch.stack([loss(torch.eye(12)[t]) for t in range(12)])
+    torch.testing.assert_close(loss(loss_weights), (alone * loss_weights).sum())
+    torch.testing.assert_close(loss(torch.ones(12)), loss(None), rtol=1e-14, atol=0)
+    assert (alone[targets < 0] == 0).all()
+
+
 def test_a_large_catalog_never_has_all_its_logits():
     hidden = torch.randn(1000, 8, requires_grad=True)
     weight = torch.randn(200_002, 8, requires_grad=True)
@@ -260,10 +295,10 @@ HINGE = """
 from blossomrec_hf import mean_over_targets, register_objective
 
 
-def hinge(hidden_states, item_vectors, targets, num_items_in_batch, **kwargs):
+def hinge(hidden_states, item_vectors, targets, num_items_in_batch, *, weights=None, **kwargs):
     scores = hidden_states @ item_vectors[2:].T
     positive = scores.gather(1, (targets - 2).clamp(min=0)[:, None])
-    return mean_over_targets((1 + scores - positive).clamp(min=0).mean(1), targets, num_items_in_batch)
+    return mean_over_targets((1 + scores - positive).clamp(min=0).mean(1), targets, num_items_in_batch, weights)
 
 
 register_objective("hinge", hinge)
@@ -378,8 +413,24 @@ def test_a_loss_that_is_no_scalar_tensor_is_refused(hinge, loss, shape):
         model(ids, labels=ids)
 
 
+def test_a_registered_objective_gets_weights_or_is_refused(hinge, caplog):
+    model = BlossomRecForSequentialRecommendation(BlossomRecConfig(objective="hinge", **SIZES)).eval()
+    input_ids, weights = torch.randint(2, 30, (1, 9)), torch.rand(1, 9)
+    scores = model(input_ids).logits[0, :-1, 2:]
+    positive = scores.gather(1, input_ids[0, 1:, None] - 2)
+    losses = (1 + scores - positive).clamp(min=0).mean(1)
+    weighted = model(input_ids, labels=input_ids, weights=weights).loss
+    torch.testing.assert_close(weighted, (losses * weights[0, 1:]).mean())
+
+    register_objective("hinge", lambda *args, **kwargs: hinge(*args))
+    torch.testing.assert_close(model(input_ids, labels=input_ids).loss, losses.mean())
+    with pytest.raises(ValueError, match="the objective 'hinge' has no parameter `weights` and would ignore them"):
+        model(input_ids, labels=input_ids, weights=weights)
+
+
 def test_the_mean_over_targets_takes_losses_or_their_sum():
     losses, targets = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([5, -100, 2])
     assert mean_over_targets(losses, targets) == mean_over_targets(torch.tensor(4.0), targets) == 2
     assert mean_over_targets(losses, targets, 8) == mean_over_targets(losses, targets, torch.tensor(8)) == 0.5
+    assert mean_over_targets(losses, targets, 8, torch.tensor([1.0, 5.0, 0.5])) == (losses[0] + losses[2] / 2) / 8
     assert mean_over_targets(losses, torch.full((3,), -100)) == 0

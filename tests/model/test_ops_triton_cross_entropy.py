@@ -31,12 +31,14 @@ def loss_and_gradients(hidden, weight, targets, implementation, needed=(True, Tr
     return [loss.detach(), *(torch.autograd.grad(loss * 3, wanted) if wanted else ())]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)])
-def test_value_and_gradients_are_those_of_the_full_softmax(needed):
+def test_value_and_gradients_are_those_of_the_full_softmax(needed, weighted):
     for positions, items in ((1, 1), (random.randint(2, 70), random.randint(2, 90)), (33, 32)):
         hidden, weight, targets = draw(positions, items, random.choice((16, 32)))
         number = torch.tensor(7, device=DEVICE)
-        options = {"needed": needed, "num_items_in_batch": number}
+        loss_weights = torch.rand(positions, device=DEVICE) * 2 if weighted else None
+        options = {"needed": needed, "num_items_in_batch": number, "loss_weights": loss_weights}
         expected = loss_and_gradients(hidden.double(), weight.double(), targets, "torch", **options)
         actual = loss_and_gradients(hidden, weight, targets, "triton", **options)
         for ours, theirs in zip(actual, expected, strict=True):
@@ -104,13 +106,15 @@ def test_tiles_fit_the_shared_memory_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_on_a_gpu(width, dtype):
+def test_half_precision_on_a_gpu(width, dtype, weighted):
     hidden, weight, targets = draw(random.randint(900, 1100), random.randint(700, 5000), width, "cuda")
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    expected = loss_and_gradients(hidden.double(), weight.double(), targets, "torch")
-    actual, again = (loss_and_gradients(hidden, weight, targets, "auto") for _ in range(2))
+    options = {"loss_weights": torch.rand(len(hidden), device="cuda") if weighted else None}
+    expected = loss_and_gradients(hidden.double(), weight.double(), targets, "torch", **options)
+    actual, again = (loss_and_gradients(hidden, weight, targets, "auto", **options) for _ in range(2))
     for ours, repeated, theirs in zip(actual, again, expected, strict=True):
         assert torch.equal(ours, repeated)
         assert (ours.double() - theirs).abs().max() <= 1e-2 * theirs.abs().max()

@@ -18,6 +18,9 @@ from torch.utils.data import Dataset
 from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
+_DTYPES = {"input_ids": np.int32, "weights": np.float32, "basket_starts": np.bool_}  # other columns keep theirs
+
+
 class HistoryStore(Dataset):
     """
     Histories whose events have columns, and the packed or padded batches of some of them.
@@ -34,8 +37,8 @@ class HistoryStore(Dataset):
         columns: other columns of the events, by name, [events] each: times, event types, weights. With `basket_starts`
             (bool, whether an event is the first of a basket), the items of a basket are targets together: those of a
             history's first basket are context, also if `max_length` cut it.
-        weights: [events], 0 for events that are context and no targets, else 1. Batches do not have them, unless they are
-            one of the `columns`, in which other values are allowed.
+        weights: [events], the weight of each event in the loss: 0 for events that are context and no targets. They become a
+            column, unless all are 0 or 1: the labels then say everything.
 
     Attributes:
         columns (`dict[str, torch.Tensor]`): all columns, with the items as `input_ids`.
@@ -43,8 +46,8 @@ class HistoryStore(Dataset):
         num_known: int64 [histories], as the argument, for the events in use; at least those of the first basket.
 
     Raises:
-        ValueError: if `max_length` is below 1, a column has another number of values than `items`, or `weights` has other
-            values than 0 and 1.
+        ValueError: if `max_length` is below 1, a column has another number of values than `items`, or weights are below 0 or
+            not finite.
     """
 
     def __init__(
@@ -57,18 +60,19 @@ class HistoryStore(Dataset):
         columns: Mapping[str, np.ndarray] | None = None,
         weights: np.ndarray | None = None,
     ):
-        arrays = {"input_ids": np.asarray(items, dtype=np.int32), **(columns or {})}
-        if "basket_starts" in arrays:
-            arrays["basket_starts"] = np.asarray(arrays["basket_starts"], dtype=np.bool_)
-        for name, values in [*arrays.items(), *([] if weights is None else [("weights", weights)])]:
+        arrays = {"input_ids": items, **(columns or {}), **({} if weights is None else {"weights": weights})}
+        for name, values in arrays.items():
             if len(values) != len(items):
                 raise ValueError(
                     f"`columns` has {len(values)} values in {name} for {len(items)} events; give one each."
                 )
-        self.columns = {
-            name: torch.from_numpy(np.require(values, requirements=["C", "W"])) for name, values in arrays.items()
-        }
-        self._weights = None if weights is None else _target_weights(weights)
+            arrays[name] = np.require(values, dtype=_DTYPES.get(name), requirements=["C", "W"])
+        if "weights" in arrays:
+            _check_weights(arrays["weights"])
+        self.columns = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        self._weights = None
+        if weights is not None and np.isin(arrays["weights"], (0, 1)).all():
+            self._weights = self.columns.pop("weights")
         self._basket_begins = None
         if "basket_starts" in self.columns:
             self._basket_begins = _basket_begins(self.columns["basket_starts"], offsets)
@@ -290,15 +294,10 @@ def _basket_begins(basket_starts: torch.Tensor, offsets: np.ndarray) -> np.ndarr
     return np.flatnonzero(starts)
 
 
-def _target_weights(weights: np.ndarray) -> torch.Tensor:
-    weights = np.require(weights, requirements=["C", "W"])
-    others = weights[(weights != 0) & (weights != 1)]
-    if len(others):
-        raise ValueError(
-            f"`weights` has the value {others[0]:g}, but an event is a target (1) or not (0), and losses have no weights; "
-            "prepare the log with `targets` instead of weights, or drop the column."
-        )
-    return torch.from_numpy(weights)
+def _check_weights(weights: np.ndarray) -> None:
+    wrong = ~((weights >= 0) & np.isfinite(weights))
+    if wrong.any():
+        raise ValueError(f"`weights` has the value {weights[wrong][0]:g}; weights of events may be 0 or more.")
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

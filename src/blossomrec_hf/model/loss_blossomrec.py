@@ -10,7 +10,13 @@ from torch import nn
 
 from .configuration_blossomrec import BlossomRecConfig
 from .ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
-from .objectives_blossomrec import SAMPLED_OBJECTIVES, mean_over_targets, register_objective
+from .objectives_blossomrec import (
+    SAMPLED_OBJECTIVES,
+    find_objective,
+    mean_over_targets,
+    register_objective,
+    require_weights,
+)
 from .ops_triton_cross_entropy import fused_cross_entropy, why_unsupported
 from .packing_blossomrec import basket_begins
 
@@ -71,12 +77,66 @@ def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
     return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, IGNORE_INDEX)
 
 
+def history_loss(
+    hidden_states: torch.Tensor,
+    item_vectors: torch.Tensor,
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    config: BlossomRecConfig,
+    item_counts: torch.Tensor,
+    basket_starts: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    shifted: bool = False,
+) -> torch.Tensor:
+    """
+    The loss of packed histories under the objective of the configuration: Σ weight · loss over the targets, divided by their
+    number.
+
+    Args:
+        hidden_states: `[T, hidden_size]`.
+        item_vectors: `[vocab_size, hidden_size]`.
+        labels: vocabulary ids `[T]`, −100 for none: aligned with the input or, if `shifted`, with the positions that predict.
+        cu_seqlens: offsets of the packed histories, `[S + 1]`.
+        num_items_in_batch: as in `cross_entropy`.
+        basket_starts: bool `[T]`, see `basket_targets`. By default, every event is a basket.
+        weights: float `[T]`, the weight of each event as a target, aligned with `labels`. Defaults to 1.
+
+    Returns:
+        a scalar.
+
+    Raises:
+        ValueError: for weights that the objective does not take, and if a registered objective returns no scalar.
+    """
+    if basket_starts is not None:
+        sources, targets = basket_targets(labels, basket_starts, cu_seqlens)
+        hidden_states = hidden_states[sources]
+    elif shifted:
+        targets = given_targets(labels)
+    else:
+        targets = next_item_targets(labels, cu_seqlens)
+        weights = None if weights is None else nn.functional.pad(weights[1:], (0, 1))
+    options = {"config": config, "item_counts": item_counts}
+    if weights is not None:
+        require_weights(config.objective)
+        options["weights"] = weights.to(hidden_states.device)
+    loss = find_objective(config.objective)(hidden_states, item_vectors, targets, num_items_in_batch, **options)
+    if not isinstance(loss, torch.Tensor) or loss.dim():
+        raise ValueError(
+            f"The objective {config.objective!r} returned a {type(loss).__name__} of shape "
+            f"{list(getattr(loss, 'shape', ()))}; it must return a scalar tensor, see `mean_over_targets`."
+        )
+    return loss
+
+
 def cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
+    loss_weights: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> torch.Tensor:
     """
@@ -89,9 +149,10 @@ def cross_entropy(
         targets: vocabulary ids `[T]`, −100 for none.
         num_items_in_batch: the divisor of the sum, the number of targets in all batches and processes of the step.
             Defaults to their number in this batch.
-        implementation: `"triton"` (the kernels of this package), `"torch"`, `"liger"` (the chunks of `liger-kernel`) or
-            `"auto"`: on a GPU in half precision `"triton"` if it supports the hidden size, otherwise `"torch"`, or
-            `"liger"` if chunks are needed on a GPU and it is installed. Value and gradients are the same.
+        loss_weights: factors of the loss of each position, float `[T]`. Defaults to 1.
+        implementation: `"triton"` (the kernels of this package), `"torch"`, `"liger"` (the chunks of `liger-kernel`, without
+            `loss_weights`) or `"auto"`: on a GPU in half precision `"triton"` if it supports the hidden size, otherwise
+            `"torch"`, or `"liger"` if chunks are needed on a GPU and it is installed. Value and gradients are the same.
 
     Returns:
         a scalar, float32 or better.
@@ -104,20 +165,21 @@ def cross_entropy(
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        total = fused_cross_entropy(hidden_states, weight, targets, NUM_SPECIAL_IDS)
+        total = fused_cross_entropy(hidden_states, weight, targets, NUM_SPECIAL_IDS, loss_weights)
         return mean_over_targets(total, targets, num_items_in_batch)
     rows = max(1, MAX_LOGITS.get(weight.device.type, MAX_LOGITS["cuda"]) // weight.shape[0])
     if hidden_states.shape[0] > rows or (implementation == "liger" and hidden_states.shape[0]):
         if torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
             weight = weight.to(hidden_states.dtype)
-        fused = _fused_kernel(hidden_states, implementation)
-        total = _ChunkedCrossEntropy.apply(hidden_states, weight, targets, rows, fused)
-    else:
-        logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return mean_over_targets(total, targets, num_items_in_batch)
+        fused = _fused_kernel(hidden_states, implementation, weighted=loss_weights is not None)
+        losses = _ChunkedCrossEntropy.apply(hidden_states, weight, targets, loss_weights, rows, fused)
+        return mean_over_targets(losses, targets, num_items_in_batch)
+    logits = nn.functional.linear(hidden_states, weight[NUM_SPECIAL_IDS:])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    reduction = "sum" if loss_weights is None else "none"
+    losses = nn.functional.cross_entropy(logits, targets, reduction=reduction)
+    return mean_over_targets(losses, targets, num_items_in_batch, loss_weights)
 
 
 def _takes_triton(hidden_states: torch.Tensor, implementation: str) -> bool:
@@ -140,13 +202,17 @@ def supports_fused(dtype: torch.dtype, hidden_size: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and why_unsupported("cuda", dtype, hidden_size) is None
 
 
-def _fused_kernel(hidden_states: torch.Tensor, implementation: str) -> Callable[..., torch.Tensor] | None:
+def _fused_kernel(
+    hidden_states: torch.Tensor, implementation: str, *, weighted: bool = False
+) -> Callable[..., torch.Tensor] | None:
     """Liger's function of hidden states, weight and targets, if `implementation` (see `cross_entropy`) selects it."""
     double, on_gpu = hidden_states.dtype == torch.float64, hidden_states.device.type == "cuda"
     if implementation == "torch" or (implementation == "auto" and (double or not on_gpu)):
         return None
     reason = None
-    if double:
+    if weighted:
+        reason = "it has no weights of events"
+    elif double:
         reason = "it has no float64"
     elif not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         reason = f"it needs a GPU, the input is on {hidden_states.device.type}"
@@ -169,8 +235,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, rows, fused):
-        make = _chunks if fused is None else partial(_fused_chunks, fused)
+    def forward(ctx, hidden_states, weight, targets, loss_weights, rows, fused):
+        make = partial(_chunks, loss_weights) if fused is None else partial(_fused_chunks, fused)
         total, grad_hidden, grad_weight = make(hidden_states, weight, targets, rows, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -184,10 +250,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad_output).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_output).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _chunks(
+    loss_weights: torch.Tensor | None,
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -203,23 +270,26 @@ def _chunks(
     grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
     for start in range(0, hidden_states.shape[0], rows):
         hidden, target = hidden_states[start : start + rows], targets[start : start + rows]
-        is_target = (target >= 0)[:, None]
-        place = target.clamp(min=0)[:, None]
+        factor, place = (target >= 0)[:, None], target.clamp(min=0)[:, None]
         log_probs = (hidden @ items.T).log_softmax(1, dtype=dtype)
-        total += torch.where(is_target, log_probs.gather(1, place), 0.0).sum().neg()
+        losses = torch.where(factor, log_probs.gather(1, place), 0.0)
+        if loss_weights is not None:
+            factor = factor * loss_weights[start : start + rows, None].to(dtype)
+            losses, factor = losses * factor, factor.to(hidden.dtype)
+        total += losses.sum().neg()
         if not (need_hidden or need_weight):
             continue
         gradient = log_probs.exp_()
         gradient.scatter_add_(1, place, gradient.new_full(place.shape, -1.0))
         gradient = gradient.to(hidden.dtype)
-        # Positions without a target are masked on the small side of the products.
+        # Positions are masked and weighted on the small side of the products.
         if need_hidden:
-            grad_hidden[start : start + rows] = (gradient @ items) * is_target
+            grad_hidden[start : start + rows] = (gradient @ items) * factor
         if need_weight:
             if gradient.dtype == dtype:
-                grad_weight[NUM_SPECIAL_IDS:].addmm_(gradient.T, hidden * is_target)
+                grad_weight[NUM_SPECIAL_IDS:].addmm_(gradient.T, hidden * factor)
             else:
-                grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ (hidden * is_target)
+                grad_weight[NUM_SPECIAL_IDS:] += gradient.T @ (hidden * factor)
     return total, grad_hidden, grad_weight
 
 
@@ -263,6 +333,7 @@ def sampled_loss(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
+    loss_weights: torch.Tensor | None = None,
     item_counts: torch.Tensor,
     num_negatives: int,
     negative_sampling: str = "uniform",
@@ -286,7 +357,7 @@ def sampled_loss(
         hidden_states: `[T, hidden_size]`.
         weight: item vectors `[vocab_size, hidden_size]`; [PAD] and [UNK] are never drawn.
         targets: vocabulary ids `[T]`, −100 for none.
-        num_items_in_batch: as in `cross_entropy`.
+        num_items_in_batch, loss_weights: as in `cross_entropy`.
         item_counts: training frequencies `[vocab_size]`.
         negative_sampling: `"uniform"`, `"popularity"` (by frequency + 1) or `"in_batch"` (other positions' targets; q
             by the frequencies).
@@ -331,7 +402,7 @@ def sampled_loss(
         beta = 1.0 if objective == "bce" else rate * (gbce_calibration * (1 - 1 / rate) + 1 / rate)
         against = nn.functional.softplus(negative).masked_fill(accidental, 0.0).sum(1)
         losses = (beta * nn.functional.softplus(-positive[:, 0]) + against) / (num_negatives + 1)
-    return mean_over_targets(losses, targets, num_items_in_batch)
+    return mean_over_targets(losses, targets, num_items_in_batch, loss_weights)
 
 
 def _draw(chances: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -347,12 +418,13 @@ def _full_softmax(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
     *,
+    weights: torch.Tensor | None = None,
     config: BlossomRecConfig,
     item_counts: torch.Tensor,
 ) -> torch.Tensor:
     """`cross_entropy` as the configuration sets it."""
-    implementation = config.cross_entropy_implementation
-    return cross_entropy(hidden_states, item_vectors, targets, num_items_in_batch, implementation=implementation)
+    options = {"loss_weights": weights, "implementation": config.cross_entropy_implementation}
+    return cross_entropy(hidden_states, item_vectors, targets, num_items_in_batch, **options)
 
 
 def _against_drawn_items(
@@ -362,6 +434,7 @@ def _against_drawn_items(
     targets: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
     *,
+    weights: torch.Tensor | None = None,
     config: BlossomRecConfig,
     item_counts: torch.Tensor,
 ) -> torch.Tensor:
@@ -372,6 +445,7 @@ def _against_drawn_items(
         item_vectors,
         targets,
         num_items_in_batch,
+        loss_weights=weights,
         item_counts=item_counts,
         num_negatives=config.num_negatives,
         negative_sampling=config.negative_sampling,

@@ -20,7 +20,7 @@ from .configuration_blossomrec import BlossomRecConfig
 from .events_blossomrec import INPUT_FEATURES, PREDICTION_FEATURES, EventVectors, Moments, check_moments, read_moments
 from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME
 from .items_blossomrec import KeptMatrix, unit_vectors
-from .loss_blossomrec import basket_targets, given_targets, next_item_targets
+from .loss_blossomrec import history_loss
 from .modules_blossomrec import check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
@@ -441,6 +441,7 @@ class LossKwargs(TransformersKwargs, total=False):
     shift_labels: torch.LongTensor | None
     skip_logits: bool
     basket_starts: torch.BoolTensor | None
+    weights: torch.FloatTensor | None
 
 
 class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
@@ -552,6 +553,8 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 - `basket_starts` bool `[B, L]`: whether an event is the first of a basket. The items of a basket are all
                   predicted from the last position before it, and those of a history's first basket are no targets. Only
                   the loss depends on it. By default, every event is a basket.
+                - `weights` float `[B, L]`: the weight in the loss of each event as a target, 0 or more, aligned with the
+                  labels. `num_items_in_batch` counts targets, whatever their weights. Defaults to 1.
                 - `skip_logits`: `True` returns no logits.
 
             The other arguments are those of `BlossomRecModel.forward`. `label_smoothing_factor` of `Trainer` replaces
@@ -565,7 +568,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         # No parameters of their own: `Trainer` would expect each parameter named like a label in every batch.
         shift_labels, skip_logits = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", False)
         num_items_in_batch, packing = kwargs.pop("num_items_in_batch", None), pop_packing(kwargs)
-        basket_starts = kwargs.pop("basket_starts", None)
+        basket_starts, weights = kwargs.pop("basket_starts", None), kwargs.pop("weights", None)
         shifted = shift_labels is not None
         labels = shift_labels if shifted else labels
         if shifted and basket_starts is not None:
@@ -584,6 +587,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             vocab_size=self.config.vocab_size,
             labels=labels,
             basket_starts=basket_starts,
+            weights=weights,
             labels_are_counted=num_items_in_batch is not None and not shifted,
             timestamps=timestamps,
             event_type_ids=event_type_ids,
@@ -603,25 +607,18 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 layer_outputs=records,
             )
             if labels is not None:
-                labels, states = histories.pack(labels, padding=IGNORE_INDEX).long(), hidden_states
-                if basket_starts is not None:
-                    sources, targets = basket_targets(labels, histories.pack(basket_starts), histories.cu_seqlens)
-                    states = hidden_states[sources]
-                else:
-                    targets = given_targets(labels) if shifted else next_item_targets(labels, histories.cu_seqlens)
-                loss = find_objective(self.config.objective)(
-                    states,
+                loss = history_loss(
+                    hidden_states,
                     self.item_vectors(),
-                    targets,
+                    histories.pack(labels, padding=IGNORE_INDEX).long(),
+                    histories.cu_seqlens,
                     num_items_in_batch,
                     config=self.config,
                     item_counts=self.item_counts,
+                    basket_starts=None if basket_starts is None else histories.pack(basket_starts),
+                    weights=None if weights is None else histories.pack(weights),
+                    shifted=shifted,
                 )
-                if not isinstance(loss, torch.Tensor) or loss.dim():
-                    raise ValueError(
-                        f"The objective {self.config.objective!r} returned a {type(loss).__name__} of shape "
-                        f"{list(getattr(loss, 'shape', ()))}; it must return a scalar tensor, see `mean_over_targets`."
-                    )
             if logits_to_keep:
                 logits = self._logits(histories.last(hidden_states, logits_to_keep))
             elif not skip_logits and (labels is None or not self.training):

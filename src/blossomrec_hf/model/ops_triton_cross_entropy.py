@@ -61,8 +61,8 @@ def _normalization_kernel(
 
 @jit
 def _hidden_gradient_kernel(
-    x_ptr, w_ptr, target_ptr, lse_ptr, scale_ptr, dx_ptr, T, num_items,
-    D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    x_ptr, w_ptr, target_ptr, lse_ptr, scale_ptr, loss_weight_ptr, dx_ptr, T, num_items,
+    D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the hidden states: probabilities less the target's one, times the item vectors."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -81,13 +81,15 @@ def _hidden_gradient_kernel(
         p = tl.where(v[None, :] < num_items, p, 0.0)  # may be infinite behind the last item, which times zero is NaN
         out += tl.dot(p.to(w.dtype), w, input_precision="ieee")
     scale = tl.where(target >= 0, tl.load(scale_ptr), 0.0)
+    if WEIGHTED:
+        scale *= tl.load(loss_weight_ptr + t, mask=inside, other=0.0)
     tl.store(dx_ptr + place, (out * scale[:, None]).to(dx_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
 def _weight_gradient_kernel(
-    x_ptr, w_ptr, target_ptr, lse_ptr, dw_ptr, T, num_items, span,
-    D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    x_ptr, w_ptr, target_ptr, lse_ptr, loss_weight_ptr, dw_ptr, T, num_items, span,
+    D: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the item vectors over `span` of the positions, not yet scaled: `[splits, num_items, D]`."""
     v = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -104,6 +106,8 @@ def _weight_gradient_kernel(
         lse = tl.where(target >= 0, tl.load(lse_ptr + t, mask=inside, other=0.0), float("inf"))
         p = tl.exp(tl.dot(w, tl.trans(x), input_precision="ieee") - lse[None, :])
         p = tl.where(v[:, None] == target[None, :], p - 1.0, p)
+        if WEIGHTED:
+            p *= tl.load(loss_weight_ptr + t, mask=inside, other=0.0)[None, :]
         out += tl.dot(p.to(x.dtype), x, input_precision="ieee")
     place = (split.to(tl.int64) * num_items + v[:, None]) * D + d
     tl.store(dw_ptr + place, out, mask=v[:, None] < num_items)
@@ -147,7 +151,9 @@ def _items(weight: Tensor, num_special: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy", mutates_args=())
-def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, num_special: int) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None, num_special: int
+) -> tuple[Tensor, Tensor]:
     """The summed loss, float32 `[]`, and the normalization of each position, float32 `[T]`."""
     num_positions, width = x.shape
     items = _items(weight, num_special, x.dtype)
@@ -155,43 +161,55 @@ def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, num_special: int)
     launch = _launch("normalization", width, x.dtype, _shared_memory(x.device))
     grid = (triton.cdiv(num_positions, launch["BT"]),)
     _normalization_kernel[grid](x, items, targets, lse, picked, num_positions, len(items), D=width, **launch)
-    return torch.where(targets >= 0, lse - picked, 0.0).sum(), lse
+    losses = lse - picked
+    losses = losses if loss_weights is None else losses * loss_weights
+    return torch.where(targets >= 0, losses, 0.0).sum(), lse
 
 
 @_cross_entropy.register_fake
-def _(x, weight, targets, num_special):
+def _(x, weight, targets, loss_weights, num_special):
     return x.new_empty((), dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cross_entropy_backward", mutates_args=())
 def _cross_entropy_backward(
-    scale: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, num_special: int, needed: list[bool]
+    scale: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None,
+    lse: Tensor,
+    num_special: int,
+    needed: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and `weight` where `needed`, else empty."""
     num_positions, width = x.shape
     items = _items(weight, num_special, x.dtype)
     sizes = (num_positions, len(items))
-    scale = scale.float()
+    scale, weighted = scale.float(), loss_weights is not None
+    loss_weights = lse if loss_weights is None else loss_weights  # any pointer
     dx, dw = x.new_empty(0), weight.new_empty(0)
     if needed[0]:
         dx = torch.empty_like(x)
         launch = _launch("hidden", width, x.dtype, _shared_memory(x.device))
         grid = (triton.cdiv(num_positions, launch["BT"]),)
-        _hidden_gradient_kernel[grid](x, items, targets, lse, scale, dx, *sizes, D=width, **launch)
+        arguments = (x, items, targets, lse, scale, loss_weights, dx, *sizes)
+        _hidden_gradient_kernel[grid](*arguments, D=width, WEIGHTED=weighted, **launch)
     if needed[1]:
         launch = _launch("weight", width, x.dtype, _shared_memory(x.device))
         tiles, rows = triton.cdiv(len(items), launch["BV"]), triton.cdiv(num_positions, launch["BT"])
         splits = max(1, min(rows, triton.cdiv(MIN_PROGRAMS, tiles)))
         span = triton.cdiv(rows, splits) * launch["BT"]
         parts = torch.empty(splits, len(items), width, device=x.device, dtype=torch.float32)
-        _weight_gradient_kernel[(tiles, splits)](x, items, targets, lse, parts, *sizes, span, D=width, **launch)
+        arguments = (x, items, targets, lse, loss_weights, parts, *sizes, span)
+        _weight_gradient_kernel[(tiles, splits)](*arguments, D=width, WEIGHTED=weighted, **launch)
         dw = torch.zeros_like(weight)
         dw[num_special:] = parts.sum(0) * scale
     return dx, dw
 
 
 @_cross_entropy_backward.register_fake
-def _(scale, x, weight, targets, lse, num_special, needed):
+def _(scale, x, weight, targets, loss_weights, lse, num_special, needed):
     return (
         x.new_empty(x.shape if needed[0] else (0,)),
         weight.new_empty(weight.shape if needed[1] else (0,)),
@@ -199,22 +217,23 @@ def _(scale, x, weight, targets, lse, num_special, needed):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, targets, ctx.num_special = inputs
-    ctx.save_for_backward(x, weight, targets, output[1])
+    x, weight, targets, loss_weights, ctx.num_special = inputs
+    ctx.save_for_backward(x, weight, targets, loss_weights, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, scale, _):
-    x, weight, targets, lse = ctx.saved_tensors
     needed = [bool(need) for need in ctx.needs_input_grad[:2]]
-    dx, dw = _cross_entropy_backward(scale, x, weight, targets, lse, ctx.num_special, needed)
-    return dx if needed[0] else None, dw if needed[1] else None, None, None
+    dx, dw = _cross_entropy_backward(scale, *ctx.saved_tensors, ctx.num_special, needed)
+    return dx if needed[0] else None, dw if needed[1] else None, None, None, None
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_setup_context)
 
 
-def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, num_special: int) -> Tensor:
+def fused_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, num_special: int, loss_weights: Tensor | None = None
+) -> Tensor:
     """
     The summed cross-entropy of a full softmax over the rows of `weight` from `num_special` on.
 
@@ -222,8 +241,11 @@ def fused_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, num_special:
         x: hidden states `[T, hidden_size]`, contiguous, T ≥ 1; products are computed in their dtype and summed in float32.
         weight: `[vocab_size, hidden_size]`, any dtype; its gradient is in that dtype.
         targets: `[T]` int64, places among the rows from `num_special` on; negative for none.
+        loss_weights: factors of the loss of each position `[T]`; by default, 1.
 
     Returns:
         a scalar, float32.
     """
-    return _cross_entropy(x.contiguous(), weight, targets, num_special)[0]
+    if loss_weights is not None:
+        loss_weights = loss_weights.float().contiguous()
+    return _cross_entropy(x.contiguous(), weight, targets, loss_weights, num_special)[0]

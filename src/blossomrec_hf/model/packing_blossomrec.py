@@ -116,6 +116,7 @@ def pack_histories(
     vocab_size: int,
     labels: torch.Tensor | None = None,
     basket_starts: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
     labels_are_counted: bool = False,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
@@ -137,7 +138,7 @@ def pack_histories(
         inputs_embeds: embeddings `[B, L, hidden_size]` in place of `input_ids`.
         vocab_size: ids must be below it.
         labels: `[B, L]`, checked for ids outside the vocabulary.
-        basket_starts: bool `[B, L]`, for the labels that are no targets.
+        basket_starts, weights: bool and float `[B, L]`, of the events in the loss, checked.
         labels_are_counted: warn of labels that `Trainer` counts as targets and the model does not.
         cu_seq_lens_q, max_length_q: offsets `[S + 1]` of packed input `[1, T]`, and the longest history there.
         cu_seq_lens_k, max_length_k: the same again, as collators pass them.
@@ -161,11 +162,16 @@ def pack_histories(
     batch, length = shape
     if labels is not None and labels.shape != shape:
         raise ValueError(f"`labels` has shape {tuple(labels.shape)}, the input {shape}; they must be the same.")
-    if basket_starts is not None and (basket_starts.shape != shape or basket_starts.dtype != torch.bool):
-        raise ValueError(
-            f"`basket_starts` has shape {tuple(basket_starts.shape)} and dtype {basket_starts.dtype}; it must be bool, and "
-            f"have the shape {shape} of the input."
-        )
+    for name, values, wanted in (("basket_starts", basket_starts, "bool"), ("weights", weights, "float")):
+        if values is None:
+            continue
+        if values.shape != shape or not (
+            values.is_floating_point() if wanted == "float" else values.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"`{name}` has shape {tuple(values.shape)} and dtype {values.dtype}; it must be {wanted}, and have the shape "
+                f"{shape} of the input."
+            )
     if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
@@ -204,6 +210,7 @@ def pack_histories(
             cu_seq_lens_k=cu_seq_lens_k,
             real=real,
             basket_starts=basket_starts,
+            weights=weights,
             labels_are_counted=labels_are_counted,
         )
     else:
@@ -308,6 +315,7 @@ def _check_values(
     cu_seq_lens_k: torch.Tensor | None,
     real: torch.Tensor | None,
     basket_starts: torch.Tensor | None,
+    weights: torch.Tensor | None,
     labels_are_counted: bool,
 ) -> tuple[int, int]:
     """
@@ -328,13 +336,25 @@ def _check_values(
         else zero,
         zero if cu_seq_lens_k is None else (cu_seq_lens_k.to(cu_seqlens.device) != cu_seqlens).sum(),
         zero if packed_mask is None else (packed_mask == 0).sum(),
+        zero if weights is None else (~((weights >= 0) & weights.isfinite())).sum(),
         cu_seqlens[0],
         cu_seqlens[-1],
         *((zero, zero) if lengths.numel() == 0 else lengths.aminmax()),
     ]
-    low, high, low_label, high_label, num_in_vain, num_other, num_padding, first, last, shortest, longest = (
-        torch.stack(facts).tolist()
-    )
+    (
+        low,
+        high,
+        low_label,
+        high_label,
+        num_in_vain,
+        num_other,
+        num_padding,
+        num_bad_weights,
+        first,
+        last,
+        shortest,
+        longest,
+    ) = torch.stack(facts).tolist()
     remedy = (
         "For new items, grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
     )
@@ -352,6 +372,8 @@ def _check_values(
             "`labels` has ids that are no targets but that `Trainer` counts in `num_items_in_batch`, which makes the loss "
             "too small: set the label of a history's first item or basket, of [PAD] and of [UNK] to −100, or pad on the right."
         )
+    if num_bad_weights:
+        raise ValueError(f"`weights` has {num_bad_weights} values below 0 or not finite; they may be 0 or more.")
     if num_padding:
         raise ValueError("`attention_mask` marks padding in packed input; omit the padding, or make it a history.")
     if real is None and (first != 0 or last != length or shortest < 0):
