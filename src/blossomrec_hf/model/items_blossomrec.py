@@ -70,7 +70,8 @@ class KeptMatrix:
             return compute()
         kept, states = self._kept, [tensor_state(x) for x in sources]
         if kept is None or kept.states != states or any(a is not b for a, b in zip(kept.identities, sources)):
-            with torch.autocast(sources[0].device.type, enabled=False):
+            # A matrix of inference mode could not be watched itself.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(sources[0].device.type, enabled=False):
                 matrix = compute()
             kept = self._kept = _Kept(matrix, [x.detach() for x in sources], list(sources), states)
         return kept.matrix

@@ -18,16 +18,17 @@ from .attention_blossomrec import BlossomAttention
 from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
 from .events_blossomrec import INPUT_FEATURES, PREDICTION_FEATURES, EventVectors, Moments, check_moments, read_moments
+from .features_blossomrec import FeatureVectors
 from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME
 from .items_blossomrec import KeptMatrix, unit_vectors
 from .loss_blossomrec import history_loss
-from .modules_blossomrec import check_inference, dense_weight
+from .modules_blossomrec import ItemEmbedding, check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories, values_are_known
 from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
 from .pretrained_blossomrec import BlossomRecPreTrainedModel, NoGenerationMixin
-from .recommendation_blossomrec import RecommendationMixin, as_ids
+from .recommendation_blossomrec import RecommendationMixin, as_id_list
 from .static_blossomrec import StaticEncoder
 
 
@@ -70,7 +71,10 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
 
     def __init__(self, config: BlossomRecConfig) -> None:
         super().__init__(config)
-        self.item_embedding = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        embedding = nn.Embedding if config.item_features is None else ItemEmbedding
+        self.item_embedding = embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.item_features = None if config.item_features is None else FeatureVectors(config)
+        self._all_vectors = KeptMatrix()  # with features
         self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
         if config.item_dropout_prob > 0:
@@ -96,6 +100,50 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.item_embedding = value
 
+    def train(self, mode: bool = True) -> "BlossomRecModel":
+        """As in PyTorch; training mode drops the item vectors that are kept in evaluation mode."""
+        if mode:
+            self._all_vectors.drop()
+            if self.item_features is not None:
+                self.item_features.require_features()
+        return super().train(mode)
+
+    def item_vectors(
+        self, ids: torch.LongTensor | Sequence[int] | None = None, *, training: bool = False
+    ) -> torch.Tensor:
+        """
+        The vectors of items as the first layer reads them: id embeddings and, with `config.item_features`, the vectors of
+        their categories and the projections of their dense vectors.
+
+        Args:
+            ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
+            training (`bool`, defaults to `False`): whether id embeddings are omitted with `config.id_dropout_prob`.
+
+        Returns:
+            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable. With features, the vectors of all items are
+            computed, and in evaluation mode without gradients they are kept until a weight changes.
+
+        Raises:
+            ValueError: if `ids` is not one list of vocabulary ids.
+        """
+        if self.item_features is None:
+            vectors = dense_weight(self.item_embedding)
+        elif training:
+            vectors = self._add_features(self.config.id_dropout_prob)
+        else:
+            parts = (self.item_embedding, self.item_features)
+            sources = [x for part in parts for x in (*part.parameters(), *part.buffers())]
+            vectors = self._all_vectors.get(self, sources, self._add_features)
+        return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
+
+    def _add_features(self, id_dropout_prob: float = 0.0) -> torch.Tensor:
+        vectors = dense_weight(self.item_embedding)
+        features = self.item_features().to(device=vectors.device, dtype=vectors.dtype)
+        if id_dropout_prob > 0:
+            kept = torch.rand(vectors.shape[0], 1, device=vectors.device) >= id_dropout_prob
+            vectors = torch.where(kept, vectors, 0.0)
+        return vectors + features
+
     def rotary_embedding(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[1, T, head_dim]` of the rotary embedding at `position` `[T]`, in float32 or better."""
         dtype = torch.promote_types(dtype, torch.float32)
@@ -118,6 +166,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         use_cache: bool = True,
         training: bool = False,
         layer_outputs: LayerOutputs | None = None,
+        item_vectors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Compute the prediction states of packed histories, which are compared with item vectors: the one entry point of
@@ -133,6 +182,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             use_cache: `False` leaves `cache` as it was.
             training: whether dropout is applied, to items too. It does not depend on the modules' mode, so that threads may share a model.
             layer_outputs: the lists in it that are not `None` get the outputs of every layer.
+            item_vectors: with `config.item_features`, the result of `item_vectors`, if it is known.
 
         Returns:
             `[T, hidden_size]`; with `last_only`, `[S, hidden_size]`, where the row of an empty history has no meaning.
@@ -145,7 +195,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         for encoder in self._static_encoders if plain else ():
             if encoder.has_room(histories):
                 return encoder(histories)
-        return self.compute_states(histories, last_only, cache, use_cache, training, layer_outputs)
+        return self.compute_states(histories, last_only, cache, use_cache, training, layer_outputs, item_vectors)
 
     def compute_states(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`encode`, operation by operation; the arguments are those of `run_layers`."""
@@ -199,6 +249,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         use_cache: bool = True,
         training: bool = False,
         layer_outputs: LayerOutputs | None = None,
+        item_vectors: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Moments]:
         """
         The last layer's hidden states, of which `encode` makes prediction states, and their moments; the arguments are
@@ -215,7 +266,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             keep = slice(-1, None) if one else (histories.ends - 1).clamp(min=0)
         records = layer_outputs or LayerOutputs()
         with torch.set_grad_enabled(torch.is_grad_enabled() and append is None):
-            hidden_states = self._embed(events, moments, training)
+            hidden_states = self._embed(events, moments, training, item_vectors)
             position_embeddings = self.rotary_embedding(position, hidden_states.dtype)
             for layer in self.layers:
                 hidden_states = records.keep_hidden_states(histories, hidden_states, append)
@@ -264,11 +315,22 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if values_are_known(self.item_counts):
             check_moments(moments, self.config, self.latest_time if self.config.time_features else None)
 
-    def _embed(self, histories: PackedHistories, moments: Moments, training: bool) -> torch.Tensor:
+    def _embed(
+        self,
+        histories: PackedHistories,
+        moments: Moments,
+        training: bool,
+        item_vectors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The input of the first layer `[1, T, hidden_size]`, from the columns of the events."""
         x = histories.inputs_embeds
         if x is None:
-            x = self.item_embedding(histories.item_ids)  # before it is packed: NEFTune's noise depends on the shape
+            given = ()
+            if self.item_features is not None:
+                given = (self.item_vectors(training=training) if item_vectors is None else item_vectors,)
+            x = self.item_embedding(
+                histories.item_ids, *given
+            )  # before it is packed: NEFTune's noise depends on the shape
         x = histories.pack(x)
         if training and self.config.item_dropout_prob > 0:
             replaced = torch.rand(x.shape[0], 1, device=x.device) < self.config.item_dropout_prob
@@ -454,7 +516,11 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         find_objective(config.objective)
         self.loss_type = "ForCausalLM"  # `Trainer` then leaves the first label of each row out of its count of targets
         self.model = BlossomRecModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None
+        if config.item_features is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:  # item vectors are no weight that a linear layer could share
+            self._tied_weights_keys = {}
         self._unit_vectors = KeptMatrix()
         self.post_init()
 
@@ -467,48 +533,50 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
         """How often each vocabulary id occurs in the training data, `[vocab_size]` int64; saved with the model."""
         return self.model.item_counts
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> nn.Linear | None:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Linear) -> None:
+    def set_output_embeddings(self, value: nn.Linear | None) -> None:
         self.lm_head = value
 
-    def item_vectors(self, ids: torch.LongTensor | Sequence[int] | None = None) -> torch.Tensor:
+    def item_vectors(
+        self,
+        ids: torch.LongTensor | Sequence[int] | None = None,
+        *,
+        input_vectors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         The vectors whose dot products with the prediction states are the logits. With `tie_word_embeddings=True` they are
-        the input embedding, otherwise weights of their own; with `scoring="cosine"`, they are scaled to length 1. All scores,
-        losses and indexes use this method.
+        the vectors of the input (`model.model.item_vectors()`), otherwise weights of their own; with `scoring="cosine"`, they
+        are scaled to length 1. All scores, losses and indexes use this method.
 
         Args:
             ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
+            input_vectors (`torch.Tensor` `[vocab_size, hidden_size]`, *optional*): with `config.item_features`, the vectors
+                of the input, if they are known.
 
         Returns:
-            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. With "dot" scores
-            and without `ids`, this is the weight itself, or computed if the output embedding is offloaded, quantized or
-            adapted. In evaluation mode without gradients, unit vectors are kept until a weight changes.
+            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. Without `ids`,
+            features and cosine scores, this is the weight itself, or computed if the output embedding is offloaded,
+            quantized or adapted. In evaluation mode without gradients, computed vectors are kept until a weight changes.
 
         Raises:
             ValueError: if `ids` is not one list of vocabulary ids.
         """
-        vectors = self._score_vectors()
-        if ids is None:
-            return vectors
-        ids = as_ids("ids", ids, 0, vectors.device, self.config.vocab_size)
-        if ids.dim() != 1:
-            raise ValueError(f"`ids` has shape {tuple(ids.shape)}; it must be one list of vocabulary ids.")
-        return vectors[ids]
+        if self.lm_head is not None:
+            vectors = dense_weight(self.lm_head)
+        else:
+            vectors = self.model.item_vectors() if input_vectors is None else input_vectors
+        if self.config.scoring == "cosine":
+            raw = vectors
+            vectors = self._unit_vectors.get(self, [raw], lambda: unit_vectors(raw))
+        return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
 
-    def _score_vectors(self) -> torch.Tensor:
-        weight = dense_weight(self.lm_head)
-        if self.config.scoring == "dot":
-            return weight
-        return self._unit_vectors.get(self, [weight], lambda: unit_vectors(weight))
-
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+    def _logits(self, states: torch.Tensor, input_vectors: torch.Tensor | None) -> torch.Tensor:
         """The scores of all items for prediction states."""
-        if self.config.scoring == "dot":
+        if self.config.scoring == "dot" and self.lm_head is not None:
             return self.lm_head(states)
-        vectors = self._score_vectors()
+        vectors = self.item_vectors(input_vectors=input_vectors)
         return nn.functional.linear(states.to(vectors.device), vectors)
 
     def train(self, mode: bool = True) -> "BlossomRecForSequentialRecommendation":
@@ -597,7 +665,9 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             **packing,
         )
         records = self.model.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
-        loss = logits = None
+        loss = logits = vectors = None
+        if self.model.item_features is not None:
+            vectors = self.model.item_vectors(training=self.training)  # the same for input and scores
         with nullcontext() if cache is None else cache.all_or_nothing():
             hidden_states = self.model.encode(
                 histories,
@@ -605,11 +675,12 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 use_cache=use_cache is not False,
                 training=self.training,
                 layer_outputs=records,
+                item_vectors=vectors,
             )
             if labels is not None:
                 loss = history_loss(
                     hidden_states,
-                    self.item_vectors(),
+                    self.item_vectors(input_vectors=vectors),
                     histories.pack(labels, padding=IGNORE_INDEX).long(),
                     histories.cu_seqlens,
                     num_items_in_batch,
@@ -620,9 +691,9 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                     shifted=shifted,
                 )
             if logits_to_keep:
-                logits = self._logits(histories.last(hidden_states, logits_to_keep))
+                logits = self._logits(histories.last(hidden_states, logits_to_keep), vectors)
             elif not skip_logits and (labels is None or not self.training):
-                logits = histories.unpack(self._logits(hidden_states))
+                logits = histories.unpack(self._logits(hidden_states, vectors))
         return BlossomRecOutput(loss=loss, logits=logits, cache=cache, **({} if records is None else records.fields()))
 
 

@@ -83,25 +83,34 @@ def check_inference(model: nn.Module) -> None:
             )
 
 
-def is_plain(linear: nn.Module) -> bool:
+class ItemEmbedding(nn.Embedding):
+    """An embedding whose vectors may be given: those of items with features, of which its weight is a part."""
+
+    def forward(self, ids: torch.Tensor, vectors: torch.Tensor | None = None) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.weight if vectors is None else vectors, self.padding_idx)
+
+
+def is_plain(module: nn.Module) -> bool:
     """
-    Whether a linear layer multiplies with its `weight` as stored: it is not offloaded, quantized or adapted.
+    Whether a linear layer or an embedding uses its `weight` as stored: it is not offloaded, quantized or adapted.
     """
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+    if type(module) not in (nn.Linear, nn.Embedding, ItemEmbedding) or "forward" in module.__dict__:
         return False
-    return not (linear.weight.is_meta or hasattr(linear.weight, "__tensor_flatten__"))
+    return not (module.weight.is_meta or hasattr(module.weight, "__tensor_flatten__"))
 
 
-def dense_weight(linear: nn.Linear) -> torch.Tensor:
+def dense_weight(module: nn.Module) -> torch.Tensor:
     """
-    The weight `[out_features, in_features]` that a linear layer without bias multiplies with, differentiable. If the
-    layer is offloaded, quantized or adapted, its `forward` computes the weight.
+    The weight `[out_features, in_features]` that a linear layer without bias multiplies with, or the vectors of an embedding,
+    differentiable. If the module is offloaded, quantized or adapted, its `forward` computes the weight.
     """
-    if is_plain(linear):
-        return linear.weight
-    weight = getattr(linear, "weight", None)
+    if is_plain(module):
+        return module.weight
+    weight, device = getattr(module, "weight", None), execution_device(module)
+    if hasattr(module, "num_embeddings"):
+        return module(torch.arange(module.num_embeddings, device=device))
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
-    return linear(torch.eye(linear.in_features, dtype=dtype, device=execution_device(linear))).T
+    return module(torch.eye(module.in_features, dtype=dtype, device=device)).T
 
 
 def stored_item_vectors(model: nn.Module) -> torch.Tensor:
@@ -112,7 +121,7 @@ def stored_item_vectors(model: nn.Module) -> torch.Tensor:
         ValueError: the output embedding is offloaded, quantized or adapted.
     """
     head = model.get_output_embeddings()
-    if not is_plain(head):
+    if head is not None and not is_plain(head):
         raise ValueError(
             f"`index` requires item vectors in memory, but the output embedding ({type(head).__qualname__}) is "
             "offloaded, quantized or adapted; omit `index`."
@@ -144,8 +153,8 @@ class WeightsFingerprint(NamedTuple):
     Digests of the weights that hidden states depend on.
 
     Attributes:
-        layers: digest of all weights but the item embedding.
-        items: digest of the first `num_items` rows of the item embedding; those of later items may differ.
+        layers: digest of all weights but those of single items.
+        items: digest of the embedding and the features of the first `num_items` vocabulary ids; later ones may differ.
         num_items: vocabulary size.
     """
 
@@ -201,12 +210,18 @@ def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
-    layers, items = [], []
-    for name, value in sorted(model.state_dict().items()):
+    layers, items, state = [], [], model.state_dict()
+    for name, value in sorted(state.items()):
         if isinstance(value, torch.Tensor) and value.is_meta:
             value = offloaded_tensor(model, name)
-        if name == "item_embedding.weight":
+        column, _, part = name.rpartition(".")
+        part = part if name.startswith("item_features.") else None
+        if name == "item_embedding.weight" or part == "table":
             items.append((name, value[:num_items]))
+        elif part == "offsets":
+            items.append((name, value[: num_items + 1]))
+        elif part == "codes":
+            items.append((name, value[: int(state[f"{column}.offsets"][num_items])]))
         elif name not in ("item_counts", "latest_time"):
             layers.append((name, value))
     return WeightsFingerprint(digest(layers), digest(items), num_items)

@@ -13,6 +13,7 @@ from .attention_blossomrec import BlossomAttention, BlossomGate
 from .checkpoint_blossomrec import CheckpointMixin
 from .configuration_blossomrec import BlossomRecConfig
 from .events_blossomrec import EventVectors
+from .features_blossomrec import CategoryVectors, ItemFeatures, VectorProjection
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import require_loadable
 from .streams_blossomrec import BlossomCompressor, save_streams
@@ -98,13 +99,21 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 init.zeros_(buffer)
             if "replaced_item" in module._parameters:
                 init.normal_(module.replaced_item, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, CategoryVectors):
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[0])
+            init.zeros_(module.codes)
+            init.zeros_(module.offsets)
+        elif isinstance(module, VectorProjection):
+            init.zeros_(module.table)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         """
         As in `transformers`, for a catalog: old rows do not change, and `item_counts` grows by zeros. With
-        `mean_resizing` (the default), a new item starts at the mean of the old ones.
+        `mean_resizing` (the default), a new item starts at the mean of the old ones. In a model with `item_features`, a new
+        item has no features until `set_item_features`, and its id embedding is zero.
         """
         old = self.get_input_embeddings().num_embeddings
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing=False)
@@ -113,11 +122,32 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         counts = base.item_counts.new_zeros(new)
         counts[: min(old, new)] = base.item_counts[:new]
         base.item_counts = counts
+        base._static_encoders.clear()  # of the former weights
         tables = {id(m.weight): m.weight for m in (embeddings, self.get_output_embeddings()) if m is not None}
-        if mean_resizing and new > old:
+        if base.item_features is not None:
+            base.item_features.resize(new)
+            self.config.item_features = base.item_features.describe()
+            embeddings.weight.data[old:] = 0
+        elif mean_resizing and new > old:
             for weight in tables.values():
                 weight.data[old:] = weight.data[NUM_SPECIAL_IDS:old].mean(0)
         return embeddings
+
+    def set_item_features(self, features: ItemFeatures, *, first_id: int = NUM_SPECIAL_IDS) -> None:
+        """
+        Set the features of all items, or of the items from vocabulary id `first_id` on.
+
+        Raises:
+            ValueError: if `config.item_features` is `None`, or `features` do not fit it: other columns, another number of
+                items, vectors of another length or with values that are not finite, other categories or codes.
+        """
+        base = self.base_model
+        if base.item_features is None:
+            raise ValueError(
+                "`config.item_features` is None; make the model with `BlossomRecConfig(item_features=features.config())`."
+            )
+        base.item_features.replace(first_id, features)
+        self.config.item_features = base.item_features.describe()
 
 
 class GenerationError(AttributeError, ValueError):

@@ -71,6 +71,19 @@ def as_ids(name: str, ids: Any, padding: int, device: torch.device, vocab_size: 
     return ids
 
 
+def as_id_list(ids: Any, device: torch.device, vocab_size: int) -> torch.Tensor:
+    """
+    Vocabulary ids as int64 `[N]`.
+
+    Raises:
+        ValueError: if `ids` is not one list of vocabulary ids.
+    """
+    ids = as_ids("ids", ids, 0, device, vocab_size)
+    if ids.dim() != 1:
+        raise ValueError(f"`ids` has shape {tuple(ids.shape)}; it must be one list of vocabulary ids.")
+    return ids
+
+
 def _tensor_of_lists(
     name: str, ids: Any, padding: int, device: torch.device, kind: str = "vocabulary ids"
 ) -> torch.Tensor:
@@ -355,7 +368,8 @@ class RecommendationMixin:
 
     def _input_device(self) -> torch.device:
         head = self.get_output_embeddings()
-        return dense_weight(head).device if is_plain(head) else execution_device(self)
+        plain = head is not None and is_plain(head)
+        return dense_weight(head).device if plain else execution_device(self)
 
     def _checked(self, name: str, ids: Any, batch: int, row: str = "a history") -> torch.Tensor | None:
         """Ids for all rows `[C]` or for each `[B, C]`, as int64 on the device of the item vectors."""
@@ -401,8 +415,8 @@ class RecommendationMixin:
                 candidates = torch.where(empty[:, None], popular, candidates)
         by_row = {"excluded": excluded, "candidates": candidates, "popular": empty}
         rank = partial(rank_items, top_k=top_k, item_counts=item_counts, scales=scales)
-        if is_plain(head) or self.config.scoring == "cosine":
-            item_ids, scores = rank(states, self.item_vectors(), **by_row)
+        if head is None or is_plain(head) or self.config.scoring == "cosine":
+            item_ids, scores = rank(states, self.item_vectors().to(states.device), **by_row)
         else:
             item_ids, scores = _rank_by_module(head, states, rank, self.config.vocab_size, **by_row)
         if min_score is not None:

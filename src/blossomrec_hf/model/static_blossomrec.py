@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -148,10 +149,17 @@ class StaticEncoder:
         dtypes = dict.fromkeys(names, torch.long)
         self.batch = StaticBatch(max_tokens, room, self.max_length, self.device, dtypes, defaults)
 
-        def encode(columns: dict[str, torch.Tensor], cu_seq_lens: torch.Tensor) -> torch.Tensor:
+        # Item vectors with features are computed once for all batches, into memory that a graph can read.
+        self._model = model
+        self._vectors: torch.Tensor | None = None
+        self._vectors_of: Callable[[], torch.Tensor | None] = lambda: None
+
+        def encode(
+            columns: dict[str, torch.Tensor], cu_seq_lens: torch.Tensor, item_vectors: torch.Tensor | None
+        ) -> torch.Tensor:
             packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
             histories = pack_histories(vocab_size=config.vocab_size, **columns, **packing)
-            return model.compute_states(histories, last_only=True)
+            return model.compute_states(histories, last_only=True, item_vectors=item_vectors)
 
         self._encode = torch.compile(encode, dynamic=False)
         self._lock = threading.Lock()
@@ -182,8 +190,11 @@ class StaticEncoder:
             return self._run()[: histories.cu_seqlens.shape[0] - 1].clone()
 
     def _run(self) -> torch.Tensor:
+        self._update_vectors()
+
         def run() -> torch.Tensor:
-            return self._encode({**self.batch.columns, **self.batch.history_columns}, self.batch.cu_seq_lens)
+            columns = {**self.batch.columns, **self.batch.history_columns}
+            return self._encode(columns, self.batch.cu_seq_lens, self._vectors)
 
         if self.device.type != "cuda":
             return run()
@@ -198,6 +209,16 @@ class StaticEncoder:
         graph, output = captured
         graph.replay()
         return output
+
+    def _update_vectors(self) -> None:
+        if self._model.item_features is None:
+            return
+        vectors = self._model.item_vectors()
+        if self._vectors is None or self._vectors.shape != vectors.shape:
+            self._vectors = torch.empty_like(vectors)
+        if vectors is not self._vectors_of():
+            self._vectors.copy_(vectors)
+            self._vectors_of = weakref.ref(vectors)
 
     def warm_up(self) -> None:
         """Compiles, and reports on the log how long it took."""

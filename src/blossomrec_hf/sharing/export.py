@@ -36,11 +36,19 @@ class HistoryScorer(nn.Module):
     def __init__(self, model: BlossomRecForSequentialRecommendation) -> None:
         super().__init__()
         attentions = [layer.self_attn for layer in model.model.layers]
-        if not is_plain(model.lm_head) or not all(map(has_plain_compressor, attentions)):
+        table = model.model.item_embedding if model.lm_head is None else model.lm_head
+        if not is_plain(table) or not all(map(has_plain_compressor, attentions)):
             raise ValueError(
                 "`model` is offloaded, quantized or adapted; load the checkpoint without that to export it."
             )
         self.model = model.eval()
+        # Computed here, and not by the graph for every request.
+        self.input_vectors = self.score_vectors = None
+        with torch.no_grad():
+            if model.model.item_features is not None:
+                self.register_buffer("input_vectors", model.model.item_vectors().clone())
+            if model.lm_head is None or model.config.scoring != "dot":
+                self.register_buffer("score_vectors", model.item_vectors().clone())
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         config, base = self.model.config, self.model.model
@@ -51,13 +59,16 @@ class HistoryScorer(nn.Module):
         place = torch.arange(length, device=input_ids.device)
         order = torch.where(real, place, place + length).argsort(dim=1)
         position = torch.arange((length // size + 2) * size, device=input_ids.device)
-        x = base.embedding_norm(base.item_embedding(input_ids.gather(1, order)[:, position.clamp(max=length - 1)]))
+        ids = input_ids.gather(1, order)[:, position.clamp(max=length - 1)]
+        x = base.item_embedding(ids) if self.input_vectors is None else base.item_embedding(ids, self.input_vectors)
+        x = base.embedding_norm(x)
         cos_sin = base.rotary_embedding(position, x.dtype)
         for layer in base.layers:
             x = self._layer(layer, x, position, cos_sin)
         count = real.sum(1)
         last = x.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, x.shape[2]))[:, 0]
-        scores = base.prediction_states(last).float() @ self.model.item_vectors().float().T
+        vectors = self.model.item_vectors() if self.score_vectors is None else self.score_vectors
+        scores = base.prediction_states(last).float() @ vectors.float().T
         scores = torch.where(count[:, None] > 0, scores, base.item_counts.float())
         special = torch.arange(scores.shape[1], device=scores.device) < NUM_SPECIAL_IDS
         return scores.masked_fill(special, -torch.inf)
