@@ -114,8 +114,10 @@ def initialize_from_events(
 
 def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
     """The weights with a learned row per item: one where input and output are tied, else two."""
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return list({id(module.weight): module.weight for module in modules if module is not None}.values())
+    weights = [model.get_input_embeddings().weight]
+    if model.get_output_embeddings() is not None:
+        weights.append(model.get_output_embeddings().weight)
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _sum_contexts(
