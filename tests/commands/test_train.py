@@ -50,12 +50,12 @@ def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_comma
     assert seeds_and_types == [(42, "blossom")] * commits + [(7, "full", "short_term")]
 
 
-def test_targets_baskets_and_windows_of_prepared_data(run_command, tmp_path):
+def test_targets_weights_baskets_and_windows_of_prepared_data(run_command, tmp_path):
     log = small_log().with_row_index("time")
     bought = (pl.col("time") % 3 == 0).replace_strict({True: "buy", False: "view"}, return_dtype=pl.String)
     log.with_columns(event_type=bought, timestamp=pl.col("time") // 2).drop("time").write_csv(tmp_path / "log.csv")
     run_command("prepare", tmp_path / "log.csv", "--output_dir", tmp_path / "data", "--event_type", "event_type",
-        "--targets", "buy", "--group", "timestamp",
+        "--targets", "buy", "--type_weights", "buy=2.5", "--group", "timestamp",
     )  # fmt: skip
     data = ("--data", tmp_path / "data", "--max_length", 8)
     told = run_command("train", *SMALL_MODEL, *data, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
@@ -65,7 +65,9 @@ def test_targets_baskets_and_windows_of_prepared_data(run_command, tmp_path):
     dataset = load_folder(tmp_path / "data")
     # All bought items but those of a user's first basket.
     first_baskets = [next((n for n, start in enumerate(row["basket_starts"]) if n and start), None) for row in dataset]
-    wanted = sum(sum(row["weights"][first : row["train_end"]]) for first, row in zip(first_baskets, dataset))
+    weights = [w for first, row in zip(first_baskets, dataset) for w in row["weights"][first : row["train_end"]]]
+    assert set(weights) == {0, 2.5}
+    wanted = sum(w > 0 for w in weights)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["targets"] == wanted
     assert "--windows overlapping" in (tmp_path / "run" / "README.md").read_text()
     run_command("finetune", *data, "--model", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--max_steps", 10,

@@ -162,7 +162,7 @@ def test_a_failed_export_leaves_the_old_file(exported, tmp_path):
 
 
 def test_filters_that_a_prepared_file_no_longer_takes_are_refused(exported):
-    with pytest.raises(ValueError, match="`k_core` is 5, but .*is already prepared"):
+    with pytest.raises(ValueError, match=r"`k_core` is \[5, 5\], but .*is already prepared"):
         LogArguments(data=str(exported[1]), k_core=5).read_table()
 
 

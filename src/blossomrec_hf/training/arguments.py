@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.tracking import get_available_trackers
@@ -15,7 +15,7 @@ from ..batches.windows import WINDOWS
 from ..data.event_table import METADATA_FILE, EventTable
 from ..data.filters import FilterReport
 from ..data.holdout import choose_fold
-from ..data.options import LogOptions
+from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
 from ..data.splits import repeat_share
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
@@ -217,17 +217,16 @@ def check_tracker(report_to: str, available: Sequence[str]) -> None:
         )
 
 
-_LOG_OPTIONS = {option.name: option for option in fields(LogOptions)}
+_OPTIONS = (LogOptions, EventOptions, FilterOptions)
+# Other options of `blossomrec prepare`, for the message that names it.
+_PREPARE_OPTIONS = {option.name for option in fields(ItemOptions)} | set(
+    "items split validation test validation_from test_from folds fold_width validation_users test_users".split()
+)
 
 
-def _log_option(name: str) -> Any:
-    """A field with the default and the help text of the same option of `build_sequences`."""
-    return field(default=_LOG_OPTIONS[name].default, metadata=_LOG_OPTIONS[name].metadata)
-
-
-@dataclass
-class LogArguments:
-    """The interaction log that a command reads."""
+@dataclass(frozen=True, kw_only=True)
+class _LogSource:
+    """The file of a log; the first options of a command."""
 
     data: str | None = field(
         default=None,
@@ -235,16 +234,6 @@ class LogArguments:
             "help": "A log, a folder that `blossomrec prepare` wrote, or a file that `blossomrec export --data` wrote; by default, the "
             "built-in data set."
         },
-    )
-    format: str | None = _log_option("format")
-    user: str | None = _log_option("user")
-    item: str | None = _log_option("item")
-    timestamp: str | None = _log_option("timestamp")
-    time_format: str | None = _log_option("time_format")
-    keep_na_ids: bool = _log_option("keep_na_ids")
-    on_bad_rows: str = _log_option("on_bad_rows")
-    k_core: int = field(
-        default=1, metadata={"help": "Drop users and items with fewer events, until all have as many."}
     )
     fold: int | None = field(
         default=None,
@@ -256,6 +245,18 @@ class LogArguments:
             "help": "File of item titles (movies.dat, .item, CSV, ...) to save with the model; by default, the titles of the log."
         },
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogArguments(FilterOptions, EventOptions, LogOptions, _LogSource):
+    """The interaction log that a command reads, with the options of `blossomrec prepare` for one that is not prepared."""
+
+    # No option here: `--event_types` of `blossomrec train` makes the model read the types.
+    event_types: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        for options in _OPTIONS:
+            options.__post_init__(self)
 
     @property
     def is_exported(self) -> bool:
@@ -287,7 +288,7 @@ class LogArguments:
         `tokenizer`'s, their items are looked up there ([`~blossomrec_hf.data.growth.recode`]).
 
         Raises:
-            ValueError: if filters are given for prepared data, and for a damaged file or folder.
+            ValueError: if options for a log are given for prepared data, and for a damaged file or folder.
         """
         from ..data import build_sequences, generate_log
         from ..data.growth import recode
@@ -300,33 +301,28 @@ class LogArguments:
         if self.data is not None:
             recover_folder(self.data)
         if self._is_built:
-            self._refuse_filters()
+            self._refuse_options()
             dataset, built = load_folder(self.data), BlossomRecTokenizer.from_pretrained(self.data)
             dataset = dataset if self.fold is None else choose_fold(dataset, self.fold)
             return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
         if self.fold is not None:
             raise ValueError(f"`fold` is {self.fold}, but `data` is not prepared; prepare it with --split folds.")
-        return build_sequences(
-            generate_log() if self.data is None else self.data,
-            format=self.format,
-            user=self.user,
-            item=self.item,
-            timestamp=self.timestamp,
-            time_format=self.time_format,
-            keep_na_ids=self.keep_na_ids,
-            on_bad_rows=self.on_bad_rows,
-            k_core=self.k_core,
-            tokenizer=tokenizer,
-        )
+        source = generate_log() if self.data is None else self.data
+        return build_sequences(source, tokenizer=tokenizer, **self._options(*_OPTIONS))
 
     def _load_exported(self) -> tuple[EventTable, BlossomRecTokenizer]:
-        self._refuse_filters()
+        self._refuse_options()
         table = EventTable.load(self.data)
         return table if self.fold is None else choose_fold(table, self.fold), table.tokenizer()
 
-    def _refuse_filters(self) -> None:
-        if self.k_core > 1:
-            raise ValueError(f"`k_core` is {self.k_core}, but {self.data} is already prepared; give the log instead.")
+    def _options(self, *groups: type) -> dict[str, Any]:
+        return {option.name: getattr(self, option.name) for group in groups for option in fields(group)}
+
+    def _refuse_options(self) -> None:
+        defaults = LogArguments()
+        for name, value in self._options(*_OPTIONS).items():
+            if value != getattr(defaults, name):
+                raise ValueError(f"`{name}` is {value}, but {self.data} is already prepared; give the log instead.")
 
     def repeat_share(self, dataset: "Dataset | EventTable") -> float:
         """The share of test targets that already occur in their user's history: stored with prepared data, or measured."""
@@ -357,8 +353,7 @@ class LogArguments:
             stored = Path(self.data) / METADATA_FILE
             source = stored if stored.exists() else None
         elif source is None:
-            names = {"user": self.user, "item": self.item, "timestamp": self.timestamp}
-            source = open_log(self.data, LogOptions(format=self.format, **names)).titles
+            source = open_log(self.data, LogOptions(**self._options(LogOptions))).titles
         return None if source is None else item_metadata(source, tokenizer)
 
 
@@ -379,7 +374,7 @@ def parse_arguments(
         defaults: defaults that replace those of the classes.
 
     Raises:
-        ValueError: if the file has an unknown name or a value of a wrong type.
+        ValueError: if an option is unknown, or the file has an unknown name or a value of a wrong type.
     """
     epilog = None
     if built_in:
@@ -401,7 +396,13 @@ def parse_arguments(
     if known.data is None and from_file.get("data") is None:
         parser.set_defaults(**(built_in or {}))
     parser.set_defaults(**from_file)
-    *parsed, rest = parser.parse_args_into_dataclasses()
+    *parsed, rest, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        remedy = "see --help for its options"
+        if name.removeprefix("--") in _PREPARE_OPTIONS:
+            remedy = "prepare the log with it (`blossomrec prepare`), and give the folder as --data"
+        raise ValueError(f"{name} is no option of this command; {remedy}.")
     return tuple(parsed)
 
 
@@ -455,7 +456,7 @@ def changed_arguments(configuration: Mapping[str, Any]) -> dict[str, Any]:
     in which a command states them. With the built-in data set, all arguments that are set, because some have other
     defaults there.
     """
-    defaults = {field.name: field.default for kind in (LogArguments, LoopArguments) for field in fields(kind)}
+    defaults = asdict(LogArguments()) | {field.name: field.default for field in fields(LoopArguments)}
     defaults |= {field.name: field.default for field in fields(BlossomRecConfig)}
     defaults |= {"attention_types": ["blossom"], "config_overrides": "{}", "num_key_value_heads": 2}
     built_in = configuration.get("data") is None
