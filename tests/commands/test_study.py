@@ -33,7 +33,7 @@ def prepared(run_command, log_file, tmp_path):
 @pytest.mark.slow
 def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     arguments = (prepared / "pair.yaml", "--data_dir", prepared, "--output_dir", prepared / "out")
-    records = prepared / "out" / "records"
+    records = prepared / "out" / "pair" / "records"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "blossomrec_hf.commands.study", *map(str, arguments)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -52,7 +52,7 @@ def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     assert not list(records.glob("*.training")) and not list(records.glob(".*"))
     assert "| blossom | 2 | " in printed and "| blossom − full (test) | small, all users (60) | " in printed
 
-    results = json.loads((prepared / "out" / "pair.json").read_text())
+    results = json.loads((prepared / "out" / "pair" / "pair.json").read_text())
     assert results["runs"] == {"done": 4, "of": 4} and len(results["records"]) == 4
     seeds = [record["seed"] for record in results["records"].values() if record["configuration"] == "full"]
     mean = sum(
@@ -66,7 +66,7 @@ def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     # A third time, nothing is left to do; with other code, everything would be.
     again = run_command("study", *arguments, field="stderr")
     assert "4 of 4 runs are done" in again
-    assert (prepared / "out" / "pair.md").read_text() in run_command("study", *arguments, "--tables_only")
+    assert (prepared / "out" / "pair" / "pair.md").read_text() in run_command("study", *arguments, "--tables_only")
 
 
 def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command):

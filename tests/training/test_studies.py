@@ -116,7 +116,7 @@ def test_a_record_has_the_metrics_and_the_ranks_of_the_trained_model(log, tmp_pa
             rank_held_out_items(model, *arguments, **settings),
         )[1],
     )
-    execute(run, "small", tmp_path)
+    execute(run, "small", tmp_path / f"{run.name}.json")
 
     record = json.loads((tmp_path / f"{run.name}.json").read_text())
     assert record["settings"] == run.settings and record["training"]["epochs"] == 2

@@ -1,7 +1,7 @@
 """
 Run a study: a grid of configurations × seeds × data sets, with tables, paired tests and figures.
 
-    blossomrec study lengths.yaml --data_dir data --per_device 6
+    blossomrec study lengths.yaml ablations.yaml --data_dir data --per_device 6
     blossomrec study lengths.yaml --tables_only          # the tables of the finished runs, without running anything
 
 A study is a YAML file; its name is that of the study:
@@ -23,7 +23,7 @@ A study is a YAML file; its name is that of the study:
 
 A data set may have settings of its own: `{path: ml-1m.safetensors, settings: {tokens_per_step: 4096}}`.
 
-Each finished run is one record in `records/` of the output directory, written atomically: a study that was interrupted, also by
+Each finished run is one record in NAME/records/ of the output directory, written atomically: a study that was interrupted, also by
 `kill -9`, is continued by the same command, which does the missing runs. A run is done again if its settings, the events, or the
 code that figures depend on have changed.
 
@@ -32,7 +32,6 @@ Output files: `NAME.json` (records and tables, with the hash of the code), `NAME
 """
 
 import argparse
-import fnmatch
 import logging
 import os
 from collections.abc import Sequence
@@ -46,8 +45,8 @@ import torch
 from ..evaluation.study_plots import draw
 from ..evaluation.study_tables import RunResult, markdown
 from ..training import LogArguments
-from ..training.studies import Run, Study, code_entry, data_checksum
-from ..training.study_runs import execute, measure_cost, run_side_by_side
+from ..training.studies import Study, code_entry, data_checksum
+from ..training.study_runs import Job, execute, measure_cost, run_side_by_side
 from ..utils.command_line import HelpFormatter, exit_on_error
 from ..utils.files import atomic_write, read_json, require_folder, write_json
 from ..utils.progress import set_up_logging
@@ -59,20 +58,19 @@ logger = logging.getLogger("blossomrec_hf.study")
 @exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("study", type=Path, help="The YAML file of the study.")
+    parser.add_argument("studies", type=Path, nargs="+", help="YAML files of studies; their runs share the devices.")
     parser.add_argument(
         "--data_dir", type=Path, default=Path("."), help="Folder that the paths of data sets start from."
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="Folder for records and results; by default, runs/studies/NAME."
+        "--output_dir", type=Path, default=Path("runs/studies"), help="Folder for the records, one folder per study."
     )
     parser.add_argument(
-        "--results_dir", type=Path, help="Folder for the results alone; by default, the output directory."
+        "--results_dir", type=Path, help="Folder for the results; by default, next to the records of the study."
     )
     parser.add_argument(
         "--per_device", type=int, default=1, help="Number of runs side by side on each GPU, or on the CPU."
     )
-    parser.add_argument("--configurations", default="*", help="Run only the configurations of this pattern.")
     parser.add_argument(
         "--tables_only",
         action="store_true",
@@ -82,44 +80,43 @@ def main() -> None:
     set_up_logging()
     if args.per_device < 1:
         parser.error(f"--per_device is {args.per_device}; it must be at least 1")
-    study = Study.load(args.study)
-    output_dir = args.output_dir or Path("runs/studies") / study.name
-    results_dir = args.results_dir or output_dir
-    for folder in (output_dir, results_dir):
+    studies = {args.output_dir / path.stem: Study.load(path) for path in args.studies}
+    if len(studies) < len(args.studies):
+        parser.error("two of the studies have the same name; rename a file")
+    for folder in (*studies, *([] if args.results_dir is None else [args.results_dir])):
         require_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    records = output_dir / "records"
-    records.mkdir(exist_ok=True)
-
-    failed = []
-    if not args.tables_only:
-        failed = run_missing(study, args, records)
-    results = collect(study, records, any_code=args.tables_only)
-    write_results(study, results, results_dir)
-    print((results_dir / f"{study.name}.md").read_text("utf-8"))
+    failed = [] if args.tables_only else run_missing(studies, args.data_dir, per_device=args.per_device)
+    for folder, study in studies.items():
+        results = collect(study, folder / "records", any_code=args.tables_only)
+        results_dir = args.results_dir or folder
+        write_results(study, results, results_dir)
+        print((results_dir / f"{study.name}.md").read_text("utf-8"))
     if failed:
         raise ValueError(
-            f"{len(failed)} of the runs failed ({failed[0].name}); see the logs in {records}, and run it again."
+            f"{len(failed)} runs failed; their logs are {failed[0].log_file} and so on. Run the study again."
         )
 
 
-def run_missing(study: Study, args: argparse.Namespace, records: Path) -> list[Run]:
+def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) -> list[Job]:
     """Do the runs that have no record yet, then the timings; returns those that failed."""
-    paths = {name: str(args.data_dir / path) for name, path in study.data.items()}
-    checksums = {name: data_checksum(LogArguments(data=path).read_table()[0]) for name, path in paths.items()}
-    runs = study.runs(checksums, code_entry()["hash"])
-    runs = [run for run in runs if fnmatch.fnmatch(run.configuration, args.configurations)]
-    missing = [run for run in runs if not (records / f"{run.name}.json").exists()]
-    devices = [str(index) for index in range(torch.cuda.device_count())] or [""]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        devices = visible.split(",")
-    logger.info("%d of %d runs are done; %d devices.", len(runs) - len(missing), len(runs), len(devices))
-    failed = run_side_by_side(execute, missing, paths, records, devices=devices, per_device=args.per_device)
-    if study.costs:
-        first_seed = [run for run in runs if run.seed == study.seeds[0]]
-        untimed = [run for run in first_seed if not (records / f"cost-{run.name}.json").exists()]
-        failed += run_side_by_side(measure_cost, untimed, paths, records, devices=devices, per_device=1)
-    return failed
+    code, checksums, runs, timings = code_entry()["hash"], {}, [], []
+    for folder, study in studies.items():
+        records = folder / "records"
+        records.mkdir(exist_ok=True)
+        paths = {name: str(data_dir / path) for name, path in study.data.items()}
+        for path in paths.values():
+            if path not in checksums:
+                checksums[path] = data_checksum(LogArguments(data=path).read_table()[0])
+        for run in study.runs({name: checksums[path] for name, path in paths.items()}, code):
+            runs.append(Job(execute, run, paths[run.data], records / f"{run.name}.json"))
+            if study.costs and run.seed == study.seeds[0]:
+                timings.append(Job(measure_cost, run, paths[run.data], records / f"cost-{run.name}.json"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    missing, untimed = ([job for job in jobs if not job.record.exists()] for jobs in (runs, timings))
+    logger.info("%d of %d runs are done; devices: %s.", len(runs) - len(missing), len(runs), visible or "the CPU")
+    failed = run_side_by_side(missing, devices=visible.split(","), per_device=per_device)
+    return failed + run_side_by_side(untimed, devices=visible.split(","), per_device=1)
 
 
 def collect(study: Study, records: Path, *, any_code: bool) -> dict[str, Any]:

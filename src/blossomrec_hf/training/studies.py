@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,11 +15,8 @@ from ..data.event_table import EventTable
 from ..evaluation.study_tables import StudyTables
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..utils.code_hash import hash_files, join_hashes
-from ..utils.files import read_json
 from .arguments import LoopArguments, read_arguments
 
-
-logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parent.parent
 # Figures depend on these files. Kernels, commands, serving and the readers of raw logs are not among them: kernels are tested to
@@ -243,12 +239,6 @@ def changed_code(results: Mapping[str, Any]) -> list[str]:
     """The files of the package that differ from those with which the `results` of a study were measured."""
     then, now = results["code"]["files"], code_of_studies()
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-
-
-def read_record(folder: Path, run: Run) -> dict[str, Any] | None:
-    """The record of a finished run; `None` if there is none."""
-    path = folder / f"{run.name}.json"
-    return read_json(path) if path.exists() else None
 
 
 def code_entry() -> dict[str, Any]:

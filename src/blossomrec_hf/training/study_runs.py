@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,20 @@ COST_PASSES = 5
 COST_TOKENS = 65_536
 
 
-def execute(run: Run, data: str, folder: Path) -> None:
+def execute(run: Run, data: str, record_file: Path) -> None:
     """
-    Train and test one model. Writes `NAME.npz` (ranks, and what tables group users by), then the record `NAME.json`.
+    Train and test one model. Writes ranks and what tables group users by, as `.npz`, and then the record.
 
     Args:
-        run: the run; `run.name` is NAME.
+        run: the run.
         data: what `blossomrec train --data` takes.
-        folder: the folder of the records.
+        record_file: the JSON file of the record.
     """
     table, tokenizer, repeat_share = _read(data)
     model = initialize_model(
         run.model_config(len(tokenizer), repeat_share), seed=run.seed, counts=item_counts(table, len(tokenizer))
     )
-    scratch = folder / f"{run.name}.training"
+    scratch = record_file.with_suffix(".training")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     args = run.loop_arguments(scratch)
     train_view = split(table, "train", max_length=args.max_length if args.windows == "latest" else None)
@@ -73,12 +74,12 @@ def execute(run: Run, data: str, folder: Path) -> None:
     arrays |= {"lengths": held_out.history_lengths.astype(np.int32)}
     if "timestamps" in table.events:
         arrays["last_times"] = _last_times(table, held_out)
-    with atomic_write(folder / f"{run.name}.npz") as partial, open(partial, "wb") as file:
+    with atomic_write(record_file.with_suffix(".npz")) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, **arrays)
     record = {name: getattr(run, name) for name in ("data", "checksum", "configuration", "seed", "settings", "code")}
     record |= {"evaluations": evaluations, "validation": result.best_figures, "training": result.summary()}
     record |= {"repeat_share": repeat_share, "parameters": model.num_parameters(), **describe_environment()}
-    write_json(folder / f"{run.name}.json", record)
+    write_json(record_file, record)
 
 
 def _read(data: str) -> tuple[EventTable, Any, float]:
@@ -115,10 +116,10 @@ def _last_times(table: EventTable, held_out: HeldOutItems) -> np.ndarray:
     return table.events["timestamps"][table.offsets[chosen] + np.maximum(ends - 1, 0)].astype(np.int64)
 
 
-def measure_cost(run: Run, data: str, folder: Path) -> None:
+def measure_cost(run: Run, data: str, record_file: Path) -> None:
     """
     Time the inference of a new model with the settings of a run, for the users with the longest histories, at each length
-    that the study tests. Writes `cost-NAME.json`. Nothing else may use the device.
+    that the study tests. Arguments as in [`execute`]. Nothing else may use the device.
     """
     table, tokenizer, repeat_share = _read(data)
     config = run.model_config(len(tokenizer), repeat_share)
@@ -132,7 +133,7 @@ def measure_cost(run: Run, data: str, folder: Path) -> None:
         costs[name] = _microseconds_per_user(model, table, max_length, half=half)
     record = {name: getattr(run, name) for name in ("data", "checksum", "configuration", "settings", "code")}
     record |= {"microseconds_per_user": costs, "users": COST_USERS, "tokens": COST_TOKENS, **describe_environment()}
-    write_json(folder / f"cost-{run.name}.json", record)
+    write_json(record_file, record)
 
 
 @torch.no_grad()
@@ -163,81 +164,81 @@ def _microseconds_per_user(model: torch.nn.Module, table: EventTable, max_length
 # -- processes -------------------------------------------------------------------------------------
 
 
-def run_side_by_side(
-    work: Callable[[Run, str, Path], None],
-    runs: Sequence[Run],
-    data: Mapping[str, str],
-    folder: Path,
-    *,
-    devices: Sequence[str],
-    per_device: int,
-) -> list[Run]:
+@dataclass(frozen=True)
+class Job:
     """
-    Execute runs in processes of their own, `per_device` at a time on each device. The processes end with the caller, also if
-    it is killed.
+    What one process does: [`execute`] or [`measure_cost`] with its arguments.
+
+    Attributes:
+        work: the function.
+        run: its run.
+        data: what `blossomrec train --data` takes.
+        record: the JSON file that it writes.
+    """
+
+    work: Callable[[Run, str, Path], None]
+    run: Run
+    data: str
+    record: Path
+
+    @property
+    def log_file(self) -> Path:
+        """What the process prints."""
+        return self.record.with_suffix(".log")
+
+
+def run_side_by_side(jobs: Sequence[Job], *, devices: Sequence[str], per_device: int) -> list[Job]:
+    """
+    Do jobs in processes of their own, `per_device` at a time on each device. The processes end with the caller, also if it
+    is killed.
 
     Args:
-        work: [`execute`] or [`measure_cost`].
-        runs: in the order in which they are started.
-        data: path of each data set by name.
-        folder: of the records and of a log per run.
+        jobs: in the order in which they are started.
         devices: values of `CUDA_VISIBLE_DEVICES`, one per device; `""` is the CPU.
         per_device: number of processes on each device.
 
     Returns:
-        The runs that failed; the log says why.
+        The jobs that failed; the log says why.
     """
     context = multiprocessing.get_context("spawn")
-    waiting, free, active, failed = deque(runs), deque(list(devices) * per_device), {}, []
+    waiting, free, active, failed = deque(jobs), deque(list(devices) * per_device), {}, []
     threads = max(1, (os.cpu_count() or 1) // len(free))
     started, done = time.perf_counter(), 0
     try:
         while waiting or active:
             while waiting and free:
-                run, device = waiting.popleft(), free.popleft()
-                arguments = (work, run, data[run.data], folder, device, threads)
-                process = context.Process(target=_in_own_process, args=arguments, daemon=True)
+                job, device = waiting.popleft(), free.popleft()
+                process = context.Process(target=_in_own_process, args=(job, device, threads), daemon=True)
                 process.start()
-                active[process.sentinel] = (process, run, device)
+                active[process.sentinel] = (process, job, device)
             for sentinel in multiprocessing.connection.wait(list(active)):
-                process, run, device = active.pop(sentinel)
+                process, job, device = active.pop(sentinel)
                 process.join()
                 free.append(device)
                 done += 1
                 if process.exitcode != 0:
-                    failed.append(run)
-                    logger.error("%s failed (status %s):\n%s", run.name, process.exitcode, _end_of_log(folder, run))
+                    failed.append(job)
+                    end = job.log_file.read_text("utf-8", errors="replace")[-2000:] if job.log_file.exists() else ""
+                    logger.error("%s failed (status %s):\n%s", job.record.stem, process.exitcode, end)
                 seconds = time.perf_counter() - started
-                logger.info("%d of %d in %.0f s: %s", done, len(runs), seconds, run.name)
+                logger.info("%d of %d in %.0f s: %s", done, len(jobs), seconds, job.record.stem)
     finally:
         for process, *_ in active.values():
             process.kill()
     return failed
 
 
-def _log_file(folder: Path, run: Run) -> Path:
-    return folder / f"{run.name}.log"
-
-
-def _end_of_log(folder: Path, run: Run) -> str:
-    path = _log_file(folder, run)
-    return "\n".join(path.read_text("utf-8", errors="replace").splitlines()[-15:]) if path.exists() else "no log"
-
-
-def _in_own_process(
-    work: Callable[[Run, str, Path], None], run: Run, data: str, folder: Path, device: str, threads: int
-) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = device
+def _in_own_process(job: Job, device: str, threads: int) -> None:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": device, "TQDM_DISABLE": "1"}
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    log = os.open(_log_file(folder, run), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(job.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ["TQDM_DISABLE"] = "1"
     set_up_logging()
     torch.set_num_threads(threads)
     try:
-        work(run, data, folder)
+        job.work(job.run, job.data, job.record)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
