@@ -135,6 +135,6 @@ def test_a_record_has_the_metrics_and_the_ranks_of_the_trained_model(log, tmp_pa
 
 def test_changed_code_is_named():
     entry = code_entry()
-    assert changed_code({"code": entry}) == []
+    assert changed_code({"code": [entry]}) == []
     files = {**entry["files"], "training/loop.py": "0", "gone.py": "1"}
-    assert changed_code({"code": {"files": files}}) == ["gone.py", "training/loop.py"]
+    assert changed_code({"code": [entry, {"files": files}]}) == ["gone.py", "training/loop.py"]

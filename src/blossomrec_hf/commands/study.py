@@ -88,7 +88,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     failed = [] if args.tables_only else run_missing(studies, args.data_dir, per_device=args.per_device)
     for folder, study in studies.items():
-        results = collect(study, folder / "records", any_code=args.tables_only)
+        results = collect(study, folder, any_code=args.tables_only)
         results_dir = args.results_dir or folder
         write_results(study, results, results_dir)
         print((results_dir / f"{study.name}.md").read_text("utf-8"))
@@ -100,15 +100,17 @@ def main() -> None:
 
 def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) -> list[Job]:
     """Do the runs that have no record yet, then the timings; returns those that failed."""
-    code, checksums, runs, timings = code_entry()["hash"], {}, [], []
+    code, checksums, runs, timings = code_entry(), {}, [], []
     for folder, study in studies.items():
         records = folder / "records"
-        records.mkdir(exist_ok=True)
+        for part in ("records", "code"):
+            (folder / part).mkdir(exist_ok=True)
+        write_json(folder / "code" / f"{code['hash']}.json", code)
         paths = {name: str(data_dir / path) for name, path in study.data.items()}
         for path in paths.values():
             if path not in checksums:
                 checksums[path] = data_checksum(LogArguments(data=path).read_table()[0])
-        for run in study.runs({name: checksums[path] for name, path in paths.items()}, code):
+        for run in study.runs({name: checksums[path] for name, path in paths.items()}, code["hash"]):
             runs.append(Job(execute, run, paths[run.data], records / f"{run.name}.json"))
             if study.costs and run.seed == study.seeds[0]:
                 timings.append(Job(measure_cost, run, paths[run.data], records / f"cost-{run.name}.json"))
@@ -119,15 +121,15 @@ def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) 
     return failed + run_side_by_side(untimed, devices=visible.split(","), per_device=1)
 
 
-def collect(study: Study, records: Path, *, any_code: bool) -> dict[str, Any]:
+def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:
     """
     The results of a study: its records, tables and the code that they were measured with.
 
     Args:
-        records: folder of the records.
+        folder: of the study; it has the folders `records` and `code`.
         any_code: whether records of other code count, too; of several records of a run, the latest counts.
     """
-    code = code_entry()
+    records, code = folder / "records", code_entry()
     wanted = {(run.data, run.configuration, run.seed): run for run in study.runs(dict.fromkeys(study.data, ""), "")}
     found: dict[tuple, tuple[Path, dict[str, Any]]] = {}
     costs: dict[tuple[str, str], dict[str, Any]] = {}
@@ -143,13 +145,13 @@ def collect(study: Study, records: Path, *, any_code: bool) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{records} has no record of a finished run of {study.name}; run it without --tables_only.")
     found = {key: found[key] for key in wanted if key in found}
-    hashes = {record["code"] for _, record in found.values()}
+    hashes = list(dict.fromkeys(record["code"] for _, record in found.values()))
     if len(hashes) > 1:
-        logger.warning("The records are of %d versions of the code: %s.", len(hashes), ", ".join(sorted(hashes)))
+        logger.warning("The records are of %d versions of the code: %s.", len(hashes), ", ".join(hashes))
     return {
         "study": study.name,
         "description": study.description,
-        "code": code if hashes == {code["hash"]} else {"hash": "; ".join(sorted(hashes)), "files": {}},
+        "code": [read_json(folder / "code" / f"{code_hash}.json") for code_hash in hashes],
         "runs": {"done": len(found), "of": len(wanted)},
         "tables": study.tables.build(tests_of(found.values())),
         "costs": [
@@ -196,13 +198,13 @@ def write_results(study: Study, results: dict[str, Any], folder: Path) -> None:
 
 def report(results: dict[str, Any]) -> str:
     """The Markdown of the results of a study: tables, and how and with which code they were measured."""
-    costs = {entry["configuration"]: entry["microseconds_per_user"] for entry in results["costs"]}
+    costs = {(entry["data"], entry["configuration"]): entry["microseconds_per_user"] for entry in results["costs"]}
     records = list(results["records"].values())
     devices = ", ".join(sorted({record["device"] for record in records}))
     hours = sum(record["training"]["seconds"] for record in records) / 3600
     lines = [
         f"`blossomrec study {results['study']}.yaml`: {results['runs']['done']} of {results['runs']['of']} runs, {hours:.2f} hours "
-        f"of training in all, several side by side on {devices}. Code {results['code']['hash']}."
+        f"of training in all, several side by side on {devices}. Code {', '.join(code['hash'] for code in results['code'])}."
     ]
     text = markdown(results["study"], results["description"], results["tables"], costs)
     return text + "\n" + "\n".join(lines) + "\n"

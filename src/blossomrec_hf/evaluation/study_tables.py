@@ -283,7 +283,9 @@ def slope(points: Sequence[Sequence[RunResult]], group: Mapping[str, Any], *, ov
 # -- Markdown --------------------------------------------------------------------------------------
 
 
-def markdown(study: str, description: str, tables: Mapping[str, Any], costs: Mapping[str, Mapping[str, float]]) -> str:
+def markdown(
+    study: str, description: str, tables: Mapping[str, Any], costs: Mapping[tuple[str, str], Mapping[str, float]]
+) -> str:
     """
     The tables of a study in Markdown.
 
@@ -291,7 +293,7 @@ def markdown(study: str, description: str, tables: Mapping[str, Any], costs: Map
         study: name of the study.
         description: a sentence about it.
         tables: the result of [`StudyTables.build`].
-        costs: microseconds per user by configuration and evaluation; may be empty.
+        costs: microseconds per user by evaluation, by data set and configuration; may be empty.
     """
     lines = [f"# {study}", "", *([description, ""] if description else [])]
     places = dict.fromkeys((entry["data"], entry["users"], entry["evaluation"]) for entry in tables["means"])
@@ -300,14 +302,14 @@ def markdown(study: str, description: str, tables: Mapping[str, Any], costs: Map
         if not rows[0]["num_users"]:
             continue
         lines += [f"**{data}, {users} ({rows[0]['num_users']:,}), {evaluation}**", ""]
-        timed = any(evaluation in costs.get(row["configuration"], {}) for row in rows)
+        timed = any(evaluation in costs.get((data, row["configuration"]), {}) for row in rows)
         lines += ["| | seeds | Recall@10 | NDCG@10 | over seeds |" + (" µs per user |" if timed else "")]
         lines += ["|---|---|---|---|---|" + ("---|" if timed else "")]
         for row in rows:
             cells = [f"{row[name]:.4f} ± {row[f'{name} half interval']:.4f}" for name in (f"recall@{K}", METRIC)]
             spread = row[f"{METRIC} over seeds"]
             cells.append("" if spread is None else f"{spread:.4f}")
-            cost = costs.get(row["configuration"], {}).get(evaluation)
+            cost = costs.get((data, row["configuration"]), {}).get(evaluation)
             cells += ["" if cost is None else f"{cost:.1f}"] if timed else []
             lines.append(f"| {row['configuration']} | {len(row['seeds'])} | {' | '.join(cells)} |")
         lines.append("")

@@ -236,9 +236,11 @@ def code_of_studies() -> dict[str, str]:
 
 
 def changed_code(results: Mapping[str, Any]) -> list[str]:
-    """The files of the package that differ from those with which the `results` of a study were measured."""
-    then, now = results["code"]["files"], code_of_studies()
-    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    """The files of the package that differ from those with which some of the `results` of a study were measured."""
+    now, changed = code_of_studies(), set()
+    for code in results["code"]:
+        changed |= {name for name in code["files"].keys() | now.keys() if code["files"].get(name) != now.get(name)}
+    return sorted(changed)
 
 
 def code_entry() -> dict[str, Any]:
