@@ -232,7 +232,7 @@ def _in_own_process(job: Job, device: str, threads: int) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": device, "TQDM_DISABLE": "1"}
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    log = os.open(job.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(job.log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     set_up_logging()
