@@ -194,6 +194,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
         for encoder in self._static_encoders if plain else ():
             if encoder.has_room(histories):
+                self._moments(histories, training)  # checks the values, which compiled code does not
                 return encoder(histories)
         return self.compute_states(histories, last_only, cache, use_cache, training, layer_outputs, item_vectors)
 

@@ -181,9 +181,6 @@ class StaticEncoder:
         """The prediction states `[S, hidden_size]` of each history's last position."""
         with self._lock:
             given = {**histories._asdict(), "input_ids": histories.item_ids}
-            for name in self.batch.columns:
-                if given[name] is None:
-                    raise ValueError(f"`{name}` is None, but the model reads it; give one value per event.")
             columns = {name: histories.pack(given[name])[None] for name in self.batch.columns}
             of_histories = {name: given[name] for name in self.batch.history_columns if given[name] is not None}
             self.batch.load(columns, histories.cu_seqlens, of_histories)
