@@ -20,11 +20,15 @@ COLLATORS = [
 
 
 def draw_rows(num_rows: int = 6, longest: int = 20, share: float = 0.5) -> list[dict]:
-    """Histories of 1 to `longest` events; `share` of these begin a basket."""
-    lengths = torch.randint(1, longest + 1, (num_rows,)).tolist()
+    """Histories of 1 to `longest` events, of which about `share` begin a basket; the first history has a target."""
+    lengths = torch.randint(1, longest + 1, (num_rows - 1,)).tolist()
+    first = {"input_ids": [5, 9, 7], "basket_starts": [True, True, share > 1]}
     return [
-        {"input_ids": torch.randint(2, 62, (n,)).tolist(), "basket_starts": (torch.rand(n) < share).tolist()}
-        for n in lengths
+        first,
+        *(
+            {"input_ids": torch.randint(2, 62, (n,)).tolist(), "basket_starts": (torch.rand(n) < share).tolist()}
+            for n in lengths
+        ),
     ]
 
 
@@ -129,6 +133,51 @@ def test_every_objective_sees_one_row_per_target(objective):
         mean.append(drawn.mean())
         spread.append(drawn.std(unbiased=False))
     assert (mean[0] - mean[1]).abs() <= 1e-9 + 4 * max(spread) / 40**0.5 * 2**0.5
+
+
+def randomize(model) -> None:
+    """Vectors of times and types start at zero, where they change nothing."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.5)
+
+
+FEATURES = [
+    {"event_types": ["view", "buy"]},
+    {"time_features": ["next_gap", "hour"]},
+    {"event_types": ["view", "buy"], "time_features": ["previous_gap", "next_gap_input", "next_gap"]},
+]
+
+
+@pytest.mark.parametrize("features", FEATURES, ids=["types", "times", "both"])
+def test_items_of_a_basket_are_predicted_with_their_own_types(features):
+    """The type of the event to be predicted and the time of its basket are known to the state that predicts it."""
+    model, rows = exact_model(time_dropout_prob=0.0, **features), draw_rows(num_rows=3, longest=9)
+    randomize(model)
+    for row in rows:
+        starts = torch.tensor(row["basket_starts"])
+        times = 10**9 + (torch.randint(1, 10**5, starts.shape) * starts).cumsum(0)
+        row |= {"timestamps": times.tolist(), "event_type_ids": torch.randint(0, 2, starts.shape).tolist()}
+    columns = {"time_features": "timestamps", "event_types": "event_type_ids"}
+    names, total, number = [columns[feature] for feature in features], 0.0, 0
+    for row in rows:
+        begin = 0
+        for place, start in enumerate(row["basket_starts"]):
+            begin = place if start else begin
+            if begin:
+                before = {name: torch.tensor([row[name][:begin]]) for name in ("input_ids", *names)}
+                known = {
+                    "prediction_time": row["timestamps"][begin],
+                    "target_event_type": row["event_type_ids"][place],
+                }
+                scores = model(**before, **known, logits_to_keep=1).logits[0, -1, 2:]
+                total, number = total - scores.log_softmax(-1)[row["input_ids"][place] - 2], number + 1
+    for collate in (
+        PackingCollator(columns=names),
+        PackingCollator(max_tokens=50, columns=names),
+        PaddingCollator(padding_side="left", columns=names),
+    ):
+        torch.testing.assert_close(model(**collate(rows)).loss, total / number)
 
 
 def test_static_and_compiled_batches_have_the_loss_of_the_batch():

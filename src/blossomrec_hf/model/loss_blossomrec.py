@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -77,31 +78,63 @@ def given_targets(shift_labels: torch.Tensor) -> torch.Tensor:
     return shift_labels.masked_fill(shift_labels < NUM_SPECIAL_IDS, IGNORE_INDEX)
 
 
-def history_loss(
-    hidden_states: torch.Tensor,
-    item_vectors: torch.Tensor,
+class Targets(NamedTuple):
+    """
+    What the loss of packed histories predicts.
+
+    Attributes:
+        ids: vocabulary ids `[T]`, −100 for none.
+        weights: the weight of each target `[T]`; `None` for 1.
+        sources: the place of the position that predicts each target `[T]`; `None` if it is the target's own place.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+
+
+def find_targets(
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    *,
+    basket_starts: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    shifted: bool = False,
+) -> Targets:
+    """
+    The targets of packed histories.
+
+    Args:
+        labels: vocabulary ids `[T]`, −100 for none: aligned with the input or, if `shifted`, with the positions that predict.
+        cu_seqlens: offsets of the packed histories, `[S + 1]`.
+        basket_starts: bool `[T]`, see `basket_targets`. By default, every event is a basket.
+        weights: float `[T]`, the weight of each event as a target, aligned with `labels`. Defaults to 1.
+    """
+    if basket_starts is not None:
+        sources, ids = basket_targets(labels, basket_starts, cu_seqlens)
+        return Targets(ids, weights, sources)
+    if shifted:
+        return Targets(given_targets(labels), weights)
+    ids = next_item_targets(labels, cu_seqlens)
+    return Targets(ids, None if weights is None else nn.functional.pad(weights[1:], (0, 1)))
+
+
+def loss_of_targets(
+    states: torch.Tensor,
+    item_vectors: torch.Tensor,
+    targets: Targets,
     num_items_in_batch: torch.Tensor | int | None = None,
     *,
     config: BlossomRecConfig,
     item_counts: torch.Tensor,
-    basket_starts: torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
-    shifted: bool = False,
 ) -> torch.Tensor:
     """
-    The loss of packed histories under the objective of the configuration: Σ weight · loss over the targets, divided by their
-    number.
+    The loss under the objective of the configuration: Σ weight · loss over the targets, divided by their number.
 
     Args:
-        hidden_states: `[T, hidden_size]`.
+        states: the prediction state of each target, `[T, hidden_size]`.
         item_vectors: `[vocab_size, hidden_size]`.
-        labels: vocabulary ids `[T]`, −100 for none: aligned with the input or, if `shifted`, with the positions that predict.
-        cu_seqlens: offsets of the packed histories, `[S + 1]`.
         num_items_in_batch: as in `cross_entropy`.
-        basket_starts: bool `[T]`, see `basket_targets`. By default, every event is a basket.
-        weights: float `[T]`, the weight of each event as a target, aligned with `labels`. Defaults to 1.
 
     Returns:
         a scalar.
@@ -109,19 +142,11 @@ def history_loss(
     Raises:
         ValueError: for weights that the objective does not take, and if a registered objective returns no scalar.
     """
-    if basket_starts is not None:
-        sources, targets = basket_targets(labels, basket_starts, cu_seqlens)
-        hidden_states = hidden_states[sources]
-    elif shifted:
-        targets = given_targets(labels)
-    else:
-        targets = next_item_targets(labels, cu_seqlens)
-        weights = None if weights is None else nn.functional.pad(weights[1:], (0, 1))
     options = {"config": config, "item_counts": item_counts}
-    if weights is not None:
+    if targets.weights is not None:
         require_weights(config.objective)
-        options["weights"] = weights.to(hidden_states.device)
-    loss = find_objective(config.objective)(hidden_states, item_vectors, targets, num_items_in_batch, **options)
+        options["weights"] = targets.weights.to(states.device)
+    loss = find_objective(config.objective)(states, item_vectors, targets.ids, num_items_in_batch, **options)
     if not isinstance(loss, torch.Tensor) or loss.dim():
         raise ValueError(
             f"The objective {config.objective!r} returned a {type(loss).__name__} of shape "

@@ -19,9 +19,9 @@ from .cache_blossomrec import BlossomRecCache
 from .configuration_blossomrec import BlossomRecConfig
 from .events_blossomrec import INPUT_FEATURES, PREDICTION_FEATURES, EventVectors, Moments, check_moments, read_moments
 from .features_blossomrec import FeatureVectors
-from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME
+from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME, UNKNOWN_TYPE
 from .items_blossomrec import KeptMatrix, unit_vectors
-from .loss_blossomrec import history_loss
+from .loss_blossomrec import find_targets, loss_of_targets
 from .modules_blossomrec import ItemEmbedding, check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
@@ -202,6 +202,21 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         """`encode`, operation by operation; the arguments are those of `run_layers`."""
         states, moments = self.run_layers(*args, **kwargs)
         return self.prediction_states(states, moments.time, moments.next_time, moments.next_type)
+
+    def encode_targets(
+        self, histories: PackedHistories, sources: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `encode`, and the prediction states of the events of baskets: that of event t comes from position `sources[t]` `[T]`,
+        for the type of the event itself. Both are `[T, hidden_size]`; `options` are those of `encode`.
+        """
+        hidden_states, moments = self.run_layers(histories, **options)
+        states = self.prediction_states(hidden_states, moments.time, moments.next_time, moments.next_type)
+        if moments.event_type is None:
+            return states, states[sources]
+        before = moments.map(lambda x: x[sources])
+        types = torch.where(before.next_type == UNKNOWN_TYPE, UNKNOWN_TYPE, moments.event_type)
+        return states, self.prediction_states(hidden_states[sources], before.time, before.next_time, types)
 
     def prediction_states(
         self,
@@ -666,30 +681,37 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             **packing,
         )
         records = self.model.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
-        loss = logits = vectors = None
+        loss = logits = vectors = targets = None
+        if labels is not None:
+            targets = find_targets(
+                histories.pack(labels, padding=IGNORE_INDEX).long(),
+                histories.cu_seqlens,
+                basket_starts=None if basket_starts is None else histories.pack(basket_starts),
+                weights=None if weights is None else histories.pack(weights),
+                shifted=shifted,
+            )
         if self.model.item_features is not None:
             vectors = self.model.item_vectors(training=self.training)  # the same for input and scores
         with nullcontext() if cache is None else cache.all_or_nothing():
-            hidden_states = self.model.encode(
-                histories,
-                cache=cache,
-                use_cache=use_cache is not False,
-                training=self.training,
-                layer_outputs=records,
-                item_vectors=vectors,
-            )
-            if labels is not None:
-                loss = history_loss(
-                    hidden_states,
+            options = {
+                "cache": cache,
+                "use_cache": use_cache is not False,
+                "training": self.training,
+                "layer_outputs": records,
+                "item_vectors": vectors,
+            }
+            if targets is None or targets.sources is None:
+                hidden_states = of_targets = self.model.encode(histories, **options)
+            else:
+                hidden_states, of_targets = self.model.encode_targets(histories, targets.sources, **options)
+            if targets is not None:
+                loss = loss_of_targets(
+                    of_targets,
                     self.item_vectors(input_vectors=vectors),
-                    histories.pack(labels, padding=IGNORE_INDEX).long(),
-                    histories.cu_seqlens,
+                    targets,
                     num_items_in_batch,
                     config=self.config,
                     item_counts=self.item_counts,
-                    basket_starts=None if basket_starts is None else histories.pack(basket_starts),
-                    weights=None if weights is None else histories.pack(weights),
-                    shifted=shifted,
                 )
             if logits_to_keep:
                 logits = self._logits(histories.last(hidden_states, logits_to_keep), vectors)
