@@ -5,7 +5,13 @@ Time building a data set from a Parquet log, and iterating over packed batches.
 
 generates a log (items by Zipf's law, log-normal history lengths, rows in time order, so users are interleaved), stores it in
 `--folder` for later runs, and builds it in a process of its own. The output is one line of JSON per run: seconds of
-`build_sequences`, seconds of the whole process including imports, peak resident memory in MiB, and the size of the result.
+`build_sequences`, its CPU time (user and system, all threads), seconds of the whole process including imports, peak resident
+memory in MiB, and the size of the result.
+
+    python examples/benchmarks/data.py --interactions 32_000_000 --columns 3
+
+builds the log three times without and three times with times, event types and an item table, in turn, and prints the ratios of
+seconds and of CPU time.
 
     python examples/benchmarks/data.py --log ml-1m/interactions.txt --max_length 1000 --max_tokens 65536 --workers 2
 
@@ -20,6 +26,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,10 +35,20 @@ import pyarrow.parquet as pq
 
 
 CHUNK = 4_000_000
+PLAIN = {"timestamp": ""}
+COLUMNS = {
+    "event_type": "event_type",
+    "targets": "cart,purchase",
+    "item_categories": "category",
+    "item_numbers": "price",
+}
 
 
 def generate(path: Path, interactions: int, seed: int = 0) -> None:
-    """Write a log of `interactions` rows with user, item, rating and timestamp; about 165 per user, as in MovieLens."""
+    """
+    Write a log of `interactions` rows with user, item, rating, timestamp and event type, about 165 per user, as in
+    MovieLens; and, to `items_path(path)`, a table of the items with a title, a category and a price.
+    """
     from blossomrec_hf.utils.files import atomic_write  # not at the top, because `bare_sort` is timed without PyTorch
 
     rng = np.random.default_rng(seed)
@@ -39,8 +56,13 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
     user_share = np.cumsum(rng.lognormal(0, 1.2, num_users))
     item_share = np.cumsum(1 / np.arange(1, num_items + 1))
     user_names, item_names = rng.permutation(num_users * 3)[:num_users], rng.permutation(num_items * 3)[:num_items]
+    types = pa.array(["view", "cart", "purchase"])
+    numbers = np.arange(num_items)
+    items = {"item_id": item_names, "title": [f"Item {n}" for n in numbers], "price": rng.lognormal(3, 1, num_items)}
+    pq.write_table(pa.table(items | {"category": [f"c{n % 300}|d{n % 7}" for n in numbers]}), items_path(path))
     schema = pa.schema(
         [("user", pa.int64()), ("item", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
+        + [("event_type", pa.string())]
     )
     with atomic_write(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         for start in range(0, interactions, CHUNK):
@@ -49,11 +71,16 @@ def generate(path: Path, interactions: int, seed: int = 0) -> None:
             items = np.searchsorted(item_share, rng.random(rows) * item_share[-1])
             times = 1_000_000_000 + (start + np.sort(rng.integers(0, rows, rows))) * 600_000_000 // interactions
             ratings = rng.integers(1, 11, rows).astype(np.float32) / 2
-            columns = [user_names[users], item_names[items], ratings, times]
+            kinds = types.take(pa.array(rng.choice(3, rows, p=[0.8, 0.15, 0.05])))
+            columns = [user_names[users], item_names[items], ratings, times, kinds]
             writer.write_table(pa.table(columns, schema=schema), row_group_size=1_000_000)
 
 
-def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+def items_path(log: Path) -> Path:
+    return log.with_name(f"items-of-{log.name}")
+
+
+def bare_sort(path: Path, output: Path, options: dict[str, Any], report: multiprocessing.Queue) -> None:
     """Time sorting and grouping the log with Polars alone, for comparison: no filters, ids or output."""
     started = time.perf_counter()
     frame = pl.scan_parquet(path).select("user", "item", "timestamp").sort("user", "timestamp", maintain_order=True)
@@ -62,17 +89,18 @@ def bare_sort(path: Path, output: Path, k_core: int, report: multiprocessing.Que
     report.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def build(path: Path, output: Path, k_core: int, report: multiprocessing.Queue) -> None:
+def build(path: Path, output: Path, options: dict[str, Any], report: multiprocessing.Queue) -> None:
     process_started = time.perf_counter()
     from blossomrec_hf.data import build_sequences
 
-    started = time.perf_counter()
-    dataset, tokenizer = build_sequences(path, k_core=k_core, output_dir=output, overwrite=True)
-    seconds = time.perf_counter() - started
+    started, cpu = time.perf_counter(), time.process_time()
+    dataset, tokenizer = build_sequences(path, output_dir=output, overwrite=True, **options)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     report.put(
         {
-            "what": f"build_sequences, k_core={k_core}",
+            "what": ", ".join(["build_sequences", *(f"{name}={value}" for name, value in options.items())]),
             "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu, 2),
             "process_seconds": round(time.perf_counter() - process_started, 2),
             "users": len(dataset),
             "items": tokenizer.num_items,
@@ -122,6 +150,12 @@ def main() -> None:
         "--interactions", type=int, nargs="+", default=[1_000_000], help="sizes of the log; several give the slope"
     )
     parser.add_argument("--k_core", type=int, default=5)
+    parser.add_argument(
+        "--columns",
+        type=int,
+        default=0,
+        help="build a generated log this many times without and with times, event types and an item table, in turn",
+    )
     parser.add_argument("--log", type=Path, help="an existing log, instead of a generated one")
     parser.add_argument(
         "--folder", type=Path, default=Path("benchmark_data"), help="folder of generated logs and output"
@@ -141,24 +175,35 @@ def main() -> None:
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")  # so that peak memory is measured per run
-    seconds = []
+    core = {"k_core": arguments.k_core}
+    times = []
     for interactions in [0] if arguments.log else arguments.interactions:
         path = arguments.log or arguments.folder / f"log-{interactions}.parquet"
         if not path.exists():
             generate(path, interactions)
-        output = arguments.folder / "built"
-        for run in [bare_sort] * arguments.bare_sort + [build]:
+        runs = [(bare_sort, {})] * arguments.bare_sort + [(build, core)]
+        if arguments.columns:
+            runs = [(build, core | PLAIN), (build, core | COLUMNS | {"items": items_path(path)})] * arguments.columns
+        lines = []
+        for run, options in runs:
             report = spawn.Queue()
-            process = spawn.Process(target=run, args=(path, output, arguments.k_core, report))
+            process = spawn.Process(target=run, args=(path, arguments.folder / "built", options, report))
             process.start()
-            line = {"log": path.name, **report.get(), "peak_MiB": round(report.get())}
+            lines.append({"log": path.name, **report.get(), "peak_MiB": round(report.get())})
             process.join()
+            print(json.dumps(lines[-1]), flush=True)
+        shutil.rmtree(arguments.folder / "built", ignore_errors=True)
+        measured = np.array([[line["seconds"], line["cpu_seconds"]] for line in lines[bool(arguments.bare_sort) :]])
+        if arguments.columns:
+            ratios = np.median(measured[1::2] / measured[::2], axis=0).round(3).tolist()
+            line = dict(zip(("ratio of seconds with columns to without", "ratio of CPU seconds"), ratios))
             print(json.dumps(line), flush=True)
-        seconds.append(line["seconds"])
-        shutil.rmtree(output, ignore_errors=True)
-    if len(seconds) > 1:
-        slope = np.polyfit(np.log(arguments.interactions), np.log(seconds), 1)[0]
-        print(json.dumps({"slope of log seconds over log interactions": round(float(slope), 3)}))
+        times.append(np.median(measured[arguments.columns > 0 :: 2], axis=0))
+    if len(times) > 1:
+        slopes = np.polyfit(np.log(arguments.interactions), np.log(times), 1)[0].round(3).tolist()
+        print(
+            json.dumps(dict(zip(("slope of log seconds over log interactions", "slope of log CPU seconds"), slopes)))
+        )
 
 
 if __name__ == "__main__":

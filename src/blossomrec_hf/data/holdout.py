@@ -66,23 +66,30 @@ def leave_one_out_ends(
         return {part: np.maximum(lengths - held_out, 0) for part, held_out in zip(PARTS, (2, 1, 0))}
     total, stops = int(lengths.sum()), np.cumsum(lengths)
     starts = stops - lengths
-    begins = np.arange(total) if basket_starts is None else np.flatnonzero(basket_starts)
-    targets = np.arange(total) if weights is None else np.flatnonzero(np.asarray(weights) > 0)
-    before = np.append(targets, -1)  # index -1: there is no target before
+    targets = None if weights is None else np.flatnonzero(np.asarray(weights) > 0)
+    begins = None if basket_starts is None else np.flatnonzero(basket_starts)
 
     def last_target(stop: np.ndarray) -> np.ndarray:
-        found = before[np.searchsorted(targets, stop) - 1]
-        return np.where(found >= starts, found, -1)
+        """The last target before `stop`, or −1 if the user has none."""
+        place = stop - 1
+        if targets is not None:
+            index = np.searchsorted(targets, stop) - 1
+            place = np.where(index >= 0, targets[np.maximum(index, 0)] if targets.size else -1, -1)
+        return np.where(place >= starts, place, -1)
 
-    def basket_of(event: np.ndarray) -> np.ndarray:
-        return begins[np.maximum(np.searchsorted(begins, event, side="right") - 1, 0)] if total else event
+    def basket_start(event: np.ndarray) -> np.ndarray:
+        if begins is None or not total:
+            return event
+        return begins[np.maximum(np.searchsorted(begins, event, side="right") - 1, 0)]
+
+    def basket_end(event: np.ndarray) -> np.ndarray:
+        return event + 1 if begins is None else np.append(begins, total)[np.searchsorted(begins, event, side="right")]
 
     last = last_target(stops)
-    test_start = np.where(last >= 0, basket_of(last), starts)
-    next_basket = np.append(begins, total)[np.searchsorted(begins, last, side="right")]
-    test_end = np.where(last >= 0, next_basket, starts)
+    test_start = np.where(last >= 0, basket_start(last), starts)
+    test_end = np.where(last >= 0, basket_end(last), starts)
     earlier = last_target(test_start)
-    validation_start = np.where(earlier >= 0, basket_of(earlier), test_start)
+    validation_start = np.where(earlier >= 0, basket_start(earlier), test_start)
     return {part: end - starts for part, end in zip(PARTS, (validation_start, test_start, test_end))}
 
 

@@ -124,13 +124,17 @@ def _encoded(result: Interactions, column: pl.Series) -> np.ndarray:
         return (result.users if column.name == "user" else result.items).encode(column)
     if column.name != "event_type":
         return column.to_numpy()
-    codes = result.types.encode(column)
+    places = column.to_physical()
+    first = places.arg_unique().sort()  # the few different names are encoded, and looked up
+    codes = result.types.encode(column.gather(first).cast(pl.String))
     if result.types.size > 255:
         raise ValueError(
             f"the column of event types has more than 255 of them ({', '.join(result.types.names()[:3])}, …); name another "
             "with event_type=…"
         )
-    return codes
+    code_of_place = np.zeros(int(places.max()) + 1, np.uint8)
+    code_of_place[places.gather(first).to_numpy()] = codes
+    return code_of_place[places.to_numpy()]
 
 
 def _append(result: Interactions, file: BinaryIO, name: str, values: np.ndarray) -> None:
@@ -173,8 +177,12 @@ def _weights(column: pl.Series) -> pl.Series:
 
 
 def _types(column: pl.Series) -> pl.Series:
-    names = column.cast(pl.String).str.strip_chars(BLANKS)
-    return names.set(names.is_in(["", *MISSING_IDS]), None)
+    """Names of event types, as categories; null for missing ones."""
+    column = column if column.dtype == pl.Categorical else column.cast(pl.String).cast(pl.Categorical)
+    found = column.unique().drop_nulls().cast(pl.String)
+    names = found.str.strip_chars(BLANKS)
+    names = names.set(names.is_in(["", *MISSING_IDS]), None)
+    return column if names.equals(found, null_equal=True) else column.replace_strict(found, names).cast(pl.Categorical)
 
 
 _READ: dict[str, Callable[[pl.Series], pl.Series]] = {
@@ -204,12 +212,14 @@ class _Times:
         name = self.part.name
         times, are_dates = as_times(column, self.time_format, name)
         if times.null_count() < len(times):
-            unit = "us" if are_dates else time_unit(times.median())
+            unit = self.result.time_unit
+            if name not in self._checked:
+                unit = "us" if are_dates else time_unit(times.median())
             if self._first is None:
                 self._first = (name, are_dates)
                 self.result.time_unit = unit
             first, first_are_dates = self._first
-            if are_dates != first_are_dates or (name not in self._checked and unit != self.result.time_unit):
+            if are_dates != first_are_dates or unit != self.result.time_unit:
                 raise ValueError(
                     f"{name} has times in {_words(unit, are_dates)}, but {first} in "
                     f"{_words(self.result.time_unit, first_are_dates)}; write all times in one unit."

@@ -59,7 +59,8 @@ def open_parquet(file: LogFile, options: LogOptions, notes: list[str]) -> Part:
     """A Parquet file. Arrow reads it, because Polars panics at some damaged files."""
 
     def batches(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        with file.open_stored() as stored, pq.ParquetFile(stored, page_checksum_verification=True) as table:
+        reading_options = {"page_checksum_verification": True, "read_dictionary": names_of_few}
+        with file.open_stored() as stored, pq.ParquetFile(stored, **reading_options) as table:
             for batch in table.iter_batches(BATCH_ROWS, columns=columns):
                 batch.validate(full=True)
                 yield pl.from_arrow(pa.Table.from_batches([batch]).replace_schema_metadata(None))
@@ -67,4 +68,6 @@ def open_parquet(file: LogFile, options: LogOptions, notes: list[str]) -> Part:
     with reading(str(file)), file.open_stored() as stored, pq.ParquetFile(stored) as table:
         str(table.schema_arrow)  # raises if a name is not UTF-8, at which Polars panics
         schema = pl.from_arrow(table.schema_arrow.remove_metadata().empty_table()).schema
+    # Arrow reads a column of few names as codes twice as fast as as texts.
+    names_of_few = [options.event_type] if schema.get(options.event_type) == pl.String else []
     return _table_part(str(file), schema, options, notes, batches)
