@@ -27,7 +27,7 @@ _DTYPES = {
     **{"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4"},
     **{"U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"},
 }
-_CHUNK = 50_000  # users per batch of events
+USERS_A_BATCH = 5_000  # whose events are in memory at once
 
 
 @dataclass
@@ -65,8 +65,8 @@ class EventTable:
 
     def event_batches(self, column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields the values of all events and the number of events per user, for some users at a time."""
-        for first in range(0, len(self), _CHUNK):
-            offsets = self.offsets[first : first + _CHUNK + 1]
+        for first in range(0, len(self), USERS_A_BATCH):
+            offsets = self.offsets[first : first + USERS_A_BATCH + 1]
             yield self.events[column][offsets[0] : offsets[-1]], np.diff(offsets)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .event_table import EventTable, TableView
+from .event_table import USERS_A_BATCH, EventTable, TableView
 
 
 if TYPE_CHECKING:
@@ -156,18 +156,21 @@ def repeat_share(dataset: Dataset | EventTable) -> float:
     held_out, repeated, first = 0, 0, 0
     weights = event_batches(dataset, "weights") if "weights" in dataset.column_names else repeat((None, None))
     for (ids, events), (weight, _) in zip(event_batches(dataset), weights):
-        last = first + events.size
-        starts, stops = (np.repeat(ends[first:last], events) for ends in (lengths, lengths + targets))
-        position = np.arange(ids.size) - np.repeat(np.cumsum(events) - events, events)
-        pairs = np.repeat(np.arange(events.size), events) << np.int64(32) | ids
-        item = (ids > UNK) & (stops > starts)
-        is_target = item & (position >= starts) & (position < stops) & (True if weight is None else weight > 0)
+        users = slice(first, first := first + events.size)
+        before = np.where(targets[users] > 0, lengths[users], 0)
+        after = events - before - targets[users]
+        place = np.repeat(  # of each event: 0 before the targets, 1 among them, 2 after them
+            np.tile(np.arange(3, dtype=np.int8), events.size),
+            np.stack([before, targets[users], after], axis=1).ravel(),
+        )
+        pairs = np.repeat(np.arange(events.size) << np.int64(32), events) | ids
+        item = ids > UNK
+        is_target = item & (place == 1) & (True if weight is None else weight > 0)
         wanted = np.unique(pairs[is_target])
         held_out += wanted.size
-        before = np.sort(pairs[item & (position < starts)])  # `np.isin` hashes them, which takes 20 times as long
-        if before.size:
-            repeated += (before.take(np.searchsorted(before, wanted), mode="clip") == wanted).sum()
-        first = last
+        read = np.sort(pairs[item & (place == 0)])  # `np.isin` hashes them, which takes 20 times as long
+        if read.size:
+            repeated += (read.take(np.searchsorted(read, wanted), mode="clip") == wanted).sum()
     return float(repeated / max(held_out, 1))
 
 
@@ -223,7 +226,7 @@ def event_batches(dataset: Dataset | EventTable, column: str = "input_ids") -> I
     if isinstance(dataset, EventTable):
         yield from dataset.event_batches(column)
         return
-    for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=50_000):
+    for table in dataset.with_format("arrow").select_columns([column]).iter(batch_size=USERS_A_BATCH):
         events = table[column].combine_chunks()
         yield events.flatten().to_numpy(zero_copy_only=False), events.value_lengths().to_numpy().astype(np.int64)
 

@@ -9,12 +9,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
 from ..utils.files import recover_folder, report_leftovers, require_folder
-from .event_table import METADATA_FILE, TOKENIZER_FILES, EventTable
+from .event_table import METADATA_FILE, TOKENIZER_FILES, USERS_A_BATCH, EventTable
 from .filters import FilterReport
 from .splits import repeat_share
-
-
-_ROWS_A_BATCH = 5_000  # what a random access by row has to look at
 
 
 def _info(schema: pa.Schema, report: FilterReport) -> DatasetInfo:
@@ -37,7 +34,7 @@ def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport
         schema = table.schema
         written.append(folder / f"data-{number:05d}.arrow")
         with pa.OSFile(str(written[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(table, max_chunksize=_ROWS_A_BATCH)
+            writer.write_table(table, max_chunksize=USERS_A_BATCH)
     names = [f"data-{number:05d}-of-{len(written):05d}.arrow" for number in range(len(written))]
     for path, name in zip(written, names):
         path.rename(folder / name)
