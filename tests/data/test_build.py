@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blossomrec_hf.data import build_sequences
+from blossomrec_hf.data import build_sequences, storage
 from blossomrec_hf.data.filters import FilterReport
 from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
@@ -91,7 +91,8 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_saved_and_in_memory_agree(tmp_path):
+def test_saved_and_in_memory_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_FILE_BYTES", 1000)
     rng = np.random.default_rng(0)
     log = pl.DataFrame({name: rng.integers(0, 50, 5000) for name in ("user", "item", "timestamp")})
     memory, tokenizer = build_sequences(log)

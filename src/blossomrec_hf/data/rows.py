@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Features, List
 
+from .event_table import USERS_A_BATCH
 from .filters import FilterReport
 from .holdout import given_ends, leave_one_out_ends
 from .options import EventOptions
@@ -81,6 +82,8 @@ class EventColumns:
 
 def to_seconds(times: np.ndarray, unit: str | None) -> np.ndarray:
     """Times of a unit in whole seconds (int64), rounded down."""
+    if unit in (None, "s") and times.dtype == np.int64:
+        return times
     return (times // UNITS[unit or "s"]).astype(np.int64)
 
 
@@ -99,7 +102,7 @@ def user_rows(
     report: FilterReport,
 ) -> Iterator[pa.Table]:
     """
-    Yields one Arrow table per part, with one row per user and the ends of the given split or of leave-one-out.
+    Yields Arrow tables of `USERS_A_BATCH` users or fewer, with one row per user and the ends of the given split or of leave-one-out.
 
     Args:
         parts: the events, sorted.
@@ -112,19 +115,15 @@ def user_rows(
     id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
     unused = early = 0
     for part in parts:
-        stored = part.load()
-        starts, lengths = runs(stored["user"])
-        ids = user_ids[stored["user"][starts]].to_arrow().cast(id_type)
-        columns = events.compute(stored, starts)
-        ends = None
-        if "part" in stored:
-            ends = given_ends(stored["part"], starts)
+        for stored in _some_users(part):
+            starts, lengths = runs(stored["user"])
+            ids = user_ids[stored["user"][starts]].to_arrow().cast(id_type)
+            columns = {"input_ids": vocabulary[stored["item"]], **events.compute(stored, starts)}
+            ends = given_ends(stored["part"], starts) if "part" in stored else None
             early += _count_early(stored, starts)
-        table = make_rows(
-            ids, starts, lengths, {"input_ids": vocabulary[stored["item"]], **columns}, events.types, ends
-        )
-        unused += int(lengths.sum()) - (pc.sum(table["test_end"]).as_py() or 0)
-        yield table
+            table = make_rows(ids, starts, lengths, columns, events.types, ends)
+            unused += int(lengths.sum()) - (pc.sum(table["test_end"]).as_py() or 0)
+            yield table
     note_unused(unused, report)
     if early:
         report.note(
@@ -135,9 +134,21 @@ def user_rows(
         )
 
 
+def _some_users(part: Partition) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the events of a part, those of `USERS_A_BATCH` users at a time; small arrays take less time to allocate."""
+    stored = part.load()
+    starts, _ = runs(stored["user"])
+    bounds = np.append(starts[::USERS_A_BATCH], stored["user"].size)
+    for start, stop in zip(bounds, bounds[1:]):
+        yield {name: column[start:stop] for name, column in stored.items()}
+
+
 def _count_early(stored: Mapping[str, np.ndarray], starts: np.ndarray) -> int:
-    """The number of events that are earlier than the one before them in their history, which is of an earlier part."""
-    if "time" not in stored:
+    """
+    The number of events of a given split that are earlier than the one before them in their history, which is of an
+    earlier part.
+    """
+    if "part" not in stored or "time" not in stored:
         return 0
     early = np.diff(stored["time"]) < 0
     early[starts[1:] - 1] = False

@@ -14,6 +14,9 @@ from .filters import FilterReport
 from .splits import repeat_share
 
 
+_FILE_BYTES = 1 << 28
+
+
 def _info(schema: pa.Schema, report: FilterReport) -> DatasetInfo:
     return DatasetInfo(description=str(report), features=Features.from_arrow_schema(schema))
 
@@ -26,15 +29,18 @@ def to_dataset(tables: Iterable[pa.Table], report: FilterReport) -> Dataset:
 
 def write_dataset(folder: Path, tables: Iterable[pa.Table], report: FilterReport) -> None:
     """
-    Writes the rows to the empty `folder` as `Dataset.save_to_disk` lays them out, an Arrow file a table: `save_to_disk` itself
-    would need a Dataset first, and so write everything twice.
+    Writes the rows to the empty `folder` as `Dataset.save_to_disk` lays them out, in files of about `_FILE_BYTES`:
+    `save_to_disk` itself would need a Dataset first, and so write everything twice.
     """
-    written = []
-    for number, table in enumerate(tables):
-        schema = table.schema
-        written.append(folder / f"data-{number:05d}.arrow")
+    written, tables = [], iter(tables)
+    for table in tables:
+        schema, size = table.schema, 0
+        written.append(folder / f"data-{len(written):05d}.arrow")
         with pa.OSFile(str(written[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            writer.write_table(table, max_chunksize=USERS_A_BATCH)
+            while table is not None:
+                writer.write_table(table, max_chunksize=USERS_A_BATCH)
+                size += table.nbytes
+                table = next(tables, None) if size < _FILE_BYTES else None
     names = [f"data-{number:05d}-of-{len(written):05d}.arrow" for number in range(len(written))]
     for path, name in zip(written, names):
         path.rename(folder / name)

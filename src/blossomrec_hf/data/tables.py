@@ -59,11 +59,19 @@ def open_parquet(file: LogFile, options: LogOptions, notes: list[str]) -> Part:
     """A Parquet file. Arrow reads it, because Polars panics at some damaged files."""
 
     def batches(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        reading_options = {"page_checksum_verification": True, "read_dictionary": names_of_few}
-        with file.open_stored() as stored, pq.ParquetFile(stored, **reading_options) as table:
-            for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+        options = {"page_checksum_verification": True, "read_dictionary": names_of_few}
+        read: list[pl.DataFrame] = []
+        with file.open_stored() as stored, pq.ParquetFile(stored, **options) as table:
+            for batch in table.iter_batches(
+                BATCH_ROWS, columns=columns
+            ):  # with codes, a batch ends with its row group
                 batch.validate(full=True)
-                yield pl.from_arrow(pa.Table.from_batches([batch]).replace_schema_metadata(None))
+                read.append(pl.from_arrow(pa.Table.from_batches([batch]).replace_schema_metadata(None)))
+                if sum(frame.height for frame in read) >= BATCH_ROWS // 2:
+                    yield pl.concat(read)
+                    read.clear()
+        if read:
+            yield pl.concat(read)
 
     with reading(str(file)), file.open_stored() as stored, pq.ParquetFile(stored) as table:
         str(table.schema_arrow)  # raises if a name is not UTF-8, at which Polars panics
