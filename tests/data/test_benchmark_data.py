@@ -20,8 +20,21 @@ def test_the_benchmark_prints_a_line_a_run_and_the_slope(tmp_path):
     for line in lines[:-1]:
         assert line["seconds"] > 0 and line["peak_MiB"] > 50 and line["users"] > 0
     assert lines[1]["users"] <= lines[0]["users"]  # the 5-core can only drop users
-    assert list(lines[-1]) == ["slope of log seconds over log interactions"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"log-{size}.parquet" for size in sizes)
+    assert list(lines[-1]) == ["slope of log seconds over log interactions", "slope of log CPU seconds"]
+    made = [f"{kind}{size}.parquet" for kind in ("log-", "items-of-log-") for size in sizes]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(made)
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_builds_with_and_without_columns(tmp_path):
+    script = Path(__file__).parents[2] / "examples" / "benchmarks/data.py"
+    command = [sys.executable, str(script), "--folder", str(tmp_path), "--interactions", "20000", "--columns", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    without, with_columns, ratios = [json.loads(line) for line in done.stdout.splitlines()]
+    assert with_columns["output_MiB"] > without["output_MiB"] and with_columns["users"] == without["users"]
+    measured = [with_columns[name] / without[name] for name in ("seconds", "cpu_seconds")]
+    assert list(ratios.values()) == pytest.approx(measured, abs=1e-3)
 
 
 @pytest.mark.slow
