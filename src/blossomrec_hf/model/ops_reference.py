@@ -258,7 +258,8 @@ def attend_selected(
 
     Args:
         block_indices: `[Q, G, k]`, −1 for none.
-        factor: `[Q, G, k]`, multiplies the logits of a selected block's keys; `None` for one everywhere.
+        factor: `[Q, G, k]`, multiplies the logits of a selected block's keys. It is one in value (`straight_through`),
+            and other implementations compute its gradient alone; `None` for no gradient.
     """
     _, position = locate(keys.first, keys.k.shape[-3])
     weight = None

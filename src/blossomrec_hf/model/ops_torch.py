@@ -1,7 +1,8 @@
 """
 BlossomRec's attention in plain PyTorch, for any device and dtype: the functions of `ops_reference.py` under the same
 names, with memory linear in the number of tokens. Nothing is ever laid out as positions × positions or as positions ×
-windows: queries meet their candidates in slices that are recomputed in the backward pass.
+windows: queries meet their candidates in slices that are recomputed in the backward pass. Attention of all positions to
+blocks is computed in `ops_torch_tiles.py`.
 
 The number of rows is always a bound that follows from the shapes (never read from a GPU), so nothing here
 synchronizes and everything compiles. Conventions and docstrings of the public functions: `ops_reference.py`.
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .ops_reference import Blocks, Keys, Ops, Queries, Selection, power_law_distances
+from .ops_torch_tiles import attend_tiles, distant_tiles, gather, lay_out_rows, reads_freely, selected_tiles
 
 
 try:  # variable-length FlashAttention, since torch 2.10
@@ -27,10 +29,6 @@ except ImportError:
 # 32 MiB costs fresh pages at every allocation, which is slower than computing the slices a second time.
 SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
-# Up to this length, reading every key of a history takes less time than gathering the selected blocks of every query
-# (training on a CPU: 0.9 of the time at 100 items, 1.04 at 150).
-DENSE_MAX_LENGTH = 128
-
 # Queries of one history that read its blocks (or, in full attention, its keys) together.
 TILE = 64
 
@@ -40,36 +38,12 @@ def is_half_on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _reads_freely(x: torch.Tensor) -> bool:
-    """Whether reading the values of tensors costs nothing: on a CPU, outside of a compiled graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _is_alone(queries: Queries, first: torch.Tensor) -> bool:
     """
     Whether there is one query of one history. Its place is then a number, and it reads consecutive rows in less time
     than small operations need to gather a few.
     """
-    return queries.position.shape[0] == 1 and first.shape[0] == 1 and _reads_freely(first)
-
-
-class _Rows(NamedTuple):
-    """Tokens laid out in rows of one block each, every history beginning a new row."""
-
-    token: torch.Tensor  # [N, size]: the packed position in each slot; anything valid where the slot is empty
-    block: torch.Tensor  # [N]: the block's index inside its history
-    first: torch.Tensor  # [S]: the first row of each history
-
-
-def _rows(cu_seqlens: torch.Tensor, num_tokens: int, size: int) -> _Rows:
-    num_histories = cu_seqlens.shape[0] - 1
-    ends = torch.div(cu_seqlens.diff() + size - 1, size, rounding_mode="floor").cumsum(0)
-    first = nn.functional.pad(ends, (1, 0))[:-1]
-    row = torch.arange((num_tokens + num_histories * (size - 1)) // size, device=cu_seqlens.device)
-    history = torch.searchsorted(ends, row, right=True).clamp(max=num_histories - 1)
-    block = row - first[history]
-    token = (cu_seqlens[history] + block * size)[:, None] + torch.arange(size, device=row.device)
-    return _Rows(token.clamp(max=num_tokens - 1), block, first)
+    return queries.position.shape[0] == 1 and first.shape[0] == 1 and reads_freely(first)
 
 
 class _Tiles(NamedTuple):
@@ -89,20 +63,20 @@ class _Tiles(NamedTuple):
             return cls(token.unflatten(0, (-1, size)), None)
         offsets = torch.searchsorted(queries.history, torch.arange(num_histories + 1, device=number.device))
         size = min(queries.most, TILE)
-        rows = _rows(offsets, len(number), size)
+        rows = lay_out_rows(offsets, len(number), size)
         slot = rows.first[queries.history] * size + number - offsets[queries.history]
         # The bound may be far above the number of tiles.
-        token = rows.token[: int(slot[-1]) // size + 1] if _reads_freely(slot) else rows.token
+        token = rows.token[: int(slot[-1]) // size + 1] if reads_freely(slot) else rows.token
         return cls(token, slot)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """`[Q, …]` → `[N, size, …]`"""
-        return x[:, None] if self.token is None else _gather(x, self.token)
+        return x[:, None] if self.token is None else gather(x, self.token)
 
     def join(self, x: torch.Tensor, num_queries: int) -> torch.Tensor:
         """`[N, size, …]` → `[Q, …]`"""
         x = x.flatten(0, 1)
-        return x[:num_queries] if self.slot is None else _gather(x, self.slot)
+        return x[:num_queries] if self.slot is None else gather(x, self.slot)
 
 
 def short_places(position: torch.Tensor, max_length: int, *, block_size: int, window: int, base: int) -> torch.Tensor:
@@ -136,15 +110,10 @@ def _endless(value):
         yield value
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`x[index]`, whose backward pass is an addition of whole rows; several times faster on a CPU."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
 def _gather_states(keys: Keys, index: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[…, d]` in `dtype` at the `index` of row · G + group."""
     if keys.states is not None:
-        return _gather(keys.states.flatten(0, 1), index).to(dtype).chunk(2, -1)
+        return gather(keys.states.flatten(0, 1), index).to(dtype).chunk(2, -1)
     return tuple(nn.functional.embedding(index, x.flatten(0, 1)).to(dtype) for x in (keys.k, keys.v))
 
 
@@ -152,7 +121,7 @@ def compress(k: torch.Tensor, compressor: nn.Module, windows: Queries, first: to
     """As `ops_reference.compress`."""
     place = windows.position[:, None] + torch.arange(1 - compressor.position.shape[1], 1, device=k.device)
     row = (first[windows.history, None] + place).clamp(0, max(k.shape[0] - 1, 0))
-    keys = _gather(k, row).masked_fill((place < 0)[..., None, None], 0.0)
+    keys = gather(k, row).masked_fill((place < 0)[..., None, None], 0.0)
     return compressor(keys.transpose(1, 2))
 
 
@@ -192,10 +161,10 @@ def select(
 
         def rank(mean_q, begin, end):
             reach = width
-            if queries.every and _reads_freely(end):  # the tile's own, not the widest
+            if queries.every and reads_freely(end):  # the tile's own, not the widest
                 reach = max(int((end - begin[:, :1]).max()), num_selected_blocks)
             met = begin[:, :1] + torch.arange(reach, device=q.device)
-            keys = _gather(blocks.rows, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
+            keys = gather(blocks.rows, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
             scores = mean_q.transpose(1, 2) @ keys  # [N, G, size, M]
             candidate = met[:, None] < end[..., None]
             if queries.every:
@@ -253,79 +222,30 @@ def attend_selected(
     block_size: int,
     scaling: float,
 ) -> torch.Tensor:
-    """As `ops_reference.attend_selected`: every query gathers its selected blocks and its own."""
-    num_rows, num_groups, width = keys.k.shape
+    """As `ops_reference.attend_selected`. Of all positions, the ones that selected a block read it together."""
+    num_rows, num_groups, _ = keys.k.shape
     if q.shape[0] == 0:
         return torch.zeros_like(q) + (0 if factor is None else factor.sum().to(q.dtype))
     if factor is None and _is_alone(queries, keys.first) and int(queries.position) + 1 == num_rows:
         mask = _blocks_alone(block_indices[0], num_rows, block_size)
         return _attend_alone(q, keys.k, keys.v, mask, scaling)
+    if queries.every:
+        rows = lay_out_rows(_offsets(keys), num_rows, block_size)
+        tiles = selected_tiles(rows, queries, block_indices)
+        return attend_tiles(q, keys.k, keys.v, rows, queries, tiles, scaling, factor)
     own = torch.div(queries.position, block_size, rounding_mode="floor")[:, None, None].expand(-1, num_groups, 1)
-    offset = torch.arange(block_size, device=q.device)
-    if not queries.every:
-        blocks = torch.cat([block_indices, own], -1)[..., None]  # block −1 lies before the start
-        if factor is not None:
-            factor = nn.functional.pad(factor, (0, 1), value=1.0).repeat_interleave(block_size, -1)
-        return _attend_places(q, keys, queries, (blocks * block_size + offset).flatten(2), scaling, factor)
-    if queries.max_length <= DENSE_MAX_LENGTH:
-        return _attend_selected_dense(q, keys, queries, block_indices, factor, block_size, scaling)
-    rows = _rows(_offsets(keys), num_rows, block_size)
-    k_blocks = _gather(keys.k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, b·d]
-    v_blocks = _gather(keys.v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
-    blocks = torch.cat([block_indices, own], -1)
-    group = torch.arange(num_groups, device=q.device)[:, None]
-    index = (rows.first[queries.history][:, None, None] + blocks.clamp(min=0)) * num_groups + group
-    past = (block_indices >= 0)[..., None].expand(-1, -1, -1, block_size)
-    present = (offset <= queries.position[:, None] % block_size)[:, None, None].expand(-1, num_groups, 1, -1)
-    mask = torch.cat([past, present], 2).flatten(2)[:, :, None]
+    blocks = torch.cat([block_indices, own], -1)[..., None]  # block −1 lies before the start
+    place = (blocks * block_size + torch.arange(block_size, device=q.device)).flatten(2)
     if factor is not None:
-        factor = nn.functional.pad(factor, (0, 1), value=1.0).to(q.dtype)[..., None]
-
-    def attend(q, index, mask, factor):
-        keys = nn.functional.embedding(index, k_blocks)
-        if factor is not None:
-            keys = keys * factor  # the factor of a logit may as well stand on its key
-        values = nn.functional.embedding(index, v_blocks)
-        keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
-        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scaling)
-
-    row_elements = num_groups * mask.shape[-1] * width
-    return _in_slices(attend, row_elements, q.unflatten(1, (num_groups, -1)), index, mask, factor).flatten(1, 2)
-
-
-def _attend_selected_dense(q, keys, queries, block_indices, factor, block_size, scaling):
-    """The same for short histories: one padded tile a history, unselected keys masked."""
-    num_tokens, num_groups, _ = keys.k.shape
-    place = torch.arange(queries.max_length, device=q.device)
-    token = (keys.first[:, None] + place).clamp(max=num_tokens - 1)  # [S, L]
-    num_blocks = -(-queries.max_length // block_size)
-    block = torch.div(place, block_size, rounding_mode="floor")
-    own = (block[:, None] == block) & (place[:, None] >= place)
-    # Weight of each block in each query's row: f where selected, else 0; the last column takes the −1s.
-    if factor is None:
-        factor = torch.ones_like(block_indices, dtype=q.dtype)
-    weight = q.new_zeros(num_tokens, num_groups, num_blocks + 1)
-    target = torch.where(block_indices < 0, num_blocks, block_indices)
-    weight = weight.scatter(-1, target, factor.to(q.dtype))[..., :num_blocks]
-
-    def attend(token):
-        queries = _gather(q, token).unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1, 4)  # [S, G, H/G, L, d]
-        k, v = (_gather(x, token).transpose(1, 2)[:, :, None] for x in (keys.k, keys.v))
-        weights = _gather(weight, token).transpose(1, 2)[..., block] + own.to(q.dtype)  # [S, G, L, L]
-        logits = (queries * scaling) @ k.transpose(-1, -2) * weights[:, :, None]
-        logits = logits.masked_fill((weights.detach() == 0)[:, :, None], -torch.inf)
-        probs = logits.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return (probs @ v).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-    out = _in_slices(attend, q.shape[1] * queries.max_length**2, token)
-    return _gather(out.flatten(0, 1), queries.history * queries.max_length + queries.position)
+        factor = nn.functional.pad(factor, (0, 1), value=1.0).repeat_interleave(block_size, -1)
+    return _attend_places(q, keys, queries, place, scaling, factor)
 
 
 def attend_short(
     q: torch.Tensor, keys: Keys, queries: Queries, *, block_size: int, window: int, base: int, scaling: float
 ) -> torch.Tensor:
-    """As `ops_reference.attend_short`: all queries of a block gather the same few key blocks."""
-    num_rows, num_groups, width = keys.k.shape
+    """As `ops_reference.attend_short`. Of all positions, those of a block read the same few blocks together."""
+    num_rows, num_groups, _ = keys.k.shape
     if q.shape[0] == 0:
         return torch.zeros_like(q)
     sizes = {"block_size": block_size, "window": window, "base": base}
@@ -334,33 +254,13 @@ def attend_short(
         place = short_places(queries.position[0], position + 1, **sizes)
         place = place[place <= position]
         return _attend_alone(q, keys.k.index_select(0, place), keys.v.index_select(0, place), None, scaling)
-    if not queries.every:
-        place = short_places(queries.position, queries.max_length, **sizes)
-        return _attend_places(q, keys, queries, place[:, None], scaling)
-    distance = power_law_distances(-(-queries.max_length // block_size), window, base, q.device)
-    rows = _rows(_offsets(keys), num_rows, block_size)
-    k_blocks = _gather(keys.k, rows.token).transpose(1, 2).reshape(-1, block_size * width)  # [N·G, B·d]
-    v_blocks = _gather(keys.v, rows.token).transpose(1, 2).reshape(-1, block_size * width)
-    tiles = _gather(q, rows.token).unflatten(2, (num_groups, -1)).transpose(1, 2).flatten(2, 3)  # [N, G, B·H/G, d]
-
-    past = rows.block[:, None] >= distance
-    row = torch.arange(rows.token.shape[0], device=q.device)[:, None]
-    index = torch.where(past, row - distance, row)[:, None] * num_groups
-    index = index + torch.arange(num_groups, device=q.device)[:, None]  # [N, G, J]
-    offset = torch.arange(block_size, device=q.device)
-    causal = (distance[:, None] > 0) | (offset[:, None, None] >= offset)  # [B, J, B]
-    mask = past[:, None, :, None] & causal  # [N, B, J, B]
-    mask = mask.flatten(2).repeat_interleave(q.shape[1] // num_groups, 1)[:, None]
-
-    def attend(tiles, index, mask):
-        keys, values = (nn.functional.embedding(index, x) for x in (k_blocks, v_blocks))
-        keys, values = (x.reshape(*x.shape[:2], -1, width) for x in (keys, values))
-        return nn.functional.scaled_dot_product_attention(tiles, keys, values, attn_mask=mask, scale=scaling)
-
-    row_elements = mask.shape[-1] * max(num_groups * width, mask.shape[2])
-    out = _in_slices(attend, row_elements, tiles, index, mask)
-    out = out.unflatten(2, (block_size, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    return _gather(out, rows.first[queries.history] * block_size + queries.position)
+    if queries.every:
+        rows = lay_out_rows(_offsets(keys), num_rows, block_size)
+        distances = power_law_distances(-(-queries.max_length // block_size), window, base, q.device)
+        tiles = distant_tiles(rows, queries, num_groups, distances)
+        return attend_tiles(q, keys.k, keys.v, rows, queries, tiles, scaling)
+    place = short_places(queries.position, queries.max_length, **sizes)
+    return _attend_places(q, keys, queries, place[:, None], scaling)
 
 
 def attend_full(q: torch.Tensor, keys: Keys, queries: Queries, *, scaling: float) -> torch.Tensor:
@@ -469,12 +369,12 @@ def _attend_padded(q: torch.Tensor, keys: Keys, queries: Queries, scaling: float
     token = token.clamp(max=num_tokens - 1)  # padding is on the right, where a causal mask never looks
 
     def attend(token):
-        tiles, keys, values = (_gather(x, token).transpose(1, 2) for x in (q, k, v))
+        tiles, keys, values = (gather(x, token).transpose(1, 2) for x in (q, k, v))
         out = nn.functional.scaled_dot_product_attention(tiles, keys, values, is_causal=True, scale=scaling)
         return out.transpose(1, 2)
 
     out = _in_slices(attend, length * num_heads * width, token)
-    return _gather(out.flatten(0, 1), queries.history * length + queries.position)
+    return gather(out.flatten(0, 1), queries.history * length + queries.position)
 
 
 # How the installed torch spells causal attention.

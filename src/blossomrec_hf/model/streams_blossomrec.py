@@ -35,7 +35,7 @@ from .ops_reference import (
     short_mask,
     straight_through,
 )
-from .ops_torch import DENSE_MAX_LENGTH, TORCH_OPS, is_half_on_cpu
+from .ops_torch import TORCH_OPS, is_half_on_cpu
 
 
 # The layer types of the package: a combination of two streams, and three streams.
@@ -308,8 +308,6 @@ def attend_streams(
     dtype = q.dtype
     # On a CPU, sums in half precision depend on the shape of the batch, and so would the selection of the next layer.
     wide = ops is not REFERENCE_OPS and is_half_on_cpu(q)
-    if layer.training and torch.is_grad_enabled() and queries.max_length <= DENSE_MAX_LENGTH:
-        wide = False  # it would take longer
     if wide:
         q = q.float()
         keys = keys if keys.states is not None else keys._replace(k=keys.k.float(), v=keys.v.float())
