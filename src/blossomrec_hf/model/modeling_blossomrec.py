@@ -22,7 +22,7 @@ from .features_blossomrec import FeatureVectors
 from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME, UNKNOWN_TYPE
 from .items_blossomrec import KeptMatrix, unit_vectors
 from .loss_blossomrec import find_targets, loss_of_targets
-from .modules_blossomrec import ItemEmbedding, check_inference, dense_weight
+from .modules_blossomrec import ItemEmbedding, LogStatistics, check_inference, dense_weight
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories, values_are_known
@@ -80,19 +80,27 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if config.item_dropout_prob > 0:
             self.replaced_item = nn.Parameter(torch.empty(config.hidden_size))
         self.layers = nn.ModuleList([BlossomRecLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.register_buffer("item_counts", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.log_statistics = LogStatistics(config.vocab_size, with_times=bool(config.time_features))
         event_vectors = EventVectors(config, INPUT_FEATURES, config.hidden_size)
         self.event_vectors = event_vectors if event_vectors.features else None
         prediction_vectors = EventVectors(config, PREDICTION_FEATURES, 2 * config.hidden_size)
         self.prediction_vectors = prediction_vectors if prediction_vectors.features else None
-        if config.time_features:
-            self.register_buffer("latest_time", torch.zeros((), dtype=torch.long))
         self.gradient_checkpointing = False
         self._static_encoders: list[StaticEncoder] = []  # of `compile_for_inference`
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_static_encoders": []}  # neither copied nor pickled
+
+    @property
+    def item_counts(self) -> torch.Tensor:
+        """How often each vocabulary id occurs in the training data, `[vocab_size]` int64; saved with the model."""
+        return self.log_statistics.item_counts
+
+    @property
+    def latest_time(self) -> torch.Tensor:
+        """The time of the latest event of the training data, seconds; only with `config.time_features`."""
+        return self.log_statistics.latest_time
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.item_embedding

@@ -83,6 +83,19 @@ def check_inference(model: nn.Module) -> None:
             )
 
 
+class LogStatistics(nn.Module):
+    """
+    Numbers of the training data. They have a module of their own because automatic device maps (`device_map="balanced"`)
+    place modules: a buffer of a module that is split gets no device.
+    """
+
+    def __init__(self, vocab_size: int, with_times: bool) -> None:
+        super().__init__()
+        self.register_buffer("item_counts", torch.zeros(vocab_size, dtype=torch.long))
+        if with_times:
+            self.register_buffer("latest_time", torch.zeros((), dtype=torch.long))
+
+
 class ItemEmbedding(nn.Embedding):
     """An embedding whose vectors may be given: those of items with features, of which its weight is a part."""
 
@@ -222,7 +235,7 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
             items.append((name, value[: num_items + 1]))
         elif part == "codes":
             items.append((name, value[: int(state[f"{column}.offsets"][num_items])]))
-        elif name not in ("item_counts", "latest_time"):
+        elif not name.startswith("log_statistics."):
             layers.append((name, value))
     return WeightsFingerprint(digest(layers), digest(items), num_items)
 

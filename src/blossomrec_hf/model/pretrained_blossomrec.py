@@ -16,6 +16,7 @@ from .events_blossomrec import EventVectors
 from .features_blossomrec import CategoryVectors, ItemFeatures, VectorProjection
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .manifest_blossomrec import require_loadable
+from .modules_blossomrec import LogStatistics
 from .streams_blossomrec import BlossomCompressor, save_streams
 
 
@@ -94,11 +95,11 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.copy_(module.bias, bias)
         elif isinstance(module, EventVectors):
             module.initialize()
-        elif "item_counts" in module._buffers:
-            for buffer in module._buffers.values():
+        elif isinstance(module, LogStatistics):
+            for buffer in module.buffers():
                 init.zeros_(buffer)
-            if "replaced_item" in module._parameters:
-                init.normal_(module.replaced_item, mean=0.0, std=self.config.initializer_range)
+        elif "replaced_item" in module._parameters:
+            init.normal_(module.replaced_item, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, CategoryVectors):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[0])
@@ -121,7 +122,7 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         base = self.base_model
         counts = base.item_counts.new_zeros(new)
         counts[: min(old, new)] = base.item_counts[:new]
-        base.item_counts = counts
+        base.log_statistics.item_counts = counts
         base._static_encoders.clear()  # of the former weights
         tables = {id(m.weight): m.weight for m in (embeddings, self.get_output_embeddings()) if m is not None}
         if base.item_features is not None:

@@ -404,7 +404,8 @@ class RecommendationMixin:
         excluded = torch.cat(excluded, 1) if excluded else None
         item_counts = self.item_counts
         if item_counts.is_meta:
-            item_counts = offloaded_tensor(self.base_model, "item_counts").to(states.device)
+            item_counts = offloaded_tensor(self.base_model, "log_statistics.item_counts")
+        item_counts = item_counts.to(states.device)
         if index is not None and candidates is None:
             index.check(stored_item_vectors(self), scoring="dot" if scales is None else "cosine")
             count = max(INDEX_FETCH * top_k, MIN_FETCH) + (0 if excluded is None else excluded.shape[1])

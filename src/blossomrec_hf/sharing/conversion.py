@@ -139,7 +139,7 @@ def _from_authors(
     if state:
         raise ValueError(f"`state` also has {', '.join(sorted(state)[:5])}, for which BlossomRec has no place.")
     model = BlossomRecForSequentialRecommendation(config).to(embedding.dtype)
-    ours["model.item_counts"] = model.item_counts  # zeros: the checkpoint has no counts
+    ours["model.log_statistics.item_counts"] = model.item_counts  # zeros: the checkpoint has no counts
     ours["lm_head.weight"] = ours["model.item_embedding.weight"]
     model.load_state_dict(ours)
     return model.eval()
