@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, infer_auto_device_map
+from accelerate.utils import check_device_map
 from small_cases import make_model
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -174,3 +175,16 @@ def test_the_dense_weight_of_a_layer(tmp_path):
     assert not is_plain(twin.lm_head)
     torch.testing.assert_close(dense_weight(twin.lm_head), model.lm_head.weight)
     torch.testing.assert_close(twin.item_vectors([7, 3]), model.lm_head.weight[[7, 3]])
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize(
+    "settings", [{}, {"tie_word_embeddings": False}, {"time_features": ["previous_gap"]}], ids=str
+)
+def test_an_automatic_device_map_has_a_device_for_every_weight(settings, share):
+    model = make_model(num_hidden_layers=4, **settings)
+    size = sum(x.nbytes for x in model.state_dict().values())
+    memory = {0: int(share * size), 1: int(share * size), "cpu": 2**30}
+    check_device_map(
+        model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=["BlossomRecLayer"])
+    )
