@@ -59,7 +59,7 @@ class PrepareArguments:
         default=None,
         metadata={
             "help": "What is held out: each user's last two targets, a period of time, rolling periods (folds), users, what the "
-            "files say (given: --validation and --test, or a folder of RecBole's benchmark files), or nothing. By default, "
+            "files say (given: --validation and --test, or a folder of RecBole's benchmark files or of gSASRec's split), or nothing. By default, "
             "given if --validation or --test is given, otherwise leave_one_out."
         },
     )

@@ -15,6 +15,7 @@ from .columns import find_usual, no_times_note
 from .formats import FORMATS, recognize_format
 from .options import LogOptions
 from .parts import Part
+from .published_splits import is_published_split, open_published_split
 from .splits import PARTS
 from .tables import open_table
 from .text_files import BadRows, LogFile, find_files
@@ -65,7 +66,7 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
     Opens a log without reading it.
 
     Args:
-        source: a file; a folder or a glob pattern (`**` stands for any folders) of files of one format, which are read in
+        source: a file; a folder of a published split ([`~data.published_splits.open_published_split`]); a folder or a glob pattern (`**` stands for any folders) of files of one format, which are read in
             the order of their names; a URL of `fsspec` to one of these (`s3://…`, `gs://…`, `hf://…`,
             `zip://member.csv::archive.zip`); the name of a public data set ([`~data.known_sets.KNOWN`]), which is
             downloaded once; a folder of `Dataset.save_to_disk`, or the id of a data set on the Hub (its split `train`); a
@@ -104,6 +105,10 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
         return log
     if (path / "state.json").is_file() or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return _open_table(_stored_dataset(str(source)), str(source), options)
+    if is_published_split(path):
+        _refuse_columns("item-sequences", options)
+        notes = ["the split is that of the folder, as published with gSASRec"]
+        return _checked(Log([open_published_split(path)], path.name, "item-sequences", options, notes=notes))
     files = find_files(str(source), options.encoding)
     if not files:
         raise FileNotFoundError(
@@ -135,14 +140,19 @@ def _open_files(files: list[LogFile], name: str, options: LogOptions) -> Log:
     if recoded := {file.text_encoding for file in files if format != "parquet"} - {"utf-8", options.encoding}:
         notes.append(f"the encoding is recognized as {' and '.join(sorted(recoded))}; name another with encoding=…")
     if not FORMATS[format].has_column_names:
-        if named := [f"{column}={name!r}" for column, name in options.column_names.items() if name]:
-            raise ValueError(
-                f"{named[0]} names a column, but the columns of the format {format} have no names; leave it out."
-            )
+        _refuse_columns(format, options)
         if options.timestamp == "":
             for part in parts:
                 part.types = {column: dtype for column, dtype in part.types.items() if column != "timestamp"}
     return _checked(Log(parts, name, format, options, notes=notes))
+
+
+def _refuse_columns(format: str, options: LogOptions) -> None:
+    """Refuses the names of columns for a format whose columns have none."""
+    if named := [f"{column}={name!r}" for column, name in options.column_names.items() if name]:
+        raise ValueError(
+            f"{named[0]} names a column, but the columns of the format {format} have no names; leave it out."
+        )
 
 
 def _open_part(file: LogFile, format: str, options: LogOptions, notes: list[str]) -> Part:
@@ -171,13 +181,14 @@ def _with_constants(part: Part, values: Mapping[str, pl.Series]) -> Part:
     return replace(part, types={**part.types, **{role: value.dtype for role, value in values.items()}}, read=read)
 
 
-def find_given_split(source: str, validation: str | None = None, test: str | None = None) -> dict[str, str]:
+def find_given_split(source: str, validation: str | None = None, test: str | None = None) -> dict[str, str] | str:
     """
-    The source of each part of a given split, for [`open_log`].
+    The source of each part of a given split, for [`open_log`]; the folder itself if it has the layout of gSASRec.
 
     Args:
         source (`str`): the training events; or, without `validation` and `test`, a folder of RecBole's benchmark files
-            `NAME.train.inter`, `NAME.valid.inter` and `NAME.test.inter`.
+            `NAME.train.inter`, `NAME.valid.inter` and `NAME.test.inter`, or of gSASRec's `train/input.txt`, `val/input.txt`,
+            `val/output.txt`, `test/input.txt` and `test/output.txt`.
         validation, test (`str`, *optional*): the events of the other parts.
 
     Raises:
@@ -186,6 +197,8 @@ def find_given_split(source: str, validation: str | None = None, test: str | Non
     if validation is not None or test is not None:
         named = {"train": source, "validation": validation, "test": test}
         return {part: path for part, path in named.items() if path is not None}
+    if is_published_split(Path(source)):
+        return source
     paths = [file.path for file in find_files(source)] if Path(source).is_dir() else []
     found = {part: [path for path in paths if path.endswith(_BENCHMARK_ENDS[part])] for part in PARTS}
     counts = {part: len(files) for part, files in found.items()}
