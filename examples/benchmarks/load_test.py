@@ -96,7 +96,7 @@ class Load:
         lost = []
         async with httpx.AsyncClient(base_url=self.base, timeout=60) as http:
             for user, items in self.acknowledged.items():
-                stored = store.latest(user, -1)
+                stored = [event.item for event in store.latest(user, -1)]
                 if user == "shared":
                     complete = not Counter(items) - Counter(stored) and len(stored) <= len(items) + self.args.clients
                 else:

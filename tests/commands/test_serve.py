@@ -113,7 +113,7 @@ def expected(model, history, **kwargs) -> list[int]:
 
 def kept(folder, user) -> list:
     """The user's events in the store, as another process reads them."""
-    return serve.Store(folder / "events.db", read_only=True).latest(user, -1)
+    return [event.item for event in serve.Store(folder / "events.db", read_only=True).latest(user, -1)]
 
 
 def recommended(answer) -> list[int]:
@@ -350,7 +350,7 @@ def test_the_requests_are_described(service):
 
 def test_a_store_is_served_once_at_a_time(tmp_path):
     first = serve.Store(tmp_path / "events.db")
-    first.add([("anna", 100)])
+    first.add([("anna", serve.StoredEvent(100))])
     (tmp_path / "link.db").symlink_to(tmp_path / "events.db")
     for name in ("events.db", "link.db"):
         with pytest.raises(ValueError, match="another process serves"):

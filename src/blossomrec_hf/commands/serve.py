@@ -50,7 +50,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_v
 
 from .. import BlossomRecCache, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..model.packing_blossomrec import pack_histories
-from ..serving.event_store import Store, first_read
+from ..serving.event_store import Store, StoredEvent, first_read
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 
 
@@ -247,7 +247,7 @@ class Recommender:
         try:
             histories = self._read(jobs)
             answers = self._recommend(jobs, [history.cache for history in histories])
-            events = [(job.query.user, item) for job in jobs for item in job.query.events]
+            events = [(job.query.user, StoredEvent(item)) for job in jobs for item in job.query.events]
             if events:
                 self.store.add(events)
                 self.stored.inc(len(events))
@@ -307,7 +307,8 @@ class Recommender:
         if job.query.user is None:
             return job.events
         self.rebuilt.inc()
-        raw = self.store.latest(job.query.user, max(0, wanted - len(job.query.events))) + job.query.events
+        stored = self.store.latest(job.query.user, max(0, wanted - len(job.query.events)))
+        raw = [event.item for event in stored] + job.query.events
         if self.tokenizer.item_type == "str":  # stored as integers before the vocabulary became text
             raw = [str(item) for item in raw]
         return self._known(self.tokenizer.encode_items(raw[-wanted:]))

@@ -3,12 +3,33 @@
 import json
 import os
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+
+class StoredEvent(NamedTuple):
+    """
+    An event of a user.
+
+    Attributes:
+        item: raw item id.
+        timestamp: seconds since 1970; `None` in stores of earlier versions, which had no times.
+        event_type: name of the event type; `None` if it is unknown.
+    """
+
+    item: int | str
+    timestamp: int | None = None
+    event_type: str | None = None
+
+
+_COLUMNS = {"timestamp": "INTEGER", "event_type": "TEXT"}  # that stores of earlier versions lack
 
 
 class Store:
     """
-    Events of users in an SQLite file, see `blossomrec serve`.
+    Events of users in an SQLite file, see `blossomrec serve`. A store of an earlier version gets the columns for times and
+    event types when it is opened; its events stay as they are, without both.
 
     Args:
         path: the file, created if it does not exist.
@@ -24,6 +45,7 @@ class Store:
         try:
             if read_only:
                 self.db = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
+                self._selected = self._stored_columns()
                 return
             self.db = sqlite3.connect(self.path, check_same_thread=False)  # used by the worker thread only
             self.db.execute("PRAGMA schema_version")  # fails for other files before anything is written
@@ -53,6 +75,9 @@ class Store:
         self.db.execute("CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, user TEXT, item TEXT)")
         self.db.execute("CREATE INDEX IF NOT EXISTS by_user ON events (user, id)")
         self.db.execute("SELECT id, user, item FROM events LIMIT 1").fetchall()
+        for name in self._missing_columns():  # each one is added completely or not at all, also by `kill -9`
+            self.db.execute(f"ALTER TABLE events ADD COLUMN {name} {_COLUMNS[name]}")
+        self._selected = self._stored_columns()
         files = [self.path, Path(f"{self.path}-wal")]
         self.files = {file: file.stat() for file in files if file.exists()}
 
@@ -63,27 +88,49 @@ class Store:
         except OSError:
             return False
 
-    def add(self, events: list[tuple[str, int | str]]) -> None:
-        """Append (user, raw item id) pairs in one transaction, which is on the disk on return."""
+    def _missing_columns(self) -> list[str]:
+        present = {row[1] for row in self.db.execute("PRAGMA table_info(events)")}
+        return [name for name in _COLUMNS if name not in present]
+
+    def _stored_columns(self) -> str:
+        """What to select for a [`StoredEvent`]."""
+        missing = self._missing_columns()
+        return ", ".join(["item", *("NULL" if name in missing else name for name in _COLUMNS)])
+
+    def add(self, events: Sequence[tuple[str, StoredEvent]]) -> None:
+        """Append events, each with its user, in one transaction, which is on the disk on return."""
         if not self.in_place():
             raise sqlite3.OperationalError(f"The store {self.path} was deleted or replaced")
         with self.db:
-            rows = [(user, json.dumps(item)) for user, item in events]
-            self.db.executemany("INSERT INTO events (user, item) VALUES (?, ?)", rows)
+            rows = [(user, json.dumps(event.item), event.timestamp, event.event_type) for user, event in events]
+            self.db.executemany("INSERT INTO events (user, item, timestamp, event_type) VALUES (?, ?, ?, ?)", rows)
 
     def number(self, user: str) -> int:
         """The number of events of the user."""
         return self.db.execute("SELECT COUNT(*) FROM events WHERE user = ?", (user,)).fetchone()[0]
 
-    def latest(self, user: str, number: int) -> list[int | str]:
-        """The latest `number` items of the user, oldest first; all items if `number` is −1."""
-        rows = self.db.execute("SELECT item FROM events WHERE user = ? ORDER BY id DESC LIMIT ?", (user, number))
-        return [json.loads(item) for (item,) in rows][::-1]
+    def latest(self, user: str, number: int) -> list[StoredEvent]:
+        """The latest `number` events of the user, oldest first; all events if `number` is −1."""
+        rows = self.db.execute(
+            f"SELECT {self._selected} FROM events WHERE user = ? ORDER BY id DESC LIMIT ?", (user, number)
+        )
+        return [StoredEvent(json.loads(item), time, kind) for item, time, kind in rows][::-1]
 
     def last_item(self) -> int | str | None:
         """The latest stored item; `None` if the store is empty."""
         row = self.db.execute("SELECT item FROM events ORDER BY id DESC LIMIT 1").fetchone()
         return None if row is None else json.loads(row[0])
+
+    def last_time(self, user: str) -> int | None:
+        """The time of the user's latest event with one; `None` if there is none. Times never fall."""
+        row = self.db.execute(
+            "SELECT timestamp FROM events WHERE user = ? AND timestamp IS NOT NULL ORDER BY id DESC LIMIT 1", (user,)
+        ).fetchone()
+        return None if row is None else row[0]
+
+    def num_without_time(self) -> int:
+        """The number of events without a time."""
+        return self.db.execute("SELECT COUNT(*) FROM events WHERE timestamp IS NULL").fetchone()[0]
 
     def close(self) -> None:
         """Merge the write-ahead log into the file and release the lock."""
