@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -21,6 +21,8 @@ from blossomrec_hf.data import (
     split_by_time,
     split_by_user,
 )
+from blossomrec_hf.data.event_table import event_type_names, recode_event_types
+from blossomrec_hf.data.growth import recode_dataset_types
 from blossomrec_hf.data.metadata import METADATA_FILE, read_item_metadata
 from blossomrec_hf.data.splits import part_lengths, user_ids
 from blossomrec_hf.data.storage import export_folder, load_folder
@@ -46,6 +48,8 @@ def datasets(draw) -> Dataset:
         if draw(st.booleans()):
             columns[name] = draw_lists(draw, lengths, kind, values)
     rows = Dataset(pa.table(columns))
+    if "event_type_ids" in columns and draw(st.booleans()):  # else only numbers are known, as in older data sets
+        rows = rows.cast_column("event_type_ids", List(ClassLabel(names=[f"type {n}é" for n in range(6)])))
     return split_by_leave_one_out(rows.add_column("train_end", lengths).add_column("validation_end", lengths).add_column("test_end", lengths))  # fmt: skip
 
 
@@ -68,6 +72,7 @@ def test_a_file_has_every_column_and_every_split_of_the_dataset(tmp_path_factory
     assert isinstance(table.events["input_ids"], np.memmap)
     assert (table.repeat_share, table.files) == (1 / 3, {"note.txt": b"any bytes"})
     assert sorted(table.column_names) == sorted(dataset.column_names)
+    assert table.event_types == event_type_names(dataset)
     back = table.to_dataset()
     assert back.select_columns(dataset.column_names)[:] == dataset[:]
     assert {name: back.features[name] for name in dataset.features} == dict(dataset.features)
@@ -185,3 +190,17 @@ def test_the_layout_is_readable_without_this_package(exported):
     lengths = [len(row) for row in dataset["input_ids"]]
     np.testing.assert_array_equal(np.diff(tensors["offsets"]), lengths)
     np.testing.assert_array_equal(tensors["events.input_ids"], np.concatenate(dataset["input_ids"]))
+
+
+def test_event_types_get_the_ids_of_a_model(caplog):
+    rows = Dataset.from_dict({"user_id": [7, 8], "input_ids": [[2, 3], [4]], "event_type_ids": [[0, 2], [1]]})
+    rows = rows.cast_column("event_type_ids", List(ClassLabel(names=["view", "cart", "buy"])))
+    wanted = ["buy", "view", "gift"]
+    for recoded in (recode_event_types(EventTable.from_dataset(rows), wanted), recode_dataset_types(rows, wanted)):
+        table = recoded if isinstance(recoded, EventTable) else EventTable.from_dataset(recoded)
+        assert table.events["event_type_ids"].tolist() == [1, 0, -1]
+        assert event_type_names(recoded) == wanted
+    assert "['cart'] are unknown to the model" in caplog.text
+    assert recode_dataset_types(rows, ["view", "cart", "buy"]) is rows
+    with pytest.raises(ValueError, match="reads the event types buy, view, gift, but the data has none"):
+        recode_dataset_types(rows.remove_columns("event_type_ids"), wanted)

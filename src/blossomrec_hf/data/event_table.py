@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..model.ids_blossomrec import UNKNOWN_TYPE
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 EVENT_COLUMNS = ("input_ids", "timestamps", "event_type_ids", "weights", "session_starts", "basket_starts")
 METADATA_FILE = "items.parquet"  # item titles
@@ -47,6 +51,7 @@ class EventTable:
             [`~blossomrec_hf.data.repeat_share`].
         files: contents of the files that belong to the data set, by name: the tokenizer, and `items.parquet`
             if there are item titles.
+        event_types: names of the event types, in the order of `event_type_ids`; `None` if they are unknown.
     """
 
     events: dict[str, np.ndarray]
@@ -54,6 +59,7 @@ class EventTable:
     users: dict[str, np.ndarray]
     repeat_share: float | None = None
     files: dict[str, bytes] = field(default_factory=dict)
+    event_types: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -94,12 +100,12 @@ class EventTable:
                     f"{np.diff(offsets)[user]} events; each event needs one value."
                 )
             events[name] = column.flatten().to_numpy(zero_copy_only=False)
-        return cls(events, offsets, users)
+        return cls(events, offsets, users, event_types=event_type_names(dataset))
 
     def to_dataset(self) -> "Dataset":
         """Converts to a `Dataset` in memory, one row per user."""
         import pyarrow as pa
-        from datasets import Dataset
+        from datasets import ClassLabel, Dataset, DatasetInfo, Features, List
 
         offsets = pa.array(self.offsets, pa.int64() if self.offsets[-1] > 2**31 - 1 else pa.int32())
         lists = pa.LargeListArray if offsets.type == pa.int64() else pa.ListArray
@@ -107,7 +113,11 @@ class EventTable:
         for name, values in self.events.items():
             columns[name] = lists.from_arrays(offsets, pa.array(np.asarray(values)))
         first = [name for name in ("user_id", *EVENT_COLUMNS) if name in columns]
-        return Dataset(pa.table({name: columns[name] for name in [*first, *(columns.keys() - set(first))]}))
+        table = pa.table({name: columns[name] for name in [*first, *(columns.keys() - set(first))]})
+        features = Features.from_arrow_schema(table.schema)
+        if self.event_types is not None:
+            features["event_type_ids"] = List(ClassLabel(names=self.event_types))
+        return Dataset(table, info=DatasetInfo(features=features))
 
     def tokenizer(self) -> BlossomRecTokenizer:
         """The tokenizer of the data set."""
@@ -121,8 +131,8 @@ class EventTable:
         Writes the data set to one `.safetensors` file, atomically.
 
         The tensors are `offsets`, `events.NAME`, `users.NAME` (texts as UTF-8 bytes with `users.NAME.offsets`) and
-        `files.NAME`; the metadata in the header are `format`, `version`, `repeat_share` and `sha256`, a checksum of the
-        rest.
+        `files.NAME`; the metadata in the header are `format`, `version`, `repeat_share`, `event_types` (a JSON list) and
+        `sha256`, a checksum of the rest.
         """
         tensors = {"offsets": self.offsets}
         tensors |= {f"events.{name}": values for name, values in self.events.items()}
@@ -137,6 +147,8 @@ class EventTable:
         metadata = {"format": FORMAT, "version": VERSION}
         if self.repeat_share is not None:
             metadata["repeat_share"] = repr(self.repeat_share)
+        if self.event_types is not None:
+            metadata["event_types"] = json.dumps(self.event_types)
         metadata["sha256"] = _checksum(tensors, metadata)
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata)
@@ -181,6 +193,7 @@ class EventTable:
             users,
             None if share is None else float(share),
             {name: content.tobytes() for name, content in parts["files"].items()},
+            json.loads(metadata["event_types"]) if "event_types" in metadata else None,
         )
 
 
@@ -211,6 +224,38 @@ class TableView(Sequence):
     def select(self, indices: Sequence[int] | np.ndarray) -> "TableView":
         """The view of some of the rows."""
         return TableView(self.table, self.rows[np.asarray(indices)], self.transform)
+
+
+def event_type_names(dataset: "Dataset | EventTable") -> list[str] | None:
+    """Names of the event types, in the order of `event_type_ids`; `None` if the data set has none, or only their numbers."""
+    if isinstance(dataset, EventTable):
+        return dataset.event_types
+    feature = getattr(dataset.features.get("event_type_ids"), "feature", None)
+    return None if getattr(feature, "names", None) is None else list(feature.names)
+
+
+def event_type_codes(names: Sequence[str] | None, wanted: Sequence[str]) -> np.ndarray:
+    """
+    int64 [names]: the id of each event type of a data set among the types `wanted` by a model, −1 for one that it lacks.
+
+    Raises:
+        ValueError: if the data set has no event types.
+    """
+    if names is None:
+        raise ValueError(
+            f"The model reads the event types {', '.join(wanted)}, but the data has none; name their column with `event_type`."
+        )
+    if unknown := [name for name in names if name not in wanted]:
+        logger.warning("The event types %s are unknown to the model, which reads %s", unknown, list(wanted))
+    return np.array([wanted.index(name) if name in wanted else UNKNOWN_TYPE for name in names], np.int64)
+
+
+def recode_event_types(table: EventTable, wanted: Sequence[str] | None) -> EventTable:
+    """The table with the event type ids of a model that reads the types `wanted`; the same table if no id changes."""
+    if wanted is None or table.event_types == list(wanted):
+        return table
+    ids = event_type_codes(table.event_types, wanted)[table.events["event_type_ids"]]
+    return replace(table, events=table.events | {"event_type_ids": ids}, event_types=list(wanted))
 
 
 def _map_tensors(path: str | Path) -> dict[str, np.ndarray]:

@@ -1,15 +1,16 @@
 """A log that grows: sequences in another vocabulary, and new events after those of earlier logs."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, List
 
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
-from .event_table import EVENT_COLUMNS
+from .event_table import EVENT_COLUMNS, event_type_codes, event_type_names
 from .holdout import leave_one_out_ends
 from .splits import PARTS, item_counts, part_lengths
 
@@ -41,7 +42,27 @@ def recode(dataset: Dataset, source: BlossomRecTokenizer, target: BlossomRecToke
         lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(ids[items]))
         return table.set_column(table.column_names.index("input_ids"), "input_ids", lists)
 
-    return dataset.with_format("arrow").map(recode_batch, batched=True, keep_in_memory=True).with_format(None)
+    rows = dataset.with_format("arrow").map(recode_batch, batched=True, keep_in_memory=True, features=dataset.features)
+    return rows.with_format(None)
+
+
+def recode_dataset_types(dataset: Dataset, wanted: Sequence[str] | None) -> Dataset:
+    """
+    A Dataset with the event type ids of a model that reads the types `wanted`, in memory; the same Dataset if no id changes.
+    """
+    names = event_type_names(dataset)
+    if wanted is None or names == list(wanted):
+        return dataset
+    codes = event_type_codes(names, wanted)
+
+    def recode_batch(table: pa.Table) -> pa.Table:
+        types, offsets = _flatten(table, "event_type_ids")
+        lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(codes[types]))
+        return table.set_column(table.column_names.index("event_type_ids"), "event_type_ids", lists)
+
+    features = Features(dict(dataset.features) | {"event_type_ids": List(ClassLabel(names=list(wanted)))})
+    rows = dataset.with_format("arrow").map(recode_batch, batched=True, keep_in_memory=True, features=features)
+    return rows.with_format(None)
 
 
 def join_logs(old: Dataset | None, new: Dataset) -> Dataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from .event_table import EventTable
 from .splits import PARTS, event_batches, numbers
-from .time_units import duration_seconds
+from .time_units import as_seconds, duration_seconds
 
 
 if TYPE_CHECKING:
@@ -195,17 +194,7 @@ def choose_fold(dataset: Dataset | EventTable, number: int) -> Dataset | EventTa
 def _second(dataset: Dataset | EventTable, name: str, time: float | str) -> float:
     """A time that is given as seconds, a date or a share of the events, in seconds."""
     if isinstance(time, str):
-        try:
-            time = float(time)
-        except ValueError:
-            try:
-                date = datetime.fromisoformat(time)
-            except ValueError as error:
-                raise ValueError(
-                    f"{name} is {time!r}; it may be a number of seconds, a date such as 2024-01-31, or a share of the events "
-                    "between 0 and 1."
-                ) from error
-            return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
+        time = as_seconds(name, time, "a share of the events between 0 and 1")
     if not 0 < time < 1:
         return time
     batches = [times for times, _ in event_batches(dataset, "timestamps") if times.size]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .event_table import USERS_A_BATCH, EventTable, TableView
+from .event_table import USERS_A_BATCH, EventTable, TableView, event_type_names
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def split(
         dataset: from [`build_sequences`], or as an [`EventTable`].
         part (`"train"`, `"validation"` or `"test"`): the part.
         max_length (`int`, *optional*): number of latest items in `input_ids`; by default, all.
-        columns: other columns of the events of `input_ids` to have in the view, such as `timestamps`.
+        columns: other columns of the events to have in the view, such as `timestamps`. For validation and test, those of the
+            events in `target_ids` are `target_timestamps` and so on.
         counts (int64 [vocab_size], *optional*): training frequencies from [`item_counts`]. If given, an item that never
             occurs in training, as after a split by time, is `[UNK]` in validation and test histories and no target; the
             log counts these targets.
@@ -71,7 +72,7 @@ def split(
             f"columns has {', '.join(sorted(missing))}, but the data set has {', '.join(dataset.column_names)}; prepare "
             "the log with these columns, or leave them out."
         )
-    rows, reasons = _usable_rows(dataset, part, counts)
+    rows, reasons = _usable_rows(dataset, part, counts, log_unseen=True)
     if len(rows) < len(dataset):
         listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         logger.warning("%s: dropped %d of %d users: %s", part, len(dataset) - len(rows), len(dataset), listed)
@@ -112,13 +113,26 @@ def part_lengths(dataset: Dataset | EventTable, part: str) -> tuple[np.ndarray, 
     return history, target - history
 
 
-def has_users(dataset: Dataset | EventTable, part: Literal["train", "validation", "test"]) -> bool:
-    """Whether any user has enough events for `part`."""
-    return bool(len(_usable_rows(dataset, part)[0]))
+def has_users(
+    dataset: Dataset | EventTable, part: Literal["train", "validation", "test"], counts: np.ndarray | None = None
+) -> bool:
+    """Whether any user has enough events for `part`; with `counts`, see [`split`], also a target that occurs in training."""
+    return bool(len(_usable_rows(dataset, part, counts)[0]))
+
+
+def target_types(dataset: Dataset | EventTable) -> list[str] | None:
+    """Names of the event types that are targets; `None` if all are, or the data set has no event types."""
+    names = event_type_names(dataset)
+    if names is None or "weights" not in dataset.column_names:
+        return None
+    found = np.zeros(len(names), bool)
+    for (types, _), (weights, _) in zip(event_batches(dataset, "event_type_ids"), event_batches(dataset, "weights")):
+        found[np.unique(types[(weights > 0) & (types >= 0)])] = True
+    return None if found.all() else [name for name, is_target in zip(names, found) if is_target]
 
 
 def _usable_rows(
-    dataset: Dataset | EventTable, part: str, counts: np.ndarray | None = None
+    dataset: Dataset | EventTable, part: str, counts: np.ndarray | None = None, *, log_unseen: bool = False
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The indices of the users with enough events for `part`, and the number of other users by reason."""
     history, events = part_lengths(dataset, part)
@@ -131,7 +145,8 @@ def _usable_rows(
         if counts is not None:
             known = _count_targets(dataset, history, history + events, np.asarray(counts) > 0)
             dropped, total = int((targets - known).sum()), int(targets.sum())
-            logger.warning("%s: %d of %d targets never seen in training, dropped", part, dropped, total)
+            if log_unseen:
+                logger.warning("%s: %d of %d targets never seen in training, dropped", part, dropped, total)
             tests["whose targets never occur in training"] = known >= 1
     if "part" in dataset.column_names:
         tests = {"of the other parts": numbers(dataset, "part") == PARTS.index(part)} | tests
@@ -248,20 +263,34 @@ class _View:
             rows[name] = self._latest([values[:stop] for values, stop in zip(batch[name], stops)])
         rows["target_ids"] = [[] for _ in histories]
         if self.part != "train":
-            ends = zip(batch["input_ids"], stops, batch[f"{self.part}_end"])
-            targets = [events[stop:end] for events, stop, end in ends]
-            if "weights" in batch:
-                ends = zip(batch["weights"], stops, batch[f"{self.part}_end"])
-                weights = [values[stop:end] for values, stop, end in ends]
-                targets = [[item for item, w in zip(*pair) if w > 0] for pair in zip(targets, weights)]
-            if unseen is not None:
-                targets = [[item for item in items if not unseen[item]] for items in targets]
-            rows["target_ids"] = targets
+            ends = list(zip(stops, batch[f"{self.part}_end"]))
+            targets = [events[stop:end] for events, (stop, end) in zip(batch["input_ids"], ends)]
+            keep = self._kept_targets(batch, ends, targets)
+            rows["target_ids"] = _chosen(targets, keep)
+            for name in self.columns:
+                values = [values[stop:end] for values, (stop, end) in zip(batch[name], ends)]
+                rows[f"target_{name}"] = _chosen(values, keep)
             rows["seen_ids"] = histories
         return rows
 
+    def _kept_targets(self, batch: dict[str, list], ends: list, targets: list) -> list[list[bool]] | None:
+        """Which events of each user are targets; `None` for all of them."""
+        keep = None
+        if "weights" in batch:
+            keep = [[w > 0 for w in values[stop:end]] for values, (stop, end) in zip(batch["weights"], ends)]
+        if self.unseen is not None:
+            keep = [[True] * len(items) for items in targets] if keep is None else keep
+            keep = [[k and not self.unseen[x] for x, k in zip(items, row)] for items, row in zip(targets, keep)]
+        return keep
+
     def _latest(self, lists: list) -> list:
         return lists if self.max_length is None else [values[-self.max_length :] for values in lists]
+
+
+def _chosen(lists: list, keep: list[list[bool]] | None) -> list:
+    if keep is None:
+        return lists
+    return [[value for value, kept in zip(values, row) if kept] for values, row in zip(lists, keep)]
 
 
 def item_counts(dataset: Dataset | EventTable, vocab_size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Units of times and durations."""
 
 import re
+from datetime import UTC, datetime
 
 
 _YEAR_2100 = 4_102_444_800  # in seconds
@@ -30,3 +31,28 @@ def duration_seconds(name: str, duration: str) -> float:
             f"{name} is {duration!r}; it may be a number of seconds, minutes, hours or days, such as 90s, 30m, 12h or 7d."
         )
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+
+
+def as_seconds(name: str, time: float | str, or_else: str | None = None) -> float:
+    """
+    A number of seconds, or a date as ISO 8601 writes it (UTC if it has no time zone), in seconds since 1970.
+
+    Args:
+        name: the option, for the error message.
+        or_else: what else the option may be, for the error message.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    try:
+        return float(time)
+    except ValueError:
+        pass
+    try:
+        date = datetime.fromisoformat(time)
+    except ValueError as error:
+        others = "a number of seconds or a date such as 2024-01-31"
+        if or_else is not None:
+            others = f"a number of seconds, a date such as 2024-01-31, or {or_else}"
+        raise ValueError(f"{name} is {time!r}; it may be {others}.") from error
+    return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
