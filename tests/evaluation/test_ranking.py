@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from small_cases import make_model
 
 from blossomrec_hf.data import item_counts, split
-from blossomrec_hf.evaluation import HeldOutItems, evaluate, rank_by_scores, rank_held_out_items
+from blossomrec_hf.evaluation import HeldOutItems, evaluate, model_scores, rank_by_scores, rank_held_out_items
 from blossomrec_hf.evaluation import ranking as evaluation_module
 from blossomrec_hf.evaluation.ranking import COMPILE_BATCHES, worth_compiling
 
@@ -60,9 +60,9 @@ def test_ranks_are_those_of_the_protocol(monkeypatch, max_tokens, max_scores, co
     monkeypatch.setattr(evaluation_module, "MAX_SCORES", max_scores)
     decimals = 1 if coarse else 12
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    exact_scores = evaluation_module.last_item_scores
+    exact_scores = model_scores.last_item_scores
     monkeypatch.setattr(
-        evaluation_module, "last_item_scores", lambda *inputs: exact_scores(*inputs).round(decimals=decimals)
+        model_scores, "last_item_scores", lambda *inputs: exact_scores(*inputs).round(decimals=decimals)
     )
     model = make_model(40, attention_types=["full", "short_term"], initializer_range=0.1).double()
     model.item_counts.copy_(torch.randint(0, 5, (40,)))

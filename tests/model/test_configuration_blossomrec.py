@@ -40,6 +40,21 @@ def test_two_configurations_share_no_rope_parameters():
     assert given == {"rope_theta": 500.0}
 
 
+@pytest.mark.parametrize(
+    ("settings", "columns", "uses_now"),
+    [
+        ({}, (), False),
+        ({"time_features": ["previous_gap"]}, ("timestamps",), False),
+        ({"time_features": ["previous_gap", "hour"]}, ("timestamps",), True),
+        ({"time_features": ["next_gap"], "event_types": ["view", "buy"]}, ("timestamps", "event_type_ids"), True),
+        ({"event_types": ["view", "buy"]}, ("event_type_ids",), False),
+    ],
+)
+def test_the_columns_that_a_model_reads_follow_from_its_features(settings, columns, uses_now):
+    config = BlossomRecConfig(**settings)
+    assert (config.event_columns, config.uses_now) == (columns, uses_now)
+
+
 def test_unknown_keys_are_kept_as_in_transformers():
     assert BlossomRecConfig(trained_on="clicks").trained_on == "clicks"
 

@@ -11,7 +11,7 @@ from small_cases import make_model
 from torch.testing._internal.two_tensor import TwoTensor
 
 from blossomrec_hf import BlossomRecCache, BlossomRecForSequentialRecommendation
-from blossomrec_hf.evaluation.ranking import last_item_scores
+from blossomrec_hf.evaluation.model_scores import last_item_scores
 from blossomrec_hf.model import attention_blossomrec, ranking_blossomrec
 from blossomrec_hf.model.modules_blossomrec import dense_weight, is_plain, weights_fingerprint
 from blossomrec_hf.model.packing_blossomrec import pack_histories

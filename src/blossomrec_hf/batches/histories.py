@@ -109,6 +109,11 @@ class HistoryStore(Dataset):
         for batch in _row_batches(rows):
             if "basket_starts" in batch:
                 values.setdefault("basket_starts", [])
+            if missing := [name for name in values if name not in batch]:
+                raise ValueError(
+                    f"`columns` has {', '.join(missing)}, but the rows have {', '.join(batch)}; make the view with "
+                    f"`split(dataset, part, columns={list(columns)})`."
+                )
             for name, lists in values.items():
                 lists += batch[name]
             if "weights" not in columns:
@@ -174,6 +179,26 @@ class HistoryStore(Dataset):
         store = copy.copy(self)
         rows = np.asarray(rows, dtype=np.int64)
         store._set_spans(self.starts[rows], self.lengths[rows], self.num_known[rows])
+        return store
+
+    def with_columns(self, names: Sequence[str]) -> HistoryStore:
+        """
+        The store with `input_ids`, `basket_starts` and the named columns alone, which it shares.
+
+        Raises:
+            ValueError: if a column is missing.
+        """
+        if missing := [name for name in names if name not in self.columns]:
+            raise ValueError(
+                f"`columns` has {', '.join(missing)}, but the histories have {', '.join(self.columns)}; make the store with "
+                f"columns={list(names)}."
+            )
+        kept = [name for name in self.columns if name in ("input_ids", "basket_starts", *names)]
+        if len(kept) == len(self.columns):
+            return self
+        store = copy.copy(self)
+        store._weights = self.weights
+        store.columns = {name: self.columns[name] for name in kept}
         return store
 
     def set_epoch(self, epoch: int) -> None:

@@ -7,16 +7,19 @@ with its standard error from a bootstrap over users. Both groups must have been 
     blossomrec evaluate --models runs/blossom-1 runs/blossom-2 --max_length 1000 --output_dir reports/blossom ...
     blossomrec evaluate --models runs/full-1 runs/full-2 --max_length 200 --output_dir reports/full ...
     blossomrec compare --reports reports/blossom reports/full --first "runs/blossom-*" --second "runs/full-*"
+    blossomrec compare --reports reports/times --first "runs/times-*, with now" --second "runs/times-*"
 """
 
 import argparse
 import fnmatch
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from ..evaluation import paired_difference, per_user_metrics
+from ..evaluation.reports import NOW_LABEL
 from ..utils.command_line import HelpFormatter, exit_on_error
 
 
@@ -58,6 +61,12 @@ def read_ranks(folders: list[str]) -> tuple[dict[str, dict[str, np.ndarray]], di
     return dict(sorted(ranks.items())), {name: files[0][name] for name in COMMON}
 
 
+def choose_models(names: Iterable[str], pattern: str) -> list[str]:
+    """The names that match a pattern. A model with now is another one, which only patterns with its ending match."""
+    with_now = pattern.endswith(NOW_LABEL)
+    return fnmatch.filter([name for name in names if name.endswith(NOW_LABEL) == with_now], pattern)
+
+
 @exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -71,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the bootstrap.")
     args = parser.parse_args()
     ranks, common = read_ranks(args.reports)
-    models = {side: fnmatch.filter(ranks[""], getattr(args, side)) for side in ("first", "second")}
+    models = {side: choose_models(ranks[""], getattr(args, side)) for side in ("first", "second")}
     for side, names in models.items():
         if not names:
             parser.error(f"--{side} is {getattr(args, side)}; the reports have {', '.join(ranks[''])}")

@@ -9,8 +9,11 @@ are excluded from the ranking. Otherwise nothing is excluded, and repeated and n
 Metrics that end in `_uni100` rank each target among 100 sampled items, as RecBole does, and those that end in `_given99` among
 the 99 items of the user in the file of `--negatives`.
 
+A model whose time features depend on "now", the time of the event to be predicted, is evaluated twice: without and with now.
+
 The baselines are the most popular items, overall and in the 7 days before the user's latest event (if the log has times), the
-user's most frequent items, and the items that followed the user's last item in training.
+user's most frequent items, and the items that followed the user's last item in training. If the log has event types, the items
+that the user viewed most recently; if a model sees now, the items that are popular after a gap as long as the one before now.
 
 Output files: `evaluation.json` (metrics with bootstrap intervals, also by history length, coverage and popularity lift),
 `evaluation.md` (a table), and `ranks.npz` (all ranks, for `blossomrec compare`).
@@ -18,21 +21,25 @@ Output files: `evaluation.json` (metrics with bootstrap intervals, also by histo
 
 import logging
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
-from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import HistoryStore
-from ..data import item_counts, split
+from ..data import EventTable, item_counts, split
 from ..data.splits import user_ids
+from ..data.time_units import as_seconds
 from ..evaluation import (
     PROTOCOL,
     HeldOutItems,
     LastItemNeighbors,
     PopularityScores,
+    RecentlyViewed,
     RecentPopularity,
     UserFrequentItems,
     describe_evaluation,
@@ -40,6 +47,8 @@ from ..evaluation import (
     rank_by_scores,
     rank_held_out_items,
 )
+from ..evaluation.model_scores import nows_of
+from ..evaluation.reports import NOW_LABEL
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.environment import describe_environment
@@ -80,6 +89,13 @@ class EvaluationArguments:
             "in place of such items."
         },
     )
+    test_after: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate only users whose last input and held-out events are at this time or later: seconds since 1970, or a "
+            "date (UTC). By default, all users."
+        },
+    )
     exclude_seen: bool | None = field(
         default=None,
         metadata={
@@ -101,6 +117,48 @@ class EvaluationArguments:
             raise ValueError("`models` must name at least one folder of a checkpoint.")
         if self.negatives is not None and not Path(self.negatives).is_file():
             raise ValueError(f"`negatives` is {self.negatives!r}, which is no file; give the path of one.")
+        if self.test_after is not None:
+            as_seconds("`test_after`", self.test_after)
+
+
+def common_event_types(configs: Mapping[str, BlossomRecConfig]) -> list[str] | None:
+    """
+    The event types that the models read; `None` if none of them reads any.
+
+    Raises:
+        ValueError: if two of them read other types.
+    """
+    by_model = {folder: config.event_types for folder, config in configs.items() if config.event_types is not None}
+    (first, types), *others = by_model.items() or [(None, None)]
+    for folder, other in others:
+        if other != types:
+            raise ValueError(
+                f"`models`: {folder} reads the event types {', '.join(other)}, and {first} {', '.join(types)}; evaluate them in "
+                "two runs."
+            )
+    return types
+
+
+def make_baselines(
+    dataset: EventTable, part: str, held_out: HeldOutItems, counts: np.ndarray, device: torch.device
+) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:
+    """The baselines that a log has, by name; see the description of the command."""
+    training = HistoryStore.from_rows(split(dataset, "train"))
+    baselines = {
+        "most popular": PopularityScores(counts, device=device),
+        "user's most frequent": UserFrequentItems(held_out, counts, device=device),
+        "after the last item": LastItemNeighbors(training, held_out, counts, device=device),
+    }
+    if "event_type_ids" in dataset.column_names:
+        baselines["most recently viewed"] = RecentlyViewed(dataset, part, held_out, counts, device=device)
+    if "timestamps" in dataset.column_names:
+        recent = RecentPopularity(dataset, part, held_out, counts, device=device)
+        baselines["popular in the last 7 days"] = recent
+    else:
+        logging.warning(
+            "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
+        )
+    return baselines
 
 
 @exit_on_error()
@@ -110,6 +168,12 @@ def main() -> None:
     require_folder(args.output_dir)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
+
+    configs = {folder: load_checkpoint(BlossomRecConfig, folder, "models") for folder in args.models}
+    test_after = None if args.test_after is None else as_seconds("`test_after`", args.test_after)
+    event_types = common_event_types(configs)
+    read = {name for config in configs.values() for name in config.event_columns}
+    needed = read | (set() if test_after is None else {"timestamps"})
 
     ranks, reports, tokenizers = {}, {}, []
     for folder in args.models:
@@ -121,10 +185,12 @@ def main() -> None:
                 raise ValueError(
                     f"`models`: {folder} has another catalog than {args.models[0]}; evaluate them in two runs."
                 )
-            dataset, _ = log_args.read_table(tokenizer)
+            dataset, _ = log_args.read_table(tokenizer, event_types)
             counts = item_counts(dataset, len(tokenizer))
-            view = split(dataset, args.part, counts=counts if args.known_targets else None)
-            held_out = HeldOutItems.from_rows(view, max_length=args.max_length)
+            view = split(dataset, args.part, columns=sorted(needed), counts=counts if args.known_targets else None)
+            held_out = HeldOutItems.from_rows(
+                view, max_length=args.max_length, columns=sorted(read), test_after=test_after
+            )
             if args.negatives is not None:
                 ranking["negatives"] = held_out.read_negatives(args.negatives, tokenizer, user_ids(dataset))
             ranking["top_k"] = min(max(args.ks), tokenizer.num_items)
@@ -139,25 +205,17 @@ def main() -> None:
                 )
             ranking["exclude_seen"] = model.config.exclude_seen
         tokenizers.append(tokenizer)
-        ranks[folder] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, **ranking)
-    training = HistoryStore.from_rows(split(dataset, "train"))
-    device = {"device": accelerator.device}
-    baselines = {"most popular": PopularityScores(counts, **device)}
-    baselines["user's most frequent"] = UserFrequentItems(held_out, counts, **device)
-    baselines["after the last item"] = LastItemNeighbors(training, held_out, counts, **device)
-    if "timestamps" in dataset.column_names:
-        baselines["popular in the last 7 days"] = RecentPopularity(dataset, args.part, held_out, counts, **device)
-    else:
-        logging.warning(
-            "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
-        )
+        for now in nows_of(model.config, None):
+            name = f"{folder}{NOW_LABEL if now else ''}"
+            ranks[name] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, now=now, **ranking)
+    baselines = make_baselines(dataset, args.part, held_out, counts, accelerator.device)
     for name, scores in baselines.items():
         ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)
     if not accelerator.is_main_process:
         return
 
     for name, of_name in ranks.items():
-        reports[name] = describe_evaluation(
+        described = describe_evaluation(
             of_name,
             held_out,
             item_counts=counts,
@@ -166,6 +224,7 @@ def main() -> None:
             samples=args.samples,
             seed=args.seed,
         )
+        reports[name] = {"sees_now": name.endswith(NOW_LABEL), **described}
     arguments = {**asdict(log_args), **asdict(args)}
     report = {"arguments": arguments, "protocol": PROTOCOL, **describe_environment(), "reports": reports}
     arrays = {
@@ -182,6 +241,8 @@ def main() -> None:
         write_json(folder / "evaluation.json", report)
         np.savez_compressed(folder / "ranks.npz", **arrays)
         (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
+    if test_after is not None:
+        print(f"Users whose last input and held-out events are at {args.test_after} or later: ", end="")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
     print(
         f"{len(held_out)} users, {tokenizer.num_items} items; {held_out.repeat_share:.1%} of the held-out items already ",

@@ -19,7 +19,9 @@ import torch
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from ..data import EventTable, has_users, hold_out_nothing, item_counts, split
 from ..data.event_table import METADATA_FILE, TableView
+from ..data.splits import target_types
 from ..evaluation import HeldOutItems, append_result, evaluate, read_results
+from ..evaluation.ranking import NOW_SUFFIX
 from ..sharing.cards import write_card
 from ..sharing.summary import write_summary
 from ..training import (
@@ -76,6 +78,20 @@ class ModelArguments:
         default=0.3,
         metadata={"help": "Dropout probability after the embedding, the attention and the feed-forward block."},
     )
+    time_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the model reads of the times of events, separated by commas: previous_gap, next_gap, next_gap_input, "
+            "hour, weekday. By default, nothing."
+        },
+    )
+    time_zone: str = field(default="UTC", metadata={"help": "Time zone of hour and weekday, such as Europe/Berlin."})
+    event_types: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the types of events (see event_type). With targets, the model predicts events of their types."
+        },
+    )
     config_overrides: str = field(
         default="{}",
         metadata={"help": 'Other settings of BlossomRecConfig as JSON, for example {"objective": "gbce"}.'},
@@ -110,6 +126,13 @@ class OutputArguments:
     eval_negatives: int = field(
         default=0,
         metadata={"help": "Also rank each test item among this many sampled items (usually 100); 0 for none."},
+    )
+    known_targets: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop validation and test targets whose item never occurs in the training part of the log, and count them. "
+            "Histories have [UNK] in place of such items."
+        },
     )
     refit: bool = field(
         default=False,
@@ -153,18 +176,20 @@ def main() -> None:
 
     # Without held-out items, the model is trained to the last epoch.
     views: dict[str, TableView | None] = {"validation": None, "test": None}
+    counts = model.item_counts.numpy() if output_args.known_targets else None
     for part in views:
-        if has_users(dataset, part):
-            views[part] = split(dataset, part, max_length=args.max_length)
+        if has_users(dataset, part, counts):
+            views[part] = split(dataset, part, max_length=args.max_length, columns=config.event_columns, counts=counts)
         else:
             logger.warning("No user has an item to predict for %s, so there are no %s metrics.", part, part)
     if output_args.eval_negatives and views["test"] is not None:
         # Fails before the training if a user has interacted with every item.
         HeldOutItems.from_rows(views["test"]).sample_negatives(output_args.eval_negatives, vocab_size=len(tokenizer))
     train_length = args.max_length if args.windows == "latest" else None
-    train_view = split(dataset, "train", max_length=train_length)
+    train_view = split(dataset, "train", max_length=train_length, columns=config.event_columns)
     watched = views["validation"] or train_view
-    callbacks = [SelectionWatch(watched, max_length=args.max_length)] if output_args.watch else []
+    watch = {"max_length": args.max_length, "columns": config.event_columns}
+    callbacks = [SelectionWatch(watched, **watch)] if output_args.watch else []
     loop = TrainingLoop(
         model,
         train_view,
@@ -192,7 +217,7 @@ def main() -> None:
         figures["validation"] = result.best_figures
 
     configuration = {**asdict(log_args), **asdict(model_args), **args.resume_critical_args()}
-    for name in ("eval_negatives", "all_and_unseen"):
+    for name in ("eval_negatives", "all_and_unseen", "known_targets"):
         if value := getattr(output_args, name):
             configuration[name] = value
     run = {"seed": configuration.pop("seed"), "configuration": configuration, **figures}
@@ -237,7 +262,7 @@ def main() -> None:
     if output_args.refit:
         everything, folder = hold_out_nothing(dataset), refit_folder(args)
         model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share)
-        refit_view = split(everything, "train", max_length=train_length)
+        refit_view = split(everything, "train", max_length=train_length, columns=config.event_columns)
         refitted = refit(model, refit_view, result, args=args, tokenizer=tokenizer)
         if accelerator.is_main_process:
             run.pop("test", None)
@@ -256,10 +281,34 @@ def new_model(
     settings = asdict(model_args)
     attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
     settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
-    settings |= json.loads(settings.pop("config_overrides"))
+    settings |= event_settings(model_args, dataset) | json.loads(settings.pop("config_overrides"))
     config = BlossomRecConfig(vocab_size=vocab_size, **settings)
+    if missing := [name for name in config.event_columns if name not in dataset.column_names]:
+        raise ValueError(
+            f"The model reads {' and '.join(missing)} of events, but the data has {', '.join(dataset.column_names)}; name the "
+            "columns of the log with `timestamp` and `event_type`, or drop `time_features` or `event_types`."
+        )
     counts = item_counts(dataset, vocab_size)
     return initialize_model(config, seed=seed, counts=counts, attn_implementation=attn_implementation)
+
+
+def event_settings(model_args: ModelArguments, dataset: EventTable) -> dict[str, list[str] | None]:
+    """
+    The settings of `BlossomRecConfig` for times and event types, with the names of the types in the data.
+
+    Raises:
+        ValueError: if event types are to be read, but the data has none.
+    """
+    features = model_args.time_features
+    settings = {"time_features": None if features is None else [name.strip() for name in features.split(",")]}
+    settings |= {"event_types": None, "target_event_types": None}
+    if model_args.event_types:
+        if dataset.event_types is None:
+            raise ValueError(
+                "`event_types` is true, but the data has no event types; name their column with `event_type`."
+            )
+        settings |= {"event_types": dataset.event_types, "target_event_types": target_types(dataset)}
+    return settings
 
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
@@ -268,7 +317,9 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
     kinds = {"": "unseen items" if exclude_seen else "all items", "_repeated": "repeated", "_new": "new"}
     kinds |= {"_all": "all items", "_unseen": "unseen items"}
     for suffix in dict.fromkeys(re.fullmatch(r"\w+@\d+(.*)", name)[1] for name in figures):
-        kind = kinds.get(suffix) or f"{suffix.removeprefix('_uni')} drawn"
+        protocol = suffix.removesuffix(NOW_SUFFIX)
+        kind = kinds.get(protocol) or f"{protocol.removeprefix('_uni')} drawn"
+        kind += ", now known" if suffix != protocol else ""
         for name in ("recall", "ndcg", "mrr"):
             row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
             print(f"{name + ', ' + kind:<24}{row}")
@@ -276,8 +327,15 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
 
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     """Print ten recommendations for one user."""
-    history = torch.as_tensor(row.get("seen_ids", row["input_ids"]), device=model.device)[None]
-    recommended = model.recommend(history, top_k=min(10, tokenizer.num_items), max_length=max_length)
+    events = {name: torch.as_tensor(row[name], device=model.device)[None] for name in model.config.event_columns}
+    history = torch.as_tensor(row["input_ids"], device=model.device)[None]
+    recommended = model.recommend(
+        history,
+        top_k=min(10, tokenizer.num_items),
+        exclude_ids=row.get("seen_ids", row["input_ids"]) if model.config.exclude_seen else None,
+        max_length=max_length,
+        **events,
+    )
     found = recommended.item_ids[0] >= 0
     items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
     print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")

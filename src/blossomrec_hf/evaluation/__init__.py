@@ -1,9 +1,16 @@
 """Ranking of held-out items, metrics, baselines, reports and paired comparisons."""
 
-from .baselines import LastItemNeighbors, PopularityScores, RecentPopularity, UserFrequentItems
+from .baselines import (
+    LastItemNeighbors,
+    PopularityScores,
+    RecentlyViewed,
+    RecentPopularity,
+    UserFrequentItems,
+)
 from .held_out import HeldOutItems, sample_users
 from .metrics import per_user_metrics, ranking_metrics
-from .ranking import ModelScores, Ranks, evaluate, rank_by_scores, rank_held_out_items
+from .model_scores import ModelScores
+from .ranking import Ranks, evaluate, rank_by_scores, rank_held_out_items
 from .reports import PROTOCOL, bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 
@@ -16,6 +23,7 @@ __all__ = [
     "PopularityScores",
     "Ranks",
     "RecentPopularity",
+    "RecentlyViewed",
     "UserFrequentItems",
     "append_result",
     "bootstrap_means",

@@ -1,6 +1,6 @@
 """
-Baselines without training: the most popular items, overall and of the last days, the items that follow the user's last item,
-and the user's most frequent items.
+Baselines without training: the most popular items, overall, of the last days, and after a gap as long as that before the event
+to be predicted; the items that follow the user's last item; and the user's most frequent and most recently viewed items.
 
 Each of them ranks by its own count. Items with equal counts are ranked by their training frequency, and share their ranks if
 that is equal, too.
@@ -8,6 +8,7 @@ that is equal, too.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +98,58 @@ class UserFrequentItems:
         rows, entries = entries_of(self.held_out.history_offsets, users)
         items, counts = self.held_out.history_items[entries], self.held_out.history_counts[entries]
         return add_counts(self.popularity, len(users), rows, items, counts)
+
+
+class RecentlyViewed:
+    """
+    Scores the items of the user's history by how recently they were viewed, the latest first: of a log with targets, the items
+    of events that are no targets (weight 0), otherwise all. Other items are ordered by training frequency.
+
+    Args:
+        dataset: a data set of [`~blossomrec_hf.data.build_sequences`].
+        part: the part whose users are scored, `validation` or `test`.
+        held_out: the users to score.
+        item_counts: int [vocab_size], how often each item occurs in training.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | EventTable,
+        part: str,
+        held_out: HeldOutItems,
+        item_counts: np.ndarray | torch.Tensor,
+        *,
+        device: torch.device | str = "cpu",
+    ):
+        self.popularity = tie_breaker(item_counts, device)
+        history = part_lengths(dataset, part)[0]
+        weighted = "weights" in dataset.column_names
+        weights = event_batches(dataset, "weights") if weighted else repeat((None, None))
+        users, places, items, first = [], [], [], 0
+        for (batch, lengths), (weight, _) in zip(event_batches(dataset), weights):
+            user = np.repeat(np.arange(first, first + len(lengths)), lengths)
+            place = np.arange(len(batch)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            viewed = (place < history[user]) & (batch >= NUM_SPECIAL_IDS) & (True if weight is None else weight == 0)
+            for kept, values in ((users, user), (places, place), (items, batch)):
+                kept.append(values[viewed].astype(np.int64))
+            first += len(lengths)
+        users, places, items = (np.concatenate(parts) for parts in (users, places, items))
+        # The latest event of each user and item, and then the order of these items by time.
+        latest_first = np.lexsort((-places, items, users))
+        users, places, items = users[latest_first], places[latest_first], items[latest_first]
+        latest = np.append(True, (np.diff(users) != 0) | (np.diff(items) != 0))[: len(users)]
+        users, places, items = users[latest], places[latest], items[latest]
+        in_order = np.lexsort((places, users))
+        self.items = items[in_order]
+        offsets = np.searchsorted(users[in_order], np.arange(len(dataset) + 1))
+        row_of = {user: row for row, user in enumerate(user_ids(dataset))}
+        self.rows = np.array([row_of[user] for user in held_out.user_ids])
+        self.offsets = offsets
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        rows, entries = entries_of(self.offsets, self.rows[users])
+        order = 1 + entries - self.offsets[self.rows[users]][rows]  # 1 for the item viewed longest ago
+        return add_counts(self.popularity, len(users), rows, self.items[entries], order)
 
 
 class RecentPopularity:

@@ -1,14 +1,21 @@
 """The held-out items and the seen items of each user."""
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ..batches.histories import HistoryStore, concatenate, iterate_columns
-from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS, UNKNOWN_TIME, UNKNOWN_TYPE
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
+
+
+logger = logging.getLogger(__name__)
+
+# Columns of held-out events that a model may be told: the argument of `HeldOutItems`, and the value for an unknown one.
+_TOLD = {"timestamps": ("prediction_times", UNKNOWN_TIME), "event_type_ids": ("target_types", UNKNOWN_TYPE)}
 
 
 class HeldOutItems:
@@ -26,6 +33,8 @@ class HeldOutItems:
         seen_items, seen_offsets: the same items without the user's held-out items.
         repeated: bool [held-out items], whether the item occurs in its user's history.
         user_ids: the raw ids of the users.
+        prediction_times: int64 [users], seconds: the time of each user's first held-out event ("now"); `None` if unknown.
+        target_types: int64 [users], the event type of each user's first held-out event; `None` if unknown.
     """
 
     def __init__(
@@ -34,8 +43,12 @@ class HeldOutItems:
         targets: Sequence[Sequence[int]],
         seen: Sequence[Sequence[int]],
         user_ids: Sequence,
+        *,
+        prediction_times: np.ndarray | None = None,
+        target_types: np.ndarray | None = None,
     ):
         self.inputs = inputs
+        self.prediction_times, self.target_types = prediction_times, target_types
         self.user_ids = list(user_ids)
         distinct_targets = [np.unique(np.asarray(items, dtype=np.int64)) for items in targets]
         self.targets = np.concatenate([np.empty(0, dtype=np.int64), *distinct_targets])
@@ -59,7 +72,13 @@ class HeldOutItems:
 
     @classmethod
     def from_rows(
-        cls, rows: Dataset | Sequence[Mapping], *, max_length: int | None = None, num_users: int | None = None
+        cls,
+        rows: Dataset | Sequence[Mapping],
+        *,
+        max_length: int | None = None,
+        num_users: int | None = None,
+        columns: Sequence[str] = (),
+        test_after: float | None = None,
     ) -> "HeldOutItems":
         """
         Create it from a validation or test view.
@@ -69,24 +88,44 @@ class HeldOutItems:
                 defaults to `input_ids`.
             max_length: number of latest items that the model reads of each history. Defaults to all.
             num_users: number of users to sample, see [`sample_users`]. Defaults to all.
+            columns: other columns of the events that the model reads, see `BlossomRecConfig.event_columns`. The rows need
+                them, and `target_timestamps` or `target_event_type_ids` likewise: `split(dataset, "test", columns=...)`.
+            test_after: seconds. Keep the users whose last input and held-out events are at this time or later; the rows
+                need `timestamps` and `target_timestamps`. Defaults to all users.
 
         Raises:
-            ValueError: if no user has a held-out item.
+            ValueError: if no user has a held-out item, no user is late enough, or the rows lack a column.
         """
         rows = rows if num_users is None else sample_users(rows, num_users)
-        columns = getattr(rows, "column_names", None)
         first = rows[0] if len(rows) else {}
-        seen_column = "seen_ids" if "seen_ids" in (first or columns or ()) else "input_ids"
-        kept = [
-            row for row in iterate_columns(rows, "user_id", "input_ids", "target_ids", seen_column) if len(row[2]) > 0
-        ]
+        stored = first or getattr(rows, "column_names", None) or ()
+        seen_column = "seen_ids" if "seen_ids" in stored else "input_ids"
+        read = dict.fromkeys([*columns, *(() if test_after is None else ("timestamps",))])
+        read |= dict.fromkeys(f"target_{name}" for name in list(read) if name in _TOLD)
+        if first and (missing := [name for name in read if name not in first]):
+            raise ValueError(
+                f"`rows` has no {' and no '.join(missing)}; give the view `split(dataset, part, columns={_needed(read)})` of a "
+                "data set with these columns."
+            )
+        names = ("user_id", "input_ids", "target_ids", seen_column, *read)
+        kept = [row for row in iterate_columns(rows, *names) if len(row[2]) > 0]
         if not kept:
             raise ValueError(
                 f"`rows` has {len(rows)} users, but none of them has an item to predict; give a view such as "
                 '`split(dataset, "test")`.'
             )
-        user_ids, inputs, targets, seen = zip(*kept)
-        return cls(HistoryStore(*concatenate(inputs), max_length=max_length), targets, seen, user_ids)
+        by_name = dict(zip(names, zip(*kept)))
+        if test_after is not None:
+            by_name = _late_users(by_name, test_after)
+        items, offsets = concatenate(by_name["input_ids"])
+        values = {name: np.concatenate([np.asarray(row) for row in by_name[name]]) for name in columns}
+        return cls(
+            HistoryStore(items, offsets, max_length=max_length, columns=values),
+            by_name["target_ids"],
+            by_name[seen_column],
+            by_name["user_id"],
+            **first_held_out(by_name, columns),
+        )
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -196,6 +235,41 @@ class HeldOutItems:
             if found := next((item for item in items if input_ids[item] in held_out), None):
                 return f"has the item {found!r}, which is held out for this user"
         return None
+
+
+def first_held_out(rows: Mapping[str, Sequence], columns: Collection[str]) -> dict[str, np.ndarray]:
+    """
+    What [`HeldOutItems`] has of each user's first held-out event: arguments of it, int64 [users]; unknown without one.
+
+    Args:
+        rows: columns of the rows of a view, such as `target_timestamps`.
+        columns: columns of the events that the model reads.
+    """
+    return {
+        argument: np.array([values[0] if len(values) else unknown for values in rows[f"target_{name}"]], np.int64)
+        for name, (argument, unknown) in _TOLD.items()
+        if name in columns
+    }
+
+
+def _needed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith("target_")]
+
+
+def _late_users(rows: dict[str, tuple], time: float) -> dict[str, tuple]:
+    """The rows, by column, whose last input and held-out events are at `time` or later."""
+    inputs = np.array([row[-1] if len(row) else -np.inf for row in rows["timestamps"]])
+    targets = np.array([min(row) for row in rows["target_timestamps"]])
+    late = np.flatnonzero(np.minimum(inputs, targets) >= time)
+    logger.info(
+        "%d of %d users have their last input and their held-out events after %g", len(late), len(inputs), time
+    )
+    if not len(late):
+        raise ValueError(
+            f"`test_after` is {time:g}, but no user has an input and a held-out event so late (the latest held-out event is "
+            f"at {targets.max()}); give an earlier time, in seconds since 1970."
+        )
+    return {name: tuple(values[row] for row in late) for name, values in rows.items()}
 
 
 def sample_users(rows: Dataset | Sequence[Mapping], number: int, *, seed: int = 0) -> Dataset | list[Mapping]:

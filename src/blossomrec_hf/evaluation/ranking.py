@@ -3,7 +3,11 @@ Evaluation by full ranking: all items of the catalog are ranked for every user.
 
 The model reads the latest items of a user's history and scores all items except `[PAD]` and `[UNK]`. The rank of a held-out item
 is 1 + the number of items with a higher score + half of the number of other items with the same score. NaN counts as higher
-than any score, so a diverged model ranks last. The model does not see the time of the event to be predicted.
+than any score, so a diverged model ranks last.
+
+A model whose `time_features` depend on the time of the recommendation is evaluated twice: **without now**, and **with now**, the
+time of the event to be predicted (of the first one, if a user has several). The metrics with now end in `_now`, such as
+`ndcg@10_now`; no other metric depends on the time of the event to be predicted.
 
 - If at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: all items of the
   user's whole history (not only of the window that the model reads), except the held-out items.
@@ -15,30 +19,30 @@ are reported for any log.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from ..batches import budget_batches
 from ..batches.histories import to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
-from ..model.packing_blossomrec import pack_histories
 from ..model.ranking_blossomrec import top_of_rows
 from ..utils.environment import keep_compiled_code
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
 from .metrics import DEFAULT_KS, per_user_metrics
+from .model_scores import ModelScores, hold_out, is_sharded, nows_of
 
 
 ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
 REPEATED_SUFFIX, NEW_SUFFIX = "_repeated", "_new"
+NOW_SUFFIX = "_now"
 MAX_SCORES = 2**26  # scores in memory at a time: 256 MiB in float32
 # Compilation takes seconds and saves milliseconds per batch of 65,536 items.
 COMPILE_BATCHES = 2_000
@@ -124,6 +128,8 @@ def evaluate(
     negatives: np.ndarray | None = None,
     exclude_seen: bool | None = None,
     all_and_unseen: bool = False,
+    now: bool | None = None,
+    test_after: float | None = None,
     accelerator: Accelerator | None = None,
     compile: bool | None = None,
     progress: bool = True,
@@ -133,7 +139,8 @@ def evaluate(
 
     Args:
         model: a `BlossomRecForSequentialRecommendation` on its device, optionally wrapped by Accelerate.
-        view: a view of [`~blossomrec_hf.data.split`], rows of the same form, or [`HeldOutItems`].
+        view: a view of [`~blossomrec_hf.data.split`], rows of the same form, or [`HeldOutItems`]. A model of times or event
+            types needs them: `split(dataset, "test", columns=model.config.event_columns)`.
         ks: the cut-offs.
         max_length: number of latest items that the model reads of each history. Defaults to all.
         max_tokens: number of items per batch. At most `max_tokens` inputs and 2^26 scores are in memory at once.
@@ -144,6 +151,10 @@ def evaluate(
             excluded if `model.config.repeat_share` is at most 0.01. If that is `None`, the share of repeats among the
             held-out items decides.
         all_and_unseen: also report the metrics with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
+        now: whether the model is given the time of the event to be predicted. By default, a model whose `time_features`
+            depend on it (`model.config.uses_now`) is evaluated with and without it; other models, without.
+        test_after: seconds since 1970; only users whose last input and held-out events are at this time or later are
+            evaluated. The view needs the column `timestamps`.
         accelerator: distributes the users over its processes. Every process returns the metrics of all users.
         compile: whether to compile the model first, see `compile_for_inference`. By default, it is compiled on a GPU for 2,000
             batches or more.
@@ -151,24 +162,32 @@ def evaluate(
     Returns:
         `recall@k`, `ndcg@k`, `mrr@k` and `hit_rate@k`, means over users. If seen items are not excluded, also with the suffix
         `_repeated` (held-out items that occur in the user's history) and `_new` (all others). With `num_negatives`, also with
-        `_uni100` (or another number), among the sampled items; with `negatives`, with `_given99` (likewise).
+        `_uni100` (or another number), among the sampled items; with `negatives`, with `_given99` (likewise). All of them
+        without now, and the same names with `_now` appended with now.
 
     Raises:
-        ValueError: if no user has an item to predict, or an item is outside the model's vocabulary.
+        ValueError: if no user has an item to predict, an item is outside the model's vocabulary, the view lacks a column
+            that the model reads, or `now` is true for a model that does not depend on it.
     """
-    ranks = rank_held_out_items(
-        model,
-        view,
-        max_length=max_length,
-        max_tokens=max_tokens,
-        num_negatives=num_negatives,
-        negatives=negatives,
-        exclude_seen=exclude_seen,
-        accelerator=accelerator,
-        compile=compile,
-        progress=progress,
-    )
-    return ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+    config = (model if accelerator is None else accelerator.unwrap_model(model)).config
+    held_out = hold_out(view, config, max_length=max_length, test_after=test_after)
+    figures = {}
+    for with_now in nows_of(config, now):
+        ranks = rank_held_out_items(
+            model,
+            held_out,
+            max_tokens=max_tokens,
+            num_negatives=num_negatives,
+            negatives=negatives,
+            exclude_seen=exclude_seen,
+            now=with_now,
+            accelerator=accelerator,
+            compile=compile,
+            progress=progress,
+        )
+        metrics = ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+        figures |= {f"{name}{NOW_SUFFIX if with_now else ''}": value for name, value in metrics.items()}
+    return figures
 
 
 def check_metric(name: str) -> None:
@@ -177,10 +196,10 @@ def check_metric(name: str) -> None:
         ValueError: if `name` is not a metric that [`evaluate`] returns for every view.
     """
     names = per_user_metrics([1.0])
-    if name.removesuffix(ALL_SUFFIX).removesuffix(UNSEEN_SUFFIX) not in names:
+    if name.removesuffix(NOW_SUFFIX).removesuffix(ALL_SUFFIX).removesuffix(UNSEEN_SUFFIX) not in names:
         raise ValueError(
             f"`metric_for_best_model` must be one of {', '.join(names)}, or one of them with {ALL_SUFFIX} or "
-            f"{UNSEEN_SUFFIX} appended, got {name!r}."
+            f"{UNSEEN_SUFFIX}, and then {NOW_SUFFIX}, appended, got {name!r}."
         )
 
 
@@ -195,6 +214,7 @@ def rank_held_out_items(
     seed: int = 0,
     top_k: int = 0,
     exclude_seen: bool | None = None,
+    now: bool = False,
     accelerator: Accelerator | None = None,
     compile: bool | None = None,
     progress: bool = True,
@@ -206,17 +226,18 @@ def rank_held_out_items(
     Args:
         seed: seed of the sampled items.
         top_k: number of best items to return for each user.
+        now: whether the model is given the time of the event to be predicted.
         The other arguments are those of [`evaluate`].
     """
-    held_out = view if isinstance(view, HeldOutItems) else HeldOutItems.from_rows(view, max_length=max_length)
     autocast = nullcontext if accelerator is None else accelerator.autocast
     bare_model = model if accelerator is None else accelerator.unwrap_model(model)
+    held_out = hold_out(view, bare_model.config, max_length=max_length)
     if exclude_seen is None and bare_model.config.repeat_share is not None:
         exclude_seen = bare_model.config.exclude_seen
     device = next(bare_model.parameters()).device
     if compile is None:
         compile = worth_compiling(device, count_batches(held_out, max_tokens))
-    if compile and not _is_sharded(bare_model):
+    if compile and not is_sharded(bare_model):
         longest = max(1, int(held_out.inputs.lengths.max(initial=1)))
         max_users = max(1, min(MAX_SCORES // bare_model.config.vocab_size, len(held_out)))
         keep_compiled_code()
@@ -224,7 +245,7 @@ def rank_held_out_items(
             bare_model.compile_for_inference(max_tokens=max_tokens, max_histories=max_users, max_length=longest)
     with evaluating(bare_model):
         return rank_by_scores(
-            ModelScores(bare_model, held_out, autocast),
+            ModelScores(bare_model, held_out, autocast, now=now),
             held_out,
             vocab_size=bare_model.config.vocab_size,
             device=device,
@@ -390,53 +411,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-class ModelScores:
-    """
-    The scores of a model for users of `held_out`, see [`rank_by_scores`]. Users without a history get the item counts.
-
-    Args:
-        model: a `BlossomRecForSequentialRecommendation` without wrapper.
-        held_out: the held-out items.
-        autocast: returns the context in which the layers run.
-    """
-
-    def __init__(
-        self, model: nn.Module, held_out: HeldOutItems, autocast: Callable[[], AbstractContextManager] = nullcontext
-    ):
-        self.model = model
-        self.inputs = held_out.inputs
-        self.autocast = autocast
-
-    def __call__(self, users: np.ndarray) -> torch.Tensor:
-        if self.inputs.lengths[users[0]] == 0:
-            return self.model.item_counts.float().expand(len(users), -1)
-        return last_item_scores(self.model, self.inputs.pack(users), self.autocast)
-
-
-def last_item_scores(
-    model: nn.Module,
-    batch: dict[str, torch.Tensor | int],
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> torch.Tensor:
-    """
-    Compute the scores of all items at the last position of each packed history, float32 [histories, vocab_size].
-
-    Under mixed precision, the layers run in half precision, but the scores are computed in float32, because many items would
-    have equal scores in bfloat16. A sharded model (FSDP) returns its own logits, because its weights are only gathered in its
-    forward pass.
-    """
-    if _is_sharded(model):
-        return model(**batch, logits_to_keep=1).logits[:, -1].float()
-    histories = pack_histories(**batch, vocab_size=model.config.vocab_size)
-    with autocast():
-        last = model.base_model.encode(histories, last_only=True)
-    return nn.functional.linear(last.float(), model.item_vectors().float())
 
 
 def add_double_ranks(

@@ -326,6 +326,17 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
         return self.event_types.index(self.target_event_types[0]) if self.target_event_types else UNKNOWN_TYPE
 
     @property
+    def event_columns(self) -> tuple[str, ...]:
+        """The columns of the events that the model reads besides `input_ids`: `timestamps`, `event_type_ids`, both or none."""
+        features = {"timestamps": self.time_features, "event_type_ids": self.event_types}
+        return tuple(name for name, feature in features.items() if feature)
+
+    @property
+    def uses_now(self) -> bool:
+        """Whether the prediction depends on `prediction_time` ("now")."""
+        return any(name != "previous_gap" for name in self.time_features or ())
+
+    @property
     def exclude_seen(self) -> bool:
         """Whether items of the history are excluded from recommendations by default, see `repeat_share`."""
         return self.repeat_share is None or self.repeat_share <= MAX_REPEAT_SHARE

@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
 from ..batches.windows import WINDOWS
-from ..data.event_table import METADATA_FILE, EventTable
+from ..data.event_table import METADATA_FILE, EventTable, recode_event_types
 from ..data.filters import FilterReport
 from ..data.holdout import choose_fold
 from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
@@ -129,7 +129,8 @@ class LoopArguments:
         default="ndcg@10",
         metadata={
             "help": "Validation metric that selects the best weights. Seen items are excluded from the ranking if at most "
-            "1 %% of the test targets repeat one; ndcg@10_unseen always excludes them, ndcg@10_all never."
+            "1 %% of the test targets repeat one; ndcg@10_unseen always excludes them, ndcg@10_all never. With _now appended, "
+            "the model is given the time of the event to be predicted, which its time_features have to use."
         },
     )
     patience: int = field(
@@ -267,7 +268,9 @@ class LogArguments(FilterOptions, EventOptions, LogOptions, _LogSource):
     def _is_built(self) -> bool:
         return self.data is not None and all((Path(self.data) / x).is_file() for x in ("state.json", "tokenizer.json"))
 
-    def read_table(self, tokenizer: BlossomRecTokenizer | None = None) -> tuple[EventTable, BlossomRecTokenizer]:
+    def read_table(
+        self, tokenizer: BlossomRecTokenizer | None = None, event_types: Sequence[str] | None = None
+    ) -> tuple[EventTable, BlossomRecTokenizer]:
         """
         Read the log as an [`~blossomrec_hf.data.EventTable`]; arguments and errors as in [`~LogArguments.build`].
 
@@ -277,34 +280,46 @@ class LogArguments(FilterOptions, EventOptions, LogOptions, _LogSource):
         if self.is_exported:
             table, own = self._load_exported()
             if tokenizer is None or own.get_vocab().items() <= tokenizer.get_vocab().items():
-                return table, own if tokenizer is None else tokenizer
+                return recode_event_types(table, event_types), own if tokenizer is None else tokenizer
         dataset, tokenizer = self.build(tokenizer)
-        return EventTable.from_dataset(dataset), tokenizer
+        return recode_event_types(EventTable.from_dataset(dataset), event_types), tokenizer
 
-    def build(self, tokenizer: BlossomRecTokenizer | None = None) -> "tuple[Dataset, BlossomRecTokenizer]":
+    def build(
+        self, tokenizer: BlossomRecTokenizer | None = None, event_types: Sequence[str] | None = None
+    ) -> "tuple[Dataset, BlossomRecTokenizer]":
         """
         Read the log as sequences and their vocabulary, see [`~blossomrec_hf.data.build_sequences`]. A folder of
-        `blossomrec prepare` and a file of `blossomrec export --data` are loaded without further processing. If their vocabulary is not the start of
-        `tokenizer`'s, their items are looked up there ([`~blossomrec_hf.data.growth.recode`]).
+        `blossomrec prepare` and a file of `blossomrec export --data` are loaded without further processing.
+
+        Args:
+            tokenizer: the vocabulary of a model, in which the items are looked up unless its start is that of the data
+                ([`~blossomrec_hf.data.growth.recode`]). Defaults to that of the data.
+            event_types: the event types of a model, in which those of the data are looked up. Defaults to those of the data.
 
         Raises:
-            ValueError: if options for a log are given for prepared data, and for a damaged file or folder.
+            ValueError: if `event_types` is given for data without event types, if options for a log are given for prepared
+                data, and for a damaged file or folder.
         """
+        from ..data.growth import recode, recode_dataset_types
+
+        dataset, built = self._read_dataset(tokenizer)
+        dataset = dataset if tokenizer is None else recode(dataset, built, tokenizer)
+        return recode_dataset_types(dataset, event_types), built if tokenizer is None else tokenizer
+
+    def _read_dataset(self, tokenizer: BlossomRecTokenizer | None) -> "tuple[Dataset, BlossomRecTokenizer]":
+        """The log and its vocabulary, which is `tokenizer` for a raw log and otherwise its own."""
         from ..data import build_sequences, generate_log
-        from ..data.growth import recode
         from ..data.storage import load_folder
 
         if self.is_exported:
             table, built = self._load_exported()
-            dataset = table.to_dataset()
-            return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
+            return table.to_dataset(), built
         if self.data is not None:
             recover_folder(self.data)
         if self._is_built:
             self._refuse_options()
             dataset, built = load_folder(self.data), BlossomRecTokenizer.from_pretrained(self.data)
-            dataset = dataset if self.fold is None else choose_fold(dataset, self.fold)
-            return (dataset, built) if tokenizer is None else (recode(dataset, built, tokenizer), tokenizer)
+            return dataset if self.fold is None else choose_fold(dataset, self.fold), built
         if self.fold is not None:
             raise ValueError(f"`fold` is {self.fold}, but `data` is not prepared; prepare it with --split folds.")
         source = generate_log() if self.data is None else self.data
@@ -458,7 +473,12 @@ def changed_arguments(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = asdict(LogArguments()) | {field.name: field.default for field in fields(LoopArguments)}
     defaults |= {field.name: field.default for field in fields(BlossomRecConfig)}
-    defaults |= {"attention_types": ["blossom"], "config_overrides": "{}", "num_key_value_heads": 2}
+    defaults |= {
+        "attention_types": ["blossom"],
+        "config_overrides": "{}",
+        "num_key_value_heads": 2,
+        "event_types": False,
+    }
     built_in = configuration.get("data") is None
     return {
         name: configuration[name]

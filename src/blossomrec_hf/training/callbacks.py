@@ -100,6 +100,7 @@ class SelectionWatch(LoopCallback, TrainerCallback):
     Args:
         view: rows with `input_ids`, of which the longest up to `max_tokens` items are watched.
         max_length: how many of its latest items each gives.
+        columns: other columns that the model reads, see `BlossomRecConfig.event_columns`.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class SelectionWatch(LoopCallback, TrainerCallback):
         *,
         max_length: int | None = None,
         max_tokens: int = 16384,
+        columns: Sequence[str] = (),
     ):
-        store = view if isinstance(view, HistoryStore) else HistoryStore.from_rows(view, max_length=max_length)
+        store = HistoryStore.from_rows(view, columns=columns, max_length=max_length).with_columns(columns)
         longest_first = np.argsort(-store.lengths, kind="stable")
         longest_first = longest_first[store.lengths[longest_first] > 0]
         self.store = store
@@ -118,7 +120,9 @@ class SelectionWatch(LoopCallback, TrainerCallback):
     def measure(self, model: nn.Module, file: Path | None, step: int) -> dict[str, float]:
         """The statistics of a model as it is; also appended to `file`, if there is one."""
         device = next(model.parameters()).device
-        statistics = selection_statistics(model, self.store.to(device).pack(self.rows))
+        batch = self.store.to(device).pack(self.rows)
+        batch.pop("basket_starts", None)  # of the targets only
+        statistics = selection_statistics(model, batch)
         if file is not None:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": step, **statistics}) + "\n")

@@ -75,6 +75,9 @@ def describe_run(
 ) -> dict[str, dict[str, Any]]:
     """By part and name, what must be the same for a run to be resumed (of `processes`, the `number` may differ)."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _PROVENANCE}
+    checksum = zlib.crc32(histories.items.numpy(), zlib.crc32(histories.lengths))
+    for name in sorted(histories.columns.keys() - {"input_ids"}):
+        checksum = zlib.crc32(histories.columns[name].numpy(), checksum)
     return {
         "arguments": args.resume_critical_args(),
         "model": json.loads(json.dumps(config, default=str)),
@@ -82,7 +85,7 @@ def describe_run(
             "histories": len(histories),
             "items": int(histories.lengths.sum()),
             "targets": int(histories.num_targets.sum()),
-            "checksum": zlib.crc32(histories.items.numpy(), zlib.crc32(histories.lengths)),
+            "checksum": checksum,
         },
         "processes": {"number": num_processes},
         "schedule": {"stop_epoch": stop_epoch},

@@ -1,9 +1,11 @@
-"""New models."""
+"""New models, and what they remember of their training data."""
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from torch import nn
 
+from ..batches.histories import HistoryStore
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 
@@ -24,3 +26,11 @@ def initialize_model(
     model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
     model.item_counts.copy_(torch.as_tensor(counts))
     return model
+
+
+def keep_latest_time(model: nn.Module, histories: HistoryStore) -> None:
+    """Store the latest time of the training data in a model of times, which then recognizes times in another unit."""
+    times = histories.columns.get("timestamps")
+    for name, latest in model.named_buffers():
+        if name.split(".")[-1] == "latest_time" and times is not None and len(times):
+            latest.clamp_(min=int(times.max()))

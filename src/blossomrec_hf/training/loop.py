@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..batches.histories import HistoryStore
 from ..batches.windows import HistoryWindows
 from ..evaluation.held_out import HeldOutItems
+from ..evaluation.model_scores import hold_out, nows_of
 from ..evaluation.ranking import (
     ALL_SUFFIX,
+    NOW_SUFFIX,
     UNSEEN_SUFFIX,
     check_metric,
     count_batches,
@@ -32,6 +34,7 @@ from ..utils.progress import can_draw_bars, progress_bar
 from .arguments import LoopArguments
 from .callbacks import LoopCallback
 from .checkpoints import RunFolder, describe_run
+from .initialize import keep_latest_time
 from .journal import MetricsFile, StepSums
 from .plan import StepPlan
 from .state import LoopState, TrainingResult, on_sigterm
@@ -67,7 +70,8 @@ def train(
         model: a `BlossomRecForSequentialRecommendation`.
         train_view: the training view of [`~blossomrec_hf.data.split`], rows with `input_ids`, or [`HistoryStore`].
             Events of weight 0 are no targets. Whole histories are needed for other `args.windows` than `"latest"`;
-            [`~blossomrec_hf.batches.HistoryWindows`] are used as they are.
+            [`~blossomrec_hf.batches.HistoryWindows`] are used as they are. A model of times or event types needs them:
+            `split(dataset, "train", columns=model.config.event_columns)`.
         validation_view: the validation view of [`~blossomrec_hf.data.split`], such rows, or [`HeldOutItems`]. Without
             one, the last weights are kept.
         args: see [`LoopArguments`].
@@ -143,7 +147,8 @@ class TrainingLoop:
         self.accelerator = accelerator or make_accelerator(args)
         self.output_dir = Path(args.output_dir)
         self._repository = self._ensure_repository()
-        histories = self._make_histories(train_view)
+        histories = self._make_histories(train_view, model.config.event_columns)
+        keep_latest_time(model, histories)
         processes = self.accelerator.num_processes
         self.plan = StepPlan(
             histories,
@@ -153,9 +158,11 @@ class TrainingLoop:
             process_index=self.accelerator.process_index,
         )
         self.held_out = validation_view
-        if validation_view is not None and not isinstance(validation_view, HeldOutItems):
+        self._validates_with_now = args.metric_for_best_model.endswith(NOW_SUFFIX)
+        if validation_view is not None:
+            nows_of(model.config, self._validates_with_now)  # fails now, not after an epoch
             limits = {"max_length": args.max_length, "num_users": args.eval_users or None}
-            self.held_out = HeldOutItems.from_rows(validation_view, **limits)
+            self.held_out = hold_out(validation_view, model.config, **limits)
         if self.held_out is not None and model.config.repeat_share is None:
             model.config.repeat_share = self.held_out.repeat_share  # saved with the model
         description = describe_run(args, model, histories, num_processes=processes, stop_epoch=stop_epoch)
@@ -176,13 +183,16 @@ class TrainingLoop:
         self.sums = StepSums(self.accelerator, step=0)
         self._stop_requested = False
 
-    def _make_histories(self, train_view: Dataset | Sequence[Mapping] | HistoryStore) -> HistoryStore:
+    def _make_histories(
+        self, train_view: Dataset | Sequence[Mapping] | HistoryStore, columns: Sequence[str]
+    ) -> HistoryStore:
         """The histories or windows to train on, as in the first epoch."""
         args, histories = self.args, train_view
         if not isinstance(histories, HistoryStore):
             histories = HistoryStore.from_rows(
-                train_view, max_length=args.max_length if args.windows == "latest" else None
+                train_view, columns=columns, max_length=args.max_length if args.windows == "latest" else None
             )
+        histories = histories.with_columns(columns)
         if args.windows != "latest" and not isinstance(histories, HistoryWindows):
             histories = HistoryWindows(histories, args.max_length, window=args.windows, seed=args.seed)
         histories.set_epoch(0)
@@ -309,7 +319,8 @@ class TrainingLoop:
             self.bare_model,
             self.held_out,
             max_tokens=args.eval_tokens,
-            all_and_unseen=args.metric_for_best_model.endswith((ALL_SUFFIX, UNSEEN_SUFFIX)),
+            all_and_unseen=args.metric_for_best_model.removesuffix(NOW_SUFFIX).endswith((ALL_SUFFIX, UNSEEN_SUFFIX)),
+            now=self._validates_with_now,
             accelerator=self.accelerator,
             compile=self._compiled_validation,
         )

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..batches import HistoryDataLoader, HistoryStore, PackingCollator, PaddingCollator
-from ..evaluation.held_out import HeldOutItems
+from ..evaluation.held_out import HeldOutItems, first_held_out
 from ..evaluation.metrics import DEFAULT_KS
-from ..evaluation.ranking import NEW_SUFFIX, REPEATED_SUFFIX, ModelScores, Ranks, double_ranks, evaluating
+from ..evaluation.model_scores import ModelScores, nows_of
+from ..evaluation.ranking import NEW_SUFFIX, NOW_SUFFIX, REPEATED_SUFFIX, Ranks, double_ranks, evaluating
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import IGNORE_INDEX
 from ..model.manifest_blossomrec import require_loadable
@@ -28,13 +30,14 @@ from ..sharing.summary import write_summary
 from ..sharing.upload import ensure_repo, push
 from ..utils.environment import describe_environment
 from ..utils.files import remove_folder
+from .initialize import keep_latest_time
 
 
 logger = logging.getLogger(__name__)
 
 _MODEL_SETTINGS = (
     "attention_types hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
-    "hidden_dropout_prob objective".split()
+    "hidden_dropout_prob objective time_features event_types".split()
 )
 
 
@@ -53,7 +56,9 @@ class SequentialRecommendationTrainer(Trainer):
     of longer histories, pass `HistoryWindows(dataset, max_length, window="overlapping")` or `window="random_crop"`
     ([`~blossomrec_hf.batches.HistoryWindows`]). Events of weight 0 are read and are no targets. By default, `data_collator` is
     [`~blossomrec_hf.batches.PackingCollator`] (pass one to set `max_length`), and `compute_metrics` is
-    [`ranking_compute_metrics`], which computes the metrics of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, ….
+    [`ranking_compute_metrics`], which computes the metrics of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, … and,
+    of a model that uses the time of the event to be predicted, `eval_ndcg@10_now`, …. A model of times or event types needs
+    them in the data sets, `split(dataset, part, columns=model.config.event_columns)`, and in a collator that you pass.
     Any other `data_collator`, an overridden sampler, `train_sampling_strategy` and streams (`IterableDataset`) get the
     batches of `Trainer`, in which several processes may share a history. Rows with `target_ids` are ranked whatever the
     collator.
@@ -71,10 +76,12 @@ class SequentialRecommendationTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = inspect.signature(Trainer).bind(*args, **kwargs).arguments
-        given["data_collator"] = given.get("data_collator") or PackingCollator()
+        columns = self._columns_of(given.get("model"))
+        given["data_collator"] = given.get("data_collator") or PackingCollator(columns=columns)
         self._only_ranks = "compute_metrics" not in given
         given.setdefault("compute_metrics", ranking_compute_metrics())
         super().__init__(**given)
+        self._require_columns()
         self.add_callback(_EpochCallback())
         packing = isinstance(self.data_collator, PackingCollator)
         if packing and self.args.n_gpu > 1:
@@ -102,6 +109,22 @@ class SequentialRecommendationTrainer(Trainer):
             )
         # A view makes its columns from stored ones, which must not be taken from it.
         self.args.remove_unused_columns = False
+
+    @staticmethod
+    def _columns_of(model: nn.Module | None) -> tuple[str, ...]:
+        """The columns of the events that a model reads besides the items."""
+        return tuple(getattr(getattr(model, "config", None), "event_columns", ()))
+
+    def _require_columns(self) -> None:
+        """Refuse a collator of this package without a column that the model reads."""
+        columns = getattr(self.data_collator, "columns", None)
+        missing = () if columns is None else [name for name in self._columns_of(self.model) if name not in columns]
+        if missing:
+            kind = type(self.data_collator).__name__
+            raise ValueError(
+                f"`data_collator` has no {' and no '.join(missing)}, which the model reads; pass "
+                f"`{kind}(…, columns=model.config.event_columns)`."
+            )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
@@ -254,8 +277,10 @@ class SequentialRecommendationTrainer(Trainer):
         ):
             return super().get_train_dataloader()
         max_tokens = getattr(collate, "max_tokens", None)
+        histories = HistoryStore.from_rows(rows, columns=collate.columns, max_length=collate.max_length)
+        keep_latest_time(self.model, histories)
         return HistoryDataLoader(
-            HistoryStore.from_rows(rows, columns=collate.columns, max_length=collate.max_length),
+            histories,
             batch_size=None if max_tokens else self._train_batch_size,
             max_tokens=max_tokens,
             collate=collate,
@@ -288,7 +313,7 @@ class SequentialRecommendationTrainer(Trainer):
     def _collating_held_out_items(self) -> Iterator[None]:
         """`Trainer` makes its evaluation loaders with `data_collator`."""
         collate = self.data_collator
-        self.data_collator = _EvaluationCollator(collate)
+        self.data_collator = _EvaluationCollator(collate, self._columns_of(self.accelerator.unwrap_model(self.model)))
         try:
             yield
         finally:
@@ -314,29 +339,34 @@ class SequentialRecommendationTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """
         For rows with items to predict, no loss; the ranks of these items over all and over unseen items, whether the
-        user's history has them, and whether the model excludes seen items by default (1, 0, or NaN if its `repeat_share` is
-        `None`), float64 [B, n, 4]; and the items, int64 [B, n]. Both are padded with −100. For other rows, the loss and,
-        with `compute_metrics` of your own, logits and labels as in `Trainer`.
+        user's history has them, whether the model excludes seen items by default (1, 0, or NaN if its `repeat_share` is
+        `None`) and, of a model that uses "now", the two ranks with now, float64 [B, n, 4 or 6]; and the items, int64 [B, n].
+        Both are padded with −100. For other rows, the loss and, with `compute_metrics` of your own, logits and labels as in
+        `Trainer`.
         """
         if "held_out" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only or self._only_ranks, ignore_keys)
         held_out, target_ids = inputs["held_out"], inputs["target_ids"]
         bare_model = self.accelerator.unwrap_model(model)
-        with evaluating(bare_model):
-            doubled = double_ranks(
-                ModelScores(bare_model, held_out, self.compute_loss_context_manager),
-                held_out,
-                vocab_size=bare_model.config.vocab_size,
-                device=self.args.device,
-            )
-        ranks = torch.where(doubled > 0, doubled.double() / 2, torch.inf)
         config = bare_model.config
+        with evaluating(bare_model):
+            doubled = [
+                double_ranks(
+                    ModelScores(bare_model, held_out, self.compute_loss_context_manager, now=now),
+                    held_out,
+                    vocab_size=config.vocab_size,
+                    device=self.args.device,
+                )
+                for now in nows_of(config, None)
+            ]
+        ranks = [torch.where(both > 0, both.double() / 2, torch.inf) for both in doubled]
         exclude_seen = float("nan") if config.repeat_share is None else float(config.exclude_seen)
-        repeated = torch.from_numpy(held_out.repeated).to(ranks)
-        columns = torch.stack([*ranks.unbind(1), repeated, torch.full_like(repeated, exclude_seen)], dim=1)
-        padded = columns.new_full((*target_ids.shape, 4), float(IGNORE_INDEX))
-        padded[target_ids.to(doubled.device) != IGNORE_INDEX] = columns
-        return None, padded, target_ids.to(doubled.device)
+        repeated = torch.from_numpy(held_out.repeated).to(ranks[0])
+        kinds = torch.stack([repeated, torch.full_like(repeated, exclude_seen)], 1)
+        columns = torch.cat([ranks[0], kinds, *ranks[1:]], 1)
+        padded = columns.new_full((*target_ids.shape, columns.shape[1]), float(IGNORE_INDEX))
+        padded[target_ids.to(columns.device) != IGNORE_INDEX] = columns
+        return None, padded, target_ids.to(columns.device)
 
 
 class _EpochCallback(TrainerCallback):
@@ -357,18 +387,26 @@ class _EvaluationCollator:
 
     Args:
         collate: the collator of other rows, whose `max_length` the histories get.
+        columns: other columns of the events that the model reads.
     """
 
-    def __init__(self, collate: Callable[[Any], Any]):
-        self.collate, self.max_length = collate, getattr(collate, "max_length", None)
+    def __init__(self, collate: Callable[[Any], Any], columns: Sequence[str] = ()):
+        self.collate, self.max_length, self.columns = collate, getattr(collate, "max_length", None), columns
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         if not any(len(row.get("target_ids", ())) > 0 for row in rows):
             return self.collate(rows)
         targets = [np.unique(row["target_ids"]) for row in rows]
-        inputs = HistoryStore.from_rows(rows, max_length=self.max_length)
+        inputs = HistoryStore.from_rows(rows, columns=self.columns, max_length=self.max_length)
         seen = [row.get("seen_ids", row["input_ids"]) for row in rows]
-        return {"target_ids": _pad(targets), "held_out": HeldOutItems(inputs, targets, seen, range(len(rows)))}
+        names = [f"target_{name}" for name in self.columns]
+        if missing := [name for name in names if name not in rows[0]]:
+            raise ValueError(
+                f"`eval_dataset` has no {' and no '.join(missing)}; make it with `split(dataset, part, "
+                f"columns={list(self.columns)})`."
+            )
+        told = first_held_out({name: [row[name] for row in rows] for name in names}, self.columns)
+        return {"target_ids": _pad(targets), "held_out": HeldOutItems(inputs, targets, seen, range(len(rows)), **told)}
 
 
 def ranking_compute_metrics(
@@ -382,7 +420,7 @@ def ranking_compute_metrics(
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         held_out = prediction.label_ids != IGNORE_INDEX
         users = np.unique(np.nonzero(held_out)[0], return_inverse=True)[1]
-        everything, unseen, repeated, excluded = prediction.predictions[held_out].T
+        everything, unseen, repeated, excluded, *with_now = prediction.predictions[held_out].T
         known = not np.isnan(excluded[0])
         ranks = Ranks(
             everything,
@@ -392,7 +430,12 @@ def ranking_compute_metrics(
             repeated=repeated > 0,
             exclude_seen=bool(excluded[0]) if known else repeated.mean() <= MAX_REPEAT_SHARE,
         )
-        return ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+        figures = ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+        if with_now:
+            ranks = replace(ranks, everything=with_now[0], unseen=with_now[1])
+            now = ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
+            figures |= {f"{name}{NOW_SUFFIX}": value for name, value in now.items()}
+        return figures
 
     return compute_metrics
 

@@ -1,0 +1,133 @@
+"""The scores of a model for held-out items, and what the model is told for them: event columns, "now", event types."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from ..batches.histories import to_device
+from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.packing_blossomrec import pack_histories
+from .held_out import HeldOutItems
+
+
+def hold_out(
+    view: Dataset | Sequence[Mapping] | HeldOutItems,
+    config: BlossomRecConfig,
+    *,
+    max_length: int | None = None,
+    test_after: float | None = None,
+    num_users: int | None = None,
+) -> HeldOutItems:
+    """
+    The held-out items of a view with the columns that a model of `config` reads. [`HeldOutItems`] are only checked; they have
+    their own `max_length` and `num_users`.
+
+    Raises:
+        ValueError: if a column is missing, or `test_after` is given with [`HeldOutItems`].
+    """
+    columns = config.event_columns
+    if not isinstance(view, HeldOutItems):
+        limits = {"max_length": max_length, "test_after": test_after, "num_users": num_users}
+        return HeldOutItems.from_rows(view, columns=columns, **limits)
+    if missing := [name for name in columns if name not in view.inputs.columns]:
+        raise ValueError(
+            f"`view` has no {' and no '.join(missing)}, which the model reads; make it with "
+            f"`HeldOutItems.from_rows(view, columns={list(columns)})`."
+        )
+    if test_after is not None:
+        raise ValueError(
+            f"`test_after` is {test_after}, but `view` is HeldOutItems; make it with `HeldOutItems.from_rows(view, "
+            f"test_after={test_after})`."
+        )
+    return view
+
+
+def nows_of(config: BlossomRecConfig, now: bool | None) -> list[bool]:
+    """
+    The evaluations of a model of `config`, each with (`True`) or without (`False`) now.
+
+    Args:
+        now: which of them; `None` for all that differ.
+
+    Raises:
+        ValueError: if `now` is true, but the model does not depend on it.
+    """
+    if now and not config.uses_now:
+        raise ValueError(
+            f"`now` is true, but the model's `time_features` are {config.time_features}, none of which depends on the time of "
+            'the recommendation; train it with "next_gap", for example.'
+        )
+    if now is not None:
+        return [now]
+    return [False, True] if config.uses_now else [False]
+
+
+class ModelScores:
+    """
+    The scores of a model for users of `held_out`, see [`rank_by_scores`]. Users without a history get the item counts.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation` without wrapper.
+        held_out: the held-out items, with the columns that the model reads.
+        autocast: returns the context in which the layers run.
+        now: whether the model is given the time of the event to be predicted.
+
+    Raises:
+        ValueError: if `now` is true, but the model does not depend on it or `held_out` has no times.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        held_out: HeldOutItems,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        *,
+        now: bool = False,
+    ):
+        self.model, self.held_out, self.autocast = model, held_out, autocast
+        config = model.config
+        self.told: dict[str, np.ndarray] = {}
+        if nows_of(config, now) == [True]:
+            self.told["prediction_time"] = held_out.prediction_times
+        if config.target_event_types is not None:
+            self.told["target_event_type"] = held_out.target_types
+        if missing := [name for name, values in self.told.items() if values is None]:
+            raise ValueError(f"`held_out` has no {missing[0]} of its users; make it of a view with such columns.")
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        inputs = self.held_out.inputs.with_columns(self.model.config.event_columns)
+        if inputs.lengths[users[0]] == 0:
+            return self.model.item_counts.float().expand(len(users), -1)
+        batch = inputs.pack(users)
+        device = batch["input_ids"].device
+        batch |= {name: to_device(torch.from_numpy(values[users]), device) for name, values in self.told.items()}
+        return last_item_scores(self.model, batch, self.autocast)
+
+
+def last_item_scores(
+    model: nn.Module,
+    batch: dict[str, torch.Tensor | int],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """
+    Compute the scores of all items at the last position of each packed history, float32 [histories, vocab_size].
+
+    Under mixed precision, the layers run in half precision, but the scores are computed in float32, because many items would
+    have equal scores in bfloat16. A sharded model (FSDP) returns its own logits, because its weights are only gathered in its
+    forward pass.
+    """
+    if is_sharded(model):
+        return model(**batch, logits_to_keep=1).logits[:, -1].float()
+    histories = pack_histories(**batch, vocab_size=model.config.vocab_size)
+    with autocast():
+        last = model.base_model.encode(histories, last_only=True)
+    return nn.functional.linear(last.float(), model.item_vectors().float())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
