@@ -1,7 +1,5 @@
 """New events of cached histories: where in a `BlossomRecCache` they go, and how they attend to all that is there."""
 
-from functools import cached_property
-
 import torch
 from torch import nn
 
@@ -85,8 +83,8 @@ class Append:
             places = self._to_device(torch.stack([row, position], 1))
         self.places = places
         self.row, self.position = places.unbind(1)
-        self._lengths_before = lengths
-        self._completed: dict[int, tuple[Queries, torch.Tensor] | None] = {}
+        self.lengths_before = lengths
+        self._places: dict[torch.device, _Places] = {}
         self.columns = self._stored_columns()
         if "timestamps" in self.columns:
             before = value_before(self.columns["timestamps"], self._to_device(lengths))
@@ -157,35 +155,11 @@ class Append:
         """`numbers` in a copy that nothing waits for."""
         return numbers.to(self.device, non_blocking=self.device.type == "cuda")
 
-    @cached_property
-    def queries(self) -> Queries:
-        """The events as queries to their whole histories."""
-        return Queries(self.row.contiguous(), self.position, self.max_seqlen, int(self.counts.max()))
-
-    @cached_property
-    def _first(self) -> torch.Tensor:
-        """`[S]`: the row of the states where each history begins."""
-        return torch.arange(len(self.lengths), device=self.device) * self.capacity
-
-    @cached_property
-    def _slot(self) -> torch.Tensor:
-        """`[T]`: the rows of the states that these events get."""
-        return self.row * self.capacity + self.position
-
-    def _completed_blocks(self, size: int) -> tuple[Queries, torch.Tensor] | None:
-        """The blocks of `size` positions that these events complete, and the number of each in its history."""
-        if size not in self._completed:
-            first = self._lengths_before // size
-            number = self.lengths // size - first
-            row = torch.repeat_interleave(number)
-            before = number.cumsum(0) - number
-            index = torch.arange(len(row)) + (first - before)[row]
-            found = None
-            if len(row):
-                row, index, end = self._to_device(torch.stack([row, index, (index + 1) * size - 1])).unbind()
-                found = Queries(row, end, self.max_seqlen, int(number.max())), index
-            self._completed[size] = found
-        return self._completed[size]
+    def _places_on(self, device: torch.device) -> "_Places":
+        """The places of the events on the device of a layer."""
+        if device not in self._places:
+            self._places[device] = _Places(self, device)
+        return self._places[device]
 
     def store(
         self,
@@ -206,12 +180,13 @@ class Append:
                 "and in the same dtype as before, or begin a new cache."
             )
         has_kernels, rows = _has_kernels(module, keys), len(self.lengths)
-        layer.states = _grown(layer.states, (rows, self.capacity, groups, 2 * width), keys.dtype, self.device)
+        places = self._places_on(keys.device)
+        layer.states = _grown(layer.states, (rows, self.capacity, groups, 2 * width), keys.dtype, keys.device)
         if has_kernels:
-            store_events(keys, values, *position_embeddings, self.places, layer.states)
+            store_events(keys, values, *position_embeddings, places.events, layer.states)
         else:
             new = torch.cat([rotate(keys, *position_embeddings), values], -1)[0].transpose(0, 1)
-            layer.states.flatten(0, 1).index_copy_(0, self._slot, new.detach())
+            layer.states.flatten(0, 1).index_copy_(0, places.slot, new.detach())
         ops = generic_ops(self.config)
         if has_kernels and module.stream_names in FUSED:
             ops = ops._replace(compress=compress)
@@ -220,18 +195,11 @@ class Append:
             if stream.block_size is None:
                 continue
             shape = (rows, self.capacity // stream.block_size, groups, stream.block_width)
-            kept = layer.blocks[stream.name] = _grown(layer.blocks.get(stream.name), shape, wide, self.device)
-            if (completed := self._completed_blocks(stream.block_size)) is not None:
+            kept = layer.blocks[stream.name] = _grown(layer.blocks.get(stream.name), shape, wide, keys.device)
+            if (completed := places.completed_blocks(stream.block_size)) is not None:
                 blocks, index = completed
-                new = stream.summarize(ops, module, self._keys(layer), blocks)
+                new = stream.summarize(ops, module, places.keys(layer), blocks)
                 kept[blocks.history, index] = new.detach().to(wide)
-
-    def _keys(self, layer: BlossomRecCacheLayer) -> Keys:
-        states = layer.states.flatten(0, 1)
-        return Keys(*states.chunk(2, -1), self._first, states)
-
-    def _blocks(self, rows: torch.Tensor) -> Blocks:
-        return Blocks(rows.flatten(0, 1), torch.arange(rows.shape[0], device=self.device) * rows.shape[1])
 
     def attend(
         self,
@@ -251,13 +219,13 @@ class Append:
         Returns:
             the head outputs `[1, T, H, d]` and what was selected.
         """
-        layer = self.layers[module.layer_idx]
+        layer, places = self.layers[module.layer_idx], self._places_on(q.device)
         if module.stream_names in FUSED and _has_kernels(module, q):
             return attend_events(
                 q,
                 *position_embeddings,
                 gates,
-                self.places,
+                places.events,
                 layer.states,
                 layer.blocks.get("long_term"),
                 sizes=Sizes.of(self.config),
@@ -267,9 +235,9 @@ class Append:
             )
         q = rotate(q, *position_embeddings)[0].transpose(0, 1)
         kept = [layer.blocks.get(name) for name in module.stream_names]
-        blocks = [None if rows is None else self._blocks(rows) for rows in kept]
+        blocks = [None if rows is None else places.blocks(rows) for rows in kept]
         ops, gates = generic_ops(self.config), None if gates is None else gates[0]
-        out, selection = attend_streams(ops, module, q, self._keys(layer), self.queries, blocks, gates)
+        out, selection = attend_streams(ops, module, q, places.keys(layer), places.queries, blocks, gates)
         return out[None], selection
 
     def last_states(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,6 +266,56 @@ class Append:
         cache = self.cache
         cache.layers, cache.lengths, cache.weights = self.layers, self.lengths, self.weights
         cache._columns, cache._last, cache._last_length = self.columns, last, last_length
+
+
+class _Places:
+    """
+    Where the events of an `Append` go, on one device, computed once for all layers there.
+
+    Attributes:
+        events (`torch.LongTensor` `[T, 2]`): history and place of each event.
+        queries (`Queries`): the events as queries to their whole histories.
+        slot (`torch.LongTensor` `[T]`): the rows of the states that the events get.
+    """
+
+    def __init__(self, append: Append, device: torch.device) -> None:
+        self.device, self.append = device, append
+        self.events = append.places.to(device)
+        row, position = self.events.T.contiguous()
+        self.queries = Queries(row, position, append.max_seqlen, int(append.counts.max()))
+        self.slot = row * append.capacity + position
+        self._history = torch.arange(len(append.lengths), device=device)
+        self._first: dict[int, torch.Tensor] = {}
+        self._completed: dict[int, tuple[Queries, torch.Tensor] | None] = {}
+
+    def first(self, capacity: int) -> torch.Tensor:
+        """`[S]`: where each history begins in rows of which every history has `capacity`."""
+        if capacity not in self._first:
+            self._first[capacity] = self._history * capacity
+        return self._first[capacity]
+
+    def keys(self, layer: BlossomRecCacheLayer) -> Keys:
+        states = layer.states.flatten(0, 1)
+        return Keys(*states.chunk(2, -1), self.first(layer.states.shape[1]), states)
+
+    def blocks(self, rows: torch.Tensor) -> Blocks:
+        return Blocks(rows.flatten(0, 1), self.first(rows.shape[1]))
+
+    def completed_blocks(self, size: int) -> tuple[Queries, torch.Tensor] | None:
+        """The blocks of `size` positions that the events complete, and the number of each in its history."""
+        if size not in self._completed:
+            first = self.append.lengths_before // size
+            number = self.append.lengths // size - first
+            row = torch.repeat_interleave(number)
+            before = number.cumsum(0) - number
+            index = torch.arange(len(row)) + (first - before)[row]
+            found = None
+            if len(row):
+                places = torch.stack([row, index, (index + 1) * size - 1])
+                row, index, end = places.to(self.device, non_blocking=self.device.type == "cuda").unbind()
+                found = Queries(row, end, self.append.max_seqlen, int(number.max())), index
+            self._completed[size] = found
+        return self._completed[size]
 
 
 def _given(histories: PackedHistories, name: str) -> torch.Tensor | None:
@@ -331,6 +349,7 @@ def _grown(
 ) -> torch.Tensor:
     """`tensor`, or a larger one of `shape` that begins with it along dimension 1 and ends with zeros."""
     if tensor is not None and tensor.shape == shape:
+        tensor = tensor.to(device)
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
             tensor = tensor.clone()  # PyTorch refuses to write to it outside of `torch.inference_mode`
         return tensor.contiguous()  # as it is; kernels count on it

@@ -247,12 +247,13 @@ class BlossomRecCache(Cache):
         index = index % max(self.batch_size, 1)
         out.lengths, out._last_length = self.lengths[index], self._last_length[index]
         room = min(self.capacity, roomy(out.get_seq_length(), 0, self.max_length))
-        index = index.to(self.device)
-        out._columns = {name: x[:, :room][index] for name, x in self._columns.items()}
-        out._last = self._last[index]
+        there = index.to(self.device)
+        out._columns = {name: x[:, :room][there] for name, x in self._columns.items()}
+        out._last = self._last[there]
         for layer, new, sizes in zip(self.layers, out.layers, _block_sizes(self.config)):
-            new.states = layer.states[:, :room][index]
-            new.blocks = {name: rows[:, : room // sizes[name][0]][index] for name, rows in layer.blocks.items()}
+            there = index.to(layer.states.device)
+            new.states = layer.states[:, :room][there]
+            new.blocks = {name: rows[:, : room // sizes[name][0]][there] for name, rows in layer.blocks.items()}
         return out
 
     @classmethod

@@ -309,6 +309,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 if records.selections is not None:
                     records.selections.append(_layer_selection(histories, selection, gates, append))
             hidden_states = records.keep_hidden_states(histories, hidden_states, append)[0]
+            hidden_states = hidden_states.to(events.cu_seqlens.device)  # layers may be on several devices
         if append is None:
             if keep is not None:
                 moments = moments.map(lambda x: x[keep])
