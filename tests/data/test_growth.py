@@ -137,3 +137,17 @@ def test_a_log_with_targets_does_not_continue_one_without():
     old, new = (build_sequences(log, event_type="kind", **targets)[0] for targets in ({}, {"targets": "b"}))
     with pytest.raises(ValueError, match="Only one .* has weights; prepare both with the same targets"):
         join_logs(old, new)
+
+
+def test_baskets_of_a_log_that_grows():
+    """A new event of the second of an earlier one joins its basket; whole baskets are held out."""
+    old = build_sequences(events(("u", "abc", [0, 0, 5])), tokenizer=VOCABULARY, group="timestamp")[0]
+    week = events(("u", "cdefghij", [5, 5, 6, 6, 7, 8, 9, 9]))
+    joined = join_logs(old, build_sequences(week, tokenizer=VOCABULARY, group="timestamp")[0])
+    assert described(joined) == {"u": ("abcdefghij", 3, 7, 10)}
+    starts = read_histories(joined, "basket_starts")[0]
+    assert [n for n, start in enumerate(starts) if start] == [0, 2, 4, 6, 7, 8]
+    assert joined["validation_end"][:] == [8]
+    plain = build_sequences(week, tokenizer=VOCABULARY)[0]
+    with pytest.raises(ValueError, match="Only one of the earlier log and the new one has baskets; .* the same group"):
+        join_logs(old, plain)

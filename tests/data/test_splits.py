@@ -6,8 +6,11 @@ import numpy as np
 import polars as pl
 import pytest
 from datasets import Dataset, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blossomrec_hf.data import (
+    EventTable,
     build_sequences,
     has_users,
     hold_out_nothing,
@@ -146,6 +149,25 @@ def test_the_training_view_has_the_weights_and_baskets(dataset):
     starts = [[place % 2 == 0 for place in range(len(row["input_ids"]))] for row in dataset]
     view = split(hold_out_nothing(dataset.add_column("basket_starts", starts)), "train", max_length=4)
     assert view[:]["basket_starts"] == [[False, True, False, True], [True, False]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=12), st.integers(1, 3))
+def test_a_split_by_user_holds_out_whole_baskets(starts, num_targets):
+    starts = [[True, *row[1:]] for row in starts]
+    items = [[number + 2 for number in range(len(row))] for row in starts]
+    lengths = [len(row) for row in starts]
+    ends = {f"{part}_end": lengths for part in ("train", "validation", "test")}
+    dataset = Dataset.from_dict({"user_id": range(len(items)), "input_ids": items, "basket_starts": starts, **ends})
+    for source in (dataset, EventTable.from_dataset(dataset)):
+        divided = split_by_user(source, validation=0.4, test=0.4, num_targets=num_targets)
+        rows = divided if source is dataset else divided.to_dataset()
+        for row, part in zip(rows, rows["part"]):
+            length = len(row["input_ids"])
+            last = max(length - num_targets, 0)
+            history = max(place for place, start in enumerate(row["basket_starts"]) if start and place <= last)
+            wanted = history if part else length
+            assert row[("test_end", "train_end", "validation_end")[part]] == wanted
 
 
 def test_splits_survive_saving(dataset, tmp_path):

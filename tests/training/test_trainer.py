@@ -258,6 +258,20 @@ def test_smoothing_does_not_replace_another_objective(tmp_path):
         SequentialRecommendationTrainer(make_model(objective="gbce", num_negatives=8), arguments)
 
 
+@pytest.mark.parametrize("column, values", [("basket_starts", [True, True, False]), ("weights", [1.0, 0.5, 2.0])])
+def test_smoothing_does_not_ignore_baskets_or_weights(tmp_path, column, values):
+    rows = [{"input_ids": [5, 6, 7], column: values}]
+    with pytest.raises(ValueError, match=f"`label_smoothing_factor` is 0.1, but a smoothed loss ignores .* {column}"):
+        losses_of_one_step(
+            SequentialRecommendationTrainer,
+            wide_model(),
+            tmp_path,
+            rows,
+            PaddingCollator(),
+            label_smoothing_factor=0.1,
+        )
+
+
 def test_a_class_that_cannot_be_loaded_is_refused_before_training(log, tmp_path):
     class Own(BlossomRecForSequentialRecommendation):
         pass

@@ -228,11 +228,12 @@ def split_by_user(
     Splits by user: users of validation and test do not occur in training.
 
     The result has a column `part` (int8: 0 train, 1 validation, 2 test). All events of a training user are in training.
-    Of other users, the last `num_targets` events are to be predicted from those before. The lists are shared, not copied.
+    Of other users, the last `num_targets` events, with the others of their baskets (`basket_starts`), are to be predicted
+    from those before. The lists are shared, not copied.
 
     Args:
         validation, test (`float`): share of the users.
-        num_targets (`int`): number of events to predict.
+        num_targets (`int`): number of events to predict, at least.
         seed (`int`): seed of the draw.
 
     Raises:
@@ -245,10 +246,24 @@ def split_by_user(
     draw = np.random.default_rng(seed).random(len(dataset))
     part = np.where(draw < test, 2, np.where(draw < test + validation, 1, 0)).astype(np.int8)
     lengths = _history_lengths(dataset)
-    history = np.maximum(lengths - num_targets, 0)
+    history = _basket_begins(dataset, np.maximum(lengths - num_targets, 0))
     train_end = np.where(part == 0, lengths, history)
     validation_end = np.where(part == 2, history, lengths)
     return _with_columns(_with_ends(dataset, train_end, validation_end, lengths), {"part": part})
+
+
+def _basket_begins(dataset: Dataset | EventTable, places: np.ndarray) -> np.ndarray:
+    """int64 [users]: the place of the first event of the basket of an event in each history."""
+    if "basket_starts" not in dataset.column_names:
+        return places
+    found, user = [], 0
+    for starts, lengths in event_batches(dataset, "basket_starts"):
+        place, first = places[user : user + lengths.size], np.cumsum(lengths) - lengths
+        begins = np.append(np.flatnonzero(starts), starts.size)
+        begin = begins[np.searchsorted(begins, first + place, side="right") - 1] - first
+        found.append(np.where(place < lengths, begin, place))
+        user += lengths.size
+    return np.concatenate(found)
 
 
 def _history_lengths(dataset: Dataset | EventTable) -> np.ndarray:

@@ -330,6 +330,15 @@ class SequentialRecommendationTrainer(Trainer):
         offsets = nn.functional.pad(offsets, (0, missing), value=inputs["input_ids"].shape[1])
         return {**inputs, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. A smoothed loss, which the model does not compute, has neither baskets nor weights: refused."""
+        if self.label_smoother is not None and (unread := [n for n in ("basket_starts", "weights") if n in inputs]):
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, but a smoothed loss ignores the data's "
+                f"{unread[0]}; set it to 0, or drop the column."
+            )
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def prediction_step(
         self,
         model: nn.Module,
