@@ -2,7 +2,7 @@
 Train a BlossomRec model on an interaction log, evaluate it by full ranking, and save it.
 
     accelerate launch examples/train.py           # the built-in data set, a few minutes on a CPU
-    blossomrec train --data ml-1m/interactions.txt --max_length 1000 --mixed_precision bf16 --seed 1
+    blossomrec train --data ml-1m/interactions.txt --recipe long --mixed_precision bf16 --seed 1
     blossomrec train --data ml-100k.inter --hidden_size 64 --max_length 50 --output_dir runs/ml-100k --resume
     blossomrec train --data shop.csv --output_dir runs/shop --refit   # runs/shop/refit: trained on all events
 """
@@ -37,6 +37,7 @@ from ..training import (
     refit_folder,
     save_arguments,
 )
+from ..training.recipes import RECIPES
 from ..utils.command_line import exit_on_error
 from ..utils.environment import describe_environment
 from ..utils.files import atomic_write, require_folder
@@ -159,7 +160,10 @@ class OutputArguments:
 @exit_on_error()
 def main() -> None:
     log_args, model_args, args, output_args = parse_arguments(
-        LogArguments, ModelArguments, LoopArguments, OutputArguments, description=__doc__, built_in=BUILT_IN
+        *(LogArguments, ModelArguments, LoopArguments, OutputArguments),
+        description=__doc__,
+        built_in=BUILT_IN,
+        recipes=RECIPES,
     )
     set_up_logging()
 

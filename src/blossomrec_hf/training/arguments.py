@@ -21,6 +21,7 @@ from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.command_line import HelpFormatter
 from ..utils.files import atomic_write, recover_folder
+from .recipes import Recipe, merge_overrides
 
 
 if TYPE_CHECKING:
@@ -377,10 +378,11 @@ def parse_arguments(
     description: str | None = None,
     built_in: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> tuple[Any, ...]:
     """
     Parse dataclasses from the command line, and from a YAML file of the same names if `--config FILE` is given. The command
-    line has precedence over the file, and the file over the defaults.
+    line has precedence over the file, the file over the recipe, and the recipe over the defaults.
 
     Args:
         argument_classes: the dataclasses.
@@ -389,7 +391,7 @@ def parse_arguments(
         defaults: defaults that replace those of the classes.
 
     Raises:
-        ValueError: if an option is unknown, or the file has an unknown name or a value of a wrong type.
+        ValueError: if an option or the recipe is unknown, or the file has an unknown name or a value of a wrong type.
     """
     epilog = None
     if built_in:
@@ -399,6 +401,11 @@ def parse_arguments(
     parser.add_argument(
         "--config", help="YAML file of arguments, such as the run.yaml of an earlier run; by default, none."
     )
+    if recipes:
+        listed = "; ".join(
+            f"{name}: {recipe.purpose} (found on {recipe.found_on})" for name, recipe in recipes.items()
+        )
+        parser.add_argument("--recipe", help=f"Settings that replace the defaults. {listed}. By default, none.")
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args()
     from_file = {}
@@ -410,6 +417,12 @@ def parse_arguments(
             )
     if known.data is None and from_file.get("data") is None:
         parser.set_defaults(**(built_in or {}))
+    chosen, overrides = getattr(known, "recipe", None) or from_file.pop("recipe", None), {}
+    if chosen is not None:
+        if chosen not in recipes:
+            raise ValueError(f"`recipe` is {chosen!r}; it may be {', '.join(recipes)}.")
+        settings, overrides = recipes[chosen].arguments(vars(known))
+        parser.set_defaults(**settings)
     parser.set_defaults(**from_file)
     *parsed, rest, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
@@ -418,6 +431,9 @@ def parse_arguments(
         if name.removeprefix("--") in _PREPARE_OPTIONS:
             remedy = "prepare the log with it (`blossomrec prepare`), and give the folder as --data"
         raise ValueError(f"{name} is no option of this command; {remedy}.")
+    for part in parsed:
+        if overrides and hasattr(part, "config_overrides"):
+            part.config_overrides = merge_overrides(overrides, part.config_overrides)
     return tuple(parsed)
 
 

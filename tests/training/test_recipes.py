@@ -1,0 +1,47 @@
+import json
+import sys
+
+import pytest
+
+from blossomrec_hf.commands.train import ModelArguments, new_model
+from blossomrec_hf.data import EventTable
+from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments
+from blossomrec_hf.training.recipes import RECIPES
+
+
+def parse(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train", "--data", "log.csv", *map(str, arguments)])
+    return parse_arguments(LogArguments, ModelArguments, LoopArguments, recipes=RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_a_recipe_reaches_the_model_or_the_loop(monkeypatch, log, name):
+    _, model_args, args = parse(monkeypatch, "--recipe", name)
+    config = new_model(model_args, 1, EventTable.from_dataset(log[0]), len(log[1]), 0.0).config
+    for setting, value in RECIPES[name].settings.items():
+        assert getattr(args, setting, getattr(config, setting, None)) == value, setting
+
+
+def test_what_the_user_gives_replaces_the_recipe(monkeypatch, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 0.25\nmax_length: 77\n")
+    more = ("--max_length", 99, "--config_overrides", '{"temperature": 0.5, "power_law_base": 3}')
+    _, model_args, args = parse(monkeypatch, "--recipe", "long", "--config", file, *more)
+    assert (args.max_length, args.learning_rate, args.warmup_steps) == (99, 0.25, 500)
+    overrides = json.loads(model_args.config_overrides)
+    assert (overrides["temperature"], overrides["power_law_base"], overrides["scoring"]) == (0.5, 3, "cosine")
+
+    file.write_text("recipe: long\n")
+    assert parse(monkeypatch, "--config", file)[2].max_length == 1000
+
+
+def test_an_unknown_recipe_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="`recipe` is 'lang'; it may be short, long, "):
+        parse(monkeypatch, "--recipe", "lang")
+    with pytest.raises(ValueError, match="--recipe is no option"):
+        monkeypatch.setattr(sys, "argv", ["train", "--data", "log.csv", "--recipe", "long"])
+        parse_arguments(LogArguments, ModelArguments, LoopArguments)
+
+
+def test_without_a_recipe_nothing_changes(monkeypatch):
+    assert parse(monkeypatch)[2] == LoopArguments()
