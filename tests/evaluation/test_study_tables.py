@@ -56,6 +56,14 @@ def test_differences_are_paired_by_user():
     assert compare(first, first, {})["verdict"] == "non-inferior"
 
 
+def test_only_seeds_that_both_have_are_compared():
+    one, two, other = draw_ranks(), draw_ranks(), draw_ranks()
+    first = [make_test(one, seed=1), make_test(two, seed=2)]
+    found = compare(first, [make_test(other, seed=2)], {})
+    assert found["seeds"] == [2] and found["difference"] == pytest.approx((ndcg(two) - ndcg(other)).mean())
+    assert compare(first, [make_test(other, seed=3)], {})["num_users"] == 0
+
+
 def test_a_slightly_worse_model_is_not_inferior_by_the_margin():
     ranks = np.full(4000, 2.0)
     worse = ranks.copy()

@@ -200,18 +200,23 @@ def describe(same: Sequence[RunResult], group: Mapping[str, Any]) -> dict[str, A
 
 def compare(first: Sequence[RunResult], second: Sequence[RunResult], group: Mapping[str, Any]) -> dict[str, Any]:
     """
-    The paired, seed-averaged difference `first` − `second` in NDCG@10 over the users of a group.
+    The paired, seed-averaged difference `first` − `second` in NDCG@10 over the users of a group, of the seeds that both have.
 
     Returns:
         `difference`, its 95 % interval `low` to `high`, the value of `second`, `num_users`, and the `verdict`: "better" (the
         interval lies above 0), "worse" (below 0), "non-inferior" (above −2 % of the other value) or "open".
     """
+    seeds = {test.seed for test in first} & {test.seed for test in second}
+    first, second = ([test for test in side if test.seed in seeds] for side in (first, second))
+    if not seeds:
+        return {"num_users": 0, "verdict": "open"}
     one, two = _stack(first, METRIC, group), _stack(second, METRIC, group)
     if one.shape[1] != two.shape[1] or one.shape[1] == 0:
         return {"num_users": 0, "verdict": "open"}
     difference, error = paired_difference(one, two)
     other, low, high = float(two.mean()), difference - Z * error, difference + Z * error
     found = {"difference": difference, "low": low, "high": high, "other": other, "num_users": one.shape[1]}
+    found["seeds"] = sorted(seeds)
     found["recall difference"] = float(
         _stack(first, f"recall@{K}", group).mean() - _stack(second, f"recall@{K}", group).mean()
     )
@@ -335,12 +340,16 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def comparison_title(entry: Mapping[str, Any]) -> str:
+    """The names of the two sides of a comparison."""
+    (first, evaluation), (second, other) = entry["first"], entry["second"]
+    return (
+        f"{first} − {second} ({evaluation})" if evaluation == other else f"{first} ({evaluation}) − {second} ({other})"
+    )
+
+
 def _comparison_row(entry: Mapping[str, Any]) -> str:
-    sides = [entry["first"], entry["second"]]
-    if entry["first"][1] == entry["second"][1]:
-        title = f"{sides[0][0]} − {sides[1][0]} ({sides[0][1]})"
-    else:
-        title = " − ".join(f"{name} ({evaluation})" for name, evaluation in sides)
+    title = comparison_title(entry)
     relative = [entry[name] / entry["other"] for name in ("difference", "low", "high")]
     absolute = f"{entry['difference']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})"
     if entry["other"] == 1.0:

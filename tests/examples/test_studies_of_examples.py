@@ -1,0 +1,51 @@
+"""The results in `examples/studies` are what their tables say, and are called current only while the code is."""
+
+import re
+
+import pytest
+from example_cases import REPOSITORY
+
+from blossomrec_hf.commands.study import report
+from blossomrec_hf.training.studies import Study, changed_code
+from blossomrec_hf.utils.files import read_json
+
+
+FOLDER = REPOSITORY / "examples" / "studies"
+STUDIES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+MEASURED = sorted(path.stem for path in FOLDER.glob("*.json"))
+ROWS = re.findall(
+    r"^\| \[(\w+)\]\(\1\.md\) \| [^|]+ \| (current|earlier) \|$", (FOLDER / "README.md").read_text("utf-8"), re.M
+)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_tables_are_those_of_the_results(name):
+    results = read_json(FOLDER / f"{name}.json")
+    assert (FOLDER / f"{name}.md").read_text("utf-8") == report(results)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_results_have_the_settings_of_their_study(name):
+    study = Study.load(FOLDER / f"{name}.yaml")
+    if name not in MEASURED:
+        return
+    settings = {
+        run.configuration: run.settings
+        for run in study.runs(dict.fromkeys(study.data, ""), "")
+        if len(study.data) == 1
+    }
+    for record in read_json(FOLDER / f"{name}.json")["records"].values():
+        assert settings.get(record["configuration"], record["settings"]) == record["settings"]
+
+
+def test_every_result_is_listed():
+    assert sorted(name for name, _ in ROWS) == MEASURED
+
+
+@pytest.mark.parametrize(("name", "code"), ROWS)
+def test_results_are_current_only_if_the_code_has_not_changed(name, code):
+    changed = changed_code(read_json(FOLDER / f"{name}.json"))
+    assert code == "earlier" or not changed, (
+        f"{name} was measured before {', '.join(changed)} changed: run `blossomrec study examples/studies/{name}.yaml "
+        'again, or write "earlier" into its row in examples/studies/README.md'
+    )
