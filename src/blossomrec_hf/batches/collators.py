@@ -15,8 +15,9 @@ class PackingCollator:
     Lays histories end to end, without padding; the names are those of `transformers`' padding-free collator.
 
     A batch has `input_ids`, `position_ids` (restarting at 0 in each history) and `labels` (unshifted; −100 for a history's
-    first event, a row's first `num_known` events, `[PAD]`, `[UNK]`, and events of weight 0), all
-    int64 [1, T], the columns named in `columns` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]),
+    first event or, in rows with `basket_starts`, first basket; a row's first `num_known` events; `[PAD]`, `[UNK]`, and
+    events of weight 0), all int64 [1, T], the columns named in `columns` and what the loss needs of `basket_starts` and
+    `weights` [1, T], `cu_seq_lens_q` and `cu_seq_lens_k` (int32 [histories + 1]),
     `max_length_q` and `max_length_k` (`int`).
 
     With `max_tokens`, every batch has the same T: the remainder is filled with histories of `[PAD]` without targets, and

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
-_DTYPES = {"input_ids": np.int32, "weights": np.float32, "basket_starts": np.bool_}  # other columns keep theirs
+_DTYPES = {"input_ids": np.int32, "weights": np.float32, "basket_starts": np.bool_}  # of what every batch needs
 
 
 class HistoryStore(Dataset):
@@ -183,7 +183,7 @@ class HistoryStore(Dataset):
 
     def with_columns(self, names: Sequence[str]) -> HistoryStore:
         """
-        The store with `input_ids`, `basket_starts` and the named columns alone, which it shares.
+        The store with `input_ids`, `weights`, `basket_starts` and the named columns alone, which it shares.
 
         Raises:
             ValueError: if a column is missing.
@@ -193,11 +193,10 @@ class HistoryStore(Dataset):
                 f"`columns` has {', '.join(missing)}, but the histories have {', '.join(self.columns)}; make the store with "
                 f"columns={list(names)}."
             )
-        kept = [name for name in self.columns if name in ("input_ids", "basket_starts", *names)]
+        kept = [name for name in self.columns if name in (*_DTYPES, *names)]
         if len(kept) == len(self.columns):
             return self
         store = copy.copy(self)
-        store._weights = self.weights
         store.columns = {name: self.columns[name] for name in kept}
         return store
 

@@ -58,8 +58,8 @@ def train(
     Trains a model to predict every next item, and leaves it with the weights of its best validation.
 
     Runs alone or under `accelerate launch`. Each step packs whole histories up to `args.tokens_per_step` items. Its
-    loss is the sum over all valid targets of the step divided by their number, over all processes and accumulation
-    steps.
+    loss is the sum of weight · loss over all valid targets of the step divided by their number, over all processes and
+    accumulation steps.
 
     The run writes into `args.output_dir`: `metrics.jsonl`, `best-N` (model and tokenizer after the best step N),
     `checkpoint-N` (the state of the run) and, at the end, the best model and the tokenizer. A run that was interrupted,
@@ -69,7 +69,8 @@ def train(
     Args:
         model: a `BlossomRecForSequentialRecommendation`.
         train_view: the training view of [`~blossomrec_hf.data.split`], rows with `input_ids`, or [`HistoryStore`].
-            Events of weight 0 are no targets. Whole histories are needed for other `args.windows` than `"latest"`;
+            Events of weight 0 are no targets, and the items of a basket are predicted together, from the events before it.
+            Whole histories are needed for other `args.windows` than `"latest"`;
             [`~blossomrec_hf.batches.HistoryWindows`] are used as they are. A model of times or event types needs them:
             `split(dataset, "train", columns=model.config.event_columns)`.
         validation_view: the validation view of [`~blossomrec_hf.data.split`], such rows, or [`HeldOutItems`]. Without

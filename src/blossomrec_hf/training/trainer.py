@@ -54,8 +54,9 @@ class SequentialRecommendationTrainer(Trainer):
     `train_dataset` and `eval_dataset` are views of [`~blossomrec_hf.data.split`], rows like theirs, or, for training, a
     [`~blossomrec_hf.batches.HistoryStore`]. Only the latest `max_length` events of each row are learned; to learn all events
     of longer histories, pass `HistoryWindows(dataset, max_length, window="overlapping")` or `window="random_crop"`
-    ([`~blossomrec_hf.batches.HistoryWindows`]). Events of weight 0 are read and are no targets. By default, `data_collator` is
-    [`~blossomrec_hf.batches.PackingCollator`] (pass one to set `max_length`), and `compute_metrics` is
+    ([`~blossomrec_hf.batches.HistoryWindows`]). Rows may have `weights`, the factors of the events' losses (events of weight
+    0 are read and are no targets), and `basket_starts` (the items of a basket are predicted together, from the events before
+    it). By default, `data_collator` is [`~blossomrec_hf.batches.PackingCollator`] (pass one to set `max_length`), and `compute_metrics` is
     [`ranking_compute_metrics`], which computes the metrics of [`~blossomrec_hf.evaluation.evaluate`]: `eval_ndcg@10`, … and,
     of a model that uses the time of the event to be predicted, `eval_ndcg@10_now`, …. A model of times or event types needs
     them in the data sets, `split(dataset, part, columns=model.config.event_columns)`, and in a collator that you pass.
