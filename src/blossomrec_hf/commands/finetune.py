@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 import torch
 import yaml
 from datasets import Dataset
@@ -37,7 +38,7 @@ from ..batches.histories import concatenate
 from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
-from ..data.metadata import join_item_metadata, read_item_metadata, write_item_metadata
+from ..data.metadata import as_categories, join_item_metadata, read_item_metadata, write_item_metadata
 from ..data.splits import part_lengths
 from ..evaluation import sample_users
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
@@ -210,6 +211,27 @@ def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
     return BlossomRecForSequentialRecommendation(config)
 
 
+def features_by_item(
+    log_args: LogArguments, tokenizer: BlossomRecTokenizer, config: BlossomRecConfig
+) -> dict[str, dict[str, Any]]:
+    """
+    The features that the model reads, of the items in the item table of the log. What is missing there is reported.
+    """
+    table = log_args.item_table(tokenizer)
+    names = [] if table is None else [name for name in config.item_features if name in table.columns]
+    if missing := config.item_features.keys() - set(names):
+        logger.warning(
+            "The log has no %s of its items, which the model reads; new items start without.",
+            ", ".join(sorted(missing)),
+        )
+    if not names:
+        return {}
+    texts = [as_categories(table[name]) for name in names if table.schema[name] == pl.String]
+    return {
+        str(row.pop("item")): row for row in table.select("item", *names).with_columns(texts).iter_rows(named=True)
+    }
+
+
 def continue_past(model: BlossomRecForSequentialRecommendation, new_log: Dataset, old_log: Dataset | None) -> Dataset:
     """Join the new events to the earlier ones, and update the item frequencies of the model."""
     dataset = join_logs(old_log, new_log)
@@ -287,7 +309,10 @@ def main() -> None:
         old_titles, first_new = read_item_metadata(args.model), len(tokenizer)
         vectors = {} if args.item_vectors is None else read_item_vectors(args.item_vectors)
         log_items = log_tokenizer.decode_items(range(NUM_SPECIAL_IDS, len(log_tokenizer)))
-        if num_added := add_items(model, tokenizer, log_items, vectors=vectors):
+        features = (
+            {} if model.config.item_features is None else features_by_item(log_args, log_tokenizer, model.config)
+        )
+        if num_added := add_items(model, tokenizer, log_items, vectors=vectors, features=features):
             print(f"{num_added} new items; the catalog now has {tokenizer.num_items}.")
         past = past_logs(args.model, args.replay)
         old_log = read_past(past, args.model, tokenizer)

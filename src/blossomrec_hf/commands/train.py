@@ -22,6 +22,7 @@ from ..data.event_table import METADATA_FILE, TableView
 from ..data.splits import target_types
 from ..evaluation import HeldOutItems, append_result, evaluate, read_results
 from ..evaluation.ranking import NOW_SUFFIX
+from ..model.features_blossomrec import ItemFeatures
 from ..sharing.cards import write_card
 from ..sharing.summary import write_summary
 from ..training import (
@@ -78,6 +79,13 @@ class ModelArguments:
     hidden_dropout_prob: float = field(
         default=0.3,
         metadata={"help": "Dropout probability after the embedding, the attention and the feed-forward block."},
+    )
+    item_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Features of the items that are part of their vectors: columns of the item table, separated by commas, or "
+            "all; by default, none."
+        },
     )
     time_features: str | None = field(
         default=None,
@@ -175,7 +183,10 @@ def main() -> None:
     dataset, tokenizer = log_args.read_table()
     embedded_titles = dataset.files.get(METADATA_FILE) if log_args.titles is None else None
     titles = log_args.item_titles(tokenizer) if embedded_titles is None else None
-    model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset))
+    features = None
+    if model_args.item_features is not None:
+        features = log_args.item_features(model_args.item_features, dataset, tokenizer)
+    model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset), features)
     config = model.config
 
     # Without held-out items, the model is trained to the last epoch.
@@ -265,7 +276,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     if output_args.refit:
         everything, folder = hold_out_nothing(dataset), refit_folder(args)
-        model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share)
+        model = new_model(model_args, args.seed, everything, len(tokenizer), config.repeat_share, features)
         refit_view = split(everything, "train", max_length=train_length, columns=config.event_columns)
         refitted = refit(model, refit_view, result, args=args, tokenizer=tokenizer)
         if accelerator.is_main_process:
@@ -279,12 +290,18 @@ def main() -> None:
 
 
 def new_model(
-    model_args: ModelArguments, seed: int, dataset: EventTable, vocab_size: int, repeat_share: float
+    model_args: ModelArguments,
+    seed: int,
+    dataset: EventTable,
+    vocab_size: int,
+    repeat_share: float,
+    features: ItemFeatures | None = None,
 ) -> BlossomRecForSequentialRecommendation:
     """The model of the arguments, with the item frequencies of the training events."""
     settings = asdict(model_args)
     attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
     settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
+    settings["item_features"] = None if features is None else features.config()
     settings |= event_settings(model_args, dataset) | json.loads(settings.pop("config_overrides"))
     config = BlossomRecConfig(vocab_size=vocab_size, **settings)
     if missing := [name for name in config.event_columns if name not in dataset.column_names]:
@@ -293,7 +310,9 @@ def new_model(
             "columns of the log with `timestamp` and `event_type`, or drop `time_features` or `event_types`."
         )
     counts = item_counts(dataset, vocab_size)
-    return initialize_model(config, seed=seed, counts=counts, attn_implementation=attn_implementation)
+    return initialize_model(
+        config, seed=seed, counts=counts, features=features, attn_implementation=attn_implementation
+    )
 
 
 def event_settings(model_args: ModelArguments, dataset: EventTable) -> dict[str, list[str] | None]:

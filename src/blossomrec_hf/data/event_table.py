@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVENT_COLUMNS = ("input_ids", "timestamps", "event_type_ids", "weights", "session_starts", "basket_starts")
-METADATA_FILE = "items.parquet"  # item titles
+METADATA_FILE = "items.parquet"  # item titles and features
+FEATURES_FILE = "item_features.safetensors"  # in an exported data set: the features, without polars
 FORMAT, VERSION = "blossomrec_events", "1"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DTYPES = {
@@ -49,8 +50,8 @@ class EventTable:
             any others.
         repeat_share: share of the test targets that already occur in their user's history, see
             [`~blossomrec_hf.data.repeat_share`].
-        files: contents of the files that belong to the data set, by name: the tokenizer, and `items.parquet`
-            if there are item titles.
+        files: contents of the files that belong to the data set, by name: the tokenizer, `items.parquet` if there is an item
+            table, and its features in `item_features.safetensors`.
         event_types: names of the event types, in the order of `event_type_ids`; `None` if they are unknown.
     """
 

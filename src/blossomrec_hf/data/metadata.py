@@ -137,7 +137,7 @@ def _vector_name(text: str) -> str:
     return f"{text}_vector"
 
 
-def _categories(column: pl.Series) -> pl.Series:
+def as_categories(column: pl.Series) -> pl.Series:
     """One or several categories per item, as a list of an `Enum`; null without one."""
     if not isinstance(column.dtype, (pl.List, pl.Array)):
         column = column.cast(pl.String).str.split("|")
@@ -198,7 +198,7 @@ def _vectors(column: pl.Series) -> pl.Series:
     return lists.cast(pl.Array(pl.Float32, lengths[0]))
 
 
-_FEATURES = {"categories": _categories, "numbers": _intervals, "vectors": _vectors}
+_FEATURES = {"categories": as_categories, "numbers": _intervals, "vectors": _vectors}
 
 
 def _read(source: Any) -> pl.DataFrame:

@@ -5,12 +5,14 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features
 
 from ..utils.files import recover_folder, report_leftovers, require_folder
-from .event_table import METADATA_FILE, TOKENIZER_FILES, USERS_A_BATCH, EventTable
+from .event_table import FEATURES_FILE, METADATA_FILE, TOKENIZER_FILES, USERS_A_BATCH, EventTable
 from .filters import FilterReport
+from .item_features import feature_columns, item_features, save_item_features
 from .splits import repeat_share
 
 
@@ -99,6 +101,11 @@ def export_folder(folder: str | Path, path: str | Path) -> None:
     table.repeat_share = repeat_share(table) if share is None else share
     names = [name for name in (*TOKENIZER_FILES, METADATA_FILE) if (folder / name).is_file()]
     table.files = {name: (folder / name).read_bytes() for name in names}
+    if METADATA_FILE in names:
+        items = pl.read_parquet(folder / METADATA_FILE, glob=False)
+        if feature_columns(items):
+            num_items = table.tokenizer().num_items
+            table.files[FEATURES_FILE] = save_item_features(item_features(items, num_items))
     table.save(path)
 
 

@@ -88,6 +88,21 @@ class ItemFeatures:
         missing = [None] * num_items
         return cls({n: _column(n, columns.get(n, missing), num_items, feature) for n, feature in known.items()})
 
+    def select(self, items: np.ndarray) -> "ItemFeatures":
+        """The features of some items, counted from 0, in the order given."""
+        chosen = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Categories):
+                starts, ends = column.offsets[:-1].numpy()[items], column.offsets[1:].numpy()[items]
+                lengths = ends - starts
+                rows = np.repeat(np.arange(len(items)), lengths)
+                places = np.arange(lengths.sum()) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+                codes = column.codes.numpy()[places]
+                chosen[name] = Categories.from_codes(column.names, rows, codes, len(items))
+            else:
+                chosen[name] = column[torch.as_tensor(items)]
+        return ItemFeatures(chosen)
+
     @property
     def num_items(self) -> int:
         """Number of items."""

@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
 from ..batches.windows import WINDOWS
-from ..data.event_table import METADATA_FILE, EventTable, recode_event_types
+from ..data.event_table import FEATURES_FILE, METADATA_FILE, EventTable, recode_event_types
 from ..data.filters import FilterReport
 from ..data.holdout import choose_fold
 from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
@@ -27,6 +27,8 @@ from .recipes import Recipe, merge_overrides
 if TYPE_CHECKING:
     import polars as pl
     from datasets import Dataset
+
+    from ..model.features_blossomrec import ItemFeatures
 
 
 # Compilation takes 8 s more than capturing alone (1 s with a warm compilation cache) and saves 5 ms per step of 65,536
@@ -371,6 +373,40 @@ class LogArguments(FilterOptions, EventOptions, LogOptions, _LogSource):
         elif source is None:
             source = open_log(self.data, LogOptions(**self._options(LogOptions))).titles
         return None if source is None else item_metadata(source, tokenizer)
+
+    def item_features(self, names: str, dataset: EventTable, tokenizer: BlossomRecTokenizer) -> "ItemFeatures":
+        """
+        The features of the vocabulary's items.
+
+        Args:
+            names: columns of the item table, separated by commas, or `"all"`.
+            dataset: the data of these arguments.
+
+        Raises:
+            ValueError: if there is no item table, or no such feature in it.
+        """
+        from ..data.item_features import choose_columns, item_features, load_item_features
+
+        columns = None if names == "all" else [name.strip() for name in names.split(",")]
+        if FEATURES_FILE in dataset.files:
+            return choose_columns(load_item_features(dataset.files[FEATURES_FILE]), columns)
+        table = self.item_table(tokenizer)
+        if table is None:
+            raise ValueError(
+                f"`item_features` is {names!r}, but the data has no item table; prepare it with `blossomrec prepare --items FILE`."
+            )
+        return item_features(table, tokenizer.num_items, columns)
+
+    def item_table(self, tokenizer: BlossomRecTokenizer) -> "pl.DataFrame | None":
+        """The item table: of prepared data, with all items and features; otherwise that of `item_titles`."""
+        import polars as pl
+
+        if self.titles is None and self.is_exported:
+            content = EventTable.load(self.data).files.get(METADATA_FILE)
+            return None if content is None else pl.read_parquet(content)
+        if self.titles is None and self._is_built and (Path(self.data) / METADATA_FILE).exists():
+            return pl.read_parquet(Path(self.data) / METADATA_FILE, glob=False)
+        return self.item_titles(tokenizer)
 
 
 def parse_arguments(

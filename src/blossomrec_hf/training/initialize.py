@@ -7,11 +7,17 @@ from torch import nn
 
 from ..batches.histories import HistoryStore
 from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.features_blossomrec import ItemFeatures
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 
 
 def initialize_model(
-    config: BlossomRecConfig, *, seed: int, counts: np.ndarray, attn_implementation: str | None = None
+    config: BlossomRecConfig,
+    *,
+    seed: int,
+    counts: np.ndarray,
+    features: ItemFeatures | None = None,
+    attn_implementation: str | None = None,
 ) -> BlossomRecForSequentialRecommendation:
     """
     A new model, equal on every process.
@@ -20,11 +26,14 @@ def initialize_model(
         config: its configuration.
         seed: seed of the initial weights.
         counts: int64 [vocab_size], how often each item occurs in training, see [`~blossomrec_hf.data.item_counts`].
+        features: features of the items, which `config.item_features` describes.
         attn_implementation: see `transformers`; by default, the fastest that the hardware supports.
     """
     set_seed(seed)  # the loop seeds what differs between processes
     model = BlossomRecForSequentialRecommendation._from_config(config, attn_implementation=attn_implementation)
     model.item_counts.copy_(torch.as_tensor(counts))
+    if features is not None:
+        model.set_item_features(features)
     return model
 
 

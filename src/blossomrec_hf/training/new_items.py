@@ -1,6 +1,6 @@
 """A catalog that grows: new items in tokenizer and model, with vectors that are given or follow from their events."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..batches import HistoryStore, budget_batches
 from ..evaluation.ranking import evaluating
+from ..model.features_blossomrec import ItemFeatures
 from ..model.packing_blossomrec import pack_histories
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 
@@ -26,6 +27,7 @@ def add_items(
     items: Sequence[Any],
     *,
     vectors: Mapping[str, np.ndarray] | None = None,
+    features: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
     """
     Adds the items that the catalog does not have yet. The rows of the old items stay as they are.
@@ -34,13 +36,18 @@ def add_items(
         items: raw item ids.
         vectors: the initial vector of an item, float [hidden_size], by its raw id as text (see [`read_item_vectors`]).
             Other new items start at the mean of the old ones; [`initialize_from_events`] places them better.
+        features: for a model with `config.item_features`, the features of an item by its raw id as text, a value by column:
+            a category, a list of categories, or a vector. The id embeddings of new items start at zero there, so that the
+            items are recommended by their features at once. Categories that the model does not know count as unknown, and
+            missing values as no feature.
 
     Returns:
         how many were new.
 
     Raises:
-        ValueError: for a vector of another width than the model's, or one that is not finite, and for ids that the
-            vocabulary cannot have (see [`BlossomRecTokenizer.add_items`]). Nothing is changed then.
+        ValueError: for a vector of another width than the model's, or one that is not finite, for features of a model that
+            has none, and for ids that the vocabulary cannot have (see [`BlossomRecTokenizer.add_items`]). Nothing is changed
+            then.
     """
     first_new, width = len(tokenizer), model.config.hidden_size
     vectors = {} if vectors is None else vectors
@@ -52,6 +59,13 @@ def add_items(
             )
         if not np.isfinite(vector).all():
             raise ValueError(f"`vectors` has numbers for the item {item!r} that are not finite; remove them.")
+    features = {} if features is None else features
+    known = model.config.item_features
+    if features and known is None:
+        raise ValueError(
+            "`features` are given, but the model has no `config.item_features`; omit them, or train a new model."
+        )
+    _features_of(features.values(), known)  # their check
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -66,7 +80,19 @@ def add_items(
             with torch.no_grad():
                 for table in _tables(model):
                     table[list(rows)] = torch.from_numpy(np.stack(values)).to(table)
+        if features:
+            rows = [features.get(str(item), {}) for item in tokenizer.decode_items(new_ids)]
+            model.set_item_features(_features_of(rows, known), first_id=first_new)
     return num_added
+
+
+def _features_of(
+    rows: Iterable[Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]] | None
+) -> ItemFeatures | None:
+    rows = list(rows)
+    if known is None or not rows:
+        return None
+    return ItemFeatures.from_columns({name: [row.get(name) for row in rows] for name in known}, known=known)
 
 
 @torch.no_grad()

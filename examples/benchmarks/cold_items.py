@@ -1,0 +1,251 @@
+"""
+Measure how well items are recommended that no user had in the training log, by their features alone.
+
+    blossomrec prepare ml-1m/interactions.txt --items ml-1m/items.parquet --item_categories genres --item_text title \
+        --text_model MODEL --output_dir ml-1m
+    blossomrec export --data ml-1m --output ml-1m.safetensors          # then, also on a machine without polars:
+    python examples/benchmarks/cold_items.py --data ml-1m.safetensors --seeds 1 2 3
+
+A random `--share` of the items is withheld: a model with item features learns the log without their events. The items are
+then added to its catalog with their features, and are recommended without training. It is compared with two models of the
+same size: one with the same features that learned the whole log ("trained on them"), and one of ids alone that learned the
+log without the withheld items.
+
+The test is leave-one-out, seen items are masked. "Withheld" targets are ranked among the withheld items: by the models, by
+the popularity in the whole training log, and in random order. "Share" is the share of withheld items in the top 10 of the
+whole catalog, over all users. "Warm" targets are all others, ranked in the whole catalog (for the model of ids alone,
+without the withheld items).
+"""
+
+import argparse
+import json
+import tempfile
+from statistics import fmean
+from time import perf_counter
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.data import split
+from blossomrec_hf.model.features_blossomrec import ItemFeatures
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
+from blossomrec_hf.training import LogArguments, LoopArguments, initialize_model, train
+from blossomrec_hf.utils.command_line import HelpFormatter
+
+
+K = 10
+BATCH = 512  # users that are ranked at a time
+
+
+class Log:
+    """
+    A log in which some items are withheld, which have the last vocabulary ids.
+
+    Attributes:
+        train: the training part of each history, of vocabulary ids.
+        past: the history before the test target.
+        validation, test: the targets, −1 for none.
+        is_test: whether a user has a test target.
+        first_withheld: the first id of the withheld items.
+        order: the ids in the data, less 2, in the order of the new ids.
+    """
+
+    def __init__(self, rows: list[dict[str, np.ndarray]], num_items: int, share: float, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        withheld = np.zeros(num_items, bool)
+        withheld[generator.permutation(num_items)[: round(share * num_items)]] = True
+        self.order = np.append(np.flatnonzero(~withheld), np.flatnonzero(withheld))
+        new_ids = np.zeros(num_items + NUM_SPECIAL_IDS, np.int64)
+        new_ids[self.order + NUM_SPECIAL_IDS] = np.arange(num_items) + NUM_SPECIAL_IDS
+        self.train, self.past, self.validation, self.test = (
+            [new_ids[row[name]] for row in rows] for name in ("train", "past", "validation", "test")
+        )
+        self.first_withheld = NUM_SPECIAL_IDS + int((~withheld).sum())
+        self.vocab_size = num_items + NUM_SPECIAL_IDS
+
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """How often each item occurs in the training part, int64 [vocab_size]."""
+        return np.bincount(np.concatenate(self.train), minlength=self.vocab_size)[:vocab_size]
+
+    def training_rows(self, vocab_size: int) -> list[dict]:
+        """The training histories, without the events of items that the vocabulary lacks."""
+        rows = [history[history < vocab_size] for history in self.train]
+        return [{"input_ids": history} for history in rows if len(history) > 1]
+
+    def validation_rows(self, vocab_size: int, max_length: int) -> list[dict]:
+        """The histories before the validation targets, likewise."""
+        rows = []
+        for user, (history, target) in enumerate(zip(self.train, self.validation)):
+            history = history[history < vocab_size]
+            if len(target) and target[0] < vocab_size and len(history):
+                before = {"input_ids": history[-max_length:], "seen_ids": history}
+                rows.append({"user_id": user, "target_ids": target, **before})
+        return rows
+
+
+def read_log(data: str, columns: str) -> tuple[list[dict[str, np.ndarray]], ItemFeatures]:
+    """The parts of each history, vocabulary ids of the data, and the features of all items."""
+    log = LogArguments(data=data)
+    table, tokenizer = log.read_table()
+    rows = []
+    tests = {row["user_id"]: row for row in split(table, "test")}
+    validations = {row["user_id"]: row for row in split(table, "validation")}
+    for row in split(table, "train"):
+        user, nothing = row["user_id"], np.zeros(0, np.int64)
+        test, validation = tests.get(user), validations.get(user)
+        rows.append(
+            {
+                "train": np.asarray(row["input_ids"], np.int64),
+                "past": np.asarray(test["input_ids"] if test else nothing, np.int64),
+                "validation": np.asarray(validation["target_ids"] if validation else nothing, np.int64),
+                "test": np.asarray(test["target_ids"] if test else nothing, np.int64),
+            }
+        )
+    return rows, log.item_features(columns, table, tokenizer)
+
+
+def train_model(
+    log: Log, features: ItemFeatures | None, vocab_size: int, args: argparse.Namespace, seed: int
+) -> BlossomRecForSequentialRecommendation:
+    """Train a model on the items below `vocab_size`, and return it as it was after its best epoch."""
+    config = BlossomRecConfig(
+        vocab_size=vocab_size,
+        item_features=None if features is None else features.config(),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.key_value_heads,
+        intermediate_size=2 * args.hidden_size,
+        attention_types=args.attention,
+        repeat_share=0.0,
+        **json.loads(args.config_overrides),
+    )
+    model = initialize_model(config, seed=seed, counts=log.counts(vocab_size), features=features)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = LoopArguments(
+            output_dir=folder,
+            seed=seed,
+            max_length=args.max_length,
+            tokens_per_step=args.tokens_per_step,
+            num_train_epochs=args.epochs,
+            learning_rate=args.learning_rate,
+            eval_epochs=args.eval_epochs,
+            patience=args.patience,
+            mixed_precision="bf16" if torch.cuda.is_available() else "no",
+            save_seconds=1e9,
+        )
+        validation = log.validation_rows(vocab_size, args.max_length)
+        result = train(model, log.training_rows(vocab_size), validation, args=settings)
+    kind = "ids" if features is None else "features"
+    print(f"{kind}, {vocab_size} ids: best epoch {result.best_epoch}, {result.best_metric:.4f}", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def top_items(
+    model: BlossomRecForSequentialRecommendation, histories: list[np.ndarray], max_length: int, first: int = 0
+) -> np.ndarray:
+    """The ten best items for each history among the ids from `first` on, int64 [histories, 10]."""
+    candidates = list(range(first, model.config.vocab_size)) if first else None
+    found = [
+        model.recommend(
+            [history.tolist() for history in histories[start : start + BATCH]],
+            top_k=K,
+            exclude_seen=True,
+            candidate_ids=candidates,
+            max_length=max_length,
+        ).item_ids
+        for start in range(0, len(histories), BATCH)
+    ]
+    return torch.cat(found).cpu().numpy()
+
+
+def recall_and_ndcg(found: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    hits = found == targets[:, None]
+    return float(hits.any(1).mean()), float((hits / np.log2(np.arange(2, K + 2))).sum(1).mean())
+
+
+def measure(
+    rows: list[dict[str, np.ndarray]], features: ItemFeatures, args: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """The figures of one draw."""
+    log = Log(rows, features.num_items, args.share, seed)
+    features = features.select(log.order)
+    first, everything = log.first_withheld, log.vocab_size
+    users = [user for user, target in enumerate(log.test) if len(target) and len(log.past[user])]
+    past, targets = [log.past[user] for user in users], np.array([log.test[user][0] for user in users])
+    is_withheld = targets >= first
+    cold_past = [history for history, withheld in zip(past, is_withheld) if withheld]
+    warm_past = [history for history, withheld in zip(past, is_withheld) if not withheld]
+    known_past = [history[history < first] for history in warm_past]
+    cold_targets, warm_targets = targets[is_withheld], targets[~is_withheld]
+
+    set_seed(seed)
+    models = {
+        "without training": train_model(log, features.select(np.arange(first - NUM_SPECIAL_IDS)), first, args, seed)
+    }
+    models["without training"].resize_token_embeddings(everything)
+    withheld_rows = np.arange(first, everything) - NUM_SPECIAL_IDS
+    models["without training"].set_item_features(features.select(withheld_rows), first_id=first)
+    models["trained on them"] = train_model(log, features, everything, args, seed)
+    figures = {"withheld items": everything - first, "withheld targets": len(cold_targets)}
+    for name, model in models.items():
+        recall, ndcg = recall_and_ndcg(top_items(model, cold_past, args.max_length, first), cold_targets)
+        figures |= {f"withheld recall@10, {name}": recall, f"withheld ndcg@10, {name}": ndcg}
+        figures[f"share in the top 10, {name}"] = float((top_items(model, past, args.max_length) >= first).mean())
+        recall, ndcg = recall_and_ndcg(top_items(model, warm_past, args.max_length), warm_targets)
+        figures |= {f"warm recall@10, {name}": recall, f"warm ndcg@10, {name}": ndcg}
+    ids_alone = train_model(log, None, first, args, seed)
+    recall, ndcg = recall_and_ndcg(top_items(ids_alone, known_past, args.max_length), warm_targets)
+    figures |= {"warm recall@10, ids alone": recall, "warm ndcg@10, ids alone": ndcg}
+
+    popular, rankable = [], []
+    order = first + np.argsort(-log.counts(everything)[first:], kind="stable")
+    for history, target in zip(cold_past, cold_targets):
+        unseen = order[~np.isin(order, history)]
+        popular.append(target in unseen[:K])
+        rankable.append(len(unseen))
+    figures["withheld recall@10, popularity"] = fmean(popular)
+    figures["withheld recall@10, random order"] = fmean(min(1.0, K / number) for number in rankable)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--data", required=True, help="a prepared data set with item features, or the file of its export"
+    )
+    parser.add_argument("--features", default="all", help="columns of the item table, separated by commas")
+    parser.add_argument("--share", type=float, default=0.1, help="share of the items to withhold")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds; each withholds other items")
+    parser.add_argument("--max_length", type=int, default=200)
+    parser.add_argument("--hidden_size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--key_value_heads", type=int, default=2)
+    parser.add_argument("--attention", default="blossom", help="attention_types of BlossomRecConfig")
+    parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs")
+    parser.add_argument("--eval_epochs", type=int, default=4, help="epochs between validations")
+    parser.add_argument(
+        "--patience", type=int, default=4, help="validations without improvement after which training ends"
+    )
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--tokens_per_step", type=int, default=16384)
+    parser.add_argument("--config_overrides", default="{}", help="other settings of BlossomRecConfig as JSON")
+    args = parser.parse_args()
+
+    rows, features = read_log(args.data, args.features)
+    runs = []
+    for seed in args.seeds:
+        began = perf_counter()
+        runs.append(measure(rows, features, args, seed))
+        print(f"seed {seed}, {perf_counter() - began:.0f} s: {json.dumps(runs[-1])}", flush=True)
+    print(f"\n{'mean of ' + str(len(runs)) + ' draws':<44}" + "".join(f"{f'seed {seed}':>10}" for seed in args.seeds))
+    for name in runs[0]:
+        print(f"{name:<34}{fmean(run[name] for run in runs):>10.4f}" + "".join(f"{run[name]:>10.4f}" for run in runs))
+
+
+if __name__ == "__main__":
+    main()
