@@ -7,18 +7,29 @@ import pytest
 import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.model.features_blossomrec import ItemFeatures
 from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.sharing.export import HistoryScorer, export_onnx, export_program
 
 
 BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size": 8, "short_term_block_size": 4}
 
+GENRES = [[f"genre {item % 7}", f"genre {item % 3}"] for item in range(58)]
+FEATURES = ItemFeatures.from_columns({"genre": GENRES, "plot": np.random.default_rng(0).normal(size=(58, 6))})
+SCORINGS = [
+    {"scoring": "cosine"},
+    {"scoring": "cosine", "item_features": FEATURES.config()},
+    {"item_features": FEATURES.config()},
+]
+
 
 def build(**kwargs) -> BlossomRecForSequentialRecommendation:
     settings = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24} | BLOCKS
     model = BlossomRecForSequentialRecommendation(BlossomRecConfig(**(settings | kwargs))).eval()
+    if model.config.item_features is not None:
+        model.set_item_features(FEATURES)
     for parameter in model.parameters():  # large enough that what is selected matters
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     model.item_counts.random_(9)
     return model
@@ -51,18 +62,20 @@ def test_the_module_gives_the_models_scores(attention_type):
         torch.testing.assert_close(HistoryScorer(model)(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-5)
 
 
-def test_torch_export_takes_any_batch_and_length(tmp_path):
-    model = build(attention_types=["blossom", "full"])
+@pytest.mark.parametrize("scoring", [{}, *SCORINGS])
+def test_torch_export_takes_any_batch_and_length(tmp_path, scoring):
+    model = build(attention_types=["blossom", "full"], **scoring)
     torch.export.save(export_program(model), tmp_path / "scorer.pt2")
     scorer = torch.export.load(tmp_path / "scorer.pt2").module()
     for ids, mask in batches():
         torch.testing.assert_close(scorer(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-5)
 
 
-def test_onnx_takes_any_batch_and_length(tmp_path):
+@pytest.mark.parametrize("scoring", [{}, SCORINGS[1]])
+def test_onnx_takes_any_batch_and_length(tmp_path, scoring):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = build(attention_types=["blossom", "full"])
+    model = build(attention_types=["blossom", "full"], **scoring)
     export_onnx(model, tmp_path / "scorer.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["scorer.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")

@@ -43,12 +43,14 @@ class HistoryScorer(nn.Module):
             )
         self.model = model.eval()
         # Computed here, and not by the graph for every request.
-        self.input_vectors = self.score_vectors = None
+        input_vectors = score_vectors = None
         with torch.no_grad():
             if model.model.item_features is not None:
-                self.register_buffer("input_vectors", model.model.item_vectors().clone())
+                input_vectors = model.model.item_vectors().clone()
             if model.lm_head is None or model.config.scoring != "dot":
-                self.register_buffer("score_vectors", model.item_vectors().clone())
+                score_vectors = model.item_vectors().clone()
+        self.register_buffer("input_vectors", input_vectors)
+        self.register_buffer("score_vectors", score_vectors)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         config, base = self.model.config, self.model.model
