@@ -43,7 +43,9 @@ def random_rows(vocab_size, num_users=40):
     return rows
 
 
-def test_the_last_layer_computes_one_position_per_user():
+@pytest.mark.parametrize("sharded", [False, True], ids=["", "sharded"])
+def test_the_last_layer_computes_one_position_per_user(monkeypatch, sharded):
+    monkeypatch.setattr(model_scores, "is_sharded", lambda model: sharded)
     model, positions = make_model(40, num_hidden_layers=2), []
     for layer in model.model.layers:
         layer.up_proj.register_forward_pre_hook(lambda module, inputs: positions.append(inputs[0].shape[1]))

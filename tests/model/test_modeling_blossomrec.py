@@ -37,17 +37,18 @@ def test_a_history_alone_padded_or_packed_has_the_same_logits(attention_type, si
     torch.testing.assert_close(model(full).logits, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
-def test_logits_to_keep_gives_the_last_real_positions(side):
+def test_logits_to_keep_gives_the_last_real_positions(side, number):
     model = recommender()
-    rows = histories(7, 1, 30)
+    rows = histories(7, 1, 30, 0)
     inputs = packed(rows) if side == "packed" else {"input_ids": padded(rows, side)[0]}
-    kept = model(**inputs, logits_to_keep=3).logits
-    assert kept.shape == (3, 3, 60)
+    kept = model(**inputs, logits_to_keep=number).logits
+    assert kept.shape == (4, number, 60)
     for i, row in enumerate(rows):
-        expected = model(row[None]).logits[0, -3:]
-        torch.testing.assert_close(kept[i, 3 - len(expected) :], expected, rtol=0, atol=1e-10)
-        assert not kept[i, : 3 - len(expected)].any()
+        expected = model(row[None]).logits[0, -number:]
+        torch.testing.assert_close(kept[i, number - len(expected) :], expected, rtol=0, atol=1e-10)
+        assert not kept[i, : number - len(expected)].any()
 
 
 def test_embeddings_in_place_of_ids():

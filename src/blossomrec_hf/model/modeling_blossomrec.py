@@ -709,7 +709,14 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 "layer_outputs": records,
                 "item_vectors": vectors,
             }
-            if targets is None or targets.sources is None:
+            # The last layer then computes one position per history.
+            last_alone = logits_to_keep == 1 and targets is None and cache is None and records is None
+            last_alone = last_alone and not self.training
+            if last_alone:
+                hidden_states = self.model.encode(histories, last_only=True, **options)
+                empty = histories.ends == histories.cu_seqlens[:-1]
+                hidden_states = hidden_states.masked_fill(empty[:, None], 0)[:, None]
+            elif targets is None or targets.sources is None:
                 hidden_states = of_targets = self.model.encode(histories, **options)
             else:
                 hidden_states, of_targets = self.model.encode_targets(histories, targets.sources, **options)
@@ -723,7 +730,8 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                     item_counts=self.item_counts,
                 )
             if logits_to_keep:
-                logits = self._logits(histories.last(hidden_states, logits_to_keep), vectors)
+                kept = hidden_states if last_alone else histories.last(hidden_states, logits_to_keep)
+                logits = self._logits(kept, vectors)
             elif not skip_logits and (labels is None or not self.training):
                 logits = histories.unpack(self._logits(hidden_states, vectors))
         return BlossomRecOutput(loss=loss, logits=logits, cache=cache, **({} if records is None else records.fields()))
