@@ -7,7 +7,6 @@ from small_cases import make_model
 from blossomrec_hf.data import item_counts, split
 from blossomrec_hf.evaluation import HeldOutItems, evaluate, model_scores, rank_by_scores, rank_held_out_items
 from blossomrec_hf.evaluation import ranking as evaluation_module
-from blossomrec_hf.evaluation.ranking import COMPILE_BATCHES, worth_compiling
 
 
 def ranks_one_by_one(model, rows, max_length=None, decimals=12):
@@ -166,9 +165,3 @@ def test_a_compiled_evaluation_has_the_same_figures(log, monkeypatch):
     assert not compiled
     assert evaluate(model, view, max_tokens=300, max_length=20, compile=True, progress=False) == expected
     assert len(compiled) == 1
-
-
-def test_many_batches_on_a_gpu_are_compiled_by_default():
-    assert worth_compiling(torch.device("cuda"), COMPILE_BATCHES)
-    assert not worth_compiling(torch.device("cuda"), COMPILE_BATCHES - 1)
-    assert not worth_compiling(torch.device("cpu"), COMPILE_BATCHES)

@@ -10,8 +10,8 @@ from small_cases import make_model
 from blossomrec_hf.data import split
 from blossomrec_hf.model import ops_triton_cross_entropy
 from blossomrec_hf.training import LoopArguments, TrainingLoop
-from blossomrec_hf.training.arguments import COMPILE_STEPS
 from blossomrec_hf.training.execution import is_compiled, why_not_captured
+from blossomrec_hf.utils.environment import COMPILE_PASSES
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,10 +51,10 @@ def test_steps_of_a_large_catalog_are_captured_where_no_logits_are_written():
 
 def test_long_runs_on_a_gpu_are_compiled_by_default():
     args = LoopArguments()
-    assert is_compiled(args, GPU, COMPILE_STEPS) and not is_compiled(args, GPU, COMPILE_STEPS - 1)
-    assert not is_compiled(args, CPU, COMPILE_STEPS)
+    assert is_compiled(args, GPU, COMPILE_PASSES) and not is_compiled(args, GPU, COMPILE_PASSES - 1)
+    assert not is_compiled(args, CPU, COMPILE_PASSES)
     assert is_compiled(LoopArguments(torch_compile=True), CPU, 1)
-    assert not is_compiled(LoopArguments(torch_compile=False), GPU, COMPILE_STEPS)
+    assert not is_compiled(LoopArguments(torch_compile=False), GPU, COMPILE_PASSES)
 
 
 @pytest.mark.slow

@@ -1,7 +1,15 @@
 import os
 
+import torch
+
 from blossomrec_hf.utils import environment
-from blossomrec_hf.utils.environment import keep_compiled_code
+from blossomrec_hf.utils.environment import COMPILE_PASSES, keep_compiled_code, worth_compiling
+
+
+def test_long_runs_on_a_gpu_are_compiled_by_default():
+    assert worth_compiling(torch.device("cuda"), COMPILE_PASSES)
+    assert not worth_compiling(torch.device("cuda"), COMPILE_PASSES - 1)
+    assert not worth_compiling(torch.device("cpu"), COMPILE_PASSES)
 
 
 def test_compiled_code_is_kept_unless_another_folder_is_named(tmp_path, monkeypatch):

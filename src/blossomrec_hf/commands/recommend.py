@@ -25,10 +25,9 @@ from datasets import Dataset, disable_progress_bars
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import budget_batches
 from ..data.parts import reading
-from ..evaluation.ranking import COMPILE_BATCHES, worth_compiling
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
-from ..utils.environment import keep_compiled_code
+from ..utils.environment import COMPILE_PASSES, keep_compiled_code, worth_compiling
 from ..utils.files import atomic_write, recover_writes, require_folder
 from ..utils.progress import progress_bar, set_up_logging
 
@@ -59,7 +58,7 @@ class RecommendArguments:
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": f"Compile the model first. By default, on a GPU if there are {COMPILE_BATCHES:,} batches of --max_tokens "
+            "help": f"Compile the model first. By default, on a GPU if there are {COMPILE_PASSES:,} batches of --max_tokens "
             "items or more."
         },
     )

@@ -33,7 +33,7 @@ from ..batches.histories import to_device
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.ranking_blossomrec import top_of_rows
-from ..utils.environment import keep_compiled_code
+from ..utils.environment import keep_compiled_code, worth_compiling
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
 from .metrics import DEFAULT_KS, per_user_metrics
@@ -44,8 +44,6 @@ ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
 REPEATED_SUFFIX, NEW_SUFFIX = "_repeated", "_new"
 NOW_SUFFIX = "_now"
 MAX_SCORES = 2**26  # scores in memory at a time: 256 MiB in float32
-# Compilation takes seconds and saves milliseconds per batch of 65,536 items.
-COMPILE_BATCHES = 2_000
 
 
 @dataclass
@@ -395,11 +393,6 @@ def double_ranks(
 def count_batches(held_out: HeldOutItems, max_tokens: int) -> int:
     """Number of batches of `max_tokens` items that the histories of an evaluation fill."""
     return -(-int(held_out.inputs.lengths.sum()) // max_tokens)
-
-
-def worth_compiling(device: torch.device, num_batches: int) -> bool:
-    """Whether inference is compiled by default: on a GPU, for at least `COMPILE_BATCHES` batches."""
-    return device.type == "cuda" and num_batches >= COMPILE_BATCHES
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ..data.splits import repeat_share
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.command_line import HelpFormatter
+from ..utils.environment import COMPILE_PASSES
 from ..utils.files import atomic_write, recover_folder
 from .recipes import Recipe, merge_overrides
 
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
     from ..model.features_blossomrec import ItemFeatures
 
-
-# Compilation takes 8 s more than capturing alone (1 s with a warm compilation cache) and saves 5 ms per step of 65,536
-# items (two layers, width 128; six layers, width 256, 16,384 items: 7 s, 3 ms; one H100, 2026-11-27).
-COMPILE_STEPS = 2_000
 
 # Arguments that may differ between an interrupted run and its resumption, because the weights do not depend on them
 # (except for rounding, which depends on how steps are executed).
@@ -86,7 +83,7 @@ class LoopArguments:
     torch_compile: bool | None = field(
         default=None,
         metadata={
-            "help": f"Compile the training step. By default, runs of {COMPILE_STEPS:,} steps or more are compiled on a GPU."
+            "help": f"Compile the training step. By default, runs of {COMPILE_PASSES:,} steps or more are compiled on a GPU."
         },
     )
     cuda_graphs: bool = field(

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model.loss_blossomrec import MAX_LOGITS, supports_fused
-from ..utils.environment import keep_compiled_code
-from .arguments import COMPILE_STEPS, LoopArguments
+from ..utils.environment import keep_compiled_code, worth_compiling
+from .arguments import LoopArguments
 
 
 def why_not_captured(
@@ -39,10 +39,10 @@ def why_not_captured(
 
 
 def is_compiled(args: LoopArguments, device: torch.device, total_steps: int) -> bool:
-    """Whether steps are compiled: as `args.torch_compile` says, by default on a GPU if the run is long enough."""
+    """Whether steps are compiled: as `args.torch_compile` says, by default if they are `worth_compiling`."""
     if args.torch_compile is not None:
         return args.torch_compile
-    return device.type == "cuda" and total_steps >= COMPILE_STEPS
+    return worth_compiling(device, total_steps)
 
 
 def compile_model(model: PreTrainedModel, *, sharded: bool) -> nn.Module:

@@ -26,10 +26,10 @@ from ..evaluation.ranking import (
     check_metric,
     count_batches,
     evaluate,
-    worth_compiling,
 )
 from ..model.manifest_blossomrec import require_loadable
 from ..sharing.upload import ensure_repo, push
+from ..utils.environment import worth_compiling
 from ..utils.progress import can_draw_bars, progress_bar
 from .arguments import LoopArguments
 from .callbacks import LoopCallback
