@@ -1,13 +1,17 @@
 """Held-out items carry the times and types of events: against plain Python, from any data set."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, List
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.data import EventTable, has_users, item_counts, split, split_by_time
-from blossomrec_hf.evaluation import HeldOutItems, RecentlyViewed
+from blossomrec_hf.evaluation import GapPopularity, HeldOutItems, RecentlyViewed
+from blossomrec_hf.model.time_blossomrec import GAP_BOUNDS
 
 
 VOCAB_SIZE = 9
@@ -112,3 +116,31 @@ def test_the_items_viewed_last_come_first(dataset, as_table):
         viewed = list(dict.fromkeys(item for item in reversed(items) if item >= 2))
         others = sorted(set(range(2, VOCAB_SIZE)) - set(viewed), key=lambda item: -counts[item])
         assert scores[number, 2:].argsort(descending=True, stable=True).add(2).tolist() == viewed + others
+
+
+@settings(max_examples=60, deadline=None)
+@given(typed_logs())
+def test_items_that_follow_gaps_as_long_as_that_to_now_come_first(dataset):
+    rows = plain_rows(dataset, "test", None)
+    training = [
+        row for row in dataset if row["train_end"] >= 2 and any((row.get("weights") or [1] * 99)[1 : row["train_end"]])
+    ]
+    if not rows or not training:
+        return
+    view = split(dataset, "train", columns=["timestamps"])
+    histories = HistoryStore.from_rows(view, columns=["timestamps"])
+    held_out = HeldOutItems.from_rows(split(dataset, "test", columns=COLUMNS), columns=COLUMNS)
+    counts = np.array([0, 0, 5, 3, 1, 4, 2, 6, 7])
+    scores = GapPopularity(histories, held_out, counts)(np.arange(len(rows)))
+
+    def bucket(gap: int) -> int:
+        return sum(gap >= bound for bound in GAP_BOUNDS)
+
+    for number, row in enumerate(rows):
+        gap = bucket(row["targets"][0][1] - row["events"][-1][1])
+        expected = counts / (counts.max() + 1)
+        for user in training:
+            events = list(zip(user["input_ids"], user["timestamps"]))[: user["train_end"]]
+            for (_, before), (item, time) in pairwise(events):
+                expected[item] += item >= 2 and bucket(time - before) == gap
+        assert scores[number].tolist() == pytest.approx(expected.tolist())

@@ -36,6 +36,7 @@ from ..data.splits import user_ids
 from ..data.time_units import as_seconds
 from ..evaluation import (
     PROTOCOL,
+    GapPopularity,
     HeldOutItems,
     LastItemNeighbors,
     PopularityScores,
@@ -143,7 +144,8 @@ def make_baselines(
     dataset: EventTable, part: str, held_out: HeldOutItems, counts: np.ndarray, device: torch.device
 ) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:
     """The baselines that a log has, by name; see the description of the command."""
-    training = HistoryStore.from_rows(split(dataset, "train"))
+    times = ["timestamps"] if held_out.prediction_times is not None else []
+    training = HistoryStore.from_rows(split(dataset, "train", columns=times), columns=times)
     baselines = {
         "most popular": PopularityScores(counts, device=device),
         "user's most frequent": UserFrequentItems(held_out, counts, device=device),
@@ -158,6 +160,8 @@ def make_baselines(
         logging.warning(
             "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
         )
+    if times:
+        baselines[f"popular after such a gap{NOW_LABEL}"] = GapPopularity(training, held_out, counts, device=device)
     return baselines
 
 

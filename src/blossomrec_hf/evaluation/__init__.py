@@ -1,6 +1,7 @@
 """Ranking of held-out items, metrics, baselines, reports and paired comparisons."""
 
 from .baselines import (
+    GapPopularity,
     LastItemNeighbors,
     PopularityScores,
     RecentlyViewed,
@@ -17,6 +18,7 @@ from .results import append_result, read_results
 
 __all__ = [
     "PROTOCOL",
+    "GapPopularity",
     "HeldOutItems",
     "LastItemNeighbors",
     "ModelScores",

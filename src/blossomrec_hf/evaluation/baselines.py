@@ -18,6 +18,7 @@ from ..batches.histories import HistoryStore, to_device
 from ..data.event_table import EventTable
 from ..data.splits import event_batches, part_lengths, user_ids
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.time_blossomrec import GAP_BOUNDS, NUM_GAPS, gap_buckets
 from .held_out import HeldOutItems, entries_of
 
 
@@ -98,6 +99,48 @@ class UserFrequentItems:
         rows, entries = entries_of(self.held_out.history_offsets, users)
         items, counts = self.held_out.history_items[entries], self.held_out.history_counts[entries]
         return add_counts(self.popularity, len(users), rows, items, counts)
+
+
+class GapPopularity:
+    """
+    Scores an item by how often, in training, it follows a gap of about the length of the gap between the user's last event and
+    the event to be predicted: one in the same bucket of those that models of times have. It sees "now", the time of that event, and
+    is the baseline for models that do. Equal counts are ordered by training frequency.
+
+    Args:
+        training: the uncut training histories, with the column `timestamps`.
+        held_out: the users to score, with `timestamps` and `prediction_times`.
+        item_counts: int [vocab_size], how often each item occurs in training.
+    """
+
+    def __init__(
+        self,
+        training: HistoryStore,
+        held_out: HeldOutItems,
+        item_counts: np.ndarray | torch.Tensor,
+        *,
+        device: torch.device | str = "cpu",
+    ):
+        self.popularity = tie_breaker(item_counts, device)
+        vocab_size = len(self.popularity)
+        items, times = (training.columns[name].cpu().long() for name in ("input_ids", "timestamps"))
+        follows = torch.ones(len(items), dtype=torch.bool)
+        follows[torch.from_numpy(training.starts[training.lengths > 0])] = False
+        follows &= items >= NUM_SPECIAL_IDS
+        places = follows.nonzero()[:, 0]
+        bounds = torch.tensor(GAP_BOUNDS)
+        pairs = gap_buckets(times[places] - times[places - 1], bounds) * vocab_size + items[places]
+        counts = torch.bincount(pairs, minlength=NUM_GAPS * vocab_size)
+        self.counts = counts.view(NUM_GAPS, vocab_size).to(device=device, dtype=torch.float32)
+        inputs = held_out.inputs
+        last = np.maximum(inputs.starts + inputs.lengths - 1, 0)
+        gaps = torch.from_numpy(held_out.prediction_times) - inputs.columns["timestamps"].cpu().long()[last]
+        self.buckets = gap_buckets(gaps, bounds).to(device)
+        self.has_history = torch.from_numpy(inputs.lengths > 0).to(device)
+
+    def __call__(self, users: np.ndarray) -> torch.Tensor:
+        users = to_device(torch.from_numpy(users), self.popularity.device)
+        return self.popularity + self.counts[self.buckets[users]] * self.has_history[users, None]
 
 
 class RecentlyViewed:
