@@ -26,6 +26,7 @@ pytest.importorskip("prometheus_client")
 from fastapi.testclient import TestClient  # noqa: E402
 
 from blossomrec_hf.commands import serve  # noqa: E402
+from blossomrec_hf.serving.event_store import StoredEvent  # noqa: E402
 
 
 ITEMS = list(range(100, 150))
@@ -350,7 +351,7 @@ def test_the_requests_are_described(service):
 
 def test_a_store_is_served_once_at_a_time(tmp_path):
     first = serve.Store(tmp_path / "events.db")
-    first.add([("anna", serve.StoredEvent(100))])
+    first.add([("anna", StoredEvent(100))])
     (tmp_path / "link.db").symlink_to(tmp_path / "events.db")
     for name in ("events.db", "link.db"):
         with pytest.raises(ValueError, match="another process serves"):

@@ -93,8 +93,8 @@ class EvaluationArguments:
     test_after: str | None = field(
         default=None,
         metadata={
-            "help": "Evaluate only users whose last input and held-out events are at this time or later: seconds since 1970, or a "
-            "date (UTC). By default, all users."
+            "help": "Evaluate only users whose last input and held-out events are after this time: seconds since 1970, or a date "
+            "(UTC). By default, all users."
         },
     )
     exclude_seen: bool | None = field(
@@ -246,7 +246,7 @@ def main() -> None:
         np.savez_compressed(folder / "ranks.npz", **arrays)
         (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
     if test_after is not None:
-        print(f"Users whose last input and held-out events are at {args.test_after} or later: ", end="")
+        print(f"Users whose last input and held-out events are after {args.test_after}: ", end="")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
     print(
         f"{len(held_out)} users, {tokenizer.num_items} items; {held_out.repeat_share:.1%} of the held-out items already ",

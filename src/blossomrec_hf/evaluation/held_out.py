@@ -90,7 +90,7 @@ class HeldOutItems:
             num_users: number of users to sample, see [`sample_users`]. Defaults to all.
             columns: other columns of the events that the model reads, see `BlossomRecConfig.event_columns`. The rows need
                 them, and `target_timestamps` or `target_event_type_ids` likewise: `split(dataset, "test", columns=...)`.
-            test_after: seconds. Keep the users whose last input and held-out events are at this time or later; the rows
+            test_after: seconds since 1970. Keep the users whose last input and held-out events are after this time; the rows
                 need `timestamps` and `target_timestamps`. Defaults to all users.
 
         Raises:
@@ -257,10 +257,10 @@ def _needed(names: Iterable[str]) -> list[str]:
 
 
 def _late_users(rows: dict[str, tuple], time: float) -> dict[str, tuple]:
-    """The rows, by column, whose last input and held-out events are at `time` or later."""
+    """The rows, by column, whose last input and held-out events are after `time`."""
     inputs = np.array([row[-1] if len(row) else -np.inf for row in rows["timestamps"]])
     targets = np.array([min(row) for row in rows["target_timestamps"]])
-    late = np.flatnonzero(np.minimum(inputs, targets) >= time)
+    late = np.flatnonzero(np.minimum(inputs, targets) > time)
     logger.info(
         "%d of %d users have their last input and their held-out events after %g", len(late), len(inputs), time
     )

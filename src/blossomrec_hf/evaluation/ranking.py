@@ -151,8 +151,8 @@ def evaluate(
         all_and_unseen: also report the metrics with nothing excluded (`_all`) and with seen items excluded (`_unseen`).
         now: whether the model is given the time of the event to be predicted. By default, a model whose `time_features`
             depend on it (`model.config.uses_now`) is evaluated with and without it; other models, without.
-        test_after: seconds since 1970; only users whose last input and held-out events are at this time or later are
-            evaluated. The view needs the column `timestamps`.
+        test_after: seconds since 1970; only users whose last input and held-out events are after this time are evaluated. The
+            view needs the column `timestamps`.
         accelerator: distributes the users over its processes. Every process returns the metrics of all users.
         compile: whether to compile the model first, see `compile_for_inference`. By default, it is compiled on a GPU for 2,000
             batches or more.

@@ -307,10 +307,30 @@ class RecommendationMixin:
 
             The other arguments, the output and the errors are those of `recommend`; there is no `num_unknown`.
         """
+        states = self.base_model.prediction_states(states, timestamps, prediction_time, target_event_type)
+        options = {"exclude_ids": exclude_ids, "candidate_ids": candidate_ids, "min_score": min_score, "index": index}
+        return self.recommend_from_predictions(states, seen_ids, empty=empty, top_k=top_k, **options)
+
+    @torch.no_grad()
+    def recommend_from_predictions(
+        self,
+        states: torch.Tensor,
+        seen_ids: torch.LongTensor | Sequence | None = None,
+        *,
+        empty: torch.Tensor | None = None,
+        top_k: int = 10,
+        exclude_ids: torch.LongTensor | Sequence | None = None,
+        candidate_ids: torch.LongTensor | Sequence | None = None,
+        min_score: float | None = None,
+        index: Any | None = None,
+    ) -> RecommendationOutput:
+        """
+        Recommend from prediction states `[B, hidden_size]`, as `encode` returns them; the other arguments, the output and the
+        errors are those of `recommend_from_states`.
+        """
         batch = states.shape[0]
         excluded = [self._checked("seen_ids", seen_ids, batch), self._checked("exclude_ids", exclude_ids, batch)]
         candidates = self._checked("candidate_ids", candidate_ids, batch)
-        states = self.base_model.prediction_states(states, timestamps, prediction_time, target_event_type)
         return self._best(states, excluded, candidates, empty, top_k, min_score, index)
 
     @torch.no_grad()
