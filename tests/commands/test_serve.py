@@ -489,7 +489,7 @@ def test_the_process_serves_its_store_alone_and_leaves_one_whole_file(run_comman
                 assert log[-1], "".join(log)
             base = re.search(r"http://127\.0\.0\.1:\d+", log[-1])[0]
             for i in range(3):
-                body = {"user": "anna", "events": [f"item {i}", f"new {i}"]}
+                body = {"user": "anna", "events": [f"item {i}", f"new {i}"], "timestamps": [60 * i, 60 * i]}
                 assert httpx.post(f"{base}/recommend", json=body, timeout=60).json()["length"] == i + 1
 
             refused = run_command("serve", *arguments, status=2, field="stderr")
@@ -508,6 +508,8 @@ def test_the_process_serves_its_store_alone_and_leaves_one_whole_file(run_comman
     assert process.returncode in (0, -signal.SIGTERM)
     assert not (tmp_path / "events.db-wal").exists()
     assert kept(tmp_path, "anna") == [name for i in range(3) for name in (f"item {i}", f"new {i}")]
+    events = serve.Store(tmp_path / "events.db", read_only=True).latest("anna", -1)
+    assert [event.timestamp for event in events] == [0, 0, 60, 60, 120, 120]
 
 
 @pytest.mark.slow

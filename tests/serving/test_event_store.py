@@ -1,7 +1,12 @@
 """The event store: what it keeps of events, and stores of earlier versions."""
 
+import os
+import random
+import signal
 import sqlite3
+import time
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,3 +68,37 @@ def test_a_store_of_an_earlier_version_keeps_its_events_and_gets_times(tmp_path)
     old.commit()
     assert store.latest("anna", 1) == [StoredEvent(5)]
     store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+@pytest.mark.parametrize("attempt", range(3))
+def test_acknowledged_events_survive_a_kill_at_any_moment_also_that_of_the_first_opening(tmp_path, attempt):
+    path = tmp_path / "events.db"
+    old = sqlite3.connect(path)
+    old.execute("CREATE TABLE events (id INTEGER PRIMARY KEY, user TEXT, item TEXT)")
+    old.executemany("INSERT INTO events (user, item) VALUES ('anna', ?)", [[str(item)] for item in range(2000)])
+    old.commit()
+    old.close()
+    known = [StoredEvent(item) for item in range(2000)]
+    number = 2000
+    for delay in (0.0, 0.002, 0.01, 0.05, 0.2):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            store = Store(path)
+            while True:
+                store.add([("anna", StoredEvent(number, number, "view"))])
+                os.write(writing, b"x")
+                number += 1
+        os.close(writing)
+        time.sleep(delay * random.uniform(0.5, 1.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        acknowledged = len(os.read(reading, 2**20))
+        os.close(reading)
+        store = Store(path)
+        events = store.latest("anna", -1)
+        known += [StoredEvent(number + place, number + place, "view") for place in range(len(events) - len(known))]
+        assert events == known and len(events) - number in (acknowledged, acknowledged + 1)
+        number = len(events)
+        store.close()

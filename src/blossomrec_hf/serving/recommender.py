@@ -350,8 +350,9 @@ class Recommender:
         """Append events to a cache; the prediction states `[B, hidden_size]` of the histories."""
         width = max(map(len, rows))
         padded = [[*row, *[Event(0, 0, 0)] * (width - len(row))] for row in rows]
-        fields = torch.tensor(padded, dtype=torch.long).view(len(rows), width, 3).to(self.model.device)
-        columns = {"timestamps": fields[..., 1], "event_type_ids": fields[..., 2]}
+        fields = torch.tensor(padded, dtype=torch.long).view(len(rows), width, 3).movedim(-1, 0).contiguous()
+        ids, *signals = fields.to(self.model.device)
+        columns = dict(zip(("timestamps", "event_type_ids"), signals))
         columns = {name: values for name, values in columns.items() if name in self.columns}
         if "timestamps" in self.columns:
             nows = [UNKNOWN_TIME if job.query.now is None else job.query.now for job in jobs]
@@ -360,7 +361,7 @@ class Recommender:
             default = self.model.config.default_target_type
             targets = [self.types.get(job.query.target_event_type, default) for job in jobs]
             columns["target_event_type"] = torch.tensor(targets, device=self.model.device)
-        events = pack_histories(fields[..., 0], vocab_size=self.model.config.vocab_size, **columns)
+        events = pack_histories(ids, vocab_size=self.model.config.vocab_size, **columns)
         return self.model.base_model.encode(events, cache=cache, last_only=True)
 
     def _recommend(self, jobs: list[Job], caches: list[BlossomRecCache], states: list[torch.Tensor]) -> list[Answer]:
