@@ -106,6 +106,59 @@ def test_spark_agrees_to_the_byte_on_types_sessions_and_baskets(spark, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "text, times, arguments",
+    [
+        (True, "float", {"event_type": "kind", "targets": "buy", "deduplicate": "last", "max_history": 15}),
+        (False, "none", {"k_core": 2, "collapse_repeats": True}),
+    ],
+)
+def test_spark_agrees_to_the_byte_on_given_splits_and_item_tables(spark, tmp_path, text, times, arguments):
+    """Parts of several files, users and items of one part alone, ties over the ends of parts, features of some items."""
+    log = random_log(700, text, times).with_columns(kind=pl.Series(["view", "buy", "buy", "cart"] * 175))
+    bounds = {
+        "test": (600, 700),
+        "train": (0, 450),
+        "validation": (450, 600),
+    }  # in another order than that of the parts
+    for part, (start, stop) in bounds.items():
+        (tmp_path / part).mkdir()
+        log[start : stop - 60].write_parquet(tmp_path / part / "a.parquet")
+        log[stop - 60 : stop].write_parquet(tmp_path / part / "b.parquet")
+    source = {part: str(tmp_path / part) for part in bounds}
+    ids = log["item"].unique(maintain_order=True)[::2]
+    features = [
+        pl.Series("genre", [["x"], ["y", "x"], []] * len(ids)), pl.Series("price", [0.0, 2.5, None] * len(ids)),
+        pl.Series("place", [[1.0, 2.0], [3.0, 4.5], None] * len(ids)),
+    ]  # fmt: skip
+    items = pl.DataFrame([ids.alias("item_id"), *(column[: len(ids)] for column in features)])
+    arguments |= {"items": items, "item_categories": "genre", "item_numbers": "price", "item_vectors": "place"}
+    here = build_sequences(source, output_dir=tmp_path / "here", **arguments)
+    there = build_sequences_on_spark(source, tmp_path / "there", spark=spark, **arguments)
+    reading = {"event_type": arguments.get("event_type")}
+    partition_log(source, tmp_path / "shards", 3, **reading)
+    if arguments.get("event_type"):
+        arguments["event_type"] = "event_type"
+    sharded = build_sequences_on_spark(str(tmp_path / "shards"), tmp_path / "sharded", spark=spark, **arguments)
+    for built in (there, sharded):
+        same(here, built)
+    files = [(tmp_path / name / "items.parquet").read_bytes() for name in ("here", "there", "sharded")]
+    assert files[0] == files[1] == files[2]
+    report = FilterReport.load(tmp_path / "here")
+    assert report == FilterReport.load(tmp_path / "there")
+    assert report.steps == FilterReport.load(tmp_path / "sharded").steps
+    with pytest.raises(ValueError, match="source is a mapping of train, other"):
+        build_sequences_on_spark({"train": "x", "other": "y"}, tmp_path / "out", spark=spark)
+    log[:9].rename({"item": "thing"}).write_parquet(tmp_path / "test" / "b.parquet")
+    (tmp_path / "test" / "a.parquet").unlink()
+    with pytest.raises(ValueError, match="has no column known to be the item"):
+        build_sequences_on_spark(source, tmp_path / "out", spark=spark)
+    log[:9].with_columns(user=pl.lit(1) if text else pl.lit("u")).write_parquet(tmp_path / "test" / "b.parquet")
+    with pytest.raises(ValueError, match="the user ids are .* in .* and .* in .*; write them as one type"):
+        build_sequences_on_spark(source, tmp_path / "out", spark=spark)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data here")
 def test_spark_on_user_partitions_of_movielens(spark, tmp_path):
     path = DATA / "ml-100k" / "ml-100k.inter"

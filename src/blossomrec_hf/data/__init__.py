@@ -17,7 +17,8 @@ from .splits import has_users, item_counts, repeat_share, split
 
 if TYPE_CHECKING:
     from .build import build_sequences
-    from .cluster import build_sequences_on_spark, partition_log
+    from .cluster import build_sequences_on_spark
+    from .shards import partition_log
     from .synthetic import generate_log, generate_titles
 
 
@@ -27,7 +28,7 @@ _MODULES = {
     "build_sequences_on_spark": "cluster",
     "generate_log": "synthetic",
     "generate_titles": "synthetic",
-    "partition_log": "cluster",
+    "partition_log": "shards",
 }
 
 

@@ -87,14 +87,9 @@ def build_sequences(
     output_dir = None if output_dir is None else Path(output_dir)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
-    if isinstance(items, (str, Path)) and not Path(items).is_file():
-        raise FileNotFoundError(f"items {str(items)!r} is no file; give the path of one, or a frame.")
     log = open_log(source, reading)
     _check_columns(log, events, filters)
-    items = log.titles if items is None else items
-    if items is None and any(features.columns.values()):
-        raise ValueError("columns of an item table are given, but no item table; give its file with items=….")
-    table = None if items is None else ItemTable(items, features)
+    table = open_items(log.titles if items is None else items, features)
     report = FilterReport(log.name, log.format, license=log.license)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
@@ -115,6 +110,21 @@ def build_sequences(
             report.measure_repeats(Dataset.load_from_disk(str(folder)))
             report.save(folder)
     return load_folder(output_dir), tokenizer
+
+
+def open_items(items: Any, features: ItemOptions) -> ItemTable | None:
+    """
+    The item table, if there is one.
+
+    Raises:
+        FileNotFoundError: if its file does not exist.
+        ValueError: if it cannot be read, or features are chosen without a table.
+    """
+    if isinstance(items, (str, Path)) and not Path(items).is_file():
+        raise FileNotFoundError(f"items {str(items)!r} is no file; give the path of one, or a frame.")
+    if items is None and any(features.columns.values()):
+        raise ValueError("columns of an item table are given, but no item table; give its file with items=….")
+    return None if items is None else ItemTable(items, features)
 
 
 def _check_columns(log: Log, events: EventOptions, filters: FilterOptions) -> None:

@@ -2,29 +2,29 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
-from ..utils.files import atomic_folder, make_scratch, recover_folder, report_leftovers, require_folder
-from .build import row_filters
+from ..utils.files import atomic_folder, make_scratch
+from .build import open_items, row_filters
 from .columns import ROLES, find_columns, no_times_note
+from .event_table import USERS_A_BATCH
 from .filters import FilterReport
 from .ids import BLANKS, EXACT, EXPONENT, FLOAT, MISSING_IDS, as_integers, exponent_error, floats_note
-from .ingest import Interactions, clean_batches
-from .options import EventOptions, FilterOptions, LogOptions, parse_options
-from .readers import open_log
-from .rows import EventColumns, make_rows, note_unused
+from .metadata import write_item_metadata
+from .options import EventOptions, FilterOptions, ItemOptions, LogOptions, parse_options
+from .readers import check_given, given_note
+from .rows import EventColumns, RowMaker
+from .splits import PARTS
 from .storage import check_output_dir, load_folder, write_dataset
 from .text_files import BadRows
 from .time_units import latest_time, time_unit
@@ -35,14 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS_BITS = 40  # of a row's place: 2⁴⁰ rows a file, 2²³ files
+_ROWS_BITS, _PLACE_BITS = 40, 61  # of a row's place in a source: 2⁴⁰ rows a file, 2²¹ files
 
 
 def build_sequences_on_spark(
-    source: str,
+    source: str | Mapping[str, str],
     output_dir: str | Path,
     *,
     spark: "SparkSession",
+    items: Any = None,
     overwrite: bool = False,
     **options: Any,
 ) -> tuple[Dataset, BlossomRecTokenizer]:
@@ -52,13 +53,15 @@ def build_sequences_on_spark(
     The executors make and order the histories. The driver has the catalog in memory and writes the Dataset.
 
     Args:
-        source (`str`): a Parquet file or folder that the executors can read; files count in the order of their names.
-            [`partition_log`] converts other formats, and times that are texts.
+        source (`str`): a Parquet file or folder that the executors can read; files count in the order of their names. For a
+            given split, a mapping of `train`, `validation` and `test` to one of these each. [`~blossomrec_hf.data.partition_log`] converts
+            other formats, and times that are texts.
         output_dir (`str` or `Path`): folder for the result, on the driver's disk.
         spark (`SparkSession`): version 3.5 or later.
+        items (*optional*): the item table, as in [`build_sequences`]; the driver reads it.
         overwrite (`bool`): replace an existing `output_dir`.
         options: `user`, `item`, `timestamp`, `rating`, `event_type`, `weight`, `keep_na_ids`, `on_bad_rows`, and the fields
-            of [`~data.options.EventOptions`] and [`~data.options.FilterOptions`].
+            of [`~data.options.EventOptions`], [`~data.options.FilterOptions`] and [`~data.options.ItemOptions`].
 
     Raises:
         ValueError: as [`build_sequences`]; bad rows are counted, not named by line.
@@ -66,7 +69,7 @@ def build_sequences_on_spark(
     """
     from pyspark.sql import functions as f
 
-    reading, events, filters = parse_options(options, LogOptions, EventOptions, FilterOptions)
+    reading, events, filters, features = parse_options(options, LogOptions, EventOptions, FilterOptions, ItemOptions)
     unread = ("format", "time_format", "columns", "separator", "quoting", "encoding")
     if given := [name for name in unread if getattr(reading, name) is not None]:
         raise ValueError(
@@ -74,13 +77,17 @@ def build_sequences_on_spark(
         )
     output_dir = Path(output_dir)
     check_output_dir(output_dir, overwrite=overwrite)
-    report = FilterReport(Path(source).name, "parquet")
-    log, types = _ingest(spark, source, reading, filters, events, report)
+    table = open_items(items, features)
+    sources = check_given(source) if isinstance(source, Mapping) else {"": source}
+    report = FilterReport(Path(next(iter(sources.values()))).name, "parquet")
+    log, types = _ingest(spark, sources, reading, filters, events, report)
     columns = EventColumns(events, report.time_unit, types)
     users = log.groupBy("user").agg(f.min("place").alias("user_place")).localCheckpoint()
-    items = log.groupBy("item").agg(f.min("place").alias("item_place")).localCheckpoint()
+    catalog = log.groupBy("item").agg(f.min("place").alias("item_place")).localCheckpoint()
     log = _select(log, filters, events, report)
-    tokenizer, vocabulary = _number_items(spark, log, items)
+    tokenizer, vocabulary = _number_items(spark, log, catalog)
+    metadata = None if table is None else table.align(tokenizer)
+    report.note([] if table is None else table.notes(metadata))
     rows = _histories(log, users, vocabulary, types)
     scratch = make_scratch(output_dir)
     try:
@@ -88,6 +95,7 @@ def build_sequences_on_spark(
         with atomic_folder(output_dir) as built:
             write_dataset(built, _user_rows(scratch / "rows", columns, report), report)
             tokenizer.save_pretrained(built)
+            write_item_metadata(built, metadata)
             report.measure_repeats(Dataset.load_from_disk(str(built)))
             report.save(built)
     finally:
@@ -97,7 +105,7 @@ def build_sequences_on_spark(
 
 def _ingest(
     spark: "SparkSession",
-    source: str,
+    sources: Mapping[str, str],
     reading: LogOptions,
     filters: FilterOptions,
     events: EventOptions,
@@ -109,11 +117,11 @@ def _ingest(
     """
     from pyspark.sql import functions as f
 
-    log = _read(spark, source, reading, report, with_rating=filters.min_rating is not None)
+    log = _read_all(spark, sources, reading, report, with_rating=filters.min_rating is not None)
     for name, role in ((events.needs_types, "event_type"), (events.needs_times, "timestamp")):
         if name is not None and role not in log.columns:
             raise ValueError(
-                f"{name} is {getattr(events, name)}, but {source} has no {role} known; name its column with {role}=…"
+                f"{name} is {getattr(events, name)}, but {report.source} has no {role} known; name its column with {role}=…"
             )
     bad = BadRows(skip=reading.on_bad_rows == "skip")
     log = _clean(log, report, bad).localCheckpoint()
@@ -138,7 +146,7 @@ def _order(log: "DataFrame") -> list["Column"]:
     """The columns that order the events of a user."""
     from pyspark.sql import functions as f
 
-    return [f.col(name) for name in ("timestamp", "place") if name in log.columns]
+    return [f.col(name) for name in ("part", "timestamp", "place") if name in log.columns]
 
 
 def _select(log: "DataFrame", filters: FilterOptions, events: EventOptions, report: FilterReport) -> "DataFrame":
@@ -203,12 +211,13 @@ def _histories(log: "DataFrame", users: "DataFrame", vocabulary: "DataFrame", ty
         code = f.array_position(f.array(*map(f.lit, types)), f.col("event_type")) - 1
         log = log.withColumn("event_type", code.cast("int"))
     others = [name for name in ("event_type", "weight") if name in log.columns]
+    lists = [*others, *(["part"] if "part" in log.columns else [])]
     events = f.sort_array(f.collect_list(f.struct(*_order(log), "id", *others)))
     rows = log.join(f.broadcast(vocabulary), "item").groupBy("user").agg(events.alias("events"))
     columns = [f.col("user").alias("user_id"), f.col("events.id").alias("input_ids")]
     if "timestamp" in log.columns:
         columns.append(f.col("events.timestamp").alias("time"))
-    columns += [f.col(f"events.{name}").alias(name) for name in others]
+    columns += [f.col(f"events.{name}").alias(name) for name in lists]
     rows = rows.join(users, "user").orderBy("user_place").select(*columns)
     if dict(users.dtypes)["user"] == "string":
         plain = f.coalesce(f.expr("cast(try_cast(user as bigint) as string) = user"), f.lit(False))
@@ -217,11 +226,56 @@ def _histories(log: "DataFrame", users: "DataFrame", vocabulary: "DataFrame", ty
     return rows
 
 
+def _read_all(
+    spark: "SparkSession", sources: Mapping[str, str], reading: LogOptions, report: FilterReport, *, with_rating: bool
+) -> "DataFrame":
+    """The columns of [`_read`] of all sources; with the column `part` if they are those of a given split."""
+    from pyspark.sql import functions as f
+
+    notes: list[str] = []
+    logs = {}
+    for number, (part, source) in enumerate(sources.items()):
+        log = _read(spark, source, reading, report, notes, with_rating=with_rating)
+        if part:
+            place = f.col("place") + f.lit(number << _PLACE_BITS)
+            log = log.withColumn("part", f.lit(PARTS.index(part))).withColumn("place", place)
+        logs[source] = log
+    (first, log), *others = logs.items()
+    for source, other in others:
+        _check_alike(first, log, source, other)
+        log = log.unionByName(other)
+    if len(sources) > 1:
+        notes.insert(0, given_note({part: Path(source).name for part, source in sources.items()}))
+    if "timestamp" not in log.columns:
+        notes.append(no_times_note(reading.timestamp))
+    report.note(dict.fromkeys(notes))
+    return log
+
+
+def _check_alike(first: str, log: "DataFrame", source: str, other: "DataFrame") -> None:
+    """
+    Checks that two parts of a given split have the same columns and types of ids.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    types, others = dict(log.dtypes), dict(other.dtypes)
+    for name in types.keys() ^ others.keys():
+        has, lacks = (first, source) if name in types else (source, first)
+        raise ValueError(f"{lacks} has no {name} known, but {has} has; name its column with {name}=…")
+    for name in ("user", "item"):
+        if types[name] != others[name]:
+            raise ValueError(
+                f"the {name} ids are {types[name]} in {first} and {others[name]} in {source}; write them as one type."
+            )
+
+
 def _read(
     spark: "SparkSession",
     source: str,
     reading: LogOptions,
     report: FilterReport,
+    notes: list[str],
     *,
     with_rating: bool,
 ) -> "DataFrame":
@@ -237,7 +291,6 @@ def _read(
             f"source {source!r} can not be read as Parquet; are all of its files complete, and does each column have one type "
             "in all of them?"
         ) from error
-    notes: list[str] = []
     found = find_columns(raw.columns, reading.column_names, source, notes)
     if with_rating and "rating" not in found:
         raise ValueError(f"min_rating is given, but {source} has no rating known; name its column with rating=…")
@@ -265,11 +318,9 @@ def _read(
                 f"{without[0]} has no times in the column {found['timestamp']!r}, but other files have; correct it, or pass "
                 'timestamp="" to read every history in the order of rows.'
             )
-    else:
-        notes.append(no_times_note(reading.timestamp))
-    report.note(notes)
-    if "row" in raw.columns:
-        return raw.select(*columns, f.col("row").cast("bigint").alias("place"))
+    if "row" in raw.columns:  # of partition_log
+        part = [f.col("part").cast("int").alias("part")] if "part" in raw.columns else []
+        return raw.select(*columns, *part, f.col("row").cast("bigint").alias("place"))
     files = sorted(row[0] for row in raw.select("_metadata.file_path").distinct().collect())
     number = f.array_position(f.array(*map(f.lit, files)), f.col("_metadata.file_path")) - 1
     place = f.shiftleft(number, _ROWS_BITS) + f.col("_metadata.row_index")
@@ -392,74 +443,14 @@ def _collect(frame: "DataFrame") -> pa.Table:
 
 def _user_rows(folder: Path, events: EventColumns, report: FilterReport) -> Iterator[pa.Table]:
     """`data.rows.user_rows` of the files that Spark wrote, which are in the order of users."""
-    unused = 0
+    maker = RowMaker(events, report)
     for path in sorted(folder.glob("part-*.parquet")):
         table = pq.read_table(path, partitioning=None)
-        if not table.num_rows:
-            continue
-        lists = {name: table[name].combine_chunks() for name in table.column_names if name != "user_id"}
-        lengths = lists["input_ids"].value_lengths().to_numpy().astype(np.int64)
-        starts = np.cumsum(lengths) - lengths
-        stored = {name: column.flatten().to_numpy() for name, column in lists.items()}
-        columns = events.compute(stored, starts)
-        ids = {"input_ids": stored["input_ids"].astype(np.int32)}
-        rows = make_rows(table["user_id"].combine_chunks(), starts, lengths, ids | columns, events.types)
-        unused += int(lengths.sum()) - pc.sum(rows["test_end"]).as_py()
-        yield rows
-    note_unused(unused, report)
-
-
-def partition_log(
-    source: Any, folder: str | Path, num_partitions: int, *, with_rating: bool = False, **options: Any
-) -> None:
-    """
-    Writes a log of any format as Parquet shards by the hash of the user, in bounded memory.
-
-    The columns are `user`, `item`, `timestamp` if the log has times, `event_type` and `weight` if the options name them,
-    `rating` if `with_rating` is set, and `row`, the position in the log, by which [`build_sequences_on_spark`] keeps file order.
-
-    Args:
-        source: see [`~data.readers.open_log`].
-        folder (`str` or `Path`): a folder that does not exist yet. It is written completely or not at all.
-        num_partitions (`int`): number of shards; all events of a user are in one.
-        options: fields of [`~data.options.LogOptions`].
-
-    Raises:
-        ValueError: as [`build_sequences`].
-        FileExistsError: if `folder` exists.
-    """
-    folder = Path(folder)
-    (reading,) = parse_options(options, LogOptions)
-    require_folder(folder)
-    recover_folder(folder)
-    if folder.exists():
-        raise FileExistsError(f"folder {str(folder)!r} exists already; give another name.")
-    if num_partitions < 1:
-        raise ValueError(f"num_partitions is {num_partitions}; it may be 1 or more.")
-    report_leftovers(folder)
-    log = open_log(source, reading)
-    if "part" in log.parts[0].types:
-        raise ValueError("source is a given split, which Spark does not build; use build_sequences.")
-    if with_rating:
-        log.require("rating", "with_rating is given")
-    roles = ["rating"] * with_rating
-    roles += [role for role in ("timestamp", "event_type", "weight") if role in log.parts[0].types]
-    writers: dict[int, pq.ParquetWriter] = {}
-    first = 0
-    with ExitStack() as stack:
-        scratch = make_scratch(folder)
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        built = stack.enter_context(atomic_folder(folder))
-        for batch in clean_batches(log, roles, Interactions(scratch, BadRows(skip=reading.on_bad_rows == "skip"))):
-            place = pl.int_range(first, first + batch.height, dtype=pl.Int64)
-            batch = batch.with_columns(row=place, shard=pl.col("user").hash(seed=0) % num_partitions)
-            first += batch.height
-            for (shard,), rows in batch.partition_by("shard", as_dict=True, maintain_order=True).items():
-                table = rows.drop("shard").to_arrow()
-                if shard not in writers:
-                    writers[shard] = pq.ParquetWriter(
-                        built / f"part-{shard:05d}.parquet", table.schema, write_page_checksum=True
-                    )
-                writers[shard].write_table(table.cast(writers[shard].schema))
-        for writer in writers.values():
-            writer.close()
+        for start in range(0, table.num_rows, USERS_A_BATCH):
+            users = table.slice(start, USERS_A_BATCH).combine_chunks()
+            lists = {name: users[name].combine_chunks() for name in users.column_names if name != "user_id"}
+            lengths = lists["input_ids"].value_lengths().to_numpy().astype(np.int64)
+            stored = {name: column.flatten().to_numpy() for name, column in lists.items()}
+            ids = stored["input_ids"].astype(np.int32)
+            yield maker.rows(users["user_id"].combine_chunks(), ids, stored, np.cumsum(lengths) - lengths, lengths)
+    maker.note_counts()

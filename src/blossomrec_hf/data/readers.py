@@ -210,14 +210,29 @@ def find_given_split(source: str, validation: str | None = None, test: str | Non
     return {part: files[0] for part, files in found.items() if files}
 
 
-def _open_given(sources: Mapping[str, Any], options: LogOptions) -> Log:
-    """The logs of a given split as one log, with the column `part`."""
+def check_given(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The sources of a given split in the order of the parts.
+
+    Raises:
+        ValueError: if they are not those of training and of validation, test or both.
+    """
     if "train" not in sources or set(sources) - set(PARTS) or len(sources) < 2:
         raise ValueError(
             f"source is a mapping of {', '.join(map(str, sources))}; one of train and of validation, test or both is a given "
             "split, and other logs are given without a mapping."
         )
-    logs = {part: open_log(sources[part], options) for part in PARTS if part in sources}
+    return {part: sources[part] for part in PARTS if part in sources}
+
+
+def given_note(names: Mapping[str, str]) -> str:
+    """The sentence for the report on a given split, of the name of each part's log."""
+    return f"the split is that of {', '.join(f'{name} ({part})' for part, name in names.items())}"
+
+
+def _open_given(sources: Mapping[str, Any], options: LogOptions) -> Log:
+    """The logs of a given split as one log, with the column `part`."""
+    logs = {part: open_log(source, options) for part, source in check_given(sources).items()}
     if len(formats := {log.format for log in logs.values()}) > 1:
         raise ValueError(
             f"the parts of source have the formats {', '.join(sorted(formats))}; write them in one format."
@@ -227,7 +242,7 @@ def _open_given(sources: Mapping[str, Any], options: LogOptions) -> Log:
         for name, log in logs.items()
         for part in log.parts
     ]
-    notes = [f"the split is that of {', '.join(f'{log.name} ({name})' for name, log in logs.items())}"]
+    notes = [given_note({part: log.name for part, log in logs.items()})]
     notes += [note for log in logs.values() for note in log.notes]
     return _checked(replace(logs["train"], parts=parts, notes=notes))
 

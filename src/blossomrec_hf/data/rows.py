@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import ClassLabel, Features, List
 
 from .event_table import USERS_A_BATCH
@@ -94,6 +93,70 @@ def _begins(apart: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return begins
 
 
+class RowMaker:
+    """
+    Makes rows of a Dataset from sorted events, and counts what the report names.
+
+    Args:
+        events ([`EventColumns`]): the columns besides `input_ids`.
+        report ([`FilterReport`]): gets the number of events after the last target of their user, and of those that are
+            earlier than an event of an earlier part.
+    """
+
+    def __init__(self, events: EventColumns, report: FilterReport) -> None:
+        self.events, self.report = events, report
+        self.unused = self.early = 0
+
+    def rows(
+        self,
+        user_ids: pa.Array,
+        input_ids: np.ndarray,
+        stored: Mapping[str, np.ndarray],
+        starts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> pa.Table:
+        """
+        One row per user, with a list per column of events and the ends of the given split or of leave-one-out.
+
+        Args:
+            user_ids: the ids of the users.
+            input_ids: int32 [events], the vocabulary ids.
+            stored: columns of sorted events, see [`~data.ingest.Interactions`].
+            starts, lengths: int [users], the index of each user's first event, and the number of events.
+        """
+        columns = {"input_ids": input_ids, **self.events.compute(stored, starts)}
+        offsets = pa.array(np.append(starts, lengths.sum()), pa.int32())
+        rows = {"user_id": user_ids}
+        rows |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
+        if "part" in stored:
+            ends = given_ends(stored["part"], starts)
+            self.early += _count_early(stored, starts)
+        else:
+            ends = leave_one_out_ends(lengths, columns.get("weights"), columns.get("basket_starts"))
+        rows |= {f"{part}_end": pa.array(end, pa.int32()) for part, end in ends.items()}
+        self.unused += int(lengths.sum() - ends["test"].sum())
+        table = pa.table(rows)
+        if "event_type_ids" not in columns:
+            return table
+        features = Features.from_arrow_schema(table.schema)
+        features |= {"event_type_ids": List(ClassLabel(names=self.events.types))}
+        return table.replace_schema_metadata(Features(features).arrow_schema.metadata)
+
+    def note_counts(self) -> None:
+        """Adds the counts to the report."""
+        if self.unused:
+            self.report.note(
+                [f"{self.unused:,} events come after the last target of their user and are dropped from every part"]
+            )
+        if self.early:
+            self.report.note(
+                [
+                    f"in {self.early:,} places, a given part of a user begins before the part before it ends, so that a "
+                    "model reads later events to predict earlier ones"
+                ]
+            )
+
+
 def user_rows(
     parts: list[Partition],
     user_ids: pl.Series,
@@ -102,36 +165,21 @@ def user_rows(
     report: FilterReport,
 ) -> Iterator[pa.Table]:
     """
-    Yields Arrow tables of `USERS_A_BATCH` users or fewer, with one row per user and the ends of the given split or of leave-one-out.
+    Yields Arrow tables of `USERS_A_BATCH` users or fewer, see [`RowMaker`].
 
     Args:
         parts: the events, sorted.
         user_ids: the ids of the user codes.
         vocabulary: int32 [items], the vocabulary id of each item code.
-        events ([`EventColumns`]): the columns besides `input_ids`.
-        report ([`FilterReport`]): gets the number of events after the last target of their user, and of those that are
-            earlier than an event of an earlier part.
     """
+    maker = RowMaker(events, report)
     id_type = pa.int64() if user_ids.dtype.is_integer() else pa.string()
-    unused = early = 0
     for part in parts:
         for stored in _some_users(part):
             starts, lengths = runs(stored["user"])
             ids = user_ids[stored["user"][starts]].to_arrow().cast(id_type)
-            columns = {"input_ids": vocabulary[stored["item"]], **events.compute(stored, starts)}
-            ends = given_ends(stored["part"], starts) if "part" in stored else None
-            early += _count_early(stored, starts)
-            table = make_rows(ids, starts, lengths, columns, events.types, ends)
-            unused += int(lengths.sum()) - (pc.sum(table["test_end"]).as_py() or 0)
-            yield table
-    note_unused(unused, report)
-    if early:
-        report.note(
-            [
-                f"in {early:,} places, a given part of a user begins before the part before it ends, so that a model reads "
-                "later events to predict earlier ones"
-            ]
-        )
+            yield maker.rows(ids, vocabulary[stored["item"]], stored, starts, lengths)
+    maker.note_counts()
 
 
 def _some_users(part: Partition) -> Iterator[dict[str, np.ndarray]]:
@@ -144,40 +192,9 @@ def _some_users(part: Partition) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _count_early(stored: Mapping[str, np.ndarray], starts: np.ndarray) -> int:
-    """
-    The number of events of a given split that are earlier than the one before them in their history, which is of an
-    earlier part.
-    """
-    if "part" not in stored or "time" not in stored:
+    """The number of events that are earlier than the one before them in their history, which is of an earlier part."""
+    if "time" not in stored:
         return 0
     early = np.diff(stored["time"]) < 0
     early[starts[1:] - 1] = False
     return int(early.sum())
-
-
-def make_rows(
-    user_ids: pa.Array,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    columns: Mapping[str, np.ndarray],
-    types: list[str],
-    ends: Mapping[str, np.ndarray] | None = None,
-) -> pa.Table:
-    """One row per user, with a list per column of events and the `ends` of the parts, by default of leave-one-out."""
-    offsets = pa.array(np.append(starts, lengths.sum()), pa.int32())
-    rows = {"user_id": user_ids}
-    rows |= {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()}
-    if ends is None:
-        ends = leave_one_out_ends(lengths, columns.get("weights"), columns.get("basket_starts"))
-    rows |= {f"{part}_end": pa.array(end, pa.int32()) for part, end in ends.items()}
-    table = pa.table(rows)
-    if "event_type_ids" not in columns:
-        return table
-    features = Features.from_arrow_schema(table.schema) | {"event_type_ids": List(ClassLabel(names=types))}
-    return table.replace_schema_metadata(Features(features).arrow_schema.metadata)
-
-
-def note_unused(events: int, report: FilterReport) -> None:
-    """Notes the events after the last target of their user, which are in no part."""
-    if events:
-        report.note([f"{events:,} events come after the last target of their user and are dropped from every part"])
