@@ -32,18 +32,28 @@ _USAGE = """
 ```python
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.data import split
-from datasets import load_from_disk
-
-dataset = load_from_disk("<this folder>")
-tokenizer = BlossomRecTokenizer.from_pretrained("<this folder>")
+{load}
 test = split(dataset, "test")
 ```
 """
+_LOAD_FOLDER = """from datasets import load_from_disk
+
+dataset = load_from_disk("<this folder>")
+tokenizer = BlossomRecTokenizer.from_pretrained("<this folder>")"""
+_LOAD_REPOSITORY = """from datasets import load_dataset
+from huggingface_hub import snapshot_download
+
+dataset = load_dataset("{repo_id}", split="train")  # all users; the ends of the parts are columns
+tokenizer = BlossomRecTokenizer.from_pretrained(snapshot_download("{repo_id}", repo_type="dataset"))"""
 
 
-def dataset_card(folder: str | Path) -> str:
+def dataset_card(folder: str | Path, repo_id: str | None = None) -> str:
     """
     The card of a prepared data set: counts, columns, source, license and filters, read from the files of `folder`.
+
+    Args:
+        folder: a folder that `blossomrec prepare` or `build_sequences` wrote.
+        repo_id: the repository on the Hub that the card is for. Defaults to a card for the folder itself.
 
     Raises:
         ValueError: if `folder` is no prepared data set.
@@ -61,7 +71,8 @@ def dataset_card(folder: str | Path) -> str:
         lines += ["", "## Source and license", "", f"Read from `{filters.source}`, format `{filters.format}`."]
         lines += [f"License of the source: {filters.license or 'not known; see the source.'}"]
         lines += ["", "## Filters", "", *(f"- {line}" for line in str(filters).splitlines())]
-    return "\n".join(lines) + "\n" + _USAGE
+    load = _LOAD_FOLDER if repo_id is None else _LOAD_REPOSITORY.format(repo_id=repo_id)
+    return "\n".join(lines) + "\n" + _USAGE.format(load=load)
 
 
 def _columns(dataset: Dataset) -> list[str]:
@@ -91,7 +102,7 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool = True, toke
     repo_id = ensure_repo(repo_id, private=private, token=token, repo_type="dataset")
     dataset.push_to_hub(repo_id, private=private, token=token)
     # `Dataset.push_to_hub` wrote a card whose metadata lists the files of the rows. Keep these, replace the text.
-    card, ours = DatasetCard.load(repo_id, token=token), DatasetCard(dataset_card(folder))
+    card, ours = DatasetCard.load(repo_id, token=token), DatasetCard(dataset_card(folder, repo_id))
     card.text = ours.text
     card.data.tags, card.data.license = ours.data.tags, ours.data.license
     card.push_to_hub(repo_id, token=token)
