@@ -126,3 +126,9 @@ def test_without_baskets_every_event_is_one():
     baskets = PackingCollator()([row | {"basket_starts": [True] * len(row["input_ids"])} for row in rows])
     assert torch.equal(plain["labels"], baskets["labels"])
     assert pairs_in(baskets) == [(2, 3), (3, 4), (4, 5), (6, 7)]
+
+
+def test_only_batches_with_labels_have_the_columns_of_the_loss():
+    store = HistoryStore.from_rows([{"input_ids": [2, 3], "basket_starts": [True, True], "weights": [1.0, 0.5]}])
+    loss_columns = {"basket_starts", "weights"}
+    assert loss_columns <= store.pack([0], labels=True).keys() and not loss_columns & store.pack([0]).keys()

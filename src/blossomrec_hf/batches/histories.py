@@ -19,6 +19,7 @@ from ..model.ids_blossomrec import IGNORE_INDEX, NUM_SPECIAL_IDS
 
 
 _DTYPES = {"input_ids": np.int32, "weights": np.float32, "basket_starts": np.bool_}  # of what every batch needs
+_LOSS_COLUMNS = ("weights", "basket_starts")
 
 
 class HistoryStore(Dataset):
@@ -215,7 +216,7 @@ class HistoryStore(Dataset):
 
         Args:
             rows: int [S], indices of the histories, none of them empty.
-            labels (`bool`): whether to add `labels`.
+            labels (`bool`): whether to add `labels`, and the columns of the loss, `weights` and `basket_starts`.
 
         Returns:
             Arguments of the model, on the device of the columns: `input_ids` int64 [1, T], the other columns [1, T]
@@ -235,6 +236,8 @@ class HistoryStore(Dataset):
         events = places + torch.repeat_interleave(shifts, counts, output_size=total)
         batch: dict[str, torch.Tensor | int] = {}
         for name, values in self.columns.items():
+            if name in _LOSS_COLUMNS and not labels:
+                continue
             values = values[events][None]
             batch[name] = values if values.is_floating_point() or values.dtype == torch.bool else values.long()
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -120,9 +120,7 @@ class SelectionWatch(LoopCallback, TrainerCallback):
     def measure(self, model: nn.Module, file: Path | None, step: int) -> dict[str, float]:
         """The statistics of a model as it is; also appended to `file`, if there is one."""
         device = next(model.parameters()).device
-        batch = self.store.to(device).pack(self.rows)
-        batch.pop("basket_starts", None)  # of the targets only
-        statistics = selection_statistics(model, batch)
+        statistics = selection_statistics(model, self.store.to(device).pack(self.rows))
         if file is not None:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": step, **statistics}) + "\n")
