@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from event_cases import TYPES, Log, draw_features, event_recommender, timed
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.model.configuration_blossomrec import TIME_FEATURES
 from blossomrec_hf.model.features_blossomrec import ItemFeatures
 from blossomrec_hf.model.streams_blossomrec import ATTENTION_TYPES
 from blossomrec_hf.sharing.export import HistoryScorer, export_onnx, export_program
@@ -53,6 +55,20 @@ def expected(model, ids, mask) -> torch.Tensor:
     return torch.full((len(ids), 60), -torch.inf).scatter(1, out.item_ids, out.scores.float())
 
 
+def columns(model, log: Log) -> dict[str, torch.Tensor]:
+    """The inputs of the graph, padded anywhere, of which it takes those that the model reads."""
+    names = ["input_ids", "attention_mask"]
+    names += ["timestamps", "prediction_time"] if model.config.time_features else []
+    names += ["event_type_ids", "target_event_type"] if model.config.event_types else []
+    batch = log.padded("anywhere", extra=1)
+    return {name: batch[name] for name in names}
+
+
+def event_scores(model, log: Log) -> torch.Tensor:
+    out = model.recommend(**log.lists(), top_k=58, exclude_seen=False)
+    return torch.full((len(log.items), 60), -torch.inf).scatter(1, out.item_ids, out.scores.float())
+
+
 @pytest.mark.parametrize("attention_type", [*ATTENTION_TYPES, "defaults"])
 def test_the_module_gives_the_models_scores(attention_type):
     model = build() if attention_type == "defaults" else build(attention_types=attention_type)
@@ -62,6 +78,15 @@ def test_the_module_gives_the_models_scores(attention_type):
         torch.testing.assert_close(HistoryScorer(model)(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-5)
 
 
+def test_the_module_reads_times_and_types():
+    for _ in range(4):
+        features = draw_features() | random.choice([{}, {"time_features": TIME_FEATURES, "event_types": TYPES}])
+        model = event_recommender(**features).float()
+        for log in (timed(1), timed(300, 1, 17), timed(8, 16)):
+            found = HistoryScorer(model)(**columns(model, log))
+            torch.testing.assert_close(found, event_scores(model, log), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("scoring", [{}, *SCORINGS])
 def test_torch_export_takes_any_batch_and_length(tmp_path, scoring):
     model = build(attention_types=["blossom", "full"], **scoring)
@@ -69,6 +94,30 @@ def test_torch_export_takes_any_batch_and_length(tmp_path, scoring):
     scorer = torch.export.load(tmp_path / "scorer.pt2").module()
     for ids, mask in batches():
         torch.testing.assert_close(scorer(ids, mask), expected(model, ids, mask), rtol=0, atol=1e-5)
+
+
+def test_exported_programs_read_times_and_types(tmp_path):
+    model = event_recommender(time_features=TIME_FEATURES, event_types=TYPES, time_zone="Europe/Berlin").float()
+    torch.export.save(export_program(model), tmp_path / "scorer.pt2")
+    scorer = torch.export.load(tmp_path / "scorer.pt2").module()
+    for log in (timed(1), timed(90, 1, 17), timed(8, 16)):
+        inputs = columns(model, log)
+        found = scorer(inputs.pop("input_ids"), inputs.pop("attention_mask"), **inputs)
+        torch.testing.assert_close(found, event_scores(model, log), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [{"time_features": ["next_gap", "weekday"]}, {"event_types": TYPES}])
+def test_onnx_reads_times_and_types(tmp_path, features):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = event_recommender(**features, time_zone="Europe/Berlin").float()
+    export_onnx(model, tmp_path / "scorer.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
+    for log in (timed(1), timed(90, 1, 17), timed(8, 16)):
+        inputs = columns(model, log)
+        assert [x.name for x in session.get_inputs()] == list(inputs)
+        (scores,) = session.run(["scores"], {name: x.numpy() for name, x in inputs.items()})
+        np.testing.assert_allclose(scores, event_scores(model, log), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scoring", [{}, SCORINGS[1]])

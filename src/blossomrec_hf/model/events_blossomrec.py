@@ -68,6 +68,8 @@ def read_moments(histories: PackedHistories, config: BlossomRecConfig, training:
         ValueError: for a column that the model reads and the histories do not have.
     """
     time = previous_time = next_time = event_type = next_type = None
+    if not config.time_features and not config.event_types:
+        return Moments()
     rows = histories.rows
     is_last = histories.position + 1 == histories.counts[rows]
 
@@ -119,10 +121,11 @@ def check_moments(moments: Moments, config: BlossomRecConfig, latest_trained: to
     time, before, after = moments.time, moments.previous_time, moments.next_time
     numbers = [x for _, *pair in facts for x in pair]
     if timed := time is not None and time.numel() > 0:
-        known = time if after is None else torch.maximum(time, after)
         backwards = torch.zeros_like(time, dtype=torch.bool) if before is None else time < before
         early = (after != UNKNOWN_TIME) & (after < time)
-        numbers += [known.max(), backwards.any(), early.any(), latest_trained]
+        numbers += [torch.maximum(time, after).max(), backwards.any(), early.any()]
+        offloaded = latest_trained is None or latest_trained.is_meta
+        numbers.append(torch.zeros_like(time[0]) if offloaded else latest_trained.to(time.device))
     if not numbers:
         return
     numbers = torch.stack([x.long() for x in numbers]).tolist()

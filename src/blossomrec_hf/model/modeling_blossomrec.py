@@ -330,15 +330,14 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
 
     def _moments(self, events: PackedHistories, training: bool) -> Moments:
         """When the events and the next ones happened, and of what type they are, as far as the model reads it."""
-        if self.event_vectors is None and self.prediction_vectors is None:
-            return Moments()
         moments = read_moments(events, self.config, training)
         self._check(moments)
         return moments
 
     def _check(self, moments: Moments) -> None:
-        if values_are_known(self.item_counts):
-            check_moments(moments, self.config, self.latest_time if self.config.time_features else None)
+        config = self.config
+        if (config.time_features or config.event_types) and values_are_known(self.item_counts):
+            check_moments(moments, config, self.latest_time if config.time_features else None)
 
     def _embed(
         self,

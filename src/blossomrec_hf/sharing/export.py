@@ -10,10 +10,13 @@ import os
 import torch
 from torch import nn
 
-from ..model.ids_blossomrec import NUM_SPECIAL_IDS
+from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.events_blossomrec import read_moments
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS, UNKNOWN_TIME
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation, BlossomRecLayer
 from ..model.modules_blossomrec import has_plain_compressor, is_plain
 from ..model.ops_reference import REFERENCE_OPS, Keys, Queries, rotate
+from ..model.packing_blossomrec import PackedHistories
 from ..model.streams_blossomrec import attend_streams, packed_blocks
 
 
@@ -25,6 +28,10 @@ class HistoryScorer(nn.Module):
     `(input_ids [B, L] int64, attention_mask [B, L]) -> scores [B, vocab_size]` float32 of the next item: 1 in the mask at
     items, 0 at padding on any side; [PAD] and [UNK] in the input are dropped and in the output −inf, and a row without
     items has the training frequencies for scores, all as in `recommend`. Seen items are the caller's to leave out.
+
+    A model with `time_features` also takes `timestamps` `[B, L]` and `prediction_time` `[B]` (int64 seconds, `UNKNOWN_TIME`,
+    which is −2⁶³, if unknown), one with `event_types` also takes `event_type_ids` `[B, L]` and `target_event_type` `[B]` (int64,
+    −1 if unknown). Their values are not checked.
 
     Args:
         model: it is put in evaluation mode; its weights are shared.
@@ -52,7 +59,15 @@ class HistoryScorer(nn.Module):
         self.register_buffer("input_vectors", input_vectors)
         self.register_buffer("score_vectors", score_vectors)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        timestamps: torch.Tensor | None = None,
+        prediction_time: torch.Tensor | None = None,
+        event_type_ids: torch.Tensor | None = None,
+        target_event_type: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         config, base = self.model.config, self.model.model
         length, size = input_ids.shape[1], config.selection_block_size
         real = (attention_mask != 0) & (input_ids >= NUM_SPECIAL_IDS)
@@ -61,16 +76,37 @@ class HistoryScorer(nn.Module):
         place = torch.arange(length, device=input_ids.device)
         order = torch.where(real, place, place + length).argsort(dim=1)
         position = torch.arange((length // size + 2) * size, device=input_ids.device)
-        ids = input_ids.gather(1, order)[:, position.clamp(max=length - 1)]
+
+        def in_order(column: torch.Tensor | None) -> torch.Tensor | None:
+            return None if column is None else column.gather(1, order)[:, position.clamp(max=length - 1)]
+
+        ids, count = in_order(input_ids), real.sum(1)
         x = base.item_embedding(ids) if self.input_vectors is None else base.item_embedding(ids, self.input_vectors)
+        rows = PackedHistories(
+            token=None,
+            position=position.repeat(ids.shape[0]),
+            cu_seqlens=torch.arange(ids.shape[0] + 1, device=ids.device) * ids.shape[1],
+            max_seqlen=MAX_LENGTH,
+            shape=tuple(ids.shape),
+            lengths=count,
+            timestamps=in_order(timestamps),
+            event_type_ids=in_order(event_type_ids),
+            prediction_time=prediction_time,
+            target_event_type=target_event_type,
+        )
+        moments = read_moments(rows, config)
+        if base.event_vectors is not None:
+            x = x + base.event_vectors(moments).view(x.shape)
         x = base.embedding_norm(x)
         cos_sin = base.rotary_embedding(position, x.dtype)
         for layer in base.layers:
             x = self._layer(layer, x, position, cos_sin)
-        count = real.sum(1)
-        last = x.gather(1, (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, x.shape[2]))[:, 0]
+        end = (count - 1).clamp(min=0)[:, None]
+        last = x.gather(1, end[..., None].expand(-1, -1, x.shape[2]))[:, 0]
+        moments = moments.map(lambda m: m.view(ids.shape).gather(1, end)[:, 0])
+        states = base.prediction_states(last, moments.time, moments.next_time, moments.next_type)
         vectors = self.model.item_vectors() if self.score_vectors is None else self.score_vectors
-        scores = base.prediction_states(last).float() @ vectors.float().T
+        scores = states.float() @ vectors.float().T
         scores = torch.where(count[:, None] > 0, scores, base.item_counts.float())
         special = torch.arange(scores.shape[1], device=scores.device) < NUM_SPECIAL_IDS
         return scores.masked_fill(special, -torch.inf)
@@ -92,26 +128,41 @@ class HistoryScorer(nn.Module):
         return layer.feed_forward_norm(x + layer.down_proj(layer.act_fn(layer.up_proj(x))))
 
 
-def _example(model: BlossomRecForSequentialRecommendation) -> tuple[tuple[torch.Tensor, torch.Tensor], dict]:
-    ids = torch.full((2, 3 * model.config.selection_block_size + 1), NUM_SPECIAL_IDS, device=model.device)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    shapes = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
-    return (ids, torch.ones_like(ids)), shapes
+def _example(model: BlossomRecForSequentialRecommendation) -> dict[str, torch.Tensor]:
+    """Inputs of `HistoryScorer(model)` by name, `[2, length]` or `[2]`."""
+    config: BlossomRecConfig = model.config
+    ids = torch.full((2, 3 * config.selection_block_size + 1), NUM_SPECIAL_IDS, device=model.device)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.time_features:
+        example |= {"timestamps": torch.zeros_like(ids), "prediction_time": torch.full_like(ids[:, 0], UNKNOWN_TIME)}
+    if config.event_types:
+        example |= {"event_type_ids": torch.zeros_like(ids), "target_event_type": torch.zeros_like(ids[:, 0])}
+    return example
 
 
 def export_program(model: BlossomRecForSequentialRecommendation) -> torch.export.ExportedProgram:
-    """`HistoryScorer(model)` as an `ExportedProgram`, for `torch.export.save` or AOTInductor; any batch and length."""
-    example, shapes = _example(model)
+    """
+    `HistoryScorer(model)` as an `ExportedProgram`, for `torch.export.save` or AOTInductor; any batch and length. Inputs
+    after the first two are given by name.
+    """
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    example = _example(model)
+    shapes = {name: {i: dims[i] for i in range(x.dim())} for name, x in example.items()}
+    positional = (example.pop("input_ids"), example.pop("attention_mask"))
     with torch.no_grad():
         return torch.export.export(
-            HistoryScorer(model), example, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+            HistoryScorer(model),
+            positional,
+            example,
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,
         )
 
 
 def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.PathLike) -> None:
     """
-    Writes `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64,
-    output `scores` `[batch, vocab_size]` float32. Weights of more than 2 GiB lie in a file beside it.
+    Writes `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64, and
+    those of the times and types that the model reads, output `scores` `[batch, vocab_size]` float32. Weights of more than 2 GiB lie in a file beside it.
 
     Raises:
         ImportError: `onnxscript` is not installed.
@@ -124,7 +175,7 @@ def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.Pat
         torch.onnx.export(
             export_program(model),
             f=str(path),
-            input_names=["input_ids", "attention_mask"],
+            input_names=list(_example(model)),
             output_names=["scores"],
             verbose=False,
             external_data=sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31 - 2**24,
