@@ -65,7 +65,7 @@ def plain_logits(model, items, times, types, now, target) -> torch.Tensor:
         changes = [row(v, *reads[name](t)) for name, v in vectors.items()]
         scale, shift = sum(changes).chunk(2) if changes else (0, 0)
         moved.append(state * (1 + scale) + shift)
-    return plain._logits(plain.model.prediction_states(torch.stack(moved)))
+    return plain.model.prediction_states(torch.stack(moved)) @ plain.item_vectors().T
 
 
 def assert_plain(model, log: Log, logits: list[torch.Tensor], begins: list[int] | None = None) -> None:
