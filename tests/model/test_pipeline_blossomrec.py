@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from event_cases import event_recommender, timed
 from transformers import pipeline
 
 from blossomrec_hf import (
@@ -79,7 +80,7 @@ def test_lists_dictionaries_generators_and_batches(saved, batch_size):
         else:
             ids = {"candidate_ids": [tokenizer.encode_items(candidates)]} if kind != 1 else {}
             ids |= {"exclude_ids": [tokenizer.encode_items(exclude)]} if kind != 2 else {}
-            inputs.append({"history": history})
+            inputs.append({"items": history})
             if kind != 1:
                 inputs[-1]["candidates"] = candidates
             if kind != 2:
@@ -103,7 +104,7 @@ def test_candidates_and_exclusions_for_all_inputs(saved):
 
     answers = [wanted(history, candidates, exclude) for history in histories]
     assert [as_pairs(answer) for answer in pipe(histories, candidates=candidates)] == answers
-    inputs = [{"history": histories[0], "candidates": own, "exclude": own[:1]}, histories[1]]
+    inputs = [{"items": histories[0], "candidates": own, "exclude": own[:1]}, histories[1]]
     answers = [wanted(histories[0], own, exclude + own[:1]), wanted(histories[1], candidates, exclude)]
     assert [as_pairs(answer) for answer in pipe(inputs, candidates=candidates)] == answers
     assert as_pairs(pipe(histories[0])) == wanted(histories[0], None, exclude)
@@ -132,19 +133,19 @@ def test_unknown_items_are_dropped_and_empty_histories_get_the_popular_ones(save
     history = draw(5)
     assert pipe([*history, "never seen"]) == pipe(history)
     popular = tokenizer.decode_items(model.item_counts.argsort(descending=True)[:3])
-    for nothing in ({"history": []}, ["never seen"]):
+    for nothing in ({"items": []}, ["never seen"]):
         assert [entry["item"] for entry in pipe(nothing, top_k=3)] == popular
     assert [entry["item"] for entry in pipe([[], history], top_k=3)[0]] == popular
-    assert pipe({"history": history, "candidates": ["never seen"]}) == []
-    assert pipe({"history": history, "candidates": []}) == []
+    assert pipe({"items": history, "candidates": ["never seen"]}) == []
+    assert pipe({"items": history, "candidates": []}) == []
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"candidates": ["item 1"]}, "history"),
-        ({"history": ["item 1"], "candidate": []}, "'candidate'"),
-        ({"history": "item 1"}, "history"),
+        ({"candidates": ["item 1"]}, "items"),
+        ({"items": ["item 1"], "candidate": []}, "'candidate'"),
+        ({"items": "item 1"}, "items"),
         ([["item 1"], [3]], "3, a int"),
     ],
 )
@@ -152,6 +153,54 @@ def test_bad_input_is_named(saved, bad, message):
     _, model, tokenizer = saved
     with pytest.raises(ValueError, match=message):
         SequentialRecommendationPipeline(model=model, tokenizer=tokenizer)(bad)
+
+
+@pytest.fixture(scope="module")
+def with_events():
+    _, tokenizer = build()
+    features = {"time_features": ["previous_gap", "next_gap", "hour"], "event_types": ["view", "buy"]}
+    model = event_recommender(**features, vocab_size=len(tokenizer)).float()
+    return SequentialRecommendationPipeline(model=model, tokenizer=tokenizer, top_k=5), model, tokenizer
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_times_and_types_of_events_are_read(with_events, batch_size):
+    pipe, model, tokenizer = with_events
+    inputs, answers = [], []
+    for number in range(6):
+        log = timed(random.randint(1, 20))
+        history, times = draw(len(log.items[0])), log.times[0].tolist()
+        types = random.choices(["view", "buy", "never seen"], k=len(history))
+        inputs.append({"items": history, "timestamps": times, "event_types": types})
+        columns = {"timestamps": [times], "event_type_ids": [[{"view": 0, "buy": 1}.get(x, -1) for x in types]]}
+        if number % 2:
+            inputs[-1] |= {"now": times[-1] + 999, "target_event_type": "buy"}
+            columns |= {"prediction_time": [times[-1] + 999], "target_event_type": 1}
+        answers.append(expected(model, tokenizer, history, top_k=5, **columns))
+    assert [as_pairs(answer) for answer in pipe(inputs, batch_size=batch_size)] == answers
+    own = [entry | {"now": entry["timestamps"][-1] + 5, "target_event_type": "view"} for entry in inputs[:1]]
+    assert pipe(own) == pipe(inputs[:1], now=own[0]["now"], target_event_type="view")
+    assert pipe([{"items": []}, inputs[0]])[1] == pipe(inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestamps": None}, "`timestamps` is None for 2 items; the model reads timestamps, so give a dictionary"),
+        ({"timestamps": [1]}, r"`timestamps` is \[1\] for 2 items"),
+        ({"timestamps": [1, 2.5]}, "`timestamps` contains 2.5; it must be an integer, seconds since 1970"),
+        ({"event_types": "view"}, "`event_types` is 'view' for 2 items"),
+        ({"now": "2026-11-27"}, "`now` contains '2026-11-27'; it must be an integer"),
+        ({"now": 1}, "`prediction_time` is 1, before the last event of its history at 20"),
+        ({"target_event_type": "cart"}, "`target_event_type` is 'cart'; it must be one of 'view', 'buy'"),
+    ],
+)
+def test_bad_times_and_types_are_named(with_events, changes, message):
+    pipe, _, _ = with_events
+    good = {"items": ["item 1", "item 2"], "timestamps": [10, 20], "event_types": ["view", "buy"], "now": 30}
+    assert len(pipe(good)) == 5
+    with pytest.raises(ValueError, match=message):
+        pipe(good | changes)
 
 
 def test_a_tokenizer_of_another_size_or_a_model_without_a_head_is_refused(saved):

@@ -1,5 +1,6 @@
 """`pipeline("sequential-recommendation")`: raw item ids in, raw item ids and scores out."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -9,10 +10,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Pipeline
 from transformers.utils import logging
 
+from .ids_blossomrec import UNKNOWN_TIME, UNKNOWN_TYPE
+
 
 logger = logging.get_logger(__name__)
 
-_INPUT_KEYS = {"history", "candidates", "exclude"}
+_ITEM_KEYS = ("items", "candidates", "exclude")
+_EVENT_KEYS = ("timestamps", "event_types", "now", "target_event_type")
 
 
 class SequentialRecommendationPipeline(Pipeline):
@@ -23,12 +27,16 @@ class SequentialRecommendationPipeline(Pipeline):
     recommender = pipeline("sequential-recommendation", model="path/or/repository")
     recommender([12, 15, 3], top_k=5)  # one history: [{"item": 7, "score": 4.2}, …]
     recommender([[12, 15, 3], [8]], batch_size=32)  # several: a list of such lists
-    recommender({"history": [12, 15, 3], "candidates": [7, 9], "exclude": [9]})
+    recommender({"items": [12, 15, 3], "candidates": [7, 9], "exclude": [9]})
     recommender([[12, 15, 3], [8]], candidates=[7, 9, 20], exclude=[9])  # the same for all inputs
+    recommender({"items": [12, 15], "timestamps": [1795680000, 1795766400], "now": 1795770000})  # model with times
+    recommender({"items": [12, 15], "event_types": ["view", "cart"], "target_event_type": "buy"})  # model with event types
     ```
 
-    An input is a list of raw ids (of the tokenizer's `item_type`), the oldest first, or a dictionary with `history` and,
-    optionally, `candidates` to choose from and items to `exclude`. A list of inputs, a `Dataset` and a generator are
+    An input is a list of raw ids (of the tokenizer's `item_type`), the oldest first, or a dictionary with `items` and,
+    optionally, `candidates` to choose from and items to `exclude`. For a model with `time_features`, it also has `timestamps`,
+    one per item in seconds, and optionally `now`, the time for which to recommend; for a model with `event_types`, the names
+    of the `event_types`, one per item, and optionally the `target_event_type` to recommend. Other models ignore these. A list of inputs, a `Dataset` and a generator are
     several inputs, read `batch_size` at a time. Items outside the vocabulary are dropped, with a warning that counts them.
     A history without known items gets the most frequent items of the training data.
 
@@ -40,6 +48,9 @@ class SequentialRecommendationPipeline(Pipeline):
         max_length (`int`, *optional*): number of latest items of a history that the model reads. Defaults to all.
         candidates (`list`, *optional*): raw ids to choose from, for every input without `candidates` of its own.
         exclude (`list`, *optional*): raw ids to exclude for every input, in addition to its own `exclude`.
+        now (`int`, *optional*): time in seconds for every input without `now` of its own. Defaults to unknown.
+        target_event_type (`str`, *optional*): type to recommend for every input without one of its own. Defaults to the first
+            of `config.target_event_types`, or to unknown.
 
     Raises:
         `ValueError`: for inputs of another form, ids of another type, a tokenizer of another size than the model's
@@ -74,8 +85,10 @@ class SequentialRecommendationPipeline(Pipeline):
         max_length: int | None = None,
         candidates: Sequence | None = None,
         exclude: Sequence | None = None,
+        now: int | None = None,
+        target_event_type: str | None = None,
     ) -> tuple[dict, dict, dict]:
-        chosen = {"candidates": candidates, "exclude": exclude}
+        chosen = {"candidates": candidates, "exclude": exclude, "now": now, "target_event_type": target_event_type}
         given = {"top_k": top_k, "exclude_seen": exclude_seen, "min_score": min_score, "max_length": max_length}
         chosen, given = ({name: x for name, x in values.items() if x is not None} for values in (chosen, given))
         return chosen, given, {}
@@ -91,9 +104,9 @@ class SequentialRecommendationPipeline(Pipeline):
                 isinstance(entry, (list, tuple, Mapping)) or hasattr(entry, "tolist") and getattr(entry, "ndim", 0)
                 for entry in inputs
             ):
-                inputs = {"history": inputs}
+                inputs = {"items": inputs}
         elif hasattr(inputs, "tolist"):
-            inputs = {"history": inputs} if inputs.ndim == 1 else list(inputs)
+            inputs = {"items": inputs} if inputs.ndim == 1 else list(inputs)
         return super().__call__(inputs, *args, **kwargs)
 
     def get_iterator(
@@ -116,43 +129,65 @@ class SequentialRecommendationPipeline(Pipeline):
     ) -> list[dict]:
         return next(self.get_iterator([inputs], 0, 1, preprocess_params, forward_params, postprocess_params))
 
-    def preprocess(
-        self, inputs: list, candidates: Sequence | None = None, exclude: Sequence | None = None
-    ) -> dict[str, Any]:
+    def preprocess(self, inputs: list, exclude: Sequence | None = None, **shared: Any) -> dict[str, Any]:
         """
-        Encode several inputs as padded tensors: `input_ids`, `exclude_ids`, `candidate_ids` `[B, …]` int64, and `chooses`
-        `[B]` bool, the inputs with candidates of their own.
+        Encode several inputs as padded tensors: `input_ids`, `exclude_ids`, `candidate_ids` `[B, …]` int64, the columns of
+        the events that the model reads, and `chooses` `[B]` bool, the inputs with candidates of their own.
+
+        Args:
+            exclude: raw ids to exclude for every input.
+            shared: `candidates`, `now` and `target_event_type` for inputs without their own.
         """
-        columns: dict[str, list[list[int]]] = {name: [] for name in _INPUT_KEYS}
-        chooses, unknown = [], 0
-        shared_exclude = self._encode("exclude", exclude)
+        items: dict[str, list[list[int]]] = {name: [] for name in _ITEM_KEYS}
+        chooses, entries, shared_exclude = [], [], self._encode("exclude", exclude)
         for entry in inputs:
-            if not isinstance(entry, Mapping):
-                entry = {"history": entry}
-            if "history" not in entry or entry.keys() - _INPUT_KEYS:
+            entry = entry if isinstance(entry, Mapping) else {"items": entry}
+            if "items" not in entry or entry.keys() - {*_ITEM_KEYS, *_EVENT_KEYS}:
                 raise ValueError(
-                    f"`inputs` contains a dictionary with {', '.join(map(repr, entry))}; it may have 'history', which it "
-                    "must, 'candidates' and 'exclude'."
+                    f"`inputs` contains a dictionary with {', '.join(map(repr, entry))}; it may have 'items', which it must, "
+                    f"{', '.join(map(repr, (*_ITEM_KEYS[1:], *_EVENT_KEYS)))}."
                 )
-            if entry.get("candidates") is None:
-                entry = {**entry, "candidates": candidates}
-            for name in _INPUT_KEYS:
-                columns[name].append(self._encode(name, entry.get(name)))
-            columns["exclude"][-1] += shared_exclude
-            chooses.append(entry["candidates"] is not None)
-            unknown += columns["candidates"][-1].count(self.tokenizer.unk_token_id)
-        if unknown:
+            entry = shared | {name: value for name, value in entry.items() if value is not None}
+            for name in _ITEM_KEYS:
+                items[name].append(self._encode(name, entry.get(name)))
+            items["exclude"][-1] += shared_exclude
+            chooses.append("candidates" in entry)
+            entries.append(entry)
+        if unknown := sum(row.count(self.tokenizer.unk_token_id) for row in items["candidates"]):
             logger.warning(f"Dropped {unknown} unknown items from the candidates.")
-
-        def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-            return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
-
         return {
-            "input_ids": pad(columns["history"], self.tokenizer.pad_token_id),
-            "exclude_ids": pad(columns["exclude"], -1),
-            "candidate_ids": pad(columns["candidates"], -1),
+            "input_ids": _pad(items["items"], self.tokenizer.pad_token_id),
+            "exclude_ids": _pad(items["exclude"], -1),
+            "candidate_ids": _pad(items["candidates"], -1),
             "chooses": torch.tensor(chooses),
+            **self._encode_events(entries, [len(row) for row in items["items"]]),
         }
+
+    def _encode_events(self, entries: list[Mapping], lengths: list[int]) -> dict[str, torch.Tensor]:
+        """The columns of the events that the model reads, as `recommend` takes them."""
+        config, encoded = self.model.config, {}
+        if config.time_features:
+            times = [_one_per_item(entry, "timestamps", n) for entry, n in zip(entries, lengths)]
+            encoded["timestamps"] = _pad([[_seconds("timestamps", x) for x in row] for row in times], 0)
+            now = [_seconds("now", entry["now"]) if "now" in entry else UNKNOWN_TIME for entry in entries]
+            encoded["prediction_time"] = torch.tensor(now)
+        if config.event_types:
+            types = [_one_per_item(entry, "event_types", n) for entry, n in zip(entries, lengths)]
+            ids = {name: i for i, name in enumerate(config.event_types)}
+            encoded["event_type_ids"] = _pad([[ids.get(name, UNKNOWN_TYPE) for name in row] for row in types], 0)
+            if unknown := sum(name not in ids for row in types for name in row):
+                logger.warning(
+                    f"{unknown} events have types that are not among {', '.join(ids)} and count as unknown."
+                )
+            targets = [entry.get("target_event_type") for entry in entries]
+            for name in targets:
+                if name is not None and name not in ids:
+                    raise ValueError(
+                        f"`target_event_type` is {name!r}; it must be one of {', '.join(map(repr, ids))}."
+                    )
+            default = config.default_target_type
+            encoded["target_event_type"] = torch.tensor([default if name is None else ids[name] for name in targets])
+        return encoded
 
     def _encode(self, name: str, items: Any) -> list[int]:
         if isinstance(items, (str, Mapping)) or not (items is None or hasattr(items, "__len__")):
@@ -167,12 +202,8 @@ class SequentialRecommendationPipeline(Pipeline):
             rows = (encoded["chooses"] == chooses).nonzero()[:, 0]
             if len(rows):
                 candidates = encoded["candidate_ids"][rows] if chooses else None
-                out = self.model.recommend(
-                    encoded["input_ids"][rows],
-                    exclude_ids=encoded["exclude_ids"][rows],
-                    candidate_ids=candidates,
-                    **kwargs,
-                )
+                columns = {name: x[rows] for name, x in encoded.items() if name not in ("chooses", "candidate_ids")}
+                out = self.model.recommend(**columns, candidate_ids=candidates, **kwargs)
                 item_ids[rows.cpu()], scores[rows.cpu()] = out.item_ids.cpu(), out.scores.cpu().float()
         return {"item_ids": item_ids, "scores": scores}
 
@@ -183,3 +214,25 @@ class SequentialRecommendationPipeline(Pipeline):
             items = self.tokenizer.decode_items(ids[:count])
             answers.append([{"item": item, "score": score} for item, score in zip(items, scores)])
         return answers
+
+
+def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value)
+
+
+def _one_per_item(entry: Mapping, name: str, length: int) -> Sequence:
+    """A column of the events of one input."""
+    values = entry.get(name, [] if length == 0 else None)
+    if values is None or isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or len(values) != length:
+        raise ValueError(
+            f"`{name}` is {values!r:.80} for {length} items; the model reads {name}, so give a dictionary with 'items' and "
+            f"{name!r}, a list of the same length."
+        )
+    return values
+
+
+def _seconds(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ValueError(f"`{name}` contains {value!r}; it must be an integer, seconds since 1970.") from error
