@@ -130,7 +130,7 @@ def test_columns_survive_saving_splitting_and_joining(tmp_path):
     for row in joined:
         first = memory[list(memory["user_id"]).index(row["user_id"])]
         assert row["event_type_ids"] == first["event_type_ids"] * 2 and row["weights"] == first["weights"] * 2
-    other, _ = build_sequences(log, event_type="kind", event_types="buy,cart,view", type_weights="cart=.5")
+    other, _ = build_sequences(log, **options | {"event_types": "buy,cart,view"})
     with pytest.raises(ValueError, match="has the event types view, cart, buy, and the new one buy, cart, view"):
         join_logs(memory, other)
 
