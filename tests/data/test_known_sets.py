@@ -41,7 +41,9 @@ def publisher(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/ml-1m.zip"
     md5 = hashlib.md5(archive()).hexdigest()
-    known = known_sets.KnownSet(url, "ml-1m/ratings.dat", "ml-1m", "free to test", md5, "ml-1m/movies.dat")
+    known = known_sets.KnownSet(
+        url, "ml-1m/ratings.dat", "ml-1m", "free to test", "https://page", md5, "ml-1m/movies.dat"
+    )
     monkeypatch.setitem(known_sets.KNOWN, "ml-1m", known)
     monkeypatch.setenv("BLOSSOMREC_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -76,7 +78,7 @@ def test_a_broken_connection_leaves_nothing(publisher, tmp_path):
 
 
 def test_without_network_a_sentence_says_where_to_put_the_file(publisher, tmp_path, monkeypatch):
-    nowhere = known_sets.KnownSet("http://127.0.0.1:9/ml-1m.zip", "ml-1m/ratings.dat", "ml-1m", "free")
+    nowhere = known_sets.KnownSet("http://127.0.0.1:9/ml-1m.zip", "ml-1m/ratings.dat", "ml-1m", "free", "https://page")
     monkeypatch.setitem(known_sets.KNOWN, "ml-1m", nowhere)
     place = tmp_path / "cache" / "ml-1m" / "ml-1m.zip"
     with pytest.raises(FileNotFoundError, match=f"put it at {place}"):
@@ -87,7 +89,9 @@ def test_without_network_a_sentence_says_where_to_put_the_file(publisher, tmp_pa
 
 def test_without_a_published_checksum_the_first_download_is_the_measure(publisher, tmp_path, monkeypatch):
     known = known_sets.KNOWN["ml-1m"]
-    monkeypatch.setitem(known_sets.KNOWN, "ml-1m", known_sets.KnownSet(known.url, known.log, "ml-1m", "free"))
+    monkeypatch.setitem(
+        known_sets.KNOWN, "ml-1m", known_sets.KnownSet(known.url, known.log, "ml-1m", "free", "https://page")
+    )
     folder = known_sets.fetch("ml-1m")
     (folder / ".complete").unlink()
     (folder / "ml-1m.zip").write_bytes(archive() + b"!")
@@ -104,7 +108,7 @@ def test_a_damaged_download_is_not_kept(publisher, tmp_path, monkeypatch, damage
     )
     format = "csv" if damage == "gzip" else known.format
     url = known.url.replace("ml-1m.zip", log) if damage == "gzip" else known.url
-    monkeypatch.setitem(known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, log, format, "free"))
+    monkeypatch.setitem(known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, log, format, "free", "https://page"))
     other = io.BytesIO()
     with zipfile.ZipFile(other, "w") as file:
         file.writestr("readme", "moved")
@@ -128,7 +132,7 @@ def test_a_page_in_place_of_a_log_is_not_kept(publisher, tmp_path, monkeypatch):
     known = known_sets.KNOWN["ml-1m"]
     url = known.url.replace("ml-1m.zip", "ratings_Beauty.csv")
     monkeypatch.setitem(
-        known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, "ratings_Beauty.csv", "amazon-csv", "free")
+        known_sets.KNOWN, "ml-1m", known_sets.KnownSet(url, "ratings_Beauty.csv", "amazon-csv", "free", "https://page")
     )
     publisher["served"] = b"<html>\n<p>Not here, sorry.\n</html>\n"
     with pytest.raises(ValueError, match="ratings_Beauty.csv is damaged or another edition"):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import polars as pl
@@ -40,6 +41,128 @@ READ = {
     "foursquare-global": ("user_id", "venue_id", "utc_time"),
     "lastfm-1k": ("user_id", "artist_name", "timestamp"),
 }  # fmt: skip
+
+# layout: the header line or the names of the columns in order, as the page that it names publishes them
+PUBLISHED = {
+    "rees46": (
+        "event_time,event_type,product_id,category_id,category_code,brand,price,user_id,user_session",
+        "https://www.kaggle.com/datasets/mkechinov/ecommerce-behavior-data-from-multi-category-store",
+    ),
+    "otto": ("session events(aid ts type)", "https://github.com/otto-de/recsys-dataset#data-format"),
+    "mind": (
+        "impression_id,user_id,time,history,impressions",
+        "https://learn.microsoft.com/azure/open-datasets/dataset-microsoft-news",
+    ),
+    "h-and-m": (
+        "t_dat,customer_id,article_id,price,sales_channel_id",
+        "https://www.kaggle.com/competitions/h-and-m-personalized-fashion-recommendations/data",
+    ),
+    "yoochoose": ("session_id,timestamp,item_id,category", "https://www.kaggle.com/datasets/chadgostopp/recsys-challenge-2015"),
+    "yoochoose-buys": (
+        "session_id,timestamp,item_id,price,quantity",
+        "https://www.kaggle.com/datasets/chadgostopp/recsys-challenge-2015",
+    ),
+    "taobao": ("user_id,item_id,category_id,behavior_type,timestamp", "https://tianchi.aliyun.com/dataset/649"),
+    "diginetica": (
+        "sessionId;userId;itemId;timeframe;eventdate", "https://competitions.codalab.org/competitions/11161"
+    ),
+    "retailrocket": (
+        "timestamp,visitorid,event,itemid,transactionid", "https://www.kaggle.com/datasets/retailrocket/ecommerce-dataset"
+    ),
+    "tenrec": (
+        "user_id,item_id,click,follow,like,share,video_category,watching_times,gender,age",
+        "https://github.com/yuangh-x/2022-NIPS-Tenrec",
+    ),
+    "kuairand": (
+        "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
+        "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab",
+        "https://github.com/chongminggao/KuaiRand#data-descriptions",
+    ),
+    "kuairec": ("user_id,video_id,play_duration,video_duration,time,date,timestamp,watch_ratio", "https://kuairec.com/"),
+    "yambda": (
+        "uid,item_id,timestamp,is_organic,played_ratio_pct,track_length_seconds,event_type",
+        "https://huggingface.co/datasets/yandex/yambda",
+    ),
+    "amazon-2014": ("user,item,rating,timestamp", "https://jmcauley.ucsd.edu/data/amazon/"),
+    "amazon-2018": ("item,user,rating,timestamp", "https://nijianmo.github.io/amazon/"),
+    "amazon-json": ("reviewerID asin overall unixReviewTime", "https://nijianmo.github.io/amazon/"),
+    "amazon-2023": ("user_id,parent_asin,rating,timestamp", "https://amazon-reviews-2023.github.io/"),
+    "ml-10m": (
+        "UserID::MovieID::Rating::Timestamp", "https://files.grouplens.org/datasets/movielens/ml-10m-README.html"
+    ),
+    "ml-csv": (
+        "userId,movieId,rating,timestamp", "https://files.grouplens.org/datasets/movielens/ml-25m-README.html"
+    ),
+    "steam": ("username product_id date", "https://cseweb.ucsd.edu/~jmcauley/datasets.html#steam_data"),
+    "yelp": ("review_id user_id business_id stars date", "https://www.yelp.com/dataset/documentation/main"),
+    "foursquare-global": (
+        "user_id,venue_id,utc_time,timezone_offset", "https://sites.google.com/site/yangdingqi/home/foursquare-dataset"
+    ),
+    "lastfm-1k": (
+        "user_id,timestamp,artist_id,artist_name,track_id,track_name",
+        "http://ocelma.net/MusicRecommendationDataset/lastfm-1K.html",
+    ),
+}  # fmt: skip
+
+# Lines as published: the layout, the lines, and their users, items and seconds.
+_AMAZON = '{"reviewerID": "A2SUAM1J3GNN3B", "asin": "0000013714", "reviewerName": "J. McDonald", "helpful": [2, 3], '
+_YELP = '{"review_id": "zdSx_SD6obEhz9VrW9uAWA", "user_id": "Ha3iJu77CxlrFm-vQRs_8g", "business_id": '
+LINES = [
+    ("otto", [
+        '{"session": 42, "events": [{ "aid": 0, "ts": 1661200010000, "type": "clicks" }, { "aid": 2, "ts": 1661200040000, '
+        '"type": "carts"  }, { "aid": 3, "ts": 1661200080000, "type": "orders" }]}'
+    ], [(42, 0, 1661200010), (42, 2, 1661200040), (42, 3, 1661200080)]),
+    ("taobao", ["1,2268318,2520377,pv,1511544070", "1,2333346,2520771,pv,1511561733"],
+        [(1, 2268318, 1511544070), (1, 2333346, 1511561733)]),
+    ("retailrocket", [PUBLISHED["retailrocket"][0], "1433221332117,257597,view,355908,", "1433224214164,992329,view,248676,"],
+        [(257597, 355908, 1433221332), (992329, 248676, 1433224214)]),
+    ("kuairand", [PUBLISHED["kuairand"][0], "17387,1123453,20220421,400,1650485801301,1,0,0,0,0,0,1,151024,104400,0,0,0,0,1"],
+        [(17387, 1123453, 1650485801)]),
+    ("kuairec", [
+        PUBLISHED["kuairec"][0], "0,3649,13838,10867,2020-07-05 00:08:23.438,20200705,1593878903.438,1.2733965215790926"
+    ], [(0, 3649, 1593878903)]),
+    ("h-and-m", [
+        PUBLISHED["h-and-m"][0],
+        "2018-09-20,000058a12d5b43e67d225668fa1f8d618c13dc232df0cad8ffe7ad4a1091e318,0663713001,0.050830508474576264,2",
+    ], [("000058a12d5b43e67d225668fa1f8d618c13dc232df0cad8ffe7ad4a1091e318", "0663713001", 1537401600)]),
+    ("amazon-2014", ["AGY6K0DDK7KV1,B00LIBEPDS,5.0,1405900800", "AQ9PX85HXR9PU,B00LIBEPDS,5.0,1405468800"],
+        [("AGY6K0DDK7KV1", "B00LIBEPDS", 1405900800), ("AQ9PX85HXR9PU", "B00LIBEPDS", 1405468800)]),
+    ("amazon-json", [
+        _AMAZON + '"reviewText": "Great purchase though!", "overall": 5.0, "summary": "Heavenly Highway Hymns", '
+        '"unixReviewTime": 1252800000, "reviewTime": "09 13, 2009"}'
+    ], [("A2SUAM1J3GNN3B", "0000013714", 1252800000)]),
+    ("ml-10m", ["1::1193::5::978300760"], [(1, 1193, 978300760)]),
+    ("yelp", [_YELP + '"tnhfDv5Il8EaGSXZGiuQGg", "stars": 4, "date": "2016-03-09", "text": "Great place"}'],
+        [("Ha3iJu77CxlrFm-vQRs_8g", "tnhfDv5Il8EaGSXZGiuQGg", 1457481600)]),
+    ("yoochoose", ["1,2014-04-07T10:51:09.277Z,214536502,0"], [(1, 214536502, 1396867869)]),
+    ("lastfm-1k", ["user_000001\t2009-05-04T23:08:57Z\tmbid-1\tDeerhunter\tmbid-2\tNothing Ever Happened"],
+        [("user_000001", "Deerhunter", 1241478537)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, lines, events", LINES, ids=[layout for layout, *_ in LINES])
+def test_published_lines_are_read(tmp_path, layout, lines, events):
+    path = tmp_path / ("ratings.dat" if layout == "ml-10m" else "log.txt")
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    dataset, tokenizer = build_sequences(path, format=layout)
+    found = []
+    for row in dataset:
+        for item, second in zip(tokenizer.decode_items(row["input_ids"]), row["timestamps"]):
+            found.append((row["user_id"], item, second))
+    assert found == events
+
+
+def test_every_layout_is_as_published():
+    """The columns of the layout are those that its page names."""
+    assert PUBLISHED.keys() == LAYOUTS.keys() == READ.keys()
+    for name, (columns, page) in PUBLISHED.items():
+        layout = LAYOUTS[name]
+        assert page.split("#")[0].rstrip("/") == layout.source.split("#")[0].rstrip("/"), name
+        if layout.columns.startswith("{"):
+            assert set(re.findall(r"\'?\"?(\w+)\'?\"?: ", layout.columns)) == set(re.findall(r"\w+", columns)), name
+        else:
+            assert layout.columns == columns, name
+
 
 _DAY, _START = 86_400, 1_300_000_000
 
@@ -150,6 +273,7 @@ def test_every_known_set_is_read_by_a_format():
     assert len(known_sets.KNOWN) >= 30
     for name, known in known_sets.KNOWN.items():
         assert known.url.startswith("http") and known.license and known.format in FORMATS, name
+        assert known.page.startswith("http"), name
         assert known.download or known.md5 is None
 
 

@@ -35,6 +35,7 @@ class KnownSet:
         log (`str`): the log's file, or a glob pattern of several, in the unpacked folder.
         format (`str`): its format, one of [`~data.formats.FORMATS`].
         license (`str`): terms of use.
+        page (`str`): the page that describes its columns.
         md5 (`str`, *optional*): the checksum that the publisher states. Without one, the checksum of the first download is
             stored, and later downloads are compared with it.
         titles (`str`, *optional*): the file of item titles in the unpacked folder.
@@ -45,6 +46,7 @@ class KnownSet:
     log: str
     format: str
     license: str
+    page: str
     md5: str | None = None
     titles: str | None = None
     download: bool = True
@@ -52,7 +54,14 @@ class KnownSet:
 
 def _by_hand(log: str, format: str, license: str, url: str | None = None, titles: str | None = None) -> KnownSet:
     """A data set that users have to get themselves, by default from the page of its layout."""
-    return KnownSet(url or LAYOUTS[format].source, log, format, license, titles=titles, download=False)
+    page = url or LAYOUTS[format].source
+    return KnownSet(page, log, format, license, page, titles=titles, download=False)
+
+
+def _movielens(name: str, folder: str, md5: str, log: str, format: str, titles: str, readme: str) -> KnownSet:
+    """A MovieLens data set with its README, next to the archive."""
+    log, titles, page = f"{folder}/{log}", f"{folder}/{titles}", f"{_GROUPLENS}{name}-README.{readme}"
+    return KnownSet(f"{_GROUPLENS}{name}.zip", log, format, _GROUPLENS_LICENSE, page, md5, titles)
 
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
@@ -65,29 +74,23 @@ _AMAZON = _SNAP + "amazon/productGraph/categoryFiles/"
 _AMAZON_LICENSE = "Amazon reviews, J. McAuley, UCSD: for research; cite He and McAuley, doi:10.1145/2872427.2883037."
 
 KNOWN = {
-    "ml-100k": KnownSet(
-        _GROUPLENS + "ml-100k.zip", "ml-100k/u.data", "ml-100k", _GROUPLENS_LICENSE,
-        "0e33842e24a9c977be4e0107933c0723", "ml-100k/u.item",
+    "ml-100k": _movielens(
+        "ml-100k", "ml-100k", "0e33842e24a9c977be4e0107933c0723", "u.data", "ml-100k", "u.item", "txt"
     ),
-    "ml-1m": KnownSet(
-        _GROUPLENS + "ml-1m.zip", "ml-1m/ratings.dat", "ml-1m", _GROUPLENS_LICENSE,
-        "c4d9eecfca2ab87c1945afe126590906", "ml-1m/movies.dat",
+    "ml-1m": _movielens(
+        "ml-1m", "ml-1m", "c4d9eecfca2ab87c1945afe126590906", "ratings.dat", "ml-1m", "movies.dat", "txt"
     ),
-    "ml-20m": KnownSet(
-        _GROUPLENS + "ml-20m.zip", "ml-20m/ratings.csv", "csv", _GROUPLENS_LICENSE,
-        "cd245b17a1ae2cc31bb14903e1204af3", "ml-20m/movies.csv",
+    "ml-10m": _movielens(
+        "ml-10m", "ml-10M100K", "ce571fd55effeba0271552578f2648bd", "ratings.dat", "ml-10m", "movies.dat", "html"
     ),
-    "ml-32m": KnownSet(
-        _GROUPLENS + "ml-32m.zip", "ml-32m/ratings.csv", "csv", _GROUPLENS_LICENSE,
-        "d472be332d4daa821edc399621853b57", "ml-32m/movies.csv",
+    "ml-20m": _movielens(
+        "ml-20m", "ml-20m", "cd245b17a1ae2cc31bb14903e1204af3", "ratings.csv", "csv", "movies.csv", "html"
     ),
-    "ml-10m": KnownSet(
-        _GROUPLENS + "ml-10m.zip", "ml-10M100K/ratings.dat", "ml-10m", _GROUPLENS_LICENSE,
-        "ce571fd55effeba0271552578f2648bd", "ml-10M100K/movies.dat",
+    "ml-25m": _movielens(
+        "ml-25m", "ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada", "ratings.csv", "csv", "movies.csv", "html"
     ),
-    "ml-25m": KnownSet(
-        _GROUPLENS + "ml-25m.zip", "ml-25m/ratings.csv", "csv", _GROUPLENS_LICENSE,
-        "6b51fb2759a8657d3bfcbfc42b592ada", "ml-25m/movies.csv",
+    "ml-32m": _movielens(
+        "ml-32m", "ml-32m", "d472be332d4daa821edc399621853b57", "ratings.csv", "csv", "movies.csv", "html"
     ),
     "ml-latest-small": _by_hand(  # its content changes, so that there is no checksum
         "ratings.csv", "ml-csv", _GROUPLENS_LICENSE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
@@ -96,7 +99,7 @@ KNOWN = {
         "ratings.csv", "ml-csv", _GROUPLENS_LICENSE, "https://grouplens.org/datasets/movielens/latest/", "movies.csv"
     ),
     "rees46": _by_hand("*.csv*", "rees46", "REES46 Marketing Platform; see its page."),
-    "otto": _by_hand("*.jsonl", "otto", "OTTO; see its page."),
+    "otto": _by_hand("*.jsonl", "otto", "CC BY 4.0, OTTO; see its page."),
     "mind-small": _by_hand("behaviors.tsv", "mind", "Microsoft Research License; see its page."),
     "mind-large": _by_hand("behaviors.tsv", "mind", "Microsoft Research License; see its page."),
     "h-and-m": _by_hand("transactions_train.csv", "h-and-m", "H&M Group, for the competition; see its page."),
@@ -105,9 +108,9 @@ KNOWN = {
     "diginetica": _by_hand("train-item-views.csv", "diginetica", "DIGINETICA; see its page."),
     "retailrocket": _by_hand("events.csv", "retailrocket", "CC BY-NC-SA 4.0, Retailrocket; see its page."),
     "tenrec": _by_hand("QB-video.csv", "tenrec", "CC BY-NC 4.0, Tencent; see its page."),
-    "kuairand-pure": _by_hand("log_standard_*_pure.csv", "kuairand", "CC BY-SA 4.0; see its page."),
-    "kuairand-1k": _by_hand("log_standard_*_1k.csv", "kuairand", "CC BY-SA 4.0; see its page."),
-    "kuairand-27k": _by_hand("log_standard_*_27k*.csv", "kuairand", "CC BY-SA 4.0; see its page."),
+    "kuairand-pure": _by_hand("log_standard_*_pure.csv", "kuairand", "CC BY-SA 4.0; see its page.", "https://kuairand.com/"),
+    "kuairand-1k": _by_hand("log_standard_*_1k.csv", "kuairand", "CC BY-SA 4.0; see its page.", "https://kuairand.com/"),
+    "kuairand-27k": _by_hand("log_standard_*_27k*.csv", "kuairand", "CC BY-SA 4.0; see its page.", "https://kuairand.com/"),
     "kuairec": _by_hand("big_matrix.csv", "kuairec", "CC BY-SA 4.0; see its page."),
     "yambda-50m": _by_hand("multi_event.parquet", "yambda", "Apache-2.0, Yandex; see its page (flat/50m)."),
     "yambda-500m": _by_hand("multi_event.parquet", "yambda", "Apache-2.0, Yandex; see its page (flat/500m)."),
@@ -128,18 +131,21 @@ KNOWN = {
         "userid-timestamp-artid-artname-traid-traname.tsv", "lastfm-1k", "Last.fm, for non-commercial use; see its page."
     ),
     "amazon-beauty": KnownSet(
-        _AMAZON + "ratings_Beauty.csv", "ratings_Beauty.csv", "amazon-csv", _AMAZON_LICENSE
+        _AMAZON + "ratings_Beauty.csv", "ratings_Beauty.csv", "amazon-csv", _AMAZON_LICENSE, LAYOUTS["amazon-2014"].source
     ),
     "amazon-video-games": KnownSet(
-        _AMAZON + "ratings_Video_Games.csv", "ratings_Video_Games.csv", "amazon-csv", _AMAZON_LICENSE
+        _AMAZON + "ratings_Video_Games.csv", "ratings_Video_Games.csv", "amazon-csv", _AMAZON_LICENSE,
+        LAYOUTS["amazon-2014"].source,
     ),
     "gowalla": KnownSet(
         _SNAP + "loc-gowalla_totalCheckins.txt.gz", "loc-gowalla_totalCheckins.txt.gz", "gowalla",
         "Gowalla check-ins, SNAP, Stanford: for research; cite Cho, Myers and Leskovec, doi:10.1145/2020408.2020579.",
+        _SNAP + "loc-Gowalla.html",
     ),
     "steam": KnownSet(
         "https://mcauleylab.ucsd.edu/public_datasets/data/steam/steam_reviews.json.gz", "steam_reviews.json.gz",
         "python-lines", "Steam reviews, J. McAuley, UCSD: for research; cite Kang and McAuley, doi:10.1109/ICDM.2018.00035.",
+        LAYOUTS["steam"].source,
     ),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ class Layout:
     The layout of a public log.
 
     Args:
-        source (`str`): the page that publishes it.
+        source (`str`): the page that publishes it and describes its columns.
         columns (`str`): the header line, or, for a file without one, the names of its columns in order.
         format (`str`): the general format that reads it, one of [`~data.formats.FORMATS`].
         options (`dict`): fields of [`~data.options.LogOptions`] for this layout; options that the user gives take precedence.
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, Layout] = {
         r'\{"session":\s*\d+,\s*"events":\s*\[.*',
     ),
     "mind": Layout(
-        "https://github.com/msnews/msnews.github.io/blob/master/assets/doc/introduction.md",
+        "https://learn.microsoft.com/azure/open-datasets/dataset-microsoft-news",
         "impression_id,user_id,time,history,impressions",
         "impressions",
         {"time_format": "%m/%d/%Y %I:%M:%S %p"},
@@ -52,13 +52,13 @@ LAYOUTS: dict[str, Layout] = {
         "t_dat,customer_id,article_id,price,sales_channel_id",
     ),
     "yoochoose": Layout(
-        "https://recsys.acm.org/recsys15/challenge/",
+        _KAGGLE + "datasets/chadgostopp/recsys-challenge-2015",
         "session_id,timestamp,item_id,category",
         options={"columns": "session_id,timestamp,item_id,category", "separator": ",", "user": "session_id"},
         pattern=r"\d+,\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z,\d+,\w*",
     ),
     "yoochoose-buys": Layout(
-        "https://recsys.acm.org/recsys15/challenge/",
+        _KAGGLE + "datasets/chadgostopp/recsys-challenge-2015",
         "session_id,timestamp,item_id,price,quantity",
         options={"columns": "session_id,timestamp,item_id,price,quantity", "separator": ",", "user": "session_id"},
         pattern=r"\d+,\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z,\d+,\d+,\d+",
@@ -83,7 +83,7 @@ LAYOUTS: dict[str, Layout] = {
         "user_id,item_id,click,follow,like,share,video_category,watching_times,gender,age",
     ),
     "kuairand": Layout(
-        "https://kuairand.com/",
+        "https://github.com/chongminggao/KuaiRand",
         "user_id,video_id,date,hourmin,time_ms,is_click,is_like,is_follow,is_comment,is_forward,is_hate,long_view,"
         "play_time_ms,duration_ms,profile_stay_time,comment_stay_time,is_profile_enter,is_rand,tab",
         options={"timestamp": "time_ms"},
