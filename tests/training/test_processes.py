@@ -19,7 +19,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from small_cases import make_model, small_log
-from blossomrec_hf.data import build_sequences, split
+from blossomrec_hf.data import build_sequences, split, split_by_leave_one_out
 from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.evaluation import evaluate
 
@@ -35,6 +35,10 @@ args = LoopArguments(
     logging_steps=1, gradient_accumulation_steps=accumulation, resume=True
 )
 dataset, tokenizer = build_sequences(small_log())
+places = [range(len(items)) for items in dataset["input_ids"]]
+dataset = dataset.add_column("weights", [[0.5 + place % 2 for place in row] for row in places])
+dataset = dataset.add_column("basket_starts", [[place % 4 != 3 for place in row] for row in places])
+dataset = split_by_leave_one_out(dataset)
 accelerator = None
 if sharded:
     plugin = FullyShardedDataParallelPlugin(
@@ -95,6 +99,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "accumulation"), [("replicated", 1), ("replicated", 2), ("sharded", 1)])
 def test_two_processes_train_as_one(alone, tmp_path, kind, accumulation):
+    """Also on events with weights and in baskets, as in all tests here."""
     two = launch(tmp_path / "two", 2, accumulation, kind)
     check_same(alone, two)
     saved = json.loads((tmp_path / "two" / "config.json").read_text())  # where a sharded model has a class of its own
