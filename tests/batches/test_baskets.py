@@ -1,12 +1,14 @@
 """Baskets: which event predicts which target, in every kind of batch and window, against plain Python."""
 
 import numpy as np
+import polars as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blossomrec_hf.batches import HistoryStore, HistoryWindows, PackingCollator, PaddingCollator
 from blossomrec_hf.batches.histories import concatenate
+from blossomrec_hf.data import EventTable, build_sequences, split
 from blossomrec_hf.model.loss_blossomrec import basket_targets
 from blossomrec_hf.model.packing_blossomrec import pack_histories
 
@@ -98,6 +100,44 @@ def test_random_crops_have_only_pairs_of_the_whole_history(rows, max_length, epo
         found = pairs_in(PackingCollator()(windows))
         assert set(found) <= {pair for row in rows for pair in pairs_of(row)}
         assert windows.num_targets.sum() == len(found)
+
+
+EVENTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8)), min_size=1, max_size=40)
+
+
+@settings(max_examples=25, deadline=None)
+@given(EVENTS, st.sampled_from(["latest", "overlapping"]))
+def test_events_of_one_second_are_a_basket_from_the_log_to_the_loss(events, window):
+    """(user, second) of events of different items; the last two baskets of each user are held out."""
+    log = pl.DataFrame(events, ["user", "time"], orient="row").with_columns(item=pl.int_range(pl.len()))
+    dataset, tokenizer = build_sequences(log, timestamp="time", group="timestamp")
+    pairs, held_out = [], {"validation": [], "test": []}
+    for user in sorted({user for user, _ in events}):
+        seconds: dict[int, list[int]] = {}
+        for item, (other, second) in enumerate(events):
+            if other == user:
+                seconds.setdefault(second, []).append(item)
+        baskets = [seconds[second] for second in sorted(seconds)]
+        trained = baskets[:-2]
+        pairs += [(before[-1], item) for before, basket in zip(trained, trained[1:]) for item in basket]
+        for part, count in (("validation", 2), ("test", 1)):
+            if len(baskets) > count:
+                before = [item for basket in baskets[:-count] for item in basket]
+                held_out[part].append((before, baskets[-count]))
+    for source in (dataset, EventTable.from_dataset(dataset)):
+        for part, wanted in held_out.items():
+            if wanted:
+                rows = split(source, part)
+                found = [
+                    (tokenizer.decode_items(row["input_ids"]), tokenizer.decode_items(row["target_ids"]))
+                    for row in rows
+                ]
+                assert sorted(found) == sorted(wanted)
+        if pairs:
+            batch = PackingCollator()(HistoryWindows(source, 50, window=window))
+            assert pairs_in(PackingCollator()(list(split(source, "train")))) == pairs_in(batch)
+            found = [tuple(tokenizer.decode_items(list(pair))) for pair in pairs_in(batch)]
+            assert sorted(found) == sorted(pairs)
 
 
 def test_the_order_inside_a_basket_changes_no_source():
