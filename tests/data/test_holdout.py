@@ -196,6 +196,18 @@ def test_a_given_split_is_that_of_its_tables(events, timed, partition_rows):
     assert views(EventTable.from_dataset(dataset), tokenizer) == plain_views(histories)
 
 
+def test_the_parts_of_a_given_split_are_baskets_of_their_own():
+    """What is read to predict a basket ends before it, also where a given split divides the events of one second."""
+    rows = {"train": [("a", 1), ("b", 2), ("c", 2)], "validation": [("d", 2)], "test": [("e", 2), ("f", 2)]}
+    tables = {
+        part: pl.DataFrame([("u", *row) for row in events], ["user", "item", "timestamp"], orient="row")
+        for part, events in rows.items()
+    }
+    dataset, _ = build_sequences(tables, group="timestamp")
+    assert dataset["basket_starts"][:] == [[True, True, False, True, True, False]]
+    assert [dataset[f"{part}_end"][0] for part in PARTS] == [3, 4, 6]
+
+
 def write_given(folder: Path, layout: str) -> list[tuple]:
     """Writes 200 random events as three files, and returns them."""
     rng = np.random.default_rng(0)

@@ -75,7 +75,10 @@ class EventColumns:
             gap = self.options.gap_seconds * UNITS[self.time_unit or "s"]
             columns["session_starts"] = _begins(np.diff(stored["time"]) > gap, starts)
         if self.options.group == "timestamp":
-            columns["basket_starts"] = _begins(np.diff(columns["timestamps"]) != 0, starts)
+            apart = np.diff(columns["timestamps"]) != 0
+            if "part" in stored:  # a given split divides what happened in one second
+                apart |= np.diff(stored["part"]) != 0
+            columns["basket_starts"] = _begins(apart, starts)
         return columns
 
 
