@@ -22,7 +22,7 @@ from .features_blossomrec import FeatureVectors
 from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME, UNKNOWN_TYPE
 from .items_blossomrec import KeptMatrix, unit_vectors
 from .loss_blossomrec import find_targets, loss_of_targets
-from .modules_blossomrec import ItemEmbedding, LogStatistics, check_inference, dense_weight
+from .modules_blossomrec import ItemEmbedding, LogStatistics, all_vectors, check_inference, dense_weight, is_plain
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
 from .packing_blossomrec import PackedHistories, pack_histories, values_are_known
@@ -135,7 +135,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             ValueError: if `ids` is not one list of vocabulary ids.
         """
         if self.item_features is None:
-            vectors = dense_weight(self.item_embedding)
+            vectors = all_vectors(self.item_embedding, self.config.vocab_size)
         elif training:
             vectors = self._add_features(self.config.id_dropout_prob)
         else:
@@ -145,7 +145,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
 
     def _add_features(self, id_dropout_prob: float = 0.0) -> torch.Tensor:
-        vectors = dense_weight(self.item_embedding)
+        vectors = all_vectors(self.item_embedding, self.config.vocab_size)
         features = self.item_features().to(device=vectors.device, dtype=vectors.dtype)
         if id_dropout_prob > 0:
             kept = torch.rand(vectors.shape[0], 1, device=vectors.device) >= id_dropout_prob
@@ -339,6 +339,15 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if (config.time_features or config.event_types) and values_are_known(self.item_counts):
             check_moments(moments, config, self.latest_time if config.time_features else None)
 
+    def _look_up(self, ids: torch.Tensor, training: bool, item_vectors: torch.Tensor | None) -> torch.Tensor:
+        """The vectors of the input items."""
+        if self.item_features is None:
+            return self.item_embedding(ids)
+        vectors = self.item_vectors(training=training) if item_vectors is None else item_vectors
+        if is_plain(self.item_embedding):
+            return self.item_embedding(ids, vectors)
+        return nn.functional.embedding(ids.to(vectors.device), vectors)
+
     def _embed(
         self,
         histories: PackedHistories,
@@ -349,12 +358,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         """The input of the first layer `[1, T, hidden_size]`, from the columns of the events."""
         x = histories.inputs_embeds
         if x is None:
-            given = ()
-            if self.item_features is not None:
-                given = (self.item_vectors(training=training) if item_vectors is None else item_vectors,)
-            x = self.item_embedding(
-                histories.item_ids, *given
-            )  # before it is packed: NEFTune's noise depends on the shape
+            x = self._look_up(histories.item_ids, training, item_vectors)  # NEFTune's noise depends on the shape
         x = histories.pack(x)
         if training and self.config.item_dropout_prob > 0:
             replaced = torch.rand(x.shape[0], 1, device=x.device) < self.config.item_dropout_prob

@@ -112,18 +112,23 @@ def is_plain(module: nn.Module) -> bool:
     return not (module.weight.is_meta or hasattr(module.weight, "__tensor_flatten__"))
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
+def dense_weight(linear: nn.Linear) -> torch.Tensor:
     """
-    The weight `[out_features, in_features]` that a linear layer without bias multiplies with, or the vectors of an embedding,
-    differentiable. If the module is offloaded, quantized or adapted, its `forward` computes the weight.
+    The weight `[out_features, in_features]` that a linear layer without bias multiplies with, differentiable. If the
+    layer is offloaded, quantized or adapted, its `forward` computes the weight.
     """
-    if is_plain(module):
-        return module.weight
-    weight, device = getattr(module, "weight", None), execution_device(module)
-    if hasattr(module, "num_embeddings"):
-        return module(torch.arange(module.num_embeddings, device=device))
+    if is_plain(linear):
+        return linear.weight
+    weight = getattr(linear, "weight", None)
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
-    return module(torch.eye(module.in_features, dtype=dtype, device=device)).T
+    return linear(torch.eye(linear.in_features, dtype=dtype, device=execution_device(linear))).T
+
+
+def all_vectors(embedding: nn.Module, number: int) -> torch.Tensor:
+    """The vectors `[number, embedding_dim]` of all ids, differentiable; by its `forward` as in `dense_weight`."""
+    if is_plain(embedding):
+        return embedding.weight
+    return embedding(torch.arange(number, device=execution_device(embedding)))
 
 
 def stored_item_vectors(model: nn.Module) -> torch.Tensor:
