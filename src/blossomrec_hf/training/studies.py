@@ -21,26 +21,14 @@ from .arguments import LoopArguments, read_arguments
 PACKAGE = Path(__file__).parent.parent
 # Figures depend on these files. Kernels, commands, serving and the readers of raw logs are not among them: kernels are tested to
 # compute what `ops_reference` computes, and the events that were read have a checksum.
-CODE = (
-    *(
-        "model/configuration_*.py",
-        "model/modeling_*.py",
-        "model/modules_*.py",
-        "model/streams_*.py",
-        "model/loss_*.py",
-    ),
-    *(
-        "model/packing_*.py",
-        "model/attention_*.py",
-        "model/power_law_*.py",
-        "model/objectives_*.py",
-        "model/ops_reference.py",
-    ),
-    *("batches/*.py", "data/splits.py", "data/event_table.py"),
-    *("evaluation/held_out.py", "evaluation/metrics.py", "evaluation/ranking.py", "evaluation/reports.py"),
-    *("training/loop.py", "training/step.py", "training/plan.py", "training/optimizer.py", "training/averaging.py"),
-    *("training/gradients.py", "training/graphs.py", "training/initialize.py", "training/study_runs.py"),
-)
+CODE = """
+    model/configuration_*.py model/modeling_*.py model/modules_*.py model/streams_*.py model/attention_*.py model/power_law_*.py
+    model/packing_*.py model/loss_*.py model/objectives_*.py model/events_*.py model/time_*.py model/ops_reference.py
+    batches/*.py data/splits.py data/event_table.py
+    evaluation/held_out.py evaluation/metrics.py evaluation/model_scores.py evaluation/ranking.py evaluation/reports.py
+    training/averaging.py training/gradients.py training/graphs.py training/initialize.py training/loop.py
+    training/optimizer.py training/plan.py training/step.py training/study_runs.py
+""".split()
 _PARTS = "description data seeds settings configurations grid evaluations users comparisons slopes costs".split()
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
 _CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share"}
@@ -106,7 +94,8 @@ class Study:
         seeds: the seeds.
         settings: settings of all runs: arguments of the training loop and of `BlossomRecConfig`.
         configurations: settings by configuration, which replace the others. The grid is already multiplied out.
-        evaluations: by name, how each trained model is tested: `max_length`, and keywords of `rank_held_out_items`.
+        evaluations: by name, how each trained model is tested: `max_length`, and keywords of `rank_held_out_items`; `now` is
+            for the models that depend on it.
         tables: what to report.
         costs: whether inference is timed.
     """

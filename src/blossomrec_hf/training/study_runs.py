@@ -24,7 +24,8 @@ from ..batches import budget_batches
 from ..data.event_table import EventTable
 from ..data.splits import item_counts, split
 from ..evaluation.held_out import HeldOutItems
-from ..evaluation.ranking import Ranks, last_item_scores, rank_held_out_items
+from ..evaluation.model_scores import hold_out, last_item_scores
+from ..evaluation.ranking import Ranks, rank_held_out_items
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 from ..utils.environment import describe_environment
 from ..utils.files import atomic_write, write_json
@@ -58,8 +59,10 @@ def execute(run: Run, data: str, record_file: Path) -> None:
     scratch = record_file.with_suffix(".training")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     args = run.loop_arguments(scratch)
-    train_view = split(table, "train", max_length=args.max_length if args.windows == "latest" else None)
-    validation_view = split(table, "validation", max_length=args.max_length)
+    columns = model.config.event_columns
+    latest = args.max_length if args.windows == "latest" else None
+    train_view = split(table, "train", max_length=latest, columns=columns)
+    validation_view = split(table, "validation", max_length=args.max_length, columns=columns)
     loop = TrainingLoop(model, train_view, validation_view, args=args)
     result = loop.run()
     shutil.rmtree(scratch)
@@ -94,8 +97,11 @@ def _test(
     """Ranks of the test items, the test items, and the seconds that it took."""
     settings = dict(settings)
     max_length = settings.pop("max_length", loop.args.max_length)
+    if not model.config.uses_now:  # "with now" is then the same as without
+        settings.pop("now", None)
     started = time.perf_counter()
-    held_out = HeldOutItems.from_rows(split(table, "test", max_length=max_length))
+    view = split(table, "test", max_length=max_length, columns=model.config.event_columns)
+    held_out = hold_out(view, model.config)
     ranks = rank_held_out_items(
         model,
         held_out,
@@ -139,7 +145,8 @@ def measure_cost(run: Run, data: str, record_file: Path) -> None:
 @torch.no_grad()
 def _microseconds_per_user(model: torch.nn.Module, table: EventTable, max_length: int, *, half: bool) -> float:
     """Median over passes of the time from the events on the device to the scores of all items."""
-    histories = HeldOutItems.from_rows(split(table, "test", max_length=max_length)).inputs
+    view = split(table, "test", max_length=max_length, columns=model.config.event_columns)
+    histories = hold_out(view, model.config).inputs
     device = model.device
     histories.to(device)
     users = np.argsort(-histories.lengths, kind="stable")[:COST_USERS]
