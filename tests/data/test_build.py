@@ -106,7 +106,7 @@ def test_saved_and_in_memory_agree(tmp_path, monkeypatch):
     )
     assert len(list((tmp_path / "log").glob("*.arrow"))) > 5
     assert os.listdir(tmp_path) == ["log"]
-    assert FilterReport.load(tmp_path / "log").steps == [["kept", 5000, 50, 50]]
+    assert FilterReport.load(tmp_path / "log").steps == [["all filters", 5000, 50, 50]]
 
 
 def test_an_output_folder_is_not_overwritten_by_accident(tmp_path):
@@ -130,7 +130,7 @@ def test_filters_report_what_they_left():
         "After deduplicate, first stays: 4 interactions, 2 users, 2 items.",
         "After k-core 2, 2: 4 interactions, 2 users, 2 items.",
         "After history 2 to any: 4 interactions, 2 users, 2 items.",
-        "After kept: 4 interactions, 2 users, 2 items.",
+        "After all filters: 4 interactions, 2 users, 2 items.",
     ]
 
 

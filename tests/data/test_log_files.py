@@ -172,3 +172,19 @@ def test_events_in_lists_are_read_as_plain_python_reads_them(tmp_path, rows, for
     if form == "parquet":
         table.write_parquet(tmp_path / "log.parquet")
     assert events(table if form == "table" else tmp_path / "log.parquet", **options) == expected
+
+
+def test_a_folder_of_several_kinds_of_files_is_refused_and_one_of_recbole_read(tmp_path, caplog):
+    (tmp_path / "log.csv").write_text("user,item\n1,2\n")
+    (tmp_path / "items.jsonl").write_text('{"item": 2, "title": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"files of several kinds \(items.jsonl, log.csv\); name the files of the log"
+    ):
+        build_sequences(tmp_path)
+    recbole = tmp_path / "mine"
+    recbole.mkdir()
+    (recbole / "mine.inter").write_text("user_id:token\titem_id:token\n1\t2\n")
+    (recbole / "mine.item").write_text("item_id:token\ttitle:token_seq\n2\tb\n")
+    dataset, tokenizer = build_sequences(recbole)
+    assert tokenizer.decode_items(dataset["input_ids"][0]) == [2]
+    assert "only the .inter files of mine are read, not mine.item; give an item table with items=…" in caplog.text

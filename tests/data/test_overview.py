@@ -16,7 +16,7 @@ from small_cases import make_model
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
 from blossomrec_hf.data import build_sequences, generate_log, split
-from blossomrec_hf.data.overview import describe, summary, warnings, write_report
+from blossomrec_hf.data.overview import describe, describe_folder, summary, warnings, write_report
 from blossomrec_hf.training import LogArguments
 
 
@@ -48,7 +48,7 @@ def test_ties_types_and_warnings():
     """Three events of u share a second, and u has 5 of 7 events."""
     log = pl.DataFrame(
         {
-            "user": list("uuuuuvv"), "item": range(7), "timestamp": [5, 5, 5, 6, 7, 7, 8],
+            "user": list("uuuuuvv"), "item": range(7), "timestamp": [10**9 + second for second in (5, 5, 5, 6, 7, 7, 8)],
             "event": ["view", "buy", "view", "view", "buy", "view", "view"],
         }
     )  # fmt: skip
@@ -226,3 +226,30 @@ def test_the_command_splits_into_folds_and_training_chooses_one(tmp_path):
         LogArguments(data=str(tmp_path / "out"), fold=3).build()
     with pytest.raises(ValueError, match="`fold` is 1, but `data` is not prepared"):
         LogArguments(data=str(tmp_path / "log.parquet"), fold=1).build()
+
+
+def test_a_page_of_items_without_titles(tmp_path):
+    log = pl.DataFrame({"user": [1, 1, 2], "item": [1, 2, 3]})
+    items = pl.DataFrame({"item": [1, 2], "title": ["One", None], "genre": ["a", "b"]})
+    build_sequences(log, items=items, item_categories="genre", output_dir=tmp_path / "out")
+    write_report(tmp_path / "page.html", tmp_path / "out")
+    page = (tmp_path / "page.html").read_text()
+    assert "<ol>\n<li>One</li>\n</ol>" in page and "<li>1 of 3 items have no genre</li>" in page
+
+
+@pytest.mark.parametrize("first, counters", [(10, True), (1_000_000_000, False)])
+def test_counters_in_place_of_dates_are_named(first, counters):
+    log = pl.DataFrame({"user": [1, 1, 2, 2], "item": [1, 2, 1, 2], "time": [first, first + 1, first + 2, first + 3]})
+    dataset, tokenizer = build_sequences(log)
+    said = [text for text in warnings(describe(dataset, tokenizer)) if "may be no dates but counters" in text]
+    assert len(said) == counters
+
+
+def test_months_are_named_first_and_last(tmp_path):
+    log = pl.DataFrame({"user": [1, 1, 1], "item": [1, 2, 3], "time": [1_600_000_000, 1_600_000_001, 1_610_000_000]})
+    for number, rows in enumerate((log, log[:2])):
+        build_sequences(rows, output_dir=tmp_path / str(number))
+        said = dict(summary(describe_folder(tmp_path / str(number)), None))["Interactions per month"]
+        assert said == (
+            "2 in 2020-09" if number else "first 2 in 2020-09, last 1 in 2021-01, median 2, most 2 in 2020-09"
+        )

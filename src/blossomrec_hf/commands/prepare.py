@@ -11,15 +11,12 @@ The folder contains the Dataset (`datasets.load_from_disk`), the tokenizer (`Blo
 titles if there are any, a report on what each filter removed, and a card. It is written completely or not at all.
 """
 
-import logging
 import shutil
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 
 from .. import BlossomRecTokenizer
@@ -33,6 +30,7 @@ from ..data.storage import check_output_dir
 from ..sharing.dataset_cards import dataset_card, push_dataset
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from ..utils.files import atomic_folder
+from ..utils.progress import set_up_logging
 
 
 @dataclass
@@ -164,11 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args, *groups, rest = parser.parse_args_into_dataclasses(arguments)
     options = {name: value for group in groups for name, value in asdict(group).items()}
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "matplotlib", "datasets"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # of `datasets`; those of this package need a terminal
+    set_up_logging()
     check_output_dir(args.output_dir, overwrite=args.overwrite)
     with atomic_folder(args.output_dir) as folder:
         build(rest.source, args, options, folder)

@@ -217,7 +217,7 @@ def _number_items(
 ) -> tuple[BlossomRecTokenizer, np.ndarray]:
     """The vocabulary, made or given, and the vocabulary id of each item code (int32 [items])."""
     users, counts = partitions.count(parts, interactions.items.size)
-    report.add("kept", counts.sum(), users, np.count_nonzero(counts))
+    report.add("all filters", counts.sum(), users, np.count_nonzero(counts))
     item_ids = interactions.items.ids()
     if tokenizer is not None:
         return tokenizer, _known_vocabulary(item_ids, tokenizer)

@@ -180,7 +180,7 @@ def _select(log: "DataFrame", filters: FilterOptions, events: EventOptions, repo
             log = log.drop("from_end")
         log = log.drop("length").localCheckpoint()
         report.add(f"history {filters.min_history} to {filters.max_history or 'any'}", *_totals(log))
-    report.add("kept", *_totals(log))
+    report.add("all filters", *_totals(log))
     return log
 
 

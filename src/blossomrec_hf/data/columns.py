@@ -62,7 +62,7 @@ def find_columns(
             match = None
             if looks := [name for key in map(_plain, usual) for name in plain.get(key, ())]:
                 notes.append(
-                    f"the column {looks[0]!r} looks like event types, which are not read; read them with {role}=…"
+                    f"the column {looks[0]!r} looks like event types, which are not read; read them with {role}={looks[0]!r}"
                 )
         elif given is None:
             exact_first = (sorted(plain.get(_plain(key), ()), key=key.__ne__) for key in usual)

@@ -64,7 +64,9 @@ class FilterReport:
         """
         self.interactions_read = interactions
         self.bad_row_reasons, self.bad_rows = dict(bad_row_reasons), sum(bad_row_reasons.values())
-        logger.info("read %d interactions, skipped %d bad rows%s", interactions, self.bad_rows, self._reasons())
+        logger.info(
+            "read %s interactions, skipped %s bad rows%s", f"{interactions:,}", f"{self.bad_rows:,}", self._reasons()
+        )
         if not interactions:
             skipped = f" ({self.bad_rows} bad rows skipped{self._reasons()})" if self.bad_rows else ""
             raise ValueError(f"{self.source} has no interaction{skipped}; a log needs at least one.")
@@ -77,7 +79,9 @@ class FilterReport:
             ValueError: if it left nothing.
         """
         before = self.steps[-1][1] if self.steps else self.interactions_read
-        logger.info("%-28s leaves %11d interactions, %9d users, %9d items", name, interactions, users, items)
+        logger.info(
+            "after %s: %s interactions, %s users, %s items", name, *map("{:,}".format, (interactions, users, items))
+        )
         if not interactions:
             raise ValueError(
                 f'{self.source}: the filter "{name}" leaves nothing of {before} interactions; loosen it, or see whether '

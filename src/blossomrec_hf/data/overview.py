@@ -20,6 +20,7 @@ from .splits import count_unseen_targets, event_batches
 from .storage import load_folder
 
 
+_SECONDS_1990 = 631_152_000
 MIN_TIES = 20  # pairs of events by which an order of ties is recognized; by chance, 20 are in one order once in 2^19
 
 
@@ -133,6 +134,11 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     found, longest = [], int(figures["history_lengths"].max(initial=0))
     if "time_span" not in figures:
         found.append("the order of time is unknown: every history is in the order of the rows of the log")
+    elif figures["time_span"][1] < _SECONDS_1990:
+        found.append(
+            f"the latest time is {_date(figures['time_span'][1])}: the times may be no dates but counters or relative times, "
+            "which order the events, but whose gaps are read as seconds"
+        )
     if figures["users"] > 1 and longest > 0.2 * figures["interactions"]:
         found.append(f"one user has {longest / figures['interactions']:.0%} of the events")
     if figures.get("tied_share", 0) > 0.2:
@@ -243,14 +249,13 @@ def summary(figures: dict[str, Any], filters: FilterReport | None) -> list[tuple
         rows.append(("Events in the same second as the one before", f"{figures['tied_share']:.1%}"))
         for name, column in (("Interactions per month", 1), ("Cold items per month", 2)):
             counts = np.array([month[column] for month in figures["months"]])
-            first, last = figures["months"][0], figures["months"][-1]
-            rows.append(
-                (
-                    name,
-                    f"{first[column]:,} in {first[0]}, {last[column]:,} in {last[0]}, median {np.median(counts):,.0f}, "
-                    f"most {counts.max():,} in {figures['months'][counts.argmax()][0]}",
-                )
-            )
+            (first, *_), (last, *_) = figures["months"][0], figures["months"][-1]
+            text = f"{counts[0]:,} in {first}"
+            if len(counts) > 1:
+                most = figures["months"][counts.argmax()][0]
+                text = f"first {text}, last {counts[-1]:,} in {last}, median {np.median(counts):,.0f}, "
+                text += f"most {counts.max():,} in {most}"
+            rows.append((name, text))
     rows.append(("Test targets that never occur in training", "{:,} of {:,}".format(*figures["unseen_targets"])))
     if "event_types" in figures:
         rows.append(("Event types", ", ".join(f"{name} {count:,}" for name, count in figures["event_types"].items())))
@@ -265,7 +270,11 @@ def _date(time: int) -> str:
 def _favorites(folder: Path) -> list[str]:
     """The titles of the ten most frequent items, if there are titles. Lower vocabulary ids are more frequent."""
     titles = read_item_metadata(folder)
-    return [] if titles is None else titles.filter(titles["input_id"] < NUM_SPECIAL_IDS + 10)["title"].to_list()
+    return (
+        []
+        if titles is None
+        else titles.filter(titles["input_id"] < NUM_SPECIAL_IDS + 10)["title"].drop_nulls().to_list()
+    )
 
 
 def _table(rows: list[tuple], header: tuple[str, ...] = ()) -> str:
@@ -289,7 +298,10 @@ def _page(figures: dict[str, Any], filters: FilterReport | None, picture: bytes,
         for name, interactions, users, items in filters.steps:
             rows.append((name, f"{interactions:,}", f"{before - interactions:,}", f"{users:,}", f"{items:,}"))
             before = interactions
-        parts += ["<h2>What each filter removed</h2>", f"<p>Bad rows skipped: {filters.bad_rows:,}</p>"]
+        if filters.notes:
+            parts += ["<h2>Notes</h2>", "<ul>", *(f"<li>{html.escape(note)}</li>" for note in filters.notes), "</ul>"]
+        reasons = "".join(f", {count:,} with {html.escape(name)}" for name, count in filters.bad_row_reasons.items())
+        parts += ["<h2>What each filter removed</h2>", f"<p>Bad rows skipped: {filters.bad_rows:,}{reasons}</p>"]
         parts.append(_table(rows, ("filter", "interactions left", "removed", "users left", "items left")))
     if favorites:
         parts += ["<h2>Most frequent items</h2>", "<ol>", *(f"<li>{html.escape(t)}</li>" for t in favorites), "</ol>"]

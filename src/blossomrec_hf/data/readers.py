@@ -24,6 +24,7 @@ from .times import check_time_type
 
 logger = logging.getLogger(__name__)
 
+_RECBOLE_TABLES = ("item", "user", "kg", "link", "net")
 _BENCHMARK_ENDS = {"train": ".train.inter", "validation": ".valid.inter", "test": ".test.inter"}
 
 
@@ -123,6 +124,7 @@ def _open_files(files: list[LogFile], name: str, options: LogOptions) -> Log:
         if file.size == 0:
             raise ValueError(f"{file} is empty; a log needs at least one event.")
     notes: list[str] = []
+    files = _of_one_kind(files, name, notes)
     format = options.format or recognize_format(files[0], options)
     options = FORMATS[format].complete(options)
     if format == "sequences" and options.format is None:
@@ -153,6 +155,30 @@ def _refuse_columns(format: str, options: LogOptions) -> None:
         raise ValueError(
             f"{named[0]} names a column, but the columns of the format {format} have no names; leave it out."
         )
+
+
+def _of_one_kind(files: list[LogFile], name: str, notes: list[str]) -> list[LogFile]:
+    """
+    The files of a log, which have one suffix. Of a folder of RecBole, only the files of interactions.
+
+    Raises:
+        ValueError: if the files have several suffixes.
+    """
+    suffixes = [re.sub(r"\.(gz|zst|zip)$", "", file.name.lower()).rpartition(".")[2] for file in files]
+    if len(set(suffixes)) == 1:
+        return files
+    names = [file.name.rpartition("/")[2] for file in files]
+    if set(suffixes) <= {"inter", *_RECBOLE_TABLES} and "inter" in suffixes:
+        left = [name for name, suffix in zip(names, suffixes) if suffix != "inter"]
+        notes.append(
+            f"only the .inter files of {name} are read, not {', '.join(left)}; give an item table with items=…"
+        )
+        return [file for file, suffix in zip(files, suffixes) if suffix == "inter"]
+    listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    raise ValueError(
+        f"{name} has files of several kinds ({listed}); name the files of the log by a path or a pattern such as "
+        f"*.{suffixes[0]}, and the file of an item table with items=…"
+    )
 
 
 def _open_part(file: LogFile, format: str, options: LogOptions, notes: list[str]) -> Part:
