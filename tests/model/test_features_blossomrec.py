@@ -285,6 +285,60 @@ def test_the_encoder_for_large_batches_follows_the_weights():
                 weight.add_(torch.randn_like(weight))
 
 
+@pytest.mark.parametrize("scoring", ["dot", "cosine"])
+def test_adapters_of_embedding_and_projection_count_once(scoring):
+    peft = pytest.importorskip("peft")
+    model, x = make_model(scoring=scoring), torch.randint(2, 60, (3, 20))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "item_embedding", "projection"]))
+    for name, weight in adapted.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    adapted.train()(input_ids=x, labels=x).loss.backward()
+    assert all(weight.grad.any() for name, weight in adapted.named_parameters() if "lora" in name)
+    adapted.eval()
+    logits, best = adapted(input_ids=x).logits, adapted.recommend(x).item_ids
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(x).logits, logits)
+    assert torch.equal(merged.recommend(x).item_ids, best)
+
+
+@pytest.mark.parametrize("scoring", ["dot", "cosine"])
+def test_weights_on_disk(tmp_path, scoring):
+    model, x = make_model(scoring=scoring).float(), torch.randint(2, 60, (3, 20))
+    model.save_pretrained(tmp_path / "model")
+    for device_map in ({"model": "disk"}, {"": "cpu"}):
+        twin = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "weights"
+        )
+        assert torch.equal(twin.recommend(x).item_ids, model.recommend(x).item_ids)
+        assert torch.equal(twin.similar_items([5, 9]).item_ids, model.similar_items([5, 9]).item_ids)
+        torch.testing.assert_close(twin(x).logits, model(x).logits)
+
+
+def test_similar_items_share_features():
+    """Items without id embeddings are compared by their features, also new ones."""
+    columns = {"genre": [GENRES[item % 3] for item in range(58)]}
+    model = make_model(columns)
+    torch.nn.init.normal_(model.model.item_embedding.weight, std=1e-3)
+    found = model.similar_items([2, 3], top_k=10)
+    assert ((found.item_ids - 2) % 3 == torch.tensor([[0], [1]])).all() and found.scores.min() > 0.9
+    expected = torch.nn.functional.cosine_similarity(model.item_vectors([2]), model.item_vectors(found.item_ids[0]))
+    torch.testing.assert_close(found.scores[0], expected)
+
+
+def test_an_index_is_checked_against_the_features():
+    pytest.importorskip("faiss")
+    from blossomrec_hf.serving.index import ItemIndex
+
+    model, x = make_model(scoring="cosine").float(), torch.randint(2, 60, (3, 20))
+    index = ItemIndex.build(model)
+    assert torch.equal(model.recommend(x, index=index).item_ids, model.recommend(x).item_ids)
+    with torch.no_grad():
+        model.model.item_features.columns[0].weight.add_(torch.randn_like(model.model.item_features.columns[0].weight))
+    with pytest.raises(ValueError, match="stale"):
+        model.recommend(x, index=index)
+
+
 def bad_codes(features: ItemFeatures) -> None:
     codes = features.columns["genre"].codes.clone()
     codes[0] = 9

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecModel
+from blossomrec_hf.model.features_blossomrec import ItemFeatures
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,8 +98,12 @@ torch.save(Trainer(model, arguments).compute_loss(model, inputs).detach(), folde
 """
 
 
-def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path):
+@pytest.mark.parametrize("features", [None, ItemFeatures.from_columns({"genre": ["a", "b"] * 29})])
+def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path, features):
     model = recommender().float()
+    if features is not None:
+        model = recommender(item_features=features.config(), scoring="cosine").float()
+        model.set_item_features(features)
     model.save_pretrained(tmp_path / "saved")
     ids = padded(histories(40, 7), "right")[0]
     torch.save(ids, tmp_path / "saved" / "ids.pt")
