@@ -5,6 +5,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .model.cache_blossomrec import BlossomRecCache
 from .model.configuration_blossomrec import BlossomRecConfig
+from .model.features_blossomrec import ItemFeatures
 from .model.modeling_blossomrec import (
     BlossomRecForSequentialRecommendation,
     BlossomRecModel,
@@ -40,6 +41,7 @@ __all__ = [
     "BlossomRecModel",
     "BlossomRecPreTrainedModel",
     "BlossomRecTokenizer",
+    "ItemFeatures",
     "RecommendationOutput",
     "SequentialRecommendationPipeline",
     "Stream",
