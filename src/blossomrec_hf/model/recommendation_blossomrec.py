@@ -85,7 +85,7 @@ def as_id_list(ids: Any, device: torch.device, vocab_size: int) -> torch.Tensor:
 
 
 def _tensor_of_lists(
-    name: str, ids: Any, padding: int, device: torch.device, kind: str = "vocabulary ids"
+    name: str, ids: Any, padding: int, device: torch.device, kind: str = "vocabulary ids, whole numbers"
 ) -> torch.Tensor:
     """One list of numbers `[C]`, or lists or tensors of different lengths as `[B, longest]` on `device`."""
     if not hasattr(ids, "__iter__"):
@@ -97,7 +97,7 @@ def _tensor_of_lists(
             return torch.as_tensor(ids) if ids else torch.empty(0, dtype=torch.long)
         rows = [torch.as_tensor(row) for row in ids]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{name}` must contain {kind}, whole numbers: {error}.") from error
+        raise ValueError(f"`{name}` must contain {kind}: {error}.") from error
     if all(row.dim() == 0 for row in rows):  # numbers of numpy
         return torch.stack([row.cpu() for row in rows])
     if any(row.dim() != 1 for row in rows):
@@ -105,7 +105,7 @@ def _tensor_of_lists(
     rows = [row.long() if row.numel() == 0 else row for row in rows]
     for row in rows:
         if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
-            raise ValueError(f"`{name}` has dtype {row.dtype}; it must contain {kind}, whole numbers.")
+            raise ValueError(f"`{name}` has dtype {row.dtype}; it must contain {kind}.")
     if len({row.dtype for row in rows}) > 1 or len({row.device for row in rows}) > 1:
         rows = [row.to(device=device, dtype=torch.long) for row in rows]
     # Padded on the device, so that no padding is copied there.
@@ -120,7 +120,7 @@ def _as_column(name: str, values: Any, input_ids: Any, device: torch.device) -> 
     """A column of the events, given as `input_ids` are: a tensor, or lists of different lengths, padded with 0."""
     if values is None or isinstance(values, torch.Tensor):
         return values
-    column = _tensor_of_lists(name, values, 0, device, "numbers")
+    column = _tensor_of_lists(name, values, 0, device, "whole numbers")
     if not isinstance(input_ids, torch.Tensor) and column.dim() == 2:
         for i, (row, items) in enumerate(zip(values, input_ids)):
             if len(row) != len(items):

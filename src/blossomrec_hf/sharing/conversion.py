@@ -179,7 +179,8 @@ def _config_from_authors(state: State, num_attention_heads: int, settings: dict[
 
 def _require_authors_settings(config: BlossomRecConfig) -> None:
     wanted = {**AUTHORS_CONSTANTS, "attention_types": ["blossom"] * config.num_hidden_layers, "num_key_value_heads": 2}
-    wanted |= {"compress_block_size": 32, "tie_word_embeddings": True, "scoring": "dot", "item_features": None}
+    wanted |= {"compress_block_size": 32, "tie_word_embeddings": True, "scoring": "dot"}
+    wanted |= dict.fromkeys(("item_features", "time_features", "event_types"))
     others = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
     if config.rope_parameters["rope_type"] != "default" or config.rope_parameters["rope_theta"] != _THETA:
         others["rope_parameters"] = config.rope_parameters
