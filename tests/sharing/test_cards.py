@@ -128,3 +128,19 @@ def test_a_license_that_the_hub_does_not_know_is_found():
     card = model_card(run(), name="x", license="apache-2.0")
     assert metadata_errors(str(card), "model") == []
     assert metadata_errors(str(model_card(run(), name="x", license="mine")), "model") != []
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns"),
+    [
+        ({}, []),
+        ({"time_features": "next_gap,hour"}, ["timestamps", "now"]),
+        ({"event_types": True}, ["event_types"]),
+        ({"time_features": "previous_gap", "event_types": True}, ["timestamps", "now", "event_types"]),
+    ],
+)
+def test_the_example_of_a_card_gives_the_columns_that_the_model_reads(settings, columns):
+    text = str(model_card(run(**settings), name="name"))
+    (line,) = [line for line in text.splitlines() if line.startswith("recommender(")]
+    compile(line, "card", "exec")
+    assert [name for name in ("timestamps", "now", "event_types") if f'"{name}": ' in line] == columns

@@ -79,7 +79,7 @@ def model_card(
         eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)]
         or None,
     )
-    text = [f"# {name}", "", _introduction(models[0]), "", *_usage(repo_id)]
+    text = [f"# {name}", "", _introduction(models[0]), "", *_usage(repo_id, models[0])]
     text += ["## Results", "", *_results(groups, dataset_name, suffixes, k), ""]
     text += _published_table(published, k)
     text += ["## Training", "", *_training(groups), ""]
@@ -174,11 +174,21 @@ def _introduction(group: RunGroup) -> str:
     )
 
 
-def _usage(repo_id: str) -> list[str]:
+def _call(group: RunGroup) -> str:
+    """A line that asks the pipeline for recommendations, with the columns that the model reads."""
+    columns = '"timestamps": [1795680000, 1795766400], "now": 1795770000' if group.get("time_features") else ""
+    if group.get("event_types"):
+        columns += (", " if columns else "") + '"event_types": recommender.model.config.event_types[:1] * 2'
+    if columns:
+        return f'recommender({{"items": [41, 73], {columns}}}, top_k=10)  # the latest last, times in seconds'
+    return "recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last"
+
+
+def _usage(repo_id: str, group: RunGroup) -> list[str]:
     return [
         *("## Use", "", "```python", "from transformers import pipeline", ""),
         f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)',
-        "recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last",
+        _call(group),
         *("```", ""),
         "After `import blossomrec_hf`, `trust_remote_code` is not needed. Remote code runs when the model is loaded: pin "
         "`revision=` to a commit that you have read.",
