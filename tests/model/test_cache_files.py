@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blossomrec_hf import BlossomRecCache
-from blossomrec_hf.model.cache_blossomrec import _file_digest
+from blossomrec_hf.model.cache_files_blossomrec import _file_digest
 
 
 def test_save_and_load(held, tmp_path):
