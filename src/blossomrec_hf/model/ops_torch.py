@@ -9,7 +9,7 @@ synchronizes and everything compiles. Conventions and docstrings of the public f
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .ops_reference import Blocks, Keys, Ops, Queries, Selection, power_law_distances
-from .ops_torch_tiles import attend_tiles, distant_tiles, gather, lay_out_rows, reads_freely, selected_tiles
+from .ops_torch_tiles import (
+    LOG2E,
+    NEVER,
+    SLICE_LOGITS,
+    attend_tiles,
+    distant_tiles,
+    gather,
+    lay_out_rows,
+    reads_freely,
+    selected_tiles,
+)
 
 
 try:  # variable-length FlashAttention, since torch 2.10
@@ -154,48 +164,94 @@ def select(
     end = begin + torch.div(queries.position, block_size, rounding_mode="floor")
     begin, end = tiles.split(begin), tiles.split(end)
     reach_over = begin.shape[1] // block_size if queries.every else 0
-    width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
-
+    width = max(queries.max_length // block_size + reach_over, 1)
     with torch.autocast(q.device.type, enabled=False):
-        mean_q = tiles.split(q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * scaling)
-
-        def rank(mean_q, begin, end):
-            reach = width
-            if queries.every and reads_freely(end):  # the tile's own, not the widest
-                reach = max(int((end - begin[:, :1]).max()), num_selected_blocks)
-            met = begin[:, :1] + torch.arange(reach, device=q.device)
-            keys = gather(blocks.rows, met.clamp(max=num_blocks - 1)).permute(0, 2, 3, 1)
-            scores = mean_q.transpose(1, 2) @ keys  # [N, G, size, M]
-            candidate = met[:, None] < end[..., None]
-            if queries.every:
-                candidate = candidate & (met[:, None] >= begin[..., None])
-            pi, chosen = _best_blocks(scores, candidate[:, None], num_selected_blocks)
-            if queries.every:
-                chosen = chosen - (begin - begin[:, :1])[:, None, :, None]
-            # Both in one tensor, so that slices can be recomputed; block numbers are exact in float32.
-            return torch.stack([pi, chosen.to(dtype)]).permute(1, 3, 2, 4, 0)
-
-        ranked = _in_slices(rank, begin.shape[1] * width * num_groups, mean_q, begin, end)
-    ranked = tiles.join(ranked, q.shape[0])
-    pi, chosen = ranked[..., 0], ranked[..., 1].detach().long()
+        mean_q = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * (scaling * LOG2E)
+        pi, chosen = _RankBlocks.apply(tiles.split(mean_q), blocks.rows, begin, end, width, num_selected_blocks)
+    pi, chosen = tiles.join(pi, q.shape[0]), tiles.join(chosen, q.shape[0])
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, chosen, -1), torch.where(kept, pi, 0.0))
 
 
-def _best_blocks(scores: torch.Tensor, candidate: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+class _RankBlocks(torch.autograd.Function):
     """
-    The `number` best candidates by `scores` `[..., M]` (M ≥ `number`), ties to the lower block: their probabilities π
-    (0 for what is no candidate) and their indices, `[..., number]` each.
+    The best candidates of tiles of queries, ties to the lower block: their probabilities π (0 for what is no candidate) and
+    their indices in the query's history, `[N, size, G, k]` each. Scores are in base 2, as in `ops_torch_tiles.py`.
+
+    Args:
+        q: `[N, size, G, d]`.
+        rows: `[M, G, d]`.
+        begin, end: `[N, size]`, the rows that are the candidates of each query; a tile reads up to `width` rows from
+            the first one of its first query on.
     """
-    scores = scores.masked_fill(~candidate, -1e30)  # finite: a row without candidates has gradients
-    chosen, left = [], scores.detach().clone()
-    for _ in range(number):
-        best = left.max(-1, keepdim=True).indices  # the first of equals: ties to the lower block
-        left.scatter_(-1, best, -torch.inf)
-        chosen.append(best)
-    chosen = torch.cat(chosen, -1)
-    norm = torch.logaddexp(scores.logsumexp(-1), scores.new_full((), -1000.0))
-    return (scores.gather(-1, chosen) - norm[..., None]).exp(), chosen
+
+    @staticmethod
+    def forward(ctx, q, rows, begin, end, width, k):
+        pi, chosen = q.new_zeros(*q.shape[:3], k), begin.new_zeros(*q.shape[:3], k)
+        norms = q.new_empty(q.shape[0], q.shape[2], 1, q.shape[1])
+        none = q.new_tensor(-1000 * LOG2E)  # the constant logit
+        for part, met in _slices(begin, end, width, q.shape[2]):
+            scores, _ = _score(q[part], rows, begin[part], end[part], met)
+            left, tops, bests = scores.clone(), [], []
+            for _ in range(min(k, met.shape[1])):
+                top, best = left.max(2, keepdim=True)  # the first of equals: ties to the lower block
+                left.scatter_(2, best, -torch.inf)
+                tops.append(top)
+                bests.append(best)
+            largest = torch.maximum(tops[0], none)
+            total = scores.sub_(largest).exp2_().sum(2, keepdim=True) + (none - largest).exp2_()
+            norm = norms[part] = largest + total.log2_()
+            tops, bests = torch.cat(tops, 2), torch.cat(bests, 2)
+            found = tops.shape[2]
+            pi[part, ..., :found] = tops.sub_(norm).exp2_().permute(0, 3, 1, 2)
+            chosen[part, ..., :found] = bests.permute(0, 3, 1, 2) - (begin[part] - begin[part, :1])[..., None, None]
+        ctx.save_for_backward(q, rows, begin, end, pi, chosen, norms)
+        ctx.width = width
+        ctx.mark_non_differentiable(chosen)
+        return pi, chosen
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        q, rows, begin, end, pi, chosen, norms = ctx.saved_tensors
+        grad_q, grad_rows = torch.empty_like(q), torch.zeros_like(rows)
+        weights = grad * pi
+        best = chosen + (begin - begin[:, :1])[..., None, None]  # among the rows that the tile reads
+        for part, met in _slices(begin, end, ctx.width, q.shape[2]):
+            scores, keys = _score(q[part], rows, begin[part], end[part], met)
+            weight = weights[part].permute(0, 2, 3, 1)  # [n, G, k, size]
+            of_scores = scores.sub_(norms[part]).exp2_().mul_(-weight.sum(2, keepdim=True))
+            of_scores.scatter_add_(2, best[part].permute(0, 2, 3, 1).clamp(max=met.shape[1] - 1), weight)
+            grad_q[part] = torch.matmul(of_scores.mT, keys).transpose(1, 2)
+            of_keys = torch.matmul(of_scores, q[part].transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+            grad_rows.index_add_(0, met.flatten().clamp(max=rows.shape[0] - 1), of_keys)
+        return grad_q / LOG2E, grad_rows / LOG2E, None, None, None, None
+
+
+def _slices(
+    begin: torch.Tensor, end: torch.Tensor, width: int, num_groups: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of tiles, with the rows `[n, M]` that their queries read."""
+    num_tiles, size = begin.shape
+    length = max(1, SLICE_LOGITS.get(begin.device.type, 2**25) // (size * width * num_groups))
+    if torch.compiler.is_compiling():
+        length = num_tiles
+    for i in range(0, num_tiles, length):
+        part = slice(i, i + length)
+        first, reach = begin[part, :1], width
+        if reads_freely(end):  # of these tiles, not the widest
+            reach = max(int((end[part] - first).max()), 1)
+        yield part, first + torch.arange(reach, device=begin.device)
+
+
+def _score(
+    q: torch.Tensor, rows: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, met: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores `[n, G, M, size]` of the rows `met` for queries `[n, size, G, d]`, and these rows `[n, G, M, d]`."""
+    keys = gather(rows, met.clamp(max=rows.shape[0] - 1)).transpose(1, 2)
+    scores = torch.matmul(keys, q.permute(0, 2, 3, 1))
+    other = (met[:, :, None] < begin[:, None]) | (met[:, :, None] >= end[:, None])
+    return scores.add_(other[:, None].to(scores.dtype), alpha=NEVER), keys
 
 
 def _select_alone(
