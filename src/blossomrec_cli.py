@@ -7,6 +7,7 @@ import difflib
 import importlib
 import sys
 from importlib.metadata import version
+from typing import NoReturn
 
 
 COMMANDS = {
@@ -25,10 +26,14 @@ COMMANDS = {
     "card": "write the model card of a run",
 }
 EXTRAS = {"serve": "serve"}  # commands that cannot be imported without the packages of an extra
-USAGE = "usage: blossomrec COMMAND [options]\n\n" + "\n".join(
+USAGE = "usage: blossomrec [--import MODULE] COMMAND [options]\n\n" + "\n".join(
     f"  {name:<10} {text}" for name, text in COMMANDS.items()
 )
-USAGE += "\n\n`blossomrec COMMAND --help` lists the options of a command, `blossomrec --version` prints the version."
+USAGE += (
+    "\n\n`blossomrec COMMAND --help` lists the options of a command, `blossomrec --version` prints the version.\n"
+    "`--import MODULE` imports a module of yours first, from the current folder or the environment: one that registers\n"
+    "streams, objectives or formats."
+)
 
 
 def main() -> None:
@@ -40,20 +45,36 @@ def main() -> None:
     if arguments[0] == "--version":
         print(version("blossomrec-hf"))
         return
+    while arguments[0] == "--import":
+        if len(arguments) < 3:
+            _exit("`--import` requires a module and a command: `blossomrec --import my_streams train ...`.")
+        _import(arguments[1])
+        arguments = arguments[2:]
     name, *rest = arguments
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}."
-        print(f"blossomrec has no command {name!r}; {hint}", file=sys.stderr)
-        raise SystemExit(2)
+        _exit(f"blossomrec has no command {name!r}; {hint}")
     sys.argv = [f"blossomrec {name}", *rest]
     try:
         command = importlib.import_module(f"blossomrec_hf.commands.{name}")
     except ModuleNotFoundError as error:
         if name not in EXTRAS:
             raise
-        print(
-            f'blossomrec {name} requires {error.name}: `pip install "blossomrec-hf[{EXTRAS[name]}]"`.', file=sys.stderr
-        )
-        raise SystemExit(2) from error
+        _exit(f'blossomrec {name} requires {error.name}: `pip install "blossomrec-hf[{EXTRAS[name]}]"`.')
     command.main()
+
+
+def _import(module: str) -> None:
+    """Import a module as `python -m` does, from the current folder first."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        importlib.import_module(module)
+    except (ImportError, TypeError, ValueError) as error:
+        _exit(f"`--import` is {module!r}, which cannot be imported: {error}.")
+
+
+def _exit(sentence: str) -> NoReturn:
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
