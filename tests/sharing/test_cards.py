@@ -144,3 +144,9 @@ def test_the_example_of_a_card_gives_the_columns_that_the_model_reads(settings, 
     (line,) = [line for line in text.splitlines() if line.startswith("recommender(")]
     compile(line, "card", "exec")
     assert [name for name in ("timestamps", "now", "event_types") if f'"{name}": ' in line] == columns
+
+
+def test_a_model_with_a_stream_of_ones_own_needs_its_code():
+    assert "`trust_remote_code` is not needed. Remote" in str(model_card([run()], name="m"))
+    card = str(model_card([run(types=("blossom+recent", "full"))], name="m"))
+    assert "`trust_remote_code` is not needed where the code that registers `recent` is imported, too. Remote" in card

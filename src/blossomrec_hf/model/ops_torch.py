@@ -164,7 +164,7 @@ def select(
     end = begin + torch.div(queries.position, block_size, rounding_mode="floor")
     begin, end = tiles.split(begin), tiles.split(end)
     reach_over = begin.shape[1] // block_size if queries.every else 0
-    width = max(queries.max_length // block_size + reach_over, 1)
+    width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
     with torch.autocast(q.device.type, enabled=False):
         mean_q = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * (scaling * LOG2E)
         pi, chosen = _RankBlocks.apply(tiles.split(mean_q), blocks.rows, begin, end, width, num_selected_blocks)
@@ -181,19 +181,19 @@ class _RankBlocks(torch.autograd.Function):
     Args:
         q: `[N, size, G, d]`.
         rows: `[M, G, d]`.
-        begin, end: `[N, size]`, the rows that are the candidates of each query; a tile reads up to `width` rows from
-            the first one of its first query on.
+        begin, end: `[N, size]`, the rows that are the candidates of each query; a tile reads up to `width` ≥ k rows
+            from the first one of its first query on.
     """
 
     @staticmethod
     def forward(ctx, q, rows, begin, end, width, k):
-        pi, chosen = q.new_zeros(*q.shape[:3], k), begin.new_zeros(*q.shape[:3], k)
+        pi, chosen = q.new_empty(*q.shape[:3], k), begin.new_empty(*q.shape[:3], k)
         norms = q.new_empty(q.shape[0], q.shape[2], 1, q.shape[1])
         none = q.new_tensor(-1000 * LOG2E)  # the constant logit
-        for part, met in _slices(begin, end, width, q.shape[2]):
+        for part, met in _slices(begin, end, width, k, q.shape[2]):
             scores, _ = _score(q[part], rows, begin[part], end[part], met)
             left, tops, bests = scores.clone(), [], []
-            for _ in range(min(k, met.shape[1])):
+            for _ in range(k):
                 top, best = left.max(2, keepdim=True)  # the first of equals: ties to the lower block
                 left.scatter_(2, best, -torch.inf)
                 tops.append(top)
@@ -201,10 +201,8 @@ class _RankBlocks(torch.autograd.Function):
             largest = torch.maximum(tops[0], none)
             total = scores.sub_(largest).exp2_().sum(2, keepdim=True) + (none - largest).exp2_()
             norm = norms[part] = largest + total.log2_()
-            tops, bests = torch.cat(tops, 2), torch.cat(bests, 2)
-            found = tops.shape[2]
-            pi[part, ..., :found] = tops.sub_(norm).exp2_().permute(0, 3, 1, 2)
-            chosen[part, ..., :found] = bests.permute(0, 3, 1, 2) - (begin[part] - begin[part, :1])[..., None, None]
+            pi[part] = torch.cat(tops, 2).sub_(norm).exp2_().permute(0, 3, 1, 2)
+            chosen[part] = torch.cat(bests, 2).permute(0, 3, 1, 2) - (begin[part] - begin[part, :1])[..., None, None]
         ctx.save_for_backward(q, rows, begin, end, pi, chosen, norms)
         ctx.width = width
         ctx.mark_non_differentiable(chosen)
@@ -217,7 +215,7 @@ class _RankBlocks(torch.autograd.Function):
         grad_q, grad_rows = torch.empty_like(q), torch.zeros_like(rows)
         weights = grad * pi
         best = chosen + (begin - begin[:, :1])[..., None, None]  # among the rows that the tile reads
-        for part, met in _slices(begin, end, ctx.width, q.shape[2]):
+        for part, met in _slices(begin, end, ctx.width, pi.shape[3], q.shape[2]):
             scores, keys = _score(q[part], rows, begin[part], end[part], met)
             weight = weights[part].permute(0, 2, 3, 1)  # [n, G, k, size]
             of_scores = scores.sub_(norms[part]).exp2_().mul_(-weight.sum(2, keepdim=True))
@@ -229,18 +227,18 @@ class _RankBlocks(torch.autograd.Function):
 
 
 def _slices(
-    begin: torch.Tensor, end: torch.Tensor, width: int, num_groups: int
+    begin: torch.Tensor, end: torch.Tensor, width: int, k: int, num_groups: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of tiles, with the rows `[n, M]` that their queries read."""
-    num_tiles, size = begin.shape
-    length = max(1, SLICE_LOGITS.get(begin.device.type, 2**25) // (size * width * num_groups))
+    """Slices of tiles, with the rows `[n, M]` that their queries read, at least `k`."""
     if torch.compiler.is_compiling():
-        length = num_tiles
-    for i in range(0, num_tiles, length):
+        yield slice(None), begin[:, :1] + torch.arange(width, device=begin.device)
+        return
+    length = max(1, SLICE_LOGITS.get(begin.device.type, 2**25) // (begin.shape[1] * width * num_groups))
+    for i in range(0, begin.shape[0], length):
         part = slice(i, i + length)
         first, reach = begin[part, :1], width
         if reads_freely(end):  # of these tiles, not the widest
-            reach = max(int((end[part] - first).max()), 1)
+            reach = max(int((end[part] - first).max()), k)
         yield part, first + torch.arange(reach, device=begin.device)
 
 

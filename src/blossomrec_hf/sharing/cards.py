@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..model.streams_blossomrec import ATTENTION_TYPES, stream_names
 from ..utils.files import atomic_write
 from .summary import RunGroup, group_runs, read_summary
 
@@ -185,13 +186,18 @@ def _call(group: RunGroup) -> str:
 
 
 def _usage(repo_id: str, group: RunGroup) -> list[str]:
+    own = {name for kind in group.attention_types for name in stream_names(kind)}.difference(ATTENTION_TYPES)
+    needs = "`trust_remote_code` is not needed"
+    if own:
+        names = ", ".join(f"`{name}`" for name in sorted(own))
+        needs += f" where the code that registers {names} is imported, too"
     return [
         *("## Use", "", "```python", "from transformers import pipeline", ""),
         f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)',
         _call(group),
         *("```", ""),
-        "After `import blossomrec_hf`, `trust_remote_code` is not needed. Remote code runs when the model is loaded: pin "
-        "`revision=` to a commit that you have read.",
+        f"After `import blossomrec_hf`, {needs}. Remote code runs when the model is loaded: pin `revision=` to a commit "
+        "that you have read.",
         "",
     ]
 
