@@ -12,8 +12,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from blossomrec_hf import BlossomRecCache, BlossomRecForSequentialRecommendation
 from blossomrec_hf.evaluation.model_scores import last_item_scores
-from blossomrec_hf.model import attention_blossomrec, ranking_blossomrec
-from blossomrec_hf.model.modules_blossomrec import dense_weight, is_plain, weights_fingerprint
+from blossomrec_hf.model import attention_blossomrec, modules_blossomrec, ranking_blossomrec
+from blossomrec_hf.model.modules_blossomrec import dense_weight, is_plain, project, weights_fingerprint
 from blossomrec_hf.model.packing_blossomrec import pack_histories
 from blossomrec_hf.sharing.export import HistoryScorer
 
@@ -188,3 +188,23 @@ def test_an_automatic_device_map_has_a_device_for_every_weight(settings, share):
     check_device_map(
         model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=["BlossomRecLayer"])
     )
+
+
+def test_projections_are_one_product_on_a_gpu_unless_a_layer_has_hooks_or_an_adapter(monkeypatch):
+    attention = make_model().double().model.layers[0].self_attn
+    linears = [attention.q_proj, attention.gate, attention.v_proj]
+    torch.nn.init.normal_(attention.gate.weight)
+    x = torch.randn(3, attention.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    weights = [x, *(p for linear in linears for p in linear.parameters())]
+    results = []
+    for outputs in (project(linears, x, joined=False), modules_blossomrec._project_joined(linears, x)):
+        results.append([*outputs, *torch.autograd.grad(sum((y**2).sum() for y in outputs), weights)])
+    torch.testing.assert_close(*results)
+
+    monkeypatch.setattr(modules_blossomrec, "_project_joined", lambda linears, x: "one product")
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert project(linears, on_gpu, joined=True) == "one product"
+    seen = []
+    attention.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]) or (x,))
+    (out,) = project(linears[:1], on_gpu, joined=True)
+    assert out.shape == (3, attention.q_proj.out_features) and seen == [on_gpu]

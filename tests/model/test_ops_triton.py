@@ -220,6 +220,24 @@ def test_pairs_that_are_sorted_give_the_same(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(sorted_gradients, gradients))
 
 
+@pytest.mark.gpu
+def test_a_captured_layer_is_the_layer():
+    """The backward pass of a captured layer uses a second stream."""
+    layer = Layer([700, 3, 200] * 20, heads=8, groups=2, dtype=torch.bfloat16)
+    expected, _, gradients = layer.run(triton_forward)
+    expected = expected.detach()  # without its graph, which is of another stream
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _, captured_gradients = layer.run(triton_forward)
+    results = []
+    for _ in range(3):
+        graph.replay()
+        results.append([x.detach().clone() for x in (out, *captured_gradients)])
+    assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(again, results[0], strict=True))
+    for i, (actual, reference) in enumerate(zip(results[0], (expected, *gradients), strict=True)):
+        assert_close(actual, reference, 1e-2, f"{i}")
+
+
 def test_wide_offsets_give_the_same(monkeypatch):
     layer = Layer([40, 9], heads=2, groups=1)
     expected, _, gradients = layer.run(triton_forward)

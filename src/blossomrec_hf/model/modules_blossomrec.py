@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -103,13 +103,43 @@ class ItemEmbedding(nn.Embedding):
         return nn.functional.embedding(ids, self.weight if vectors is None else vectors, self.padding_idx)
 
 
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Embedding.forward, ItemEmbedding.forward)
+
+
 def is_plain(module: nn.Module) -> bool:
     """
     Whether a linear layer or an embedding uses its `weight` as stored: it is not offloaded, quantized or adapted.
     """
-    if type(module) not in (nn.Linear, nn.Embedding, ItemEmbedding) or "forward" in module.__dict__:
+    if getattr(type(module), "forward", None) not in _PLAIN_FORWARDS or "forward" in module.__dict__:
         return False
     return not (module.weight.is_meta or hasattr(module.weight, "__tensor_flatten__"))
+
+
+def project(linears: Sequence[nn.Linear], x: torch.Tensor, *, joined: bool) -> list[torch.Tensor]:
+    """
+    The outputs `[..., out_features]` of several linear layers for one input `[..., in_features]`.
+
+    Args:
+        joined: whether plain layers without hooks are one matrix product, if the input is on a GPU.
+    """
+    if joined and x.is_cuda and all(is_plain(linear) and not _has_hooks(linear) for linear in linears):
+        return _project_joined(linears, x)
+    return [linear(x) for linear in linears]
+
+
+def _project_joined(linears: Sequence[nn.Linear], x: torch.Tensor) -> list[torch.Tensor]:
+    """`project` as one matrix product."""
+    joined = nn.functional.linear(x, torch.cat([linear.weight for linear in linears]))
+    parts = joined.split([linear.out_features for linear in linears], -1)
+    pairs = zip(parts, linears, strict=True)
+    return [part if linear.bias is None else part + linear.bias.to(part.dtype) for part, linear in pairs]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module calls hooks of its own in a forward or backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def dense_weight(linear: nn.Linear) -> torch.Tensor:

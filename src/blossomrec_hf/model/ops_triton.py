@@ -7,6 +7,8 @@ Nothing here synchronizes, and no sum is added atomically, so gradients are bitw
 Conventions: `ops_reference.py`; the kernels and their layout: `ops_triton_launch.py`.
 """
 
+import functools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -136,7 +138,7 @@ def _attention(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, setti
     if settings.long:
         w1_cast, w2_cast = w1.to(q.dtype), w2.to(q.dtype)
         inputs = windows(layout, k, position, start, stop).view(-1, w1.shape[1])
-        hidden = torch.addmm(b1.to(q.dtype), inputs, w1_cast.t()).relu_()
+        hidden = torch._addmm_activation(b1.to(q.dtype), inputs, w1_cast.t())  # with ReLU
         c = pool(layout, (hidden @ w2_cast.t()).view(-1, layout.groups, layout.width))
         blocks, number, pi, score_lse, u = select(
             layout, mean_q, c, start, threshold, settings.save and settings.factor
@@ -178,6 +180,23 @@ def _(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, settings, scal
     empty = ((0,), q.dtype)
     made = (shapes[name] if name in wanted else empty for name in Results._fields)
     return tuple(q.new_empty(shape, dtype=dtype) for shape, dtype in made)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def fork(device: torch.device) -> torch.cuda.Stream | None:
+    """
+    A stream for small kernels next to large ones, if a CUDA graph is captured, where a second stream costs no time of the
+    CPU. Its kernels come first. What they read must not be freed before the current stream has waited for them.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return None
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    return side
 
 
 class Gradients(NamedTuple):
@@ -230,20 +249,27 @@ def _attention_backward(grad, v, cos, sin, gates, position, w1, b1, w2, cu_seqle
         factor = (parts.weight, results.c, results.u) if settings.factor else None
         long = LongGradients(long_terms, results.blocks, parts.dq, factor)
         chosen = (parts.dk, parts.dv, pairs.spans) if layout.rows else None
-    dq, weight_sum = query_backward(layout, q, k, v, results.query_tiles, grad, long, short_terms, rotary)
-    if settings.factor:
-        scores = (results.mean_q, results.c, results.score_lse, weight_sum, results.blocks, start, stop)
-        dc = select_backward(layout, *scores, parts.dc, pairs.spans).flatten(0, 1)
-        inputs = windows(layout, k, position, start, stop)  # cheaper to make again than to keep
-        w1_cast, w2_cast = (w1, w2) if w1.dtype == q.dtype else (results.w1, results.w2)
-        dw2 = _product(dc.t(), results.hidden, w2.dtype)
-        dhidden = torch.ops.aten.threshold_backward(dc @ w2_cast, results.hidden, 0)
-        db1 = _column_sums(dhidden, b1.dtype)
-        dw1 = _product(dhidden.t(), inputs.view(-1, w1.shape[1]), w1.dtype)
-        dwindows = (dhidden @ w1_cast).view_as(inputs)
-        dposition = _column_sums(dwindows.flatten(1), position.dtype).view_as(position)
-        dwindows = dwindows if layout.rows else None
+    side = fork(q.device) if settings.factor else None
+    with nullcontext() if side is None else torch.cuda.stream(side):
+        if settings.factor:
+            scores = (results.mean_q, results.c, results.score_lse, parts.weight, results.blocks, start, stop)
+            dc = select_backward(layout, *scores, parts.dc, pairs.spans).flatten(0, 1)
+            inputs = windows(layout, k, position, start, stop)  # cheaper to make again than to keep
+            w1_cast, w2_cast = (w1, w2) if w1.dtype == q.dtype else (results.w1, results.w2)
+            dhidden = torch.ops.aten.threshold_backward(dc @ w2_cast, results.hidden, 0)
+            dwindows = (dhidden @ w1_cast).view_as(inputs)
+            windows_done = None if side is None else side.record_event()
+            dw2 = _product(dc.t(), results.hidden, w2.dtype)
+            db1 = _column_sums(dhidden, b1.dtype)
+            dw1 = _product(dhidden.t(), inputs.view(-1, w1.shape[1]), w1.dtype)
+            dposition = _column_sums(dwindows.flatten(1), position.dtype).view_as(position)
+            dwindows = dwindows if layout.rows else None
+    dq = query_backward(layout, q, k, v, results.query_tiles, grad, long, short_terms, rotary)
+    if side is not None:
+        torch.cuda.current_stream(q.device).wait_event(windows_done)
     dk, dv = key_backward(layout, q, k, v, results.key_tiles, grad, long_terms, short_terms, chosen, dwindows, rotary)
+    if side is not None:
+        torch.cuda.current_stream(q.device).wait_stream(side)
     return Gradients(dq, dk, dv, dgates, dposition, dw1, db1, dw2)
 
 

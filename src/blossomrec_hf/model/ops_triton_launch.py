@@ -61,13 +61,13 @@ CHUNK_ROWS = 256
 # G=2, d=16, and 16,384 tokens with H=G=8, d=32; b=16, k=4, B=8). Larger tiles and heads get more warps. `ROWS` are rows of
 # queries (fewer of wider heads in "selected_backward"), `COLUMNS` and `KEYS` keys.
 LAUNCH = {
-    "select": {"BQ": 16, "BM": 64, "num_warps": 1, "num_stages": 2},
-    "selected": {"ROWS": 64, "num_warps": 2, "num_stages": 3},
+    "select": {"BQ": 16, "BM": 32, "num_warps": 1, "num_stages": 2},
+    "selected": {"ROWS": 32, "num_warps": 1, "num_stages": 3},
     "selected_backward": {"ROWS": 32, "num_warps": 1, "num_stages": 2},
     "streams": {"ROWS": 16, "COLUMNS": 32, "num_warps": 1, "num_stages": 1},
     "query_backward": {"COLUMNS": 32, "num_warps": 1, "num_stages": 2},
     "key_backward": {"KEYS": 8, "ROWS": 32, "num_warps": 1, "num_stages": 2},
-    "spread": {"BM": 64, "BQ": 64, "num_warps": 2, "num_stages": 3},
+    "spread": {"BM": 32, "BQ": 64, "num_warps": 2, "num_stages": 3},
 }
 
 

@@ -112,6 +112,7 @@ def spread_kernel(
     mean_q,
     c,
     lse,
+    weight,
     weight_sum,
     blocks,
     start,
@@ -149,8 +150,8 @@ def spread_kernel(
         p = tl.exp2(s - tl.load(lse + at, real, 0.0)[None, :])
         best = tl.load(blocks + at * K, real, -1).to(tl.int32)  # −1 for none, whose weights are zero
         best += tl.load(start + t, real, 0) // B
-        all_blocks = tl.load(weight_sum + at * 2, real, 0.0)
-        others = tl.load(weight_sum + at * 2 + 1, real, 0.0)
+        all_blocks = tl.load(weight_sum + at, real, 0.0)
+        others = all_blocks - tl.load(weight + at * K, real, 0.0)
         p *= tl.where(row[:, None] == best[None, :], others[None, :], all_blocks[None, :])
         lo = tl.load(start + i)
         one_history = lo == tl.load(start + tl.minimum(i + BQ, end) - 1)
@@ -214,7 +215,8 @@ def select(
     pi = layout.empty(*blocks.shape, dtype=torch.float32)
     lse = layout.empty(*((tokens, groups) if save else (0,)), dtype=torch.float32)
     u = layout.empty(*((tokens, groups, layout.width) if save else (0,)))
-    queries, columns = LAUNCH["select"]["BQ"], LAUNCH["select"]["BM"]
+    queries = LAUNCH["select"]["BQ"]
+    columns = min(LAUNCH["select"]["BM"], max(16, power_of_two(layout.max_seqlen // layout.sizes.block)))
     select_kernel[(ceil(tokens, queries), groups)](
         mean_q,
         c,
@@ -246,7 +248,7 @@ def select_backward(
     mean_q: Tensor,
     c: Tensor,
     lse: Tensor,
-    weight_sum: Tensor,
+    weight: Tensor,
     blocks: Tensor,
     start: Tensor,
     stop: Tensor,
@@ -257,8 +259,7 @@ def select_backward(
     The gradient of the compressed keys `[rows · b / s, G, d]`.
 
     Args:
-        weight_sum: `[T, G, 2]`, the sum over the selected blocks of π times the gradient of the factor, and that sum
-            without the best block.
+        weight: `[T, G, k]`, π times the gradient of the factor of each selected block.
         chosen_part, spans: the parts of the score keys' gradient that come from the queries that chose them, and the
             span of each (block, group) in them (`ops_triton_selected.py`).
     """
@@ -274,7 +275,8 @@ def select_backward(
         mean_q,
         c,
         lse,
-        weight_sum,
+        weight,
+        weight.sum(-1),
         blocks,
         start,
         stop,

@@ -51,13 +51,15 @@ def store_chunks(spans, chunks, number, begin, count, token, G: tl.constexpr, CH
 
 @jit
 def later_selections(
-    numbers, first, end, group, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TOKENS: tl.constexpr
+    numbers, first, end, number, G: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """What the TOKENS queries from `first` on selected, −1 from `end` on, and the numbers of these pairs."""
-    i = tl.arange(0, TOKENS * KP)
-    token, slot = first + i // KP, i % KP
-    pair = (token.to(tl.int64) * G + group) * K + slot
-    return tl.load(numbers + pair, (token < end) & (slot < K), -1).to(tl.int32), pair
+    """Whether each of the TOKENS queries from `first` on, up to `end`, selected the (block, group) `number`; and the pair."""
+    token, slot = (first + tl.arange(0, TOKENS))[:, None], tl.arange(0, KP)[None, :]
+    pair = (token.to(tl.int64) * G + number % G) * K
+    selected = tl.load(numbers + pair + slot, (token < end) & (slot < K), -1).to(tl.int32) == number
+    hit = tl.sum(selected.to(tl.int32), 1)
+    chosen = tl.sum(tl.where(selected, slot, 0), 1)
+    return hit, ((first + tl.arange(0, TOKENS)).to(tl.int64) * G + number % G) * K + chosen
 
 
 @jit
@@ -77,10 +79,10 @@ def count_kernel(
     row, group = tl.program_id(0), tl.program_id(1)
     first, lo, real = block_place(row, T, start, stop, B)
     end = tl.where(real, tl.load(stop + first), first)
-    found = tl.zeros((TOKENS * KP,), tl.int32)
+    found = tl.zeros((TOKENS,), tl.int32)
     for i in range(first + B, end, TOKENS):
-        selected, pair = later_selections(numbers, i, end, group, G, K, KP, TOKENS)
-        found += (selected == row * G + group).to(tl.int32)
+        hit, pair = later_selections(numbers, i, end, row * G + group, G, K, KP, TOKENS)
+        found += hit
     tl.store(counts + row * G + group, tl.sum(found, 0))
 
 
@@ -113,11 +115,10 @@ def list_kernel(
     place = lo * (G * K) + tl.sum(before, 0)
     store_chunks(spans, chunks, number, place, tl.load(counts + number), first, G, CHUNK)
     for i in range(first + B, end, TOKENS):
-        selected, pair = later_selections(numbers, i, end, group, G, K, KP, TOKENS)
-        hit = (selected == number).to(tl.int32)
+        hit, pair = later_selections(numbers, i, end, number, G, K, KP, TOKENS)
         rank = tl.cumsum(hit, 0)
         tl.store(order + place + rank - 1, pair, hit > 0)
-        place += tl.max(rank, 0)
+        place += tl.sum(hit, 0)
 
 
 @jit
@@ -243,9 +244,13 @@ def selected_backward_kernel(
         row = tl.arange(0, PQ * REPP)
         dc = tl.zeros((PQ * REPP, D), tl.float32)
         head = group * REP + row % REPP
+        ahead = begin + row // REPP  # the loads of a step need its pairs, so they are read one step ahead
+        following = tl.load(order + ahead, ahead < end, 0).to(INDEX)
         for i in range(begin, end, PQ):
             real = (i + row // REPP < end) & (row % REPP < REP)
-            pair = tl.load(order + i + row // REPP, real, 0).to(INDEX)
+            pair = following
+            ahead = i + PQ + row // REPP
+            following = tl.load(order + ahead, ahead < end, 0).to(INDEX)
             query = pair // (G * K)
             at = query * H + head
             queries = tl.load(q + at[:, None] * D + d, real[:, None], 0.0)
@@ -318,7 +323,7 @@ def sort_pairs(layout: Layout, number: Tensor, start: Tensor, stop: Tensor) -> P
         return pairs
     counts = layout.empty(layout.num_keys, dtype=torch.int32)
     slots = power_of_two(layout.sizes.selected)
-    sizes |= {"K": layout.sizes.selected, "KP": slots, "TOKENS": max(32, 512 // slots), "num_warps": 1}
+    sizes |= {"K": layout.sizes.selected, "KP": slots, "TOKENS": 128, "num_warps": 1}
     count_kernel[grid](number, start, stop, counts, layout.num_tokens, **sizes)
     list_kernel[grid](number, start, stop, counts, *pairs, layout.num_tokens, **sizes, CHUNK=layout.chunk)
     return pairs
@@ -364,7 +369,7 @@ class SelectedGradients(NamedTuple):
 
     Attributes:
         dq `[T, G, k, H / G, d]`: of the query of each pair, without the factor scaling.
-        weight `[T, G, k]`: π times the gradient of the straight-through factor.
+        weight `[T, G, k]`: π times the gradient of the straight-through factor, 0 for no block.
         dk, dv `[chunks, b, d]`, dc `[chunks, d]`: of each chunk's keys, values and score key. dk and dc have a factor of
             log2(e), which the queries carry.
     """
@@ -391,7 +396,7 @@ def selected_backward(
     shape = (layout.num_tokens, layout.groups, layout.sizes.selected)
     chunks, block = pairs.chunks.shape[0], layout.sizes.block
     dq = layout.empty(*shape, layout.rep_kw["REP"], layout.width)
-    weight = layout.empty(*(shape if factor else (0,)), dtype=torch.float32)
+    weight = layout.empty(*(shape if factor else (0,)), dtype=torch.float32).zero_()
     dk, dv = (layout.empty(chunks, block, layout.width, dtype=torch.float32) for _ in range(2))
     dc = layout.empty(*((chunks, layout.width) if factor else (0,)), dtype=torch.float32)
     if layout.rows:

@@ -33,6 +33,14 @@ def key_gradients(queries, do, keys, values, seen, lse, delta, dkeys, dvalues, P
 
 
 @jit
+def load_queries(q, grad, terms, source, reads, D: tl.constexpr):
+    """Rows of queries, their gradients and the terms of their stream. Rows that are not read are 0 and add nothing."""
+    at = source[:, None] * D + tl.arange(0, D)[None, :]
+    queries, do = tl.load(q + at, reads[:, None], 0.0), tl.load(grad + at, reads[:, None], 0.0)
+    return queries, do, tl.load(terms + source * 2, reads, 0.0), tl.load(terms + source * 2 + 1, reads, 0.0)
+
+
+@jit
 def store_terms(do, out, lse, gate, terms, dgate, at, source, real, GATED: tl.constexpr):
     """The gradient of the gate of a stream, and its terms."""
     delta = tl.sum(do * tl.load(out + source, real[:, None], 0.0).to(tl.float32), 1)
@@ -96,7 +104,6 @@ def query_backward_kernel(
     weight,
     c,
     u,
-    weight_sum_out,
     cos,
     sin,
     dq,
@@ -125,8 +132,8 @@ def query_backward_kernel(
     PREC: tl.constexpr,
 ):
     """
-    The gradient of the queries in the tiles of `streams_kernel`, rotary embedding undone, and (`FACTOR`) the sums of the
-    weights of a query's selected blocks that `spread_kernel` reads.
+    The gradient of the queries in the tiles of `streams_kernel`, rotary embedding undone, (`FACTOR`) with what their
+    importance gives them.
     """
     lo, n, p0 = tile_place(tiles)
     group = tl.program_id(1)
@@ -178,7 +185,6 @@ def query_backward_kernel(
             at_group = (lo + p0 + tl.arange(0, N)).to(INDEX) * G + group
             dmean = tl.zeros((N, D), tl.float32)
             total = tl.zeros((N,), tl.float32)
-            best = tl.load(weight + at_group * K, kept & (tl.load(blocks + at_group * K, kept, -1) >= 0), 0.0)
             for first_slot in tl.static_range(0, K, KC):
                 slot = tl.arange(0, KC * N)
                 place = p0 + slot % N
@@ -191,8 +197,6 @@ def query_backward_kernel(
                 dmean += tl.sum(tl.reshape(w[:, None] * score_keys, (KC, N, D)), 0)
                 total += tl.sum(tl.reshape(w, (KC, N)), 0)
             dmean -= total[:, None] * tl.load(u + at_group[:, None] * D + d, kept[:, None], 0.0).to(tl.float32)
-            tl.store(weight_sum_out + at_group * 2, total, kept)
-            tl.store(weight_sum_out + at_group * 2 + 1, total - best, kept)
             dmean *= scaling / REP
             acc = tl.reshape(tl.reshape(acc, (N, REPP, D)) + dmean[:, None, :], (N * REPP, D))
         angle = token[:, None] * D + d
@@ -260,6 +264,10 @@ def key_backward_kernel(
         at = token * G + group
         keys = tl.load(k + at[:, None] * D + d, real[:, None], 0.0)
         values = tl.load(v + at[:, None] * D + d, real[:, None], 0.0)
+        if CHOSEN:
+            span = spans + ((lo // SB + key // SB) * G + group) * 2
+            whole = real & ((key // SB + 1) * SB <= n)
+            chunk, count_chunks = tl.load(span, whole, 0), tl.load(span + 1, whole, 0)
         dkeys = tl.zeros((D, N), tl.float32)
         dvalues = tl.zeros((D, N), tl.float32)
         if SHORT:
@@ -267,43 +275,44 @@ def key_backward_kernel(
             local = row // REPP % N
             head = group * REP + row % REPP
             count = count_distances((n - 1 - p0) // B, num_powers, WINDOW, POWER, BASE)
+            number = row // (N * REPP)
+            place = p0 + distance_of(number, num_powers, WINDOW, POWER, BASE) * B + local
+            reads = (number < count) & (local < TILE) & (place < n) & (row % REPP < REP)
+            source = (lo + place).to(INDEX) * H + head
+            queries, do, lse, delta = load_queries(q, grad, short_terms, source, reads, D)
             for first in range(0, count, C):
-                i = first + row // (N * REPP)
-                place = p0 + distance_of(i, num_powers, WINDOW, POWER, BASE) * B + local
-                reads = (i < count) & (local < TILE) & (place < n) & (row % REPP < REP)
-                source = (lo + place).to(INDEX) * H + head
-                queries = tl.load(q + source[:, None] * D + d, reads[:, None], 0.0)
-                do = tl.load(grad + source[:, None] * D + d, reads[:, None], 0.0)
-                # Rows that read nothing have q, dO and delta of zero, and give nothing.
-                lse = tl.load(short_terms + source * 2, reads, 0.0)
-                delta = tl.load(short_terms + source * 2 + 1, reads, 0.0)
                 seen = key[None, :] <= place[:, None]
                 if TILE > B:
                     seen &= (local // B)[:, None] == (column // B)[None, :]
+                # Loaded before the current ones are used: two products need them in two layouts, which the compiler
+                # does not load ahead of time.
+                number += C
+                place = p0 + distance_of(number, num_powers, WINDOW, POWER, BASE) * B + local
+                reads = (number < count) & (local < TILE) & (place < n) & (row % REPP < REP)
+                source = (lo + place).to(INDEX) * H + head
+                following = load_queries(q, grad, short_terms, source, reads, D)
                 dkeys, dvalues = key_gradients(queries, do, keys, values, seen, lse, delta, dkeys, dvalues, PREC)
+                queries, do, lse, delta = following
         if LONG:
             own_row = tl.arange(0, OWN * N * REPP)
             own_head = group * REP + own_row % REPP
             end = tl.minimum(n, ((p0 + TILE - 1) // SB + 1) * SB)
             for first in range(p0, end, OWN * N):
-                place = first + own_row // REPP
-                reads = (place < end) & (own_row % REPP < REP)
-                source = (lo + place).to(INDEX) * H + own_head
-                queries = tl.load(q + source[:, None] * D + d, reads[:, None], 0.0)
-                do = tl.load(grad + source[:, None] * D + d, reads[:, None], 0.0)
-                lse = tl.load(long_terms + source * 2, reads, 0.0)
-                delta = tl.load(long_terms + source * 2 + 1, reads, 0.0)
-                seen = (key[None, :] <= place[:, None]) & ((place // SB)[:, None] == (key // SB)[None, :])
-                dkeys, dvalues = key_gradients(queries, do, keys, values, seen, lse, delta, dkeys, dvalues, PREC)
+                own = first + own_row // REPP
+                own_source = (lo + own).to(INDEX) * H + own_head
+                own_reads = (own < end) & (own_row % REPP < REP)
+                own_queries, own_do, own_lse, own_delta = load_queries(q, grad, long_terms, own_source, own_reads, D)
+                own_seen = (key[None, :] <= own[:, None]) & ((own // SB)[:, None] == (key // SB)[None, :])
+                dkeys, dvalues = key_gradients(
+                    own_queries, own_do, keys, values, own_seen, own_lse, own_delta, dkeys, dvalues, PREC
+                )
         dkeys, dvalues = tl.trans(dkeys), tl.trans(dvalues)
         if CHOSEN:
-            number = (lo // SB + key // SB) * G + group
-            whole = real & ((key // SB + 1) * SB <= n)
-            chunk, count = tl.load(spans + number * 2, whole, 0), tl.load(spans + number * 2 + 1, whole, 0)
-            for i in range(tl.max(count, 0)):
-                source = ((chunk + i).to(INDEX) * SB + key % SB)[:, None] * D + d
-                dkeys += tl.load(dk_part + source, (i < count)[:, None], 0.0)
-                dvalues += tl.load(dv_part + source, (i < count)[:, None], 0.0)
+            for i in range(0, tl.max(count_chunks, 0), 2):
+                for e in tl.static_range(2):
+                    part = ((chunk + i + e).to(INDEX) * SB + key % SB)[:, None] * D + d
+                    dkeys += tl.load(dk_part + part, (i + e < count_chunks)[:, None], 0.0)
+                    dvalues += tl.load(dv_part + part, (i + e < count_chunks)[:, None], 0.0)
         dkeys *= 0.6931471805599453  # the queries carry log2(e)
         if WINDOWS:
             for i in tl.static_range((LENGTH + STRIDE - 1) // STRIDE):
@@ -382,10 +391,9 @@ def query_backward(
     long: LongGradients | None,
     short_terms: Tensor | None,
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """
-    The gradient of the queries before the rotary embedding, and the sums of weights `[T, G, 2]` that
-    `ops_triton_select.select_backward` takes.
+    The gradient of the queries before the rotary embedding.
 
     Args:
         short_terms: `gradient_terms` of the short-term stream, or `None`.
@@ -393,7 +401,6 @@ def query_backward(
     """
     factor = None if long is None else long.factor
     dq = layout.empty(*q.shape)
-    weight_sum = layout.empty(*((layout.num_tokens, layout.groups, 2) if factor else (0,)), dtype=torch.float32)
     query_backward_kernel[(layout.num_tiles(layout.query_tile), layout.groups)](
         q,
         k,
@@ -404,7 +411,6 @@ def query_backward(
         q if short_terms is None else short_terms,
         *((long.blocks, long.dq) if long else (q, q)),
         *(factor or (q, q, q)),
-        weight_sum,
         *rotary,
         dq,
         layout.num_powers,
@@ -421,7 +427,7 @@ def query_backward(
         **layout.precision,
         **query_tile(layout, "query_backward"),
     )
-    return dq, weight_sum
+    return dq
 
 
 def key_backward(
