@@ -53,7 +53,7 @@ def filled(model, lengths: list[int], room: int = 64) -> BlossomRecCache:
     cache = BlossomRecCache(config)
     capacity, rows = -(-(max(lengths) + room) // 64) * 64, len(lengths)
     cache.lengths = torch.tensor(lengths)
-    cache._items = torch.randint(2, 60, (rows, capacity), device=DEVICE, dtype=torch.int32)
+    cache._columns["item_ids"] = torch.randint(2, 60, (rows, capacity), device=DEVICE, dtype=torch.int32)
     cache._last, cache._last_length = torch.zeros(rows, config.hidden_size, device=DEVICE), cache.lengths
     groups, width = config.num_key_value_heads, config.head_dim
     for layer, attention_type in zip(cache.layers, config.attention_types):
