@@ -10,7 +10,7 @@ from ranking_cases import draw_ids, padded, sorted_with_python
 from small_cases import make_model
 
 from blossomrec_hf import BlossomRecCache, BlossomRecConfig, BlossomRecForSequentialRecommendation
-from blossomrec_hf.model.recommendation_blossomrec import as_ids
+from blossomrec_hf.model.id_lists_blossomrec import as_ids
 
 
 VOCAB_SIZE = 60

@@ -1,6 +1,5 @@
 """BlossomRec as a model of `transformers`: an item-id sequence in, scores over the catalog out."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,21 +19,16 @@ from .configuration_blossomrec import BlossomRecConfig
 from .events_blossomrec import INPUT_FEATURES, PREDICTION_FEATURES, EventVectors, Moments, check_moments, read_moments
 from .features_blossomrec import FeatureVectors
 from .ids_blossomrec import IGNORE_INDEX, UNKNOWN_TIME, UNKNOWN_TYPE
-from .items_blossomrec import KeptMatrix, unit_vectors
+from .items_blossomrec import ItemScoresMixin, ItemVectorsMixin, KeptMatrix, unit_vectors
 from .loss_blossomrec import find_targets, loss_of_targets
-from .modules_blossomrec import ItemEmbedding, LogStatistics, all_vectors, check_inference, dense_weight, is_plain
+from .modules_blossomrec import ItemEmbedding, LogStatistics, check_inference
 from .objectives_blossomrec import find_objective
 from .outputs_blossomrec import BlossomRecModelOutput, BlossomRecOutput, LayerOutputs, LayerSelection
-from .packing_blossomrec import PackedHistories, pack_histories, values_are_known
+from .packing_blossomrec import PackedHistories, check_keywords, pack_histories, pop_packing, values_are_known
 from .power_law_blossomrec import power_law_attention_forward  # noqa: F401  (registers "power_law")
 from .pretrained_blossomrec import BlossomRecPreTrainedModel, NoGenerationMixin
-from .recommendation_blossomrec import RecommendationMixin, as_id_list
+from .recommendation_blossomrec import RecommendationMixin
 from .static_blossomrec import StaticEncoder
-
-
-# Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
-_HARMLESS_KEYWORDS = {"is_causal": True, "output_router_logits": False}
-_PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Dropout(nn.Dropout):
@@ -66,7 +60,7 @@ class BlossomRecLayer(GradientCheckpointingLayer):
         return self.feed_forward_norm(hidden_states + self.dropout(fed, training)), *details
 
 
-class BlossomRecModel(BlossomRecPreTrainedModel):
+class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
     """Item embedding and layers: item ids in, hidden states out."""
 
     def __init__(self, config: BlossomRecConfig) -> None:
@@ -107,50 +101,6 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.item_embedding = value
-
-    def train(self, mode: bool = True) -> "BlossomRecModel":
-        """As in PyTorch; training mode drops the item vectors that are kept in evaluation mode."""
-        if mode:
-            self._all_vectors.drop()
-            if self.item_features is not None:
-                self.item_features.require_features()
-        return super().train(mode)
-
-    def item_vectors(
-        self, ids: torch.LongTensor | Sequence[int] | None = None, *, training: bool = False
-    ) -> torch.Tensor:
-        """
-        The vectors of items as the first layer reads them: id embeddings and, with `config.item_features`, the vectors of
-        their categories and the projections of their dense vectors.
-
-        Args:
-            ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
-            training (`bool`, defaults to `False`): whether id embeddings are omitted with `config.id_dropout_prob`.
-
-        Returns:
-            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable. With features, the vectors of all items are
-            computed, and in evaluation mode without gradients they are kept until a weight changes.
-
-        Raises:
-            ValueError: if `ids` is not one list of vocabulary ids.
-        """
-        if self.item_features is None:
-            vectors = all_vectors(self.item_embedding, self.config.vocab_size)
-        elif training:
-            vectors = self._add_features(self.config.id_dropout_prob)
-        else:
-            parts = (self.item_embedding, self.item_features)
-            sources = [x for part in parts for x in (*part.parameters(), *part.buffers())]
-            vectors = self._all_vectors.get(self, sources, self._add_features)
-        return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
-
-    def _add_features(self, id_dropout_prob: float = 0.0) -> torch.Tensor:
-        vectors = all_vectors(self.item_embedding, self.config.vocab_size)
-        features = self.item_features().to(device=vectors.device, dtype=vectors.dtype)
-        if id_dropout_prob > 0:
-            kept = torch.rand(vectors.shape[0], 1, device=vectors.device) >= id_dropout_prob
-            vectors = torch.where(kept, vectors, 0.0)
-        return vectors + features
 
     def rotary_embedding(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines `[1, T, head_dim]` of the rotary embedding at `position` `[T]`, in float32 or better."""
@@ -307,7 +257,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 if records.attentions is not None:
                     records.attentions.append(histories.unpack_pairs(probs))
                 if records.selections is not None:
-                    records.selections.append(_layer_selection(histories, selection, gates, append))
+                    records.selections.append(LayerSelection.of_layer(histories, selection, gates, append))
             hidden_states = records.keep_hidden_states(histories, hidden_states, append)[0]
             hidden_states = hidden_states.to(events.cu_seqlens.device)  # layers may be on several devices
         if append is None:
@@ -339,15 +289,6 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         if (config.time_features or config.event_types) and values_are_known(self.item_counts):
             check_moments(moments, config, self.latest_time if config.time_features else None)
 
-    def _look_up(self, ids: torch.Tensor, training: bool, item_vectors: torch.Tensor | None) -> torch.Tensor:
-        """The vectors of the input items."""
-        if self.item_features is None:
-            return self.item_embedding(ids)
-        vectors = self.item_vectors(training=training) if item_vectors is None else item_vectors
-        if is_plain(self.item_embedding):
-            return self.item_embedding(ids, vectors)
-        return nn.functional.embedding(ids.to(vectors.device), vectors)
-
     def _embed(
         self,
         histories: PackedHistories,
@@ -358,7 +299,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         """The input of the first layer `[1, T, hidden_size]`, from the columns of the events."""
         x = histories.inputs_embeds
         if x is None:
-            x = self._look_up(histories.item_ids, training, item_vectors)  # NEFTune's noise depends on the shape
+            x = self.look_up(histories.item_ids, training, item_vectors)  # NEFTune's noise depends on the shape
         x = histories.pack(x)
         if training and self.config.item_dropout_prob > 0:
             replaced = torch.rand(x.shape[0], 1, device=x.device) < self.config.item_dropout_prob
@@ -385,32 +326,6 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
                 "`use_cache=True` alone creates."
             )
         return cache
-
-    def requested_outputs(
-        self,
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        output_selection: bool | None,
-        cache: BlossomRecCache | None,
-    ) -> LayerOutputs | None:
-        """
-        The lists for the outputs of every layer that a call of `forward` requests; `None` without any.
-
-        Raises:
-            ValueError: if attentions are requested with a cache, or from an implementation that never has them.
-        """
-        config = self.config
-        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        attentions = config.output_attentions if output_attentions is None else output_attentions
-        if attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f'`output_attentions=True` works with `attn_implementation="eager"` only; '
-                f"{config._attn_implementation!r} never has all probabilities at once. Use `output_selection=True`."
-            )
-        if attentions and cache is not None:
-            raise ValueError("`output_attentions=True` cannot be combined with a cache; use `output_selection=True`.")
-        requested = (hidden_states, attentions, output_selection)
-        return LayerOutputs(*([] if wanted else None for wanted in requested)) if any(requested) else None
 
     @can_return_tuple
     def forward(
@@ -480,7 +395,7 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
             drop_padding=cache is not None,
             **packing,
         )
-        records = self.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
+        records = LayerOutputs.requested(self.config, output_hidden_states, output_attentions, output_selection, cache)
         hidden_states, _ = self.run_layers(
             histories,
             cache=cache,
@@ -496,35 +411,6 @@ class BlossomRecModel(BlossomRecPreTrainedModel):
         return BlossomRecModelOutput(last_hidden_state=last_hidden_state, cache=cache, **fields)
 
 
-def pop_packing(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Remove the offsets and lengths of packed histories from the keywords of a call."""
-    return {name: keywords.pop(name, None) for name in _PACKING_KEYWORDS}
-
-
-def check_keywords(keywords: dict[str, Any], position_ids: Any, packing: dict[str, Any]) -> None:
-    """Refuse unknown keywords by name, so that none is ignored."""
-    for name, value in keywords.items():
-        if name == "past_key_values" and value is not None:  # its name before transformers 5.24
-            raise ValueError("`past_key_values` is not an input of BlossomRec; pass the `BlossomRecCache` as `cache`.")
-        harmless = value is None or (name in _HARMLESS_KEYWORDS and value is _HARMLESS_KEYWORDS[name])
-        if name == "seq_idx":  # the number of each token's history, which some collators send next to these
-            harmless = harmless or position_ids is not None or packing["cu_seq_lens_q"] is not None
-        if not harmless:
-            raise ValueError(f"`{name}` is not an input of BlossomRec; omit it from the call or the batch.")
-
-
-def _layer_selection(histories: PackedHistories, selection, gates, append: Append | None) -> LayerSelection:
-    block_indices, importance = (None, None) if selection is None else selection
-    gates = None if gates is None else gates[0]
-    if append is not None:
-        block_indices, importance, gates = (
-            None if x is None else append.of_new(x) for x in (block_indices, importance, gates)
-        )
-    if block_indices is not None:  # shifted, so that padding reads −1
-        block_indices, importance = histories.unpack(block_indices + 1) - 1, histories.unpack(importance)
-    return LayerSelection(block_indices, importance, None if gates is None else histories.unpack(gates))
-
-
 class LossKwargs(TransformersKwargs, total=False):
     """Keywords of `BlossomRecForSequentialRecommendation.forward`, see there."""
 
@@ -534,7 +420,9 @@ class LossKwargs(TransformersKwargs, total=False):
     weights: torch.FloatTensor | None
 
 
-class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMixin, BlossomRecPreTrainedModel):
+class BlossomRecForSequentialRecommendation(
+    NoGenerationMixin, RecommendationMixin, ItemScoresMixin, BlossomRecPreTrainedModel
+):
     """BlossomRec with scores over the catalog: next-item training, evaluation and recommendation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.item_embedding.weight"}
@@ -566,52 +454,6 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
 
     def set_output_embeddings(self, value: nn.Linear | None) -> None:
         self.lm_head = value
-
-    def item_vectors(
-        self,
-        ids: torch.LongTensor | Sequence[int] | None = None,
-        *,
-        input_vectors: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """
-        The vectors whose dot products with the prediction states are the logits. With `tie_word_embeddings=True` they are
-        the vectors of the input (`model.model.item_vectors()`), otherwise weights of their own; with `scoring="cosine"`, they
-        are scaled to length 1. All scores, losses and indexes use this method.
-
-        Args:
-            ids (`torch.LongTensor` or `list[int]` `[N]`, *optional*): vocabulary ids. Defaults to the whole vocabulary.
-            input_vectors (`torch.Tensor` `[vocab_size, hidden_size]`, *optional*): with `config.item_features`, the vectors
-                of the input, if they are known.
-
-        Returns:
-            `[vocab_size, hidden_size]` or `[N, hidden_size]`, differentiable, in the dtype of the weights. Without `ids`,
-            features and cosine scores, this is the weight itself, or computed if the output embedding is offloaded,
-            quantized or adapted. In evaluation mode without gradients, computed vectors are kept until a weight changes.
-
-        Raises:
-            ValueError: if `ids` is not one list of vocabulary ids.
-        """
-        if self.lm_head is not None:
-            vectors = dense_weight(self.lm_head)
-        else:
-            vectors = self.model.item_vectors() if input_vectors is None else input_vectors
-        if self.config.scoring == "cosine":
-            raw = vectors
-            vectors = self._unit_vectors.get(self, [raw], lambda: unit_vectors(raw))
-        return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
-
-    def _logits(self, states: torch.Tensor, input_vectors: torch.Tensor | None) -> torch.Tensor:
-        """The scores of all items for prediction states."""
-        if self.config.scoring == "dot" and self.lm_head is not None:
-            return self.lm_head(states)
-        vectors = self.item_vectors(input_vectors=input_vectors)
-        return nn.functional.linear(states.to(vectors.device), vectors)
-
-    def train(self, mode: bool = True) -> "BlossomRecForSequentialRecommendation":
-        """As in PyTorch; training mode drops the item vectors that are kept in evaluation mode."""
-        if mode:
-            self._unit_vectors.drop()
-        return super().train(mode)
 
     @can_return_tuple
     def forward(
@@ -692,7 +534,7 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
             drop_padding=cache is not None,
             **packing,
         )
-        records = self.model.requested_outputs(output_hidden_states, output_attentions, output_selection, cache)
+        records = LayerOutputs.requested(self.config, output_hidden_states, output_attentions, output_selection, cache)
         loss = logits = vectors = targets = None
         if labels is not None:
             targets = find_targets(
@@ -734,9 +576,9 @@ class BlossomRecForSequentialRecommendation(NoGenerationMixin, RecommendationMix
                 )
             if logits_to_keep:
                 kept = hidden_states if last_alone else histories.last(hidden_states, logits_to_keep)
-                logits = self._logits(kept, vectors)
+                logits = self.logits(kept, vectors)
             elif not skip_logits and (labels is None or not self.training):
-                logits = histories.unpack(self._logits(hidden_states, vectors))
+                logits = histories.unpack(self.logits(hidden_states, vectors))
         return BlossomRecOutput(loss=loss, logits=logits, cache=cache, **({} if records is None else records.fields()))
 
 

@@ -1,13 +1,14 @@
 """Outputs of the models."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.utils import ModelOutput
 
 from .append_blossomrec import Append
 from .cache_blossomrec import BlossomRecCache
+from .configuration_blossomrec import BlossomRecConfig
 from .packing_blossomrec import PackedHistories
 
 
@@ -25,6 +26,21 @@ class LayerSelection(NamedTuple):
     importance: torch.Tensor | None
     gates: torch.Tensor | None
 
+    @classmethod
+    def of_layer(
+        cls, histories: PackedHistories, selection: Any, gates: torch.Tensor | None, append: Append | None
+    ) -> "LayerSelection":
+        """From the selection and the gates of packed positions; of an append, those of the new events."""
+        block_indices, importance = (None, None) if selection is None else selection
+        gates = None if gates is None else gates[0]
+        if append is not None:
+            block_indices, importance, gates = (
+                None if x is None else append.of_new(x) for x in (block_indices, importance, gates)
+            )
+        if block_indices is not None:  # shifted, so that padding reads −1
+            block_indices, importance = histories.unpack(block_indices + 1) - 1, histories.unpack(importance)
+        return cls(block_indices, importance, None if gates is None else histories.unpack(gates))
+
 
 class LayerOutputs(NamedTuple):
     """The outputs of every layer that `BlossomRecModel.encode` collects: each list that is not `None`."""
@@ -32,6 +48,33 @@ class LayerOutputs(NamedTuple):
     hidden_states: list[torch.Tensor] | None = None
     attentions: list[torch.Tensor] | None = None
     selections: list[LayerSelection] | None = None
+
+    @classmethod
+    def requested(
+        cls,
+        config: BlossomRecConfig,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        output_selection: bool | None,
+        cache: BlossomRecCache | None,
+    ) -> "LayerOutputs | None":
+        """
+        The lists for the outputs of every layer that a call of `forward` requests; `None` without any.
+
+        Raises:
+            ValueError: if attentions are requested with a cache, or from an implementation that never has them.
+        """
+        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        if attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f'`output_attentions=True` works with `attn_implementation="eager"` only; '
+                f"{config._attn_implementation!r} never has all probabilities at once. Use `output_selection=True`."
+            )
+        if attentions and cache is not None:
+            raise ValueError("`output_attentions=True` cannot be combined with a cache; use `output_selection=True`.")
+        requested = (hidden_states, attentions, output_selection)
+        return cls(*([] if wanted else None for wanted in requested)) if any(requested) else None
 
     def keep_hidden_states(
         self, histories: PackedHistories, hidden_states: torch.Tensor, append: Append | None

@@ -1,6 +1,6 @@
 """Packed histories: any input of the model, end to end without padding."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,10 @@ from .ops_reference import locate
 
 
 logger = logging.get_logger(__name__)
+
+# Keywords that `transformers` may pass to any model and that change nothing here, as long as they have this value.
+_HARMLESS_KEYWORDS = {"is_causal": True, "output_router_logits": False}
+_PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class PackedHistories(NamedTuple):
@@ -412,3 +416,20 @@ def basket_begins(basket_starts: torch.Tensor) -> torch.Tensor:
 
 def _short(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, …, {values[-2]}, {values[-1]}]"
+
+
+def pop_packing(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Remove the offsets and lengths of packed histories from the keywords of a call."""
+    return {name: keywords.pop(name, None) for name in _PACKING_KEYWORDS}
+
+
+def check_keywords(keywords: dict[str, Any], position_ids: Any, packing: dict[str, Any]) -> None:
+    """Refuse unknown keywords by name, so that none is ignored."""
+    for name, value in keywords.items():
+        if name == "past_key_values" and value is not None:  # its name before transformers 5.24
+            raise ValueError("`past_key_values` is not an input of BlossomRec; pass the `BlossomRecCache` as `cache`.")
+        harmless = value is None or (name in _HARMLESS_KEYWORDS and value is _HARMLESS_KEYWORDS[name])
+        if name == "seq_idx":  # the number of each token's history, which some collators send next to these
+            harmless = harmless or position_ids is not None or packing["cu_seq_lens_q"] is not None
+        if not harmless:
+            raise ValueError(f"`{name}` is not an input of BlossomRec; omit it from the call or the batch.")
