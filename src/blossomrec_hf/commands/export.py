@@ -10,7 +10,9 @@ An exported data set trains on machines without `polars` and `datasets`: `blosso
 contains the events, the splits, the tokenizer and the item titles of a folder that `blossomrec prepare` wrote.
 
 Exported models take `input_ids` and `attention_mask` (int64 `[batch, length]`, any batch size and length) and return `scores`
-`[batch, vocab_size]` of the next item (−inf for [PAD] and [UNK]). With ONNX Runtime:
+`[batch, vocab_size]` of the next item (−inf for [PAD] and [UNK]). Models of times or event types also take `timestamps` (seconds)
+and `event_type_ids` (int64 `[batch, length]`), `prediction_time` ("now", −2^63 if it is unknown) and `target_event_type` (−1 if
+it is unknown), int64 `[batch]`. With ONNX Runtime:
 
     onnxruntime.InferenceSession("ml-1m.onnx").run(["scores"], {"input_ids": ids, "attention_mask": mask})
 """
