@@ -34,7 +34,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import HistoryStore, PackingCollator
-from ..batches.histories import concatenate
 from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
@@ -187,8 +186,10 @@ def save_logs(folder: str, logs: Sequence[LogArguments]) -> None:
         partial.write_text(yaml.safe_dump({"logs": unique}, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def read_past(logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTokenizer) -> Dataset | None:
-    """Read the events of the logs that `model` was trained on. Logs that no longer exist are reported."""
+def read_past(
+    logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTokenizer, event_types: Sequence[str] | None
+) -> Dataset | None:
+    """Read the events of the logs that `model` was trained on, see `LogArguments.build`. Logs that no longer exist are reported."""
     past = []
     for log in logs:
         if log.data is None or Path(log.data).exists():
@@ -201,7 +202,7 @@ def read_past(logs: Sequence[LogArguments], model: str, tokenizer: BlossomRecTok
         print("No earlier log was found (see `--replay`); the model may forget what it learned from it.")
         return None
     print(f"Continues {', '.join(log.data or 'the built-in data set' for log in past)}.")
-    return reduce(join_logs, (log.build(tokenizer)[0] for log in past))
+    return reduce(join_logs, (log.build(tokenizer, event_types)[0] for log in past))
 
 
 def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
@@ -247,15 +248,17 @@ def continue_past(model: BlossomRecForSequentialRecommendation, new_log: Dataset
     return dataset
 
 
-def held_out(dataset: Dataset, part: str) -> Dataset | None:
-    """The view of "validation" or "test"; `None` if no user has an item there."""
+def held_out(dataset: Dataset, part: str, columns: Sequence[str]) -> Dataset | None:
+    """The view of "validation" or "test" with other columns of the events; `None` if no user has an item there."""
     lengths, targets = part_lengths(dataset, part)
-    return split(dataset, part) if ((lengths > 0) & (targets > 0)).any() else None
+    return split(dataset, part, columns=columns) if ((lengths > 0) & (targets > 0)).any() else None
 
 
-def validation_users(dataset: Dataset, training_args: TrainingArguments, eval_users: int) -> Dataset | None:
+def validation_users(
+    dataset: Dataset, training_args: TrainingArguments, eval_users: int, columns: Sequence[str]
+) -> Dataset | None:
     """The users to validate on. If there are none, validation is disabled in `training_args`."""
-    validation = held_out(dataset, "validation")
+    validation = held_out(dataset, "validation", columns)
     if validation is None:
         logger.warning(
             "No user has enough new events to hold some out; there is no validation, and the last weights are saved."
@@ -298,7 +301,9 @@ def main() -> None:
         require_another_folder(training_args.output_dir, args.model)
     set_seed(training_args.seed)
 
-    dataset, tokenizer = log_args.build()
+    config = BlossomRecConfig() if args.model is None else load_checkpoint(BlossomRecConfig, args.model)
+    columns = config.event_columns
+    dataset, tokenizer = log_args.build(event_types=config.event_types)
     past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL_IDS
     if args.model is None:
         model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
@@ -315,9 +320,14 @@ def main() -> None:
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors, features=features):
             print(f"{num_added} new items; the catalog now has {tokenizer.num_items}.")
         past = past_logs(args.model, args.replay)
-        old_log = read_past(past, args.model, tokenizer)
+        old_log = read_past(past, args.model, tokenizer, config.event_types)
         dataset = continue_past(model, recode(dataset, log_tokenizer, tokenizer), old_log)
         past_ends = dataset["past_end"]
+    if missing := [name for name in columns if name not in dataset.column_names]:
+        raise ValueError(
+            f"The model reads {' and '.join(missing)} of events, which the new or the earlier log lacks; name their columns with "
+            "`timestamp` and `event_type`, or give `--replay none`."
+        )
     if model.config.repeat_share is None:
         model.config.repeat_share = log_args.repeat_share(dataset)
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
@@ -331,7 +341,7 @@ def main() -> None:
         window=args.windows,
         columns={
             name: read_histories(dataset, name)
-            for name in ("weights", "basket_starts")
+            for name in ("weights", "basket_starts", *columns)
             if name in dataset.column_names
         },
         replay_share=args.replay_share,
@@ -345,11 +355,15 @@ def main() -> None:
     if args.model is not None:
         items = tokenizer.decode_items(range(first_new, len(tokenizer)))
         to_place = [index for index, item in enumerate(items, start=first_new) if str(item) not in vectors]
-        trained = HistoryStore(*concatenate(history[:end] for history, end in zip(histories, train_ends) if end))
+        trained = [{"input_ids": history[:end]} for history, end in zip(histories, train_ends)]
+        for name in columns:
+            for row, values in zip(trained, read_histories(dataset, name)):
+                row[name] = values[: len(row["input_ids"])]
+        trained = HistoryStore.from_rows([row for row in trained if len(row["input_ids"])], columns=columns)
         initialize_from_events(model.to(training_args.device), to_place, trained)
     if training_args.max_steps <= 0:
         training_args.max_steps = count_steps(len(windows), training_args, args.min_steps)
-    validation = validation_users(dataset, training_args, args.eval_users)
+    validation = validation_users(dataset, training_args, args.eval_users, columns)
     if args.train_only != "all":
         freeze_all_but_items(model, NUM_SPECIAL_IDS if args.train_only == "embeddings" else first_new)
     if args.train_only == "lora":
@@ -359,7 +373,7 @@ def main() -> None:
     trainer = SequentialRecommendationTrainer(
         model,
         training_args,
-        data_collator=PackingCollator(max_length=args.max_length),
+        data_collator=PackingCollator(max_length=args.max_length, columns=columns),
         train_dataset=windows,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -377,7 +391,7 @@ def main() -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         save_logs(training_args.output_dir, [*past, log_args])
-    if (test := held_out(dataset, "test")) is not None:
+    if (test := held_out(dataset, "test", columns)) is not None:
         figures = trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_metrics("test", figures)
         trainer.log_metrics("test", figures)

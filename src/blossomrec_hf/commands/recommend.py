@@ -8,6 +8,9 @@ Write recommendations for all users of a log to Parquet files, with raw item ids
 Users are divided into shards of `--shard_users`, in the order of the data set, and processes share the shards. A shard
 `recommendations-00000.parquet` has the columns `user_id`, `item_id` (list, best item first) and `score` (list). Each shard is
 written atomically: after an interruption, the same command continues with the first missing shard.
+
+A model of times or event types reads those of the log. `--now` is the time for which to recommend, for models that use it; it may
+not be before the last event of a user.
 """
 
 import hashlib
@@ -22,9 +25,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, disable_progress_bars
 
-from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..batches import budget_batches
 from ..data.parts import reading
+from ..data.time_units import as_seconds
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.environment import COMPILE_PASSES, keep_compiled_code, worth_compiling
@@ -44,6 +48,19 @@ class RecommendArguments:
         metadata={
             "help": "Exclude items of the user's history. By default, they are excluded unless users of the training log repeat "
             "items."
+        },
+    )
+    now: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time for which to recommend: seconds since 1970, or a date (UTC); for models whose time features use it. By "
+            "default, unknown."
+        },
+    )
+    target_event_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the event to recommend for, one of the model's; by default, the first of its target types."
         },
     )
     max_length: int = field(
@@ -67,6 +84,8 @@ class RecommendArguments:
         for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.now is not None:
+            as_seconds("`now`", self.now)
 
 
 def recommend_shard(
@@ -79,6 +98,11 @@ def recommend_shard(
     """Compute the recommendations for the users of `rows`, in their order. Users of similar length share a batch."""
     table = rows.with_format("arrow")[:]
     histories = table["input_ids"].combine_chunks()
+    columns = {
+        name: table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        for name in model.config.event_columns
+    }
+    asked = asked_for(model.config, args)
     items, offsets = histories.flatten().to_numpy(), histories.value_lengths().to_numpy().cumsum()
     offsets = np.append(0, offsets)
     lengths = np.minimum(np.diff(offsets), args.max_length)
@@ -87,9 +111,11 @@ def recommend_shard(
     scores = np.full((len(rows), args.top_k), -np.inf, np.float32)
     for part in budget_batches(lengths[order], args.max_tokens, max_count=args.max_users):
         users = order[part]
-        batch = [torch.from_numpy(items[offsets[user] : offsets[user + 1]].astype(np.int64)) for user in users]
+        batch = lists_of(items.astype(np.int64), offsets, users)
+        read = {name: lists_of(values, offsets, users) for name, values in columns.items()}
+        options = {"top_k": args.top_k, "exclude_seen": args.exclude_seen, "max_length": args.max_length}
         with accelerator.autocast():
-            out = model.recommend(batch, top_k=args.top_k, exclude_seen=args.exclude_seen, max_length=args.max_length)
+            out = model.recommend(batch, **options, **read, **asked)
         item_ids[users], scores[users] = out.item_ids.cpu().numpy(), out.scores.float().cpu().numpy()
     found = item_ids >= 0
     ends = pa.array(np.append(0, found.sum(1).cumsum()), pa.int32())
@@ -101,6 +127,34 @@ def recommend_shard(
         "score": pa.ListArray.from_arrays(ends, pa.array(scores[found])),
     }
     return pa.table(columns)
+
+
+def lists_of(values: np.ndarray, offsets: np.ndarray, users: np.ndarray) -> list[torch.Tensor]:
+    """The values of the events of each user."""
+    return [torch.from_numpy(values[offsets[user] : offsets[user + 1]]) for user in users]
+
+
+def asked_for(config: BlossomRecConfig, args: RecommendArguments) -> dict[str, int]:
+    """
+    The time and the event type to recommend for, as arguments of `model.recommend`.
+
+    Raises:
+        ValueError: if the model does not use what is given.
+    """
+    asked = {}
+    if args.now is not None:
+        if not config.uses_now:
+            raise ValueError(
+                f"`now` is {args.now}, but the model's time features ({config.time_features}) do not depend on it; drop it."
+            )
+        asked["prediction_time"] = int(as_seconds("`now`", args.now))
+    if args.target_event_type is not None:
+        if args.target_event_type not in (config.event_types or ()):
+            raise ValueError(
+                f"`target_event_type` is {args.target_event_type!r}, but the model's event types are {config.event_types}."
+            )
+        asked["target_event_type"] = config.event_types.index(args.target_event_type)
+    return asked
 
 
 def count_batches(dataset: Dataset, args: RecommendArguments) -> int:
@@ -128,14 +182,19 @@ def fingerprint(
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        weights.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        weights.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    data = hashlib.sha256()
-    for table in dataset.with_format("arrow").select_columns(["user_id", "input_ids"]).iter(batch_size=50_000):
+    data, columns = hashlib.sha256(), model.config.event_columns
+    for table in (
+        dataset.with_format("arrow").select_columns(["user_id", "input_ids", *columns]).iter(batch_size=50_000)
+    ):
         histories = table["input_ids"].combine_chunks()
         for values in (table["user_id"].to_pylist(), histories.value_lengths().to_pylist()):
             data.update(json.dumps(values).encode())
         data.update(histories.flatten().to_numpy().astype(np.int64).tobytes())
+        for name in columns:
+            values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            data.update(values.astype(np.int64).tobytes())
     digests = {
         "model": weights.hexdigest(),
         "vocabulary": hashlib.sha256(json.dumps([tokenizer.item_type, vocabulary]).encode()).hexdigest(),
@@ -153,7 +212,13 @@ def main() -> None:
     tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
     model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(accelerator.device).eval()
     with accelerator.main_process_first():  # the other processes load what the first one built
-        dataset, _ = log_args.build(tokenizer)
+        dataset, _ = log_args.build(tokenizer, model.config.event_types)
+    if missing := [name for name in model.config.event_columns if name not in dataset.column_names]:
+        raise ValueError(
+            f"The model reads {' and '.join(missing)} of events, but the data has {', '.join(dataset.column_names)}; name the "
+            "columns of the log with `timestamp` and `event_type`."
+        )
+    asked_for(model.config, args)
 
     folder = Path(args.output_dir)
     require_folder(folder)

@@ -336,7 +336,8 @@ def event_settings(model_args: ModelArguments, dataset: EventTable) -> dict[str,
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
     """Print the test metrics as a table, one row per metric and kind of target."""
-    print(f"\n{'test':<24}" + "".join(f"{'@' + str(k):>9}" for k in ks))
+    width = 36 if any(name.endswith(NOW_SUFFIX) for name in figures) else 24
+    print(f"\n{'test':<{width}}" + "".join(f"{'@' + str(k):>9}" for k in ks))
     kinds = {"": "unseen items" if exclude_seen else "all items", "_repeated": "repeated", "_new": "new"}
     kinds |= {"_all": "all items", "_unseen": "unseen items"}
     for suffix in dict.fromkeys(re.fullmatch(r"\w+@\d+(.*)", name)[1] for name in figures):
@@ -345,13 +346,13 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
         kind += ", now known" if suffix != protocol else ""
         for name in ("recall", "ndcg", "mrr"):
             row = "".join(f"{figures[f'{name}@{k}{suffix}']:>9.4f}" for k in ks)
-            print(f"{name + ', ' + kind:<24}{row}")
+            print(f"{name + ', ' + kind:<{width}}{row}")
 
 
 def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     """Print ten recommendations for one user."""
-    events = {name: torch.as_tensor(row[name], device=model.device)[None] for name in model.config.event_columns}
-    history = torch.as_tensor(row["input_ids"], device=model.device)[None]
+    events = {name: torch.tensor(row[name], device=model.device)[None] for name in model.config.event_columns}
+    history = torch.tensor(row["input_ids"], device=model.device)[None]
     recommended = model.recommend(
         history,
         top_k=min(10, tokenizer.num_items),

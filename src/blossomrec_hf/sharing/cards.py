@@ -34,6 +34,12 @@ _HEADERS = {
     "_new": "new targets",
     "_uni100": "100 drawn items",
 }
+NOW_SUFFIX = "_now"
+_PROTOCOLS |= {
+    f"{kind}{NOW_SUFFIX}": f"{text}, the time of the event to be predicted is known"
+    for kind, text in _PROTOCOLS.items()
+}
+_HEADERS |= {f"{kind}{NOW_SUFFIX}": f"{text}, with now" for kind, text in _HEADERS.items()}
 _METRICS = {"recall": "Recall", "ndcg": "NDCG"}
 
 
@@ -145,11 +151,15 @@ def _check(groups: Sequence[RunGroup], published: Sequence[Mapping[str, Any]]) -
 
 
 def _common_suffixes(groups: Sequence[RunGroup], k: int) -> dict[str, str]:
-    """Protocol → suffix of the figures that all runs have; empty if no user had a held-out item."""
+    """
+    Protocol → suffix of the figures that all runs have, and of those with now that any has; empty if no user had a held-out
+    item.
+    """
     suffixes = {
         protocol: suffix
         for protocol, suffix in groups[0].suffixes.items()
-        if all(group.values(f"recall@{k}{suffix}") for group in groups)
+        # Some models are evaluated with now as well.
+        if (any if suffix.endswith(NOW_SUFFIX) else all)(group.values(f"recall@{k}{suffix}") for group in groups)
     }
     measured = any(part in run for group in groups for run in group.runs for part in ("test", "validation"))
     if measured and not suffixes:
@@ -172,13 +182,24 @@ def _introduction(group: RunGroup) -> str:
         "Predicts the next item of a user's history. BlossomRec ([arXiv 2512.13368](https://arxiv.org/abs/2512.13368)) "
         "combines two sparse attention streams with a learned gate: one attends to a few selected past blocks (long-term "
         f"interests), the other to blocks at growing distances (short-term interests). Attention: {group.label}; {sizes}."
+        f"{_signals(group)}"
     )
+
+
+def _signals(group: RunGroup) -> str:
+    """A sentence on the times and types of events that the model reads, if any."""
+    read = []
+    if group.time_features:
+        read.append(f"the times of events ({', '.join(group.time_features)})")
+    if group.reads_event_types:
+        read.append("the types of events")
+    return f" Besides items, it reads {' and '.join(read)}." if read else ""
 
 
 def _call(group: RunGroup) -> str:
     """A line that asks the pipeline for recommendations, with the columns that the model reads."""
-    columns = '"timestamps": [1795680000, 1795766400], "now": 1795770000' if group.get("time_features") else ""
-    if group.get("event_types"):
+    columns = '"timestamps": [1795680000, 1795766400], "now": 1795770000' if group.time_features else ""
+    if group.reads_event_types:
         columns += (", " if columns else "") + '"event_types": recommender.model.config.event_types[:1] * 2'
     if columns:
         return f'recommender({{"items": [41, 73], {columns}}}, top_k=10)  # the latest last, times in seconds'
@@ -208,6 +229,8 @@ def _eval_results(group: RunGroup, dataset_name: str, suffixes: Mapping[str, str
     for protocol, suffix in suffixes.items():
         for metric, label in _METRICS.items():
             values = group.values(f"{metric}@{k}{suffix}")
+            if not values:
+                continue
             results.append(
                 EvalResult(
                     task_type="sequential-recommendation",
@@ -265,7 +288,11 @@ def _protocol(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[s
     )
     if "_uni100" not in suffixes:
         text += ", ranked among all items"
-    text += ". Items with equal scores share ranks. The model does not see the time of the target. "
+    text += ". Items with equal scores share ranks. "
+    if any(protocol.endswith(NOW_SUFFIX) for protocol in suffixes):
+        text += "In figures with now, the model sees the time of the target; in all others, it does not. "
+    else:
+        text += "The model does not see the time of the target. "
     if "_unseen" in suffixes:
         text += "Masked: items of the user's history are not ranked. "
     shares = dict.fromkeys(run["repeat_share"] for group in groups for run in group.runs if "repeat_share" in run)

@@ -112,7 +112,21 @@ class RunGroup:
     def suffixes(self) -> dict[str, str]:
         """Protocol → suffix of its figures in the results, in the order of a table's columns."""
         own, other = ("_unseen", "_all") if self.runs[0]["exclude_seen"] else ("_all", "_unseen")
-        return {own: "", **{kind: kind for kind in ("_repeated", "_new", other, "_uni100")}}
+        suffixes = {own: "", **{kind: kind for kind in ("_repeated", "_new", other, "_uni100")}}
+        return suffixes | {f"{kind}_now": f"{suffix}_now" for kind, suffix in suffixes.items()}
+
+    @property
+    def time_features(self) -> list[str]:
+        """What the model reads of times, see `BlossomRecConfig.time_features`."""
+        features = self._model_setting("time_features") or []
+        return features.split(",") if isinstance(features, str) else list(features)
+
+    @property
+    def reads_event_types(self) -> bool:
+        return bool(self._model_setting("event_types"))
+
+    def _model_setting(self, name: str) -> Any:
+        return json.loads(self.get("config_overrides") or "{}").get(name, self.get(name))
 
     def get(self, name: str) -> Any:
         """A setting of the runs, or `None`."""

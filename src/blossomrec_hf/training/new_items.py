@@ -110,7 +110,7 @@ def initialize_from_events(
     Args:
         model: with rows for the new items already, see [`add_items`].
         item_ids: vocabulary ids of the new items.
-        histories: all the histories to train on.
+        histories: all the histories to train on, with the columns that the model reads.
         max_tokens: items that the model reads at a time.
     """
     if not len(item_ids):
@@ -167,7 +167,8 @@ def _sum_contexts(
     device = next(model.parameters()).device
     output = model.item_vectors()
     sums = torch.zeros(2, model.config.vocab_size, model.config.hidden_size + 1, device=device)
-    store = HistoryStore(known_items, known_offsets).to(device)
+    read = {name: histories.columns[name].cpu().numpy()[places][is_known] for name in model.config.event_columns}
+    store = HistoryStore(known_items, known_offsets, columns=read).to(device)
     rows = np.flatnonzero(store.lengths)
     with evaluating(model):
         for part in budget_batches(store.lengths[rows], max_tokens):
