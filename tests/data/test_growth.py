@@ -151,3 +151,19 @@ def test_baskets_of_a_log_that_grows():
     plain = build_sequences(week, tokenizer=VOCABULARY)[0]
     with pytest.raises(ValueError, match="Only one of the earlier log and the new one has baskets; .* the same group"):
         join_logs(old, plain)
+
+
+def test_the_last_targets_of_a_log_that_grows_are_held_out():
+    """Bought items are targets: the last two of u, but not of v, whose last but one is an earlier event."""
+    options = {"event_type": "kind", "event_types": "view,buy", "targets": "buy"}
+
+    def typed(*rows: tuple):
+        log = events(*((user, items.lower(), times) for user, items, times in rows))
+        bought = [item.isupper() for _, items, _ in rows for item in items]
+        log = log.with_columns(kind=pl.Series(["buy" if buy else "view" for buy in bought]))
+        return build_sequences(log, tokenizer=VOCABULARY, **options)[0]
+
+    old = typed(("u", "aBc", range(3)), ("v", "aBC", range(3)))
+    joined = join_logs(old, typed(("u", "defGhIj", range(10, 17)), ("v", "defGh", range(10, 15))))
+    assert described(joined) == {"u": ("abcdefghij", 3, 6, 9), "v": ("abcdefgh", 3, 8, 8)}
+    assert joined["validation_end"][:] == [8, 8]

@@ -17,7 +17,7 @@ from .splits import PARTS, item_counts, part_lengths
 
 logger = logging.getLogger(__name__)
 
-LEAST_TO_HOLD_OUT = 4  # new events of a user: two to learn from, one for validation, one for the test
+LEAST_TO_LEARN = 2  # new events of a user before the held-out ones
 
 
 def recode(dataset: Dataset, source: BlossomRecTokenizer, target: BlossomRecTokenizer) -> Dataset:
@@ -84,9 +84,10 @@ def join_logs(old: Dataset | None, new: Dataset) -> Dataset:
     Returns:
         `Dataset`, in memory: the users of `new` in its order, then the others, with `user_id`, `input_ids`,
         `timestamps` and other columns of events that both logs have, `past_end` (int32, the number of events before the first new one) and
-        `train_end`, `validation_end`, `test_end`. The last two events (with `basket_starts`, baskets) of a user with at
-        least `LEAST_TO_HOLD_OUT` new ones are held out, for validation and test. All events of other users with new events are training. The
-        training part of a user without new events stays as it was, and nothing of it is evaluated.
+        `train_end`, `validation_end`, `test_end`. The last two targets of a user, or the baskets with
+        them, are held out for validation and test if at least `LEAST_TO_LEARN` new events come before them. All events of
+        other users with new events are training. The training part of a user without new events stays as it was, and nothing
+        of it is evaluated.
     """
     logs = [data for data in (old, new) if data is not None]
     shared = [name for name in EVENT_COLUMNS if all(name in data.column_names for data in logs)]
@@ -200,14 +201,12 @@ def _with_parts(
     rows: pa.Table, lengths: np.ndarray, features: dict[str, Any], *, past: np.ndarray, trained: np.ndarray
 ) -> Dataset:
     """`rows` with the ends of the parts, see [`join_logs`]; `trained` is for users without new events."""
-    starts = (
-        _flatten(rows, "basket_starts")[0] if "basket_starts" in rows.column_names else np.ones(lengths.sum(), bool)
-    )
-    held_out = leave_one_out_ends(lengths, basket_starts=starts)
-    begins = np.repeat(np.cumsum(lengths) - lengths + past, lengths) <= np.arange(lengths.sum())
-    num_new = np.bincount(np.repeat(np.arange(lengths.size), lengths)[starts & begins], minlength=lengths.size)
+    lengths, past = lengths.astype(np.int64), past.astype(np.int64)
+    columns = (_flatten(rows, name)[0] if name in rows.column_names else None for name in ("weights", "basket_starts"))
+    held_out = leave_one_out_ends(lengths, *columns)
+    enough = held_out["train"] - past >= LEAST_TO_LEARN
     test_end = np.where(lengths > past, lengths, trained)
-    ends = {f"{part}_end": np.where(num_new >= LEAST_TO_HOLD_OUT, held_out[part], test_end) for part in PARTS}
+    ends = {f"{part}_end": np.where(enough, held_out[part], test_end) for part in PARTS}
     for name, values in {"past_end": past, **ends}.items():
         rows = rows.append_column(name, pa.array(values, pa.int32()))
     return Dataset(rows, info=DatasetInfo(features=Features(Features.from_arrow_schema(rows.schema) | features)))
