@@ -46,9 +46,9 @@ class Log:
     Attributes:
         train: the training part of each history, of vocabulary ids.
         past: the history before the test target.
-        validation, test: the targets, −1 for none.
-        is_test: whether a user has a test target.
+        validation, test: the held-out items, of which there may be none.
         first_withheld: the first id of the withheld items.
+        vocab_size: number of ids.
         order: the ids in the data, less 2, in the order of the new ids.
     """
 
@@ -131,6 +131,7 @@ def train_model(
             tokens_per_step=args.tokens_per_step,
             num_train_epochs=args.epochs,
             learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
             eval_epochs=args.eval_epochs,
             patience=args.patience,
             mixed_precision="bf16" if torch.cuda.is_available() else "no",
@@ -232,6 +233,7 @@ def main() -> None:
         "--patience", type=int, default=4, help="validations without improvement after which training ends"
     )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--tokens_per_step", type=int, default=16384)
     parser.add_argument("--config_overrides", default="{}", help="other settings of BlossomRecConfig as JSON")
     args = parser.parse_args()
@@ -242,9 +244,11 @@ def main() -> None:
         began = perf_counter()
         runs.append(measure(rows, features, args, seed))
         print(f"seed {seed}, {perf_counter() - began:.0f} s: {json.dumps(runs[-1])}", flush=True)
-    print(f"\n{'mean of ' + str(len(runs)) + ' draws':<44}" + "".join(f"{f'seed {seed}':>10}" for seed in args.seeds))
+    width = max(map(len, runs[0]))
+    print(f"\n{'':<{width}}{'mean':>10}" + "".join(f"{f'seed {seed}':>10}" for seed in args.seeds))
     for name in runs[0]:
-        print(f"{name:<34}{fmean(run[name] for run in runs):>10.4f}" + "".join(f"{run[name]:>10.4f}" for run in runs))
+        values = [run[name] for run in runs]
+        print(f"{name:<{width}}" + "".join(f"{value:>10.4f}" for value in [fmean(values), *values]))
 
 
 if __name__ == "__main__":
