@@ -86,9 +86,13 @@ class StepPlan:
         return parts[self.first_part : self.first_part + self.args.gradient_accumulation_steps]
 
     def largest_part(self) -> int:
-        """Number of items of the largest part of the first epoch, over all processes."""
+        """
+        Number of items that a part may have, over all processes: those of the largest one of the first epoch, and a few more,
+        because later epochs have other parts.
+        """
         lengths = self.histories.lengths
-        return max(int(lengths[part].sum()) for rows in self.epoch_steps(0) for part in self._parts(rows))
+        largest = max(int(lengths[part].sum()) for rows in self.epoch_steps(0) for part in self._parts(rows))
+        return min(largest + largest // 64 + 1, max(largest, self.args.tokens_per_step))
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
         lengths = self.histories.lengths[rows]
