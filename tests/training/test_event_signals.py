@@ -16,6 +16,7 @@ from blossomrec_hf.batches import HistoryStore, PackingCollator, PaddingCollator
 from blossomrec_hf.data import EventTable, split, split_by_leave_one_out
 from blossomrec_hf.evaluation import HeldOutItems, evaluate
 from blossomrec_hf.training import LoopArguments, SequentialRecommendationTrainer, TrainingLoop, train
+from blossomrec_hf.training.graphs import StaticPass
 
 
 GAPS = (60, 3_600, 86_400, 30 * 86_400)
@@ -182,6 +183,23 @@ def test_trainer_learns_and_evaluates_as_the_loop_does(timed, tmp_path, changes)
     rows = [{name: row[name] for name in row if not name.startswith("target_t")} for row in plain]
     with pytest.raises(ValueError, match="`eval_dataset` has no target_timestamps"):
         trainer(model, eval_dataset=rows).evaluate()
+
+
+def test_steps_of_one_shape_read_the_columns(timed):
+    """What the compiler and CUDA graphs are given: batches that are filled up with histories of [PAD] at time 0."""
+    features = {"time_features": ["previous_gap", "next_gap", "next_gap_input", "hour"], "event_types": TYPES}
+    model = make_model(VOCAB_SIZE, hidden_dropout_prob=0.0, time_dropout_prob=0.0, **features)
+    for name, parameter in model.named_parameters():
+        if "vectors" in name:
+            torch.nn.init.normal_(parameter, std=0.3)  # they start at zero
+    columns = model.config.event_columns
+    store = HistoryStore.from_rows(split(timed, "train", columns=columns), columns=columns)
+    static = StaticPass(lambda batch: model(**batch).loss, max_tokens=200, max_length=int(store.lengths.max()))
+    rng = np.random.default_rng()
+    for _ in range(6):
+        rows = rng.choice(len(store), rng.integers(1, 8), replace=False)
+        batch, targets = store.pack(rows, labels=True), int(store.num_targets[rows].sum())
+        torch.testing.assert_close(static(batch, targets), model(**batch, num_items_in_batch=targets).loss)
 
 
 def test_what_a_model_cannot_read_is_named_before_any_work(timed, tmp_path):

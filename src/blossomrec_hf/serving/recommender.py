@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import compress
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -26,6 +26,8 @@ from .queries import Answer, Query, Recommendation, refused
 
 logger = logging.getLogger(__name__)
 
+Columns = dict[str, list[int]]  # the events of a history: vocabulary ids, seconds since 1970, indices of event types
+
 
 def check_at_least(least: int, **settings: int) -> None:
     """
@@ -35,14 +37,6 @@ def check_at_least(least: int, **settings: int) -> None:
     for name, value in settings.items():
         if value < least:
             raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
-
-
-class Event(NamedTuple):
-    """An event as the model reads it: vocabulary id, seconds since 1970, and index of the event type."""
-
-    item: int
-    time: int
-    event_type: int
 
 
 @dataclass
@@ -280,7 +274,7 @@ class Recommender:
         """
         histories: list[History | None] = [None] * len(jobs)
         states: list[torch.Tensor | None] = [None] * len(jobs)
-        rows: dict[int, list[Event]] = {}  # the events that the model reads for each job
+        rows: dict[int, Columns] = {}  # the events that the model reads for each job
         known = []
         groups: dict[int, list[int]] = {}  # rows of similar length, so that a long one does not pad all others
         for i, job in enumerate(jobs):
@@ -296,7 +290,7 @@ class Recommender:
                 histories[i] = History(before.cache, number, before.lacks_times)
             else:
                 rows[i], lacks_times = self._history(job, number - begin)
-                groups.setdefault(len(rows[i]).bit_length(), []).append(i)
+                groups.setdefault(len(rows[i]["input_ids"]).bit_length(), []).append(i)
                 histories[i] = History(BlossomRecCache(self.model.config), number, lacks_times)
         if known:
             caches = [histories[i].cache for i in known]
@@ -317,7 +311,7 @@ class Recommender:
         """The number of stored events of the job's user."""
         return 0 if job.query.user is None else self.store.number(job.query.user)
 
-    def _history(self, job: Job, wanted: int) -> tuple[list[Event], bool]:
+    def _history(self, job: Job, wanted: int) -> tuple[Columns, bool]:
         """
         The latest `wanted` events of the job's user, from store and request, without unknown items; and whether events at
         its end have no time.
@@ -325,43 +319,45 @@ class Recommender:
         if job.query.user is None:
             return self._known_events(job.items, job.times, job.types), False
         self.rebuilt.inc()
-        events = self.store.latest(job.query.user, max(0, wanted - len(job.items)))
-        events += [StoredEvent(*event) for event in zip(job.items, job.times, job.types)]
-        events = events[-wanted:] if wanted else []
-        times = [event.timestamp for event in events]
+        stored = self.store.latest(job.query.user, max(0, wanted - len(job.items)))
+        raw = [event.item for event in stored] + job.items
+        times = [event.timestamp for event in stored] + job.times
+        types = [event.event_type for event in stored] + job.types
+        raw, times, types = (values[max(0, len(values) - wanted) :] for values in (raw, times, types))
         lacks_times = bool(times) and times[-1] is None
-        latest = next((seconds for seconds in reversed(times) if seconds is not None), job.received)
-        for place in range(len(times) - 1, -1, -1):  # the time of the next event with one
-            latest = times[place] = latest if times[place] is None else times[place]
-        raw = [event.item for event in events]
+        if None in times:
+            latest = next((seconds for seconds in reversed(times) if seconds is not None), job.received)
+            for place in range(len(times) - 1, -1, -1):  # the time of the next event with one
+                latest = times[place] = latest if times[place] is None else times[place]
         if self.tokenizer.item_type == "str":  # stored as integers before the vocabulary became text
             raw = [str(item) for item in raw]
-        return self._known_events(raw, times, [event.event_type for event in events]), lacks_times
+        return self._known_events(raw, times, types), lacks_times
 
-    def _known_events(
-        self, items: Sequence[int | str], times: Sequence[int], types: Sequence[str | None]
-    ) -> list[Event]:
-        """Events as the model reads them, without unknown items."""
-        ids = self.tokenizer.encode_items(items)
-        kinds = [self.types.get(name, UNKNOWN_TYPE) for name in types]
-        return [Event(*event) for event in zip(ids, times, kinds) if event[0] != self.tokenizer.unk_token_id]
+    def _known_events(self, items: Sequence[int | str], times: Sequence[int], types: Sequence[str | None]) -> Columns:
+        """The columns that the model reads of events, without unknown items."""
+        columns = {"input_ids": self.tokenizer.encode_items(items)}
+        if "timestamps" in self.columns:
+            columns["timestamps"] = times
+        if "event_type_ids" in self.columns:
+            columns["event_type_ids"] = [self.types.get(name, UNKNOWN_TYPE) for name in types]
+        known = [index != self.tokenizer.unk_token_id for index in columns["input_ids"]]
+        return {name: list(compress(values, known)) for name, values in columns.items()}
 
-    def _append(self, cache: BlossomRecCache, rows: list[list[Event]], jobs: list[Job]) -> torch.Tensor:
+    def _append(self, cache: BlossomRecCache, rows: list[Columns], jobs: list[Job]) -> torch.Tensor:
         """Append events to a cache; the prediction states `[B, hidden_size]` of the histories."""
-        width = max(map(len, rows))
-        padded = [[*row, *[Event(0, 0, 0)] * (width - len(row))] for row in rows]
-        fields = torch.tensor(padded, dtype=torch.long).view(len(rows), width, 3).movedim(-1, 0).contiguous()
-        ids, *signals = fields.to(self.model.device)
-        columns = dict(zip(("timestamps", "event_type_ids"), signals))
-        columns = {name: values for name, values in columns.items() if name in self.columns}
+        width, device = max(len(row["input_ids"]) for row in rows), self.model.device
+        columns = {}
+        for name in ("input_ids", *self.columns):
+            padded = [row[name] + [0] * (width - len(row[name])) for row in rows]
+            columns[name] = torch.tensor(padded, dtype=torch.long).to(device)
         if "timestamps" in self.columns:
             nows = [UNKNOWN_TIME if job.query.now is None else job.query.now for job in jobs]
-            columns["prediction_time"] = torch.tensor(nows, device=self.model.device)
+            columns["prediction_time"] = torch.tensor(nows, device=device)
         if "event_type_ids" in self.columns:
             default = self.model.config.default_target_type
             targets = [self.types.get(job.query.target_event_type, default) for job in jobs]
-            columns["target_event_type"] = torch.tensor(targets, device=self.model.device)
-        events = pack_histories(ids, vocab_size=self.model.config.vocab_size, **columns)
+            columns["target_event_type"] = torch.tensor(targets, device=device)
+        events = pack_histories(**columns, vocab_size=self.model.config.vocab_size)
         return self.model.base_model.encode(events, cache=cache, last_only=True)
 
     def _recommend(self, jobs: list[Job], caches: list[BlossomRecCache], states: list[torch.Tensor]) -> list[Answer]:
