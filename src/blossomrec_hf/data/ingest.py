@@ -33,9 +33,9 @@ class Interactions:
 
     Args:
         folder (`Path`): folder of the files `log_NAME.bin`, one per column.
-        columns: the data type of each column: `user` and `item` (uint32 codes), and `time` (int64 or float64, in the log's
-            unit), `event_type` (uint8 codes), `weight` (float32) and, of a given split, `part` (uint8, an index of
-            [`~data.splits.PARTS`]) if they are read.
+        columns: the data type of each column: `user` and `item` (uint32 codes), and, if they are read, `time` (uint32 if
+            they are whole seconds; otherwise int64 or float64, in the log's unit), `event_type` (uint8 codes), `weight`
+            (float32) and, of a given split, `part` (uint8, an index of [`~data.splits.PARTS`]).
         bad (`BadRows`): the rows that were skipped.
         rows (`int`): number of events.
         dropped (`int`): number of events that `min_rating` or `event_types` dropped.
@@ -138,11 +138,16 @@ def _encoded(result: Interactions, column: pl.Series) -> np.ndarray:
 
 
 def _append(result: Interactions, file: BinaryIO, name: str, values: np.ndarray) -> None:
-    """Appends the values of a batch to the file of a column. Integers become floats at the first fraction."""
-    stored = result.columns.setdefault(name, _DTYPES.get(name, values.dtype))
-    if stored == np.int64 and values.dtype.kind == "f":
+    """
+    Appends the values of a batch to the file of a column. Whole seconds are stored in 32 bits, which last until 2106; at the
+    first fraction, times become floats.
+    """
+    seconds = name == "time" and values.dtype == np.int64 and result.time_unit == "s"
+    first = np.dtype(np.uint32) if seconds else _DTYPES.get(name, values.dtype)
+    stored = result.columns.setdefault(name, first)
+    if name == "time" and stored.kind != "f" and values.dtype.kind == "f":
         file.seek(0)
-        earlier = np.fromfile(file, np.int64).astype(np.float64)
+        earlier = np.fromfile(file, stored).astype(np.float64)
         file.seek(0)
         earlier.tofile(file)
         stored = result.columns[name] = np.dtype(np.float64)

@@ -80,7 +80,7 @@ def sort(part: Partition) -> None:
     columns = part.load()
     user, time = columns["user"].astype(np.int64), columns.get("time", np.zeros(1, np.int64))
     first, span = time.min(initial=0), int(time.max(initial=0)) - int(time.min(initial=0)) + 1
-    if "part" not in columns and time.dtype.kind == "i" and (int(user.max(initial=0)) + 1) * span < 2**63:
+    if "part" not in columns and time.dtype.kind in "iu" and (int(user.max(initial=0)) + 1) * span < 2**63:
         key = user * span + (time - first)
         if (key[1:] >= key[:-1]).all():
             return

@@ -191,7 +191,10 @@ def _some_users(part: Partition) -> Iterator[dict[str, np.ndarray]]:
     starts, _ = runs(stored["user"])
     bounds = np.append(starts[::USERS_A_BATCH], stored["user"].size)
     for start, stop in zip(bounds, bounds[1:]):
-        yield {name: column[start:stop] for name, column in stored.items()}
+        some = {name: column[start:stop] for name, column in stored.items()}
+        if "time" in some and some["time"].dtype == np.uint32:
+            some["time"] = some["time"].astype(np.int64)  # differences may be negative
+        yield some
 
 
 def _count_early(stored: Mapping[str, np.ndarray], starts: np.ndarray) -> int:
