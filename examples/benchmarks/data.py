@@ -10,8 +10,8 @@ memory in MiB, and the size of the result.
 
     python examples/benchmarks/data.py --interactions 32_000_000 --columns 3
 
-builds the log three times without and three times with times, event types and an item table, in turn, and prints the ratios of
-seconds and of CPU time.
+builds the log three times without times, with times, and with times, event types and an item table, in turn, and prints the
+ratios of the seconds and of the CPU times of the last to the others.
 
     python examples/benchmarks/data.py --log ml-1m/interactions.txt --max_length 1000 --max_tokens 65536 --workers 2
 
@@ -156,7 +156,7 @@ def main() -> None:
         "--columns",
         type=int,
         default=0,
-        help="build a generated log this many times without and with times, event types and an item table, in turn",
+        help="build a generated log this many times without times, with times, and with times, event types and items, in turn",
     )
     parser.add_argument("--log", type=Path, help="an existing log, instead of a generated one")
     parser.add_argument(
@@ -185,7 +185,8 @@ def main() -> None:
             generate(path, interactions)
         runs = [(bare_sort, {})] * arguments.bare_sort + [(build, core)]
         if arguments.columns:
-            runs = [(build, core | PLAIN), (build, core | COLUMNS | {"items": items_path(path)})] * arguments.columns
+            variants = [PLAIN, {}, COLUMNS | {"items": items_path(path)}]
+            runs = [(build, core | options) for options in variants] * arguments.columns
         lines = []
         for run, options in runs:
             report = spawn.Queue()
@@ -195,12 +196,15 @@ def main() -> None:
             process.join()
             print(json.dumps(lines[-1]), flush=True)
         shutil.rmtree(arguments.folder / "built", ignore_errors=True)
-        measured = np.array([[line["seconds"], line["cpu_seconds"]] for line in lines[bool(arguments.bare_sort) :]])
+        built = [line for line in lines if line["what"].startswith("build_sequences")]
+        measured = np.array([[line["seconds"], line["cpu_seconds"]] for line in built])
         if arguments.columns:
-            ratios = np.median(measured[1::2] / measured[::2], axis=0).round(3).tolist()
-            line = dict(zip(("ratio of seconds with columns to without", "ratio of CPU seconds"), ratios))
-            print(json.dumps(line), flush=True)
-        times.append(np.median(measured[arguments.columns > 0 :: 2], axis=0))
+            ratios = {}
+            for place, name in enumerate(("without times", "with times alone")):
+                ratio = np.median(measured[2::3] / measured[place::3], axis=0).round(3).tolist()
+                ratios[f"all columns to {name}"] = dict(zip(("seconds", "cpu_seconds"), ratio))
+            print(json.dumps(ratios), flush=True)
+        times.append(np.median(measured[2::3] if arguments.columns else measured, axis=0))
     if len(times) > 1:
         slopes = np.polyfit(np.log(arguments.interactions), np.log(times), 1)[0].round(3).tolist()
         print(
