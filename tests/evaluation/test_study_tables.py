@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from blossomrec_hf.evaluation.study_plots import draw
 from blossomrec_hf.evaluation.study_tables import RunResult, StudyTables, compare, describe, markdown, slope
 
 
@@ -133,3 +134,18 @@ def test_a_group_by_time_needs_times():
     test.last_times = None
     with pytest.raises(ValueError, match="has no times"):
         describe([test], {"after": 3})
+
+
+@pytest.mark.parametrize("kind", ["slopes", "comparisons", "means"])
+def test_a_figure_is_drawn_of_each_kind_of_table(tmp_path, kind):
+    pytest.importorskip("matplotlib")
+    tests = [
+        make_test(draw_ranks(), data=data, configuration=f"{name}, {length}", max_length=length)
+        for data in ("a", "b", "c")
+        for name in ("blossom", "full")
+        for length in (50, 200)
+    ]
+    slopes = [{"over": "max_length", "configurations": "full*"}] if kind == "slopes" else []
+    comparisons = [] if kind == "means" else [{"first": "blossom*", "second": "full*"}]
+    draw(tmp_path / "figure.png", "Title", StudyTables(comparisons=comparisons, slopes=slopes).build(tests))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from blossomrec_hf.commands.train import ModelArguments, new_model
@@ -17,8 +18,11 @@ def parse(monkeypatch, *arguments):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_setting_of_a_recipe_reaches_the_model_or_the_loop(monkeypatch, log, name):
     _, model_args, args = parse(monkeypatch, "--recipe", name)
-    config = new_model(model_args, 1, EventTable.from_dataset(log[0]), len(log[1]), 0.0).config
+    table = EventTable.from_dataset(log[0])
+    table.events["timestamps"] = np.arange(len(table.events["input_ids"]))
+    config = new_model(model_args, 1, table, len(log[1]), 0.0).config
     for setting, value in RECIPES[name].settings.items():
+        value = value.split(",") if setting == "time_features" else value
         assert getattr(args, setting, getattr(config, setting, None)) == value, setting
 
 

@@ -158,8 +158,18 @@ def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:
             {key: record[key] for key in ("data", "configuration", "microseconds_per_user", "device")}
             for record in costs.values()
         ],
-        "records": {path.stem: record for path, record in found.values()},
+        "records": {path.stem: shorten(record) for path, record in found.values()},
     }
+
+
+def shorten(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the metrics at 10 alone."""
+    tests = {
+        name: {**entry, "metrics": {metric: value for metric, value in entry["metrics"].items() if "@10" in metric}}
+        for name, entry in record["evaluations"].items()
+    }
+    validation = {metric: value for metric, value in record["validation"].items() if "@10" in metric}
+    return {**record, "evaluations": tests, "validation": validation}
 
 
 def tests_of(records: Sequence[tuple[Path, dict[str, Any]]]) -> list[RunResult]:

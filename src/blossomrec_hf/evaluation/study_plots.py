@@ -28,9 +28,11 @@ def draw(path: str | Path, title: str, tables: Mapping[str, Any]) -> None:
     entries = [entry for entry in tables[kind] if entry["num_users"]]
     places = list(dict.fromkeys((entry["data"], entry["users"]) for entry in entries))
     bars = max(sum((entry["data"], entry["users"]) == place for entry in entries) for place in places)
-    height = 3.2 if kind == "slopes" else 0.9 + 0.22 * bars
-    figure = Figure(figsize=(6.5 * min(2, len(places)), height * -(-len(places) // 2)), layout="constrained")
-    panels = figure.subplots(-(-len(places) // 2), min(2, len(places)), squeeze=False).flat
+    height = 3.2 if kind == "slopes" else 0.9 + 0.17 * bars
+    columns = min(2, len(places)) if kind == "slopes" else 1  # names of configurations are long
+    rows = -(-len(places) // columns)
+    figure = Figure(figsize=(6.5 * columns, height * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel in list(panels)[len(places) :]:
         panel.remove()
     for place, panel in zip(places, figure.axes):
@@ -39,7 +41,7 @@ def draw(path: str | Path, title: str, tables: Mapping[str, Any]) -> None:
         draw_entries(panel, chosen)
     figure.suptitle(title, fontsize=10)
     with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
+        figure.savefig(partial, format="png", dpi=90, metadata={"Software": None})
 
 
 def _draw_slopes(panel: Any, entries: list[Mapping[str, Any]]) -> None:
@@ -59,7 +61,7 @@ def _draw_comparisons(panel: Any, entries: list[Mapping[str, Any]]) -> None:
     _draw_bars(panel, names, [row[0] for row in relative], [(row[2] - row[1]) / 2 for row in relative])
     panel.axvline(0, color="0.5", linewidth=0.8)
     panel.axvline(-100 * MARGIN, color="0.5", linewidth=0.8, linestyle=":")
-    panel.set_xlabel("difference in NDCG@10, % (dotted: the margin of non-inferiority)", fontsize=8)
+    panel.set_xlabel("difference in NDCG@10, % (dotted: −2 %)", fontsize=8)
 
 
 def _draw_means(panel: Any, entries: list[Mapping[str, Any]]) -> None:

@@ -66,6 +66,16 @@ RECIPES = {
         found_on="MovieLens-1M",
         settings=_LONG,
     ),
+    "times": Recipe(
+        purpose="as long, for logs with times whose gaps matter, recommendations with the time of the request",
+        found_on="MovieLens-1M and MovieLens-100K",
+        settings={
+            **_LONG,
+            **{"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256, "hidden_dropout_prob": 0.3},
+            **{"num_selected_blocks": 4, "num_train_epochs": 26, "eval_epochs": 4, "warmup_steps": 200},
+            **{"time_features": "previous_gap,next_gap_input", "metric_for_best_model": "ndcg@10_now"},
+        },
+    ),
     "tiny": Recipe(
         purpose="a few hundred users; two CPU cores, a minute",
         found_on="MovieLens-100K",
