@@ -215,6 +215,13 @@ def test_what_a_model_cannot_read_is_named_before_any_work(timed, tmp_path):
         TrainingLoop(model, split(timed, "train"), args=arguments(tmp_path))
     with pytest.raises(ValueError, match="timestamps"):
         TrainingLoop(model, HistoryStore.from_rows(split(timed, "train")), args=arguments(tmp_path))
+    rows = [{name: parts["train"][user][name] for name in ("input_ids", "timestamps")} for user in range(6)]
+    TrainingLoop(
+        model, rows, args=arguments(tmp_path)
+    )  # the next history begins before the last event of the one before
+    rows[4]["timestamps"] = rows[4]["timestamps"][::-1]
+    with pytest.raises(ValueError, match="times that go backwards in history 4"):
+        TrainingLoop(model, rows, args=arguments(tmp_path))
     with pytest.raises(ValueError, match="`rows` has no timestamps and no target_timestamps"):
         evaluate(model, split(timed, "test"))
     with pytest.raises(ValueError, match="`view` has no timestamps"):

@@ -28,7 +28,7 @@ class StepPlan:
         trainable: int64 [N], indices of the histories with an item to predict (random crops: in any epoch).
 
     Raises:
-        ValueError: if no history has an item to predict, or an id is outside the vocabulary.
+        ValueError: if no history has an item to predict, an id is outside the vocabulary, or times go backwards.
     """
 
     def __init__(
@@ -54,6 +54,10 @@ class StepPlan:
             raise ValueError(
                 f"`train_view` has the id {largest}; those of the model lie in 0 … {vocab_size - 1}. For new items, "
                 "grow the vocabulary: `tokenizer.add_items(...)`, then `model.resize_token_embeddings(...)`."
+            )
+        if "timestamps" in histories.columns and (row := _falling_row(histories)) is not None:
+            raise ValueError(
+                f"`train_view` has times that go backwards in history {row}; sort the events of each history by time."
             )
         if len(self.trainable) < len(histories):
             missing = len(histories) - len(self.trainable)
@@ -99,3 +103,13 @@ class StepPlan:
         middles = np.cumsum(lengths) - lengths / 2
         part_of_row = (middles * self.num_parts / lengths.sum()).astype(np.int64)
         return [rows[part_of_row == part] for part in range(self.num_parts)]
+
+
+def _falling_row(histories: HistoryStore) -> int | None:
+    """The first history in which a time is before the one of the previous event, if any."""
+    times = histories.columns["timestamps"].cpu().numpy()
+    falls = np.append(0, np.cumsum(np.diff(times) < 0))  # up to each event
+    first = np.minimum(histories.starts, len(times) - 1)
+    last = first + np.maximum(histories.lengths, 1) - 1
+    found = np.flatnonzero(falls[last] > falls[first])
+    return int(found[0]) if len(found) else None
