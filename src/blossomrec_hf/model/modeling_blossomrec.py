@@ -128,8 +128,8 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
     ) -> torch.Tensor:
         """
         Compute the prediction states of packed histories, which are compared with item vectors: the one entry point of
-        `forward`, `recommend`, evaluation and serving. Nothing in it depends on values, so that `torch.compile(model.encode)` has no graph break
-        (without a cache).
+        `forward`, `recommend`, evaluation and serving. Nothing in it depends on values, so that
+        `torch.compile(model.encode)` has no graph break (without a cache).
 
         Args:
             histories: what `pack_histories` returns. Every column of the events enters the model here.
@@ -138,7 +138,8 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
             cache: cached histories; if given, `histories` contains only their new events, which are appended.
                 No gradients are computed.
             use_cache: `False` leaves `cache` as it was.
-            training: whether dropout is applied, to items too. It does not depend on the modules' mode, so that threads may share a model.
+            training: whether dropout is applied, also to items and to what is known of the next events. It does not depend
+                on the modules' mode, so that threads may share a model.
             layer_outputs: the lists in it that are not `None` get the outputs of every layer.
             item_vectors: with `config.item_features`, the result of `item_vectors`, if it is known.
 
@@ -146,8 +147,9 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
             `[T, hidden_size]`; with `last_only`, `[S, hidden_size]`, where the row of an empty history has no meaning.
 
         Raises:
-            ValueError: for a cache in training mode, and for one that does not fit the model or the histories, which is left
-                as it was.
+            ValueError: for times or types that are missing, go backwards, are in another unit than seconds or outside of
+                `config.event_types` (see `check_moments`); for a cache in training mode, and for one that does not fit the
+                model or the histories, which is left as it was.
         """
         plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
         for encoder in self._static_encoders if plain else ():
@@ -375,8 +377,8 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
                 `cu_seq_lens_k` and `max_length_k`, which must be the same.
 
         Raises:
-            ValueError: for ids outside the vocabulary, for offsets or positions that do not describe the input, for
-                attentions of an implementation that has none, for a cache that does not fit the model or the input (it is
+            ValueError: for ids outside the vocabulary, for offsets or positions that do not describe the input, for times
+                and types as in `encode`, for attentions of an implementation that has none, for a cache that does not fit the model or the input (it is
                 left as it was), and for unknown keywords.
         """
         packing = pop_packing(kwargs)
