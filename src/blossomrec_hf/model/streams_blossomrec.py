@@ -31,11 +31,13 @@ from .ops_reference import (
     Selection,
     complete_blocks,
     full_mask,
+    power_law_distances,
     selected_mask,
     short_mask,
     straight_through,
 )
 from .ops_torch import TORCH_OPS, is_half_on_cpu
+from .ops_torch_dense import attend_dense, has_short_histories
 
 
 # The layer types of the package: a combination of two streams, and three streams.
@@ -311,6 +313,9 @@ def attend_streams(
     if wide:
         q = q.float()
         keys = keys if keys.states is not None else keys._replace(k=keys.k.float(), v=keys.v.float())
+    if ops is TORCH_OPS and layer.stream_names == COMBINATIONS["blossom"] and has_short_histories(keys, queries):
+        out, selection = _attend_short_histories(layer, q, keys, queries, blocks[0], gates)
+        return out.to(dtype), selection
     with torch.autocast("cpu", enabled=False) if wide else nullcontext():
         parts = [
             stream.attend(ops, layer, q, keys, queries, rows)
@@ -321,6 +326,28 @@ def attend_streams(
     if gates is not None:
         outs = [out * gate[..., None] for out, gate in zip(outs, gates.to(q.dtype).unbind(-1), strict=True)]
     return sum(outs[1:], outs[0]).to(dtype), selection
+
+
+def _attend_short_histories(
+    layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: Blocks, gates: torch.Tensor
+) -> tuple[torch.Tensor, Selection]:
+    """`attend_streams` of the long-term and the short-term stream, in one operation."""
+    long, short = layer.streams
+    selection = long.select(TORCH_OPS, layer, q, queries, blocks)
+    size, window, base = short.sizes["block_size"], short.sizes["window"], short.sizes["base"]
+    out = attend_dense(
+        q,
+        keys,
+        queries,
+        gates,
+        selection,
+        block_size=long.block_size,
+        distances=power_law_distances(-(-queries.max_length // size), window, base),
+        short_block_size=size,
+        scaling=layer.scaling,
+        with_gradient=long.learns_selection,
+    )
+    return out, selection
 
 
 class BlossomCompressor(nn.Module):
@@ -369,22 +396,28 @@ class LongTermStream(Stream):
         wide = torch.promote_types(keys.k.dtype, torch.float32)
         return compressed.unflatten(-3, (-1, per_block)).mean(-3, dtype=wide)
 
-    def attend(
-        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: Blocks
-    ) -> tuple[torch.Tensor, Selection]:
-        config = self.config
-        selection = ops.select(
+    def select(self, ops: Ops, layer: nn.Module, q: torch.Tensor, queries: Queries, blocks: Blocks) -> Selection:
+        """The selected blocks of queries `[Q, H, d]`."""
+        return ops.select(
             q,
             blocks,
             queries,
-            num_selected_blocks=config.num_selected_blocks,
+            num_selected_blocks=self.config.num_selected_blocks,
             block_size=self.block_size,
-            threshold=config.importance_threshold,
+            threshold=self.config.importance_threshold,
             scaling=layer.scaling,
         )
-        factor = None  # one in value
-        if config.selection_gradient == "straight_through" and torch.is_grad_enabled():
-            factor = straight_through(selection.importance)
+
+    @property
+    def learns_selection(self) -> bool:
+        """Whether the importance of blocks gets a gradient now."""
+        return self.config.selection_gradient == "straight_through" and torch.is_grad_enabled()
+
+    def attend(
+        self, ops: Ops, layer: nn.Module, q: torch.Tensor, keys: Keys, queries: Queries, blocks: Blocks
+    ) -> tuple[torch.Tensor, Selection]:
+        selection = self.select(ops, layer, q, queries, blocks)
+        factor = straight_through(selection.importance) if self.learns_selection else None
         out = ops.attend_selected(
             q, keys, queries, selection.block_indices, factor, block_size=self.block_size, scaling=layer.scaling
         )
