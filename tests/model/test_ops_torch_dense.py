@@ -60,7 +60,7 @@ def test_values_and_gradients_are_those_of_the_reference(monkeypatch, trial, sel
     monkeypatch.setattr(ops_torch_dense, "MAX_PADDING", 1.0)
     monkeypatch.setitem(SLICE_LOGITS, "cpu", slice_logits)
     layer = random_layer(selection_gradient=selection_gradient)
-    lengths = [random.choice([0, 1, 2, 16, random.randint(1, 80)]) for _ in range(4)] + [random.randint(1, 80)]
+    lengths = [random.choice([0, 1, 2, 16, random.randint(1, 100)]) for _ in range(4)] + [random.randint(1, 100)]
     config, tokens = layer.config, sum(lengths)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     tensors = [torch.randn(tokens, h, config.head_dim, dtype=torch.float64, requires_grad=True) for h in heads]
