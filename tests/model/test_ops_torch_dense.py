@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from model_cases import recommender
 
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.model import ops_torch_dense, streams_blossomrec
@@ -84,3 +85,19 @@ def test_only_short_histories_of_similar_lengths_are_tiles():
 
     assert is_short([50, 50, 50, 31]) and is_short([1])
     assert not is_short([50, 50, 10, 10]) and not is_short([200, 200])
+
+
+@pytest.mark.parametrize("length", [30, 150], ids=["dense", "tiles"])
+def test_the_backward_pass_may_run_under_autocast(length):
+    model = recommender(hidden_dropout_prob=0.0).float().train()
+    x, gradients = torch.randint(2, 60, (3, length)), []
+    for inside in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x, labels=x).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (gradients[1] - gradients[0]).norm() < 2e-2 * gradients[0].norm()

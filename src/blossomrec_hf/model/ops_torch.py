@@ -215,14 +215,15 @@ class _RankBlocks(torch.autograd.Function):
         grad_q, grad_rows = torch.empty_like(q), torch.zeros_like(rows)
         weights = grad * pi
         best = chosen + (begin - begin[:, :1])[..., None, None]  # among the rows that the tile reads
-        for part, met in _slices(begin, end, ctx.width, pi.shape[3], q.shape[2]):
-            scores, keys = _score(q[part], rows, begin[part], end[part], met)
-            weight = weights[part].permute(0, 2, 3, 1)  # [n, G, k, size]
-            of_scores = scores.sub_(norms[part]).exp2_().mul_(-weight.sum(2, keepdim=True))
-            of_scores.scatter_add_(2, best[part].permute(0, 2, 3, 1).clamp(max=met.shape[1] - 1), weight)
-            grad_q[part] = torch.matmul(of_scores.mT, keys).transpose(1, 2)
-            of_keys = torch.matmul(of_scores, q[part].transpose(1, 2)).transpose(1, 2).flatten(0, 1)
-            grad_rows.index_add_(0, met.flatten().clamp(max=rows.shape[0] - 1), of_keys)
+        with torch.autocast(q.device.type, enabled=False):
+            for part, met in _slices(begin, end, ctx.width, pi.shape[3], q.shape[2]):
+                scores, keys = _score(q[part], rows, begin[part], end[part], met)
+                weight = weights[part].permute(0, 2, 3, 1)  # [n, G, k, size]
+                of_scores = scores.sub_(norms[part]).exp2_().mul_(-weight.sum(2, keepdim=True))
+                of_scores.scatter_add_(2, best[part].permute(0, 2, 3, 1).clamp(max=met.shape[1] - 1), weight)
+                grad_q[part] = torch.matmul(of_scores.mT, keys).transpose(1, 2)
+                of_keys = torch.matmul(of_scores, q[part].transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+                grad_rows.index_add_(0, met.flatten().clamp(max=rows.shape[0] - 1), of_keys)
         return grad_q / LOG2E, grad_rows / LOG2E, None, None, None, None
 
 

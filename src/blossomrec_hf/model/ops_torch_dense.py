@@ -112,6 +112,7 @@ class _AttendDense(torch.autograd.Function):
         return outs[0] * gates[..., :1] + outs[1] * gates[..., 1:]
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, gates, outs, lses = ctx.saved_tensors
