@@ -29,6 +29,8 @@ count as events, but are not read.
 **Execution.** A worker thread answers all waiting requests (up to `--max_batch`) as one batch, with one forward pass and one
 transaction. Events of one user are applied in the order of their requests. Caches of users are kept in memory up to
 `--cache_mib`. The least recently used ones are evicted and rebuilt from the store when the user returns.
+`model.compile_for_inference()` is not used here: it compiles passes over whole histories, and to append an event to a cache
+takes a fraction of the time of such a pass (`examples/benchmarks/serving.py --sections cache`).
 """
 
 import argparse
