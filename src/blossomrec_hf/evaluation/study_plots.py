@@ -31,7 +31,7 @@ def draw(path: str | Path, title: str, tables: Mapping[str, Any]) -> None:
     height = 3.2 if kind == "slopes" else 0.9 + 0.17 * bars
     columns = min(2, len(places)) if kind == "slopes" else 1  # names of configurations are long
     rows = -(-len(places) // columns)
-    figure = Figure(figsize=(6.5 * columns, height * rows), layout="constrained")
+    figure = Figure(figsize=(13 if columns == 2 else 9, height * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel in list(panels)[len(places) :]:
         panel.remove()
