@@ -306,10 +306,11 @@ def test_adapters_of_embedding_and_projection_count_once(scoring):
 def test_weights_on_disk(tmp_path, scoring):
     model, x = make_model(scoring=scoring).float(), torch.randint(2, 60, (3, 20))
     model.save_pretrained(tmp_path / "model")
-    for device_map in ({"model": "disk"}, {"": "cpu"}):
+    for device_map, buffers in (({"model": "disk"}, False), ({"model": "disk"}, True), ({"": "cpu"}, False)):
         twin = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "weights"
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "weights", offload_buffers=buffers
         )
+        assert weights_fingerprint(twin.model) == weights_fingerprint(model.model)
         assert torch.equal(twin.recommend(x).item_ids, model.recommend(x).item_ids)
         assert torch.equal(twin.similar_items([5, 9]).item_ids, model.similar_items([5, 9]).item_ids)
         torch.testing.assert_close(twin(x).logits, model(x).logits)

@@ -207,6 +207,8 @@ def _require_plausible_size(config: PreTrainedConfig, path: str | os.PathLike, f
     compressors = sum("long_term" in stream_names(kind) for kind in config.attention_types)
     fewest = config.vocab_size * config.hidden_size + compressors * width**2
     fewest += config.num_hidden_layers * 2 * config.hidden_size * (config.hidden_size + config.intermediate_size)
+    for feature in (config.item_features or {}).values():
+        fewest += feature["num_values"] if feature["kind"] == "categories" else config.vocab_size * feature["size"]
     if fewest > 2 * stored + 2**20:
         sizes = ", ".join(
             f"`{name}` {getattr(config, name)}"

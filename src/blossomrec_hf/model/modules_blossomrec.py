@@ -259,9 +259,13 @@ def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
     layers, items, state = [], [], model.state_dict()
-    for name, value in sorted(state.items()):
-        if isinstance(value, torch.Tensor) and value.is_meta:
-            value = offloaded_tensor(model, name)
+
+    def value_of(name: str) -> Any:
+        value = state[name]
+        return offloaded_tensor(model, name) if isinstance(value, torch.Tensor) and value.is_meta else value
+
+    for name in sorted(state):
+        value = value_of(name)
         column, _, part = name.rpartition(".")
         part = part if name.startswith("item_features.") else None
         if name == "item_embedding.weight" or part == "table":
@@ -269,7 +273,7 @@ def _fingerprint(model: nn.Module, num_items: int) -> WeightsFingerprint:
         elif part == "offsets":
             items.append((name, value[: num_items + 1]))
         elif part == "codes":
-            items.append((name, value[: int(state[f"{column}.offsets"][num_items])]))
+            items.append((name, value[: int(value_of(f"{column}.offsets")[num_items])]))
         elif not name.startswith("log_statistics."):
             layers.append((name, value))
     return WeightsFingerprint(digest(layers), digest(items), num_items)
