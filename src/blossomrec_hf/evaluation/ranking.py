@@ -7,7 +7,8 @@ than any score, so a diverged model ranks last.
 
 A model whose `time_features` depend on the time of the recommendation is evaluated twice: **without now**, and **with now**, the
 time of the event to be predicted (of the first one, if a user has several). The metrics with now end in `_now`, such as
-`ndcg@10_now`; no other metric depends on the time of the event to be predicted.
+`ndcg@10_now`; no other metric depends on the time of the event to be predicted. A model with `target_event_types` is given the
+type of that event.
 
 - If at most 1 % of the test targets already occur in their user's history, seen items are **excluded**: all items of the
   user's whole history (not only of the window that the model reads), except the held-out items.

@@ -12,8 +12,9 @@ from .ranking import Ranks
 
 
 PROTOCOL = (
-    'Rank: 1 + items with a higher score + half of the other items with the same score. Only rows "with now" see the time of '
-    "the event to be predicted. Baselines: among items with equal counts, the one that is more popular in training comes first."
+    'Rank: 1 + items with a higher score + half of the other items with the same score. Only rows "with now" see the time of the '
+    "event to be predicted, and only models with target event types its type. Baselines: among items with equal counts, the one "
+    "that is more popular in training comes first."
 )
 NOW_LABEL = ", with now"  # ends the name of a model that is given the time of the event to be predicted
 LENGTH_EDGES = (10, 20, 50, 100, 200, 500, 1000)
