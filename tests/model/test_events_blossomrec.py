@@ -6,6 +6,7 @@ from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from event_cases import TYPES, Log, draw_features, event_recommender, timed
@@ -316,6 +317,48 @@ def test_bad_input_is_refused_in_a_sentence(message):
     with pytest.raises(ValueError, match="`prediction_time` is 1000000499, before the last event"):
         model.recommend(nothing, timestamps=nothing, event_type_ids=nothing, cache=cache, prediction_time=10**9 + 499)
     assert cache.lengths.tolist() == [3]
+
+
+def test_now_and_the_target_type_are_whole_numbers_of_any_kind():
+    model, log = event_recommender(**EVERYTHING), timed(3, 5)
+    batch = log.padded()
+    now, target = 2_000_000_000, 2
+    expected = model.recommend(**batch | {"prediction_time": now, "target_event_type": target}).scores
+    for convert in (np.int64, torch.tensor, lambda x: [x, x], lambda x: np.array([x, x])):
+        given = {"prediction_time": convert(now), "target_event_type": convert(target)}
+        torch.testing.assert_close(model.recommend(**batch | given).scores, expected, **EXACT)
+    for name, values, message in (
+        ("prediction_time", 2**70, f"is {2**70}; it must be an int64 number, seconds"),
+        ("prediction_time", [2**70, 0], ".*; it must be one integer, or one per history, seconds since 1970"),
+        ("prediction_time", [now, None], ".*; it must be one integer, or one per history, seconds since 1970"),
+        ("target_event_type", "buy", "is 'buy'; it must be one integer, or one per history, indices of `config.event"),
+        ("event_type_ids", [["buy"] * 5] * 2, "must contain whole numbers, indices of `config.event_types`"),
+        ("input_ids", None, "is None; it must be a list or tensor of vocabulary ids"),
+        ("attention_mask", [[1] * 5] * 2, "is of list; it must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` {message}"):
+            model.recommend(**batch | {name: values})
+
+
+def test_states_are_recommended_from_with_checked_times_and_types():
+    model, log = event_recommender(**EVERYTHING | {"time_features": ["next_gap", "hour"]}), timed(3, 5)
+    cache = model(**log.padded(), use_cache=True).cache
+    states, times, now = cache.last_hidden_state, cache.last_timestamps, 2_000_000_000
+    expected = model.recommend(**log.padded() | {"prediction_time": now, "target_event_type": 1}, exclude_seen=False)
+    found = model.recommend_from_states(states, timestamps=times, prediction_time=now, target_event_type=1)
+    torch.testing.assert_close(found.scores, expected.scores, **EXACT)
+    for changes, message in (
+        ({"prediction_time": now * 1000}, "which is in milliseconds"),
+        ({"prediction_time": 5}, "`prediction_time` is 5, before the last event"),
+        ({"prediction_time": [now]}, r"`prediction_time` has shape \[1\]; it must be \[2\]"),
+        (
+            {"prediction_time": [1.5, 2.5]},
+            "`prediction_time` is of torch.float32; it must be an int64 tensor, seconds",
+        ),
+        ({"target_event_type": 9}, "`target_event_type` contains 9; types are 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.recommend_from_states(states, **{"timestamps": times, "prediction_time": now} | changes)
 
 
 def test_another_unit_than_in_training_is_named():

@@ -294,6 +294,13 @@ def test_other_bad_input_is_named():
     for number in (-1, 1.5, torch.tensor([0, 1])):
         with pytest.raises(ValueError, match="`logits_to_keep` is"):
             model(x, logits_to_keep=number)
+    for name in ("input_ids", "attention_mask", "position_ids", "labels", "weights", "basket_starts", "cu_seq_lens_q"):
+        for values, kind in ((x.tolist(), "list"), (x.numpy(), "numpy.ndarray"), (7, "int")):
+            with pytest.raises(ValueError, match=f"`{name}` is of {kind}; it must be a tensor"):
+                model(**{"input_ids": x, name: values})
+    for positions in (torch.arange(3)[None], torch.arange(4), torch.arange(4).repeat(2, 1)):
+        with pytest.raises(ValueError, match="`position_ids` has shape"):
+            model(x, position_ids=positions)
     offsets = torch.tensor([0, 2, 4])
     with pytest.raises(ValueError, match="cu_seq_lens_k"):
         model(x, cu_seq_lens_q=offsets, cu_seq_lens_k=torch.tensor([0, 1, 4]))

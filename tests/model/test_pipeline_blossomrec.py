@@ -188,11 +188,17 @@ def test_times_and_types_of_events_are_read(with_events, batch_size):
     [
         ({"timestamps": None}, "`timestamps` is None for 2 items; the model reads timestamps, so give a dictionary"),
         ({"timestamps": [1]}, r"`timestamps` is \[1\] for 2 items"),
-        ({"timestamps": [1, 2.5]}, "`timestamps` contains 2.5; it must be an integer, seconds since 1970"),
+        ({"timestamps": [1, 2.5]}, "`timestamps` contains 2.5; it must be an int64 number, seconds since 1970"),
+        ({"timestamps": [1, 2**63]}, "`timestamps` contains 9223372036854775808; it must be an int64 number"),
+        ({"timestamps": {1, 2}}, r"`timestamps` is \{1, 2\} for 2 items"),
         ({"event_types": "view"}, "`event_types` is 'view' for 2 items"),
-        ({"now": "2026-11-27"}, "`now` contains '2026-11-27'; it must be an integer"),
+        ({"event_types": [0, 1]}, "`event_types` contains 0; it must be the name of a type, or None"),
+        ({"event_types": [["view"], None]}, r"`event_types` contains \['view'\]; it must be the name of a type"),
+        ({"now": "2026-11-27"}, "`now` contains '2026-11-27'; it must be an int64 number"),
+        ({"now": True}, "`now` contains True; it must be an int64 number"),
         ({"now": 1}, "`prediction_time` is 1, before the last event of its history at 20"),
         ({"target_event_type": "cart"}, "`target_event_type` is 'cart'; it must be one of 'view', 'buy'"),
+        ({"target_event_type": ["buy"]}, r"`target_event_type` is \['buy'\]; it must be one of"),
     ],
 )
 def test_bad_times_and_types_are_named(with_events, changes, message):

@@ -273,7 +273,7 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
         if last_only:
             cache.check_last(append.lengths, last_length)
             hidden_states, moments = last, append.last_moments()
-            self._check(moments)
+            self.check_moments(moments)
         else:
             hidden_states, moments = append.of_new(hidden_states), moments.map(append.of_new)
         if use_cache:
@@ -283,10 +283,11 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
     def _moments(self, events: PackedHistories, training: bool) -> Moments:
         """When the events and the next ones happened, and of what type they are, as far as the model reads it."""
         moments = read_moments(events, self.config, training)
-        self._check(moments)
+        self.check_moments(moments)
         return moments
 
-    def _check(self, moments: Moments) -> None:
+    def check_moments(self, moments: Moments) -> None:
+        """Raise `ValueError` for times and types that are not possible; values are not read inside a compiled graph."""
         config = self.config
         if (config.time_features or config.event_types) and values_are_known(self.item_counts):
             check_moments(moments, config, self.latest_time if config.time_features else None)

@@ -160,6 +160,17 @@ def pack_histories(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
     inputs = input_ids if inputs_embeds is None else inputs_embeds
+    check_tensors(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        labels=labels,
+        basket_starts=basket_starts,
+        weights=weights,
+        cu_seq_lens_q=cu_seq_lens_q,
+        cu_seq_lens_k=cu_seq_lens_k,
+    )
     _check_ids("input_ids", input_ids)
     _check_ids("labels", labels)
     shape, device = tuple(inputs.shape[:2]), inputs.device
@@ -176,6 +187,12 @@ def pack_histories(
                 f"`{name}` has shape {tuple(values.shape)} and dtype {values.dtype}; it must be {wanted}, and have the shape "
                 f"{shape} of the input."
             )
+    if position_ids is not None and (
+        position_ids.dim() != 2 or position_ids.shape[1] != length or position_ids.shape[0] not in (1, batch)
+    ):
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}; it must have the shape {shape} of the input."
+        )
     if cu_seq_lens_k is not None and (cu_seq_lens_q is None or cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             "`cu_seq_lens_k` differs from `cu_seq_lens_q`; give the same offsets, or `cu_seq_lens_q` alone."
@@ -195,10 +212,10 @@ def pack_histories(
 
     num_histories = cu_seqlens.shape[0] - 1
     columns = {
-        "timestamps": _column("timestamps", timestamps, shape, device),
-        "event_type_ids": _column("event_type_ids", event_type_ids, shape, device),
-        "prediction_time": _column("prediction_time", prediction_time, (num_histories,), device),
-        "target_event_type": _column("target_event_type", target_event_type, (num_histories,), device),
+        "timestamps": int64_column("timestamps", timestamps, shape, device),
+        "event_type_ids": int64_column("event_type_ids", event_type_ids, shape, device),
+        "prediction_time": int64_column("prediction_time", prediction_time, (num_histories,), device),
+        "target_event_type": int64_column("target_event_type", target_event_type, (num_histories,), device),
     }
 
     values_known = values_are_known(inputs)
@@ -245,19 +262,25 @@ def values_are_known(x: torch.Tensor) -> bool:
     return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
-def _column(
+def int64_column(
     name: str, values: torch.Tensor | int | None, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor | None:
     """A column of the events `[B, L]` or of the histories `[S]` as int64; a number is the value of all histories."""
+    unit = ", seconds" if "time" in name else ""
     if isinstance(values, int) and not isinstance(values, bool) and len(shape) == 1:
+        if not -(2**63) <= values < 2**63:
+            raise ValueError(f"`{name}` is {values}; it must be an int64 number{unit}.")
         return torch.full(shape, values, device=device)
     if values is None:
         return None
     whole = isinstance(values, torch.Tensor) and not values.is_floating_point() and values.dtype != torch.bool
     if not whole or values.is_complex():
-        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-        unit = ", seconds" if "time" in name else ""
-        raise ValueError(f"`{name}` is of {kind}; it must be an int64 tensor{unit}, so convert it with `.long()`.")
+        kind = values.dtype if isinstance(values, torch.Tensor) else _kind(values)
+        raise ValueError(
+            f"`{name}` is of {kind}; it must be an int64 tensor{unit}, such as `torch.tensor(values, dtype=torch.int64)`."
+        )
+    if values.dim() == 0 and len(shape) == 1:
+        values = values.expand(shape)
     if tuple(values.shape) != shape:
         raise ValueError(
             f"`{name}` has shape {list(values.shape)}; it must be {list(shape)}, one value per "
@@ -298,6 +321,17 @@ def _items_before_padding(
     first = torch.arange(batch + 1, device=real.device) * length
     token, position = (order + first[:-1, None]).flatten(), torch.arange(length, device=real.device).repeat(batch)
     return PackedHistories(token, position, first, length, (batch, length), real.sum(1), input_ids, inputs_embeds)
+
+
+def _kind(values: Any) -> str:
+    return f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
+
+
+def check_tensors(**inputs: Any) -> None:
+    """Raise `ValueError` for inputs, by name, that are neither tensors nor `None`."""
+    for name, values in inputs.items():
+        if values is not None and not isinstance(values, torch.Tensor):
+            raise ValueError(f"`{name}` is of {_kind(values)}; it must be a tensor, such as `torch.tensor(values)`.")
 
 
 def _check_ids(name: str, ids: torch.Tensor | None) -> None:

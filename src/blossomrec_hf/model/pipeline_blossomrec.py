@@ -1,7 +1,7 @@
 """`pipeline("sequential-recommendation")`: raw item ids in, raw item ids and scores out."""
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
 from typing import Any
 
@@ -173,6 +173,7 @@ class SequentialRecommendationPipeline(Pipeline):
             encoded["prediction_time"] = torch.tensor(now)
         if config.event_types:
             types = [_one_per_item(entry, "event_types", n) for entry, n in zip(entries, lengths)]
+            _check_names("event_types", (name for row in types for name in row))
             ids = {name: i for i, name in enumerate(config.event_types)}
             encoded["event_type_ids"] = _pad([[ids.get(name, UNKNOWN_TYPE) for name in row] for row in types], 0)
             if unknown := sum(name not in ids for row in types for name in row):
@@ -181,7 +182,7 @@ class SequentialRecommendationPipeline(Pipeline):
                 )
             targets = [entry.get("target_event_type") for entry in entries]
             for name in targets:
-                if name is not None and name not in ids:
+                if name is not None and (not isinstance(name, str) or name not in ids):
                     raise ValueError(
                         f"`target_event_type` is {name!r}; it must be one of {', '.join(map(repr, ids))}."
                     )
@@ -223,7 +224,8 @@ def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
 def _one_per_item(entry: Mapping, name: str, length: int) -> Sequence:
     """A column of the events of one input."""
     values = entry.get(name, [] if length == 0 else None)
-    if values is None or isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or len(values) != length:
+    ordered = hasattr(values, "__len__") and not isinstance(values, (str, Mapping, Set))
+    if not ordered or len(values) != length:
         raise ValueError(
             f"`{name}` is {values!r:.80} for {length} items; the model reads {name}, so give a dictionary with 'items' and "
             f"{name!r}, a list of the same length."
@@ -231,8 +233,19 @@ def _one_per_item(entry: Mapping, name: str, length: int) -> Sequence:
     return values
 
 
+def _check_names(name: str, values: Iterable) -> None:
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"`{name}` contains {value!r:.80}; it must be the name of a type, or None if it is unknown."
+            )
+
+
 def _seconds(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"`{name}` contains {value!r}; it must be an integer, seconds since 1970.") from error
+        seconds = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        seconds = None
+    if seconds is None or not -(2**63) <= seconds < 2**63:
+        raise ValueError(f"`{name}` contains {value!r:.80}; it must be an int64 number, seconds since 1970.")
+    return seconds

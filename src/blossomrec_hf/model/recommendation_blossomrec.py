@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .cache_blossomrec import BlossomRecCache
+from .events_blossomrec import Moments
 from .id_lists_blossomrec import as_ids, tensor_of_lists
 from .ids_blossomrec import NUM_SPECIAL_IDS
 from .items_blossomrec import MIN_NORM
@@ -22,7 +23,7 @@ from .modules_blossomrec import (
     offloaded_tensor,
     stored_item_vectors,
 )
-from .packing_blossomrec import pack_histories
+from .packing_blossomrec import check_tensors, int64_column, pack_histories
 from .ranking_blossomrec import MAX_SCORES, rank_items, top_of_rows
 from .static_blossomrec import StaticEncoder
 
@@ -48,11 +49,16 @@ class RecommendationOutput(ModelOutput):
     num_unknown: torch.LongTensor | None = None
 
 
+_UNITS = dict.fromkeys(("timestamps", "prediction_time"), "seconds since 1970") | dict.fromkeys(
+    ("event_type_ids", "target_event_type"), "indices of `config.event_types`"
+)
+
+
 def _as_column(name: str, values: Any, input_ids: Any, device: torch.device) -> torch.Tensor | None:
     """A column of the events, given as `input_ids` are: a tensor, or lists of different lengths, padded with 0."""
     if values is None or isinstance(values, torch.Tensor):
         return values
-    column = tensor_of_lists(name, values, 0, device, "whole numbers")
+    column = tensor_of_lists(name, values, 0, device, f"whole numbers, {_UNITS[name]}")
     if not isinstance(input_ids, torch.Tensor) and column.dim() == 2:
         for i, (row, items) in enumerate(zip(values, input_ids)):
             if len(row) != len(items):
@@ -69,7 +75,9 @@ def _as_row_values(name: str, values: Any) -> torch.Tensor | int | None:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`{name}` must be one integer, or one per history: {error}.") from error
+        raise ValueError(
+            f"`{name}` is {values!r:.80}; it must be one integer, or one per history, {_UNITS[name]}."
+        ) from error
 
 
 class RecommendationMixin:
@@ -176,14 +184,14 @@ class RecommendationMixin:
         if max_length is not None and cache is not None:
             raise ValueError("`max_length` cannot be combined with `cache`; `crop` a cache instead.")
         cache = self.base_model.cache_for(cache)
-        device = self._input_device()
+        device, given = self._input_device(), input_ids
+        input_ids = as_ids("input_ids", input_ids, 0, device, vocab_size)
         columns = {
-            "timestamps": _as_column("timestamps", timestamps, input_ids, device),
-            "event_type_ids": _as_column("event_type_ids", event_type_ids, input_ids, device),
+            "timestamps": _as_column("timestamps", timestamps, given, device),
+            "event_type_ids": _as_column("event_type_ids", event_type_ids, given, device),
             "prediction_time": _as_row_values("prediction_time", prediction_time),
             "target_event_type": _as_row_values("target_event_type", target_event_type),
         }
-        input_ids = as_ids("input_ids", input_ids, 0, device, vocab_size)
         real = _real_positions(input_ids, attention_mask)
         unknown = real & (input_ids == self.config.unk_token_id)
         real = real & ~unknown
@@ -233,13 +241,20 @@ class RecommendationMixin:
             states: `[B, hidden_size]`, the last hidden state of each history's last position.
             seen_ids: items to exclude, `[B, N]` padded with −1 or lists of different lengths. Defaults to none.
             empty: `[B]` bool, the rows without a history, whose states have no meaning.
-            timestamps, prediction_time, target_event_type: int64 `[B]`, as in `BlossomRecModel.prediction_states`. With the
-                time feature `"next_gap_input"`, the states themselves depend on the `prediction_time` for which they were
-                computed; ask `recommend` with the cache.
+            timestamps, prediction_time, target_event_type: int64 `[B]`, lists or one integer, as in
+                `BlossomRecModel.prediction_states`. With the time feature `"next_gap_input"`, the states themselves depend on
+                the `prediction_time` for which they were computed; ask `recommend` with the cache.
 
             The other arguments, the output and the errors are those of `recommend`; there is no `num_unknown`.
         """
-        states = self.base_model.prediction_states(states, timestamps, prediction_time, target_event_type)
+        values = {"timestamps": timestamps, "prediction_time": prediction_time, "target_event_type": target_event_type}
+        time, now, target = (
+            int64_column(name, _as_row_values(name, x), states.shape[:1], states.device) for name, x in values.items()
+        )
+        config, timed = self.config, time is not None and now is not None
+        moments = Moments(time=time, next_time=now) if config.time_features and timed else Moments()
+        self.base_model.check_moments(moments._replace(next_type=target if config.event_types else None))
+        states = self.base_model.prediction_states(states, time, now, target)
         options = {"exclude_ids": exclude_ids, "candidate_ids": candidate_ids, "min_score": min_score, "index": index}
         return self.recommend_from_predictions(states, seen_ids, empty=empty, top_k=top_k, **options)
 
@@ -391,6 +406,7 @@ def _real_positions(input_ids: torch.Tensor, attention_mask: torch.Tensor | None
         )
     if attention_mask is None:
         return input_ids != 0
+    check_tensors(attention_mask=attention_mask)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, `input_ids` {tuple(input_ids.shape)}; "
