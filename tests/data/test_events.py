@@ -154,7 +154,7 @@ def test_a_column_that_looks_like_event_types_is_named(caplog, name):
     log = pl.DataFrame({"user": [1, 1], "item": [2, 3], name: ["view", "buy"]})
     build_sequences(log)
     assert (
-        f"the column '{name}' looks like event types, which are not read; read them with event_type='{name}'"
+        f"the column '{name}' looks like event types, which are not read; read them with event_type='{name}' (--event_type {name})"
         in caplog.text
     )
     caplog.clear()

@@ -132,7 +132,8 @@ def test_features_need_a_table(tmp_path, capsys):
     (tmp_path / "log.csv").write_text("user,item\n1,1\n")
     with pytest.raises(SystemExit, match="2"):
         prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--item_numbers", "price"])
-    assert "no item table; give its file with items=" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "are columns of an item table, but none is given; give its file with items=… (--items)." in error
     assert not (tmp_path / "out").exists()
 
 

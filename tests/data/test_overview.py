@@ -63,6 +63,8 @@ def test_ties_types_and_warnings():
     assert said[0] == "one user has 71% of the events" and said[1].startswith(
         "29% of the events are in the second of the one"
     )
+    grouped = warnings(describe(build_sequences(log, event_type="event", group="timestamp")[0]))
+    assert not any("the events are in the second of the one" in sentence for sentence in grouped)  # they are baskets
     figures = describe(build_sequences(log, timestamp="")[0])
     assert warnings(figures)[0].startswith("the order of time is unknown") and "tied_share" not in figures
 

@@ -145,7 +145,7 @@ def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: 
                 if file.suffix != ".arrow" and not (split / file.name).exists():
                     shutil.copy(file, split)
             report = FilterReport.load(split)
-            report.measure_repeats(dataset)
+            report.measure_repeats(dataset, args.split)
             report.save(split)
     (folder / "README.md").write_text(dataset_card(folder), encoding="utf-8")
 

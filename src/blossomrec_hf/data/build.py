@@ -123,7 +123,10 @@ def open_items(items: Any, features: ItemOptions) -> ItemTable | None:
     if isinstance(items, (str, Path)) and not Path(items).is_file():
         raise FileNotFoundError(f"items {str(items)!r} is no file; give the path of one, or a frame.")
     if items is None and any(features.columns.values()):
-        raise ValueError("columns of an item table are given, but no item table; give its file with items=….")
+        names = ", ".join(f"{option} {list(columns)}" for option, columns in features.columns.items() if columns)
+        raise ValueError(
+            f"{names} are columns of an item table, but none is given; give its file with items=… (--items)."
+        )
     return None if items is None else ItemTable(items, features)
 
 

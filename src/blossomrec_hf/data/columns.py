@@ -62,7 +62,8 @@ def find_columns(
             match = None
             if looks := [name for key in map(_plain, usual) for name in plain.get(key, ())]:
                 notes.append(
-                    f"the column {looks[0]!r} looks like event types, which are not read; read them with {role}={looks[0]!r}"
+                    f"the column {looks[0]!r} looks like event types, which are not read; read them with {role}={looks[0]!r} "
+                    f"(--{role} {looks[0]})"
                 )
         elif given is None:
             exact_first = (sorted(plain.get(_plain(key), ()), key=key.__ne__) for key in usual)

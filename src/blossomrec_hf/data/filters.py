@@ -89,10 +89,11 @@ class FilterReport:
             )
         self.steps.append([name, int(interactions), int(users), int(items)])
 
-    def measure_repeats(self, dataset: "Dataset") -> None:
+    def measure_repeats(self, dataset: "Dataset", split: str = "leave_one_out") -> None:
         """Measures and logs the share of test targets that already occur in their user's history."""
         self.repeat_share = repeat_share(dataset)
-        logger.info("%.1f %% of the test targets already occur in their user's history", 100 * self.repeat_share)
+        message = "split %s: %.1f %% of the test targets already occur in their user's history"
+        logger.info(message, split, 100 * self.repeat_share)
 
     def _reasons(self) -> str:
         counts = ", ".join(f"{count:,} with {reason}" for reason, count in sorted(self.bad_row_reasons.items()))

@@ -43,9 +43,9 @@ def describe(dataset: Dataset, tokenizer: BlossomRecTokenizer | None = None) -> 
         falling); `covering_length`: for each of 50, 90 and 99, the least number of latest items a user that holds so
         many percent of the interactions; `unseen_targets` (test targets whose item never occurs in training, all test
         targets); with event types, `event_types` (number of events by type). With times, also `time_span` (first and last
-        second), `tied_share` (events in the same second as the one before them in the history), `months` (for each month
-        with events, in order, its name, the number of events and the number of cold items, which occur in no earlier
-        month) and, with `tokenizer`, `ordered_ties` (of the pairs of successive events in one second with different items,
+        second), `baskets` (whether the events of a second are a basket), `tied_share` (events in the same second as the
+        one before them in the history), `months` (for each month with events, in order, its name, the number of events
+        and the number of cold items, which occur in no earlier month) and, with `tokenizer`, `ordered_ties` (of the pairs of successive events in one second with different items,
         those in the order of their item ids, all of them).
     """
     lengths, frequencies, repeated = [], np.zeros(1, np.int64), 0
@@ -112,6 +112,7 @@ def _describe_times(
     cold = Counter(first_month[first_month < never].tolist())
     figures = {
         "time_span": (min(first for first, _ in spans), max(last for _, last in spans)),
+        "baskets": "basket_starts" in dataset.column_names,
         "tied_share": ties / max(total, 1),
         "months": [(str(np.datetime64(month, "M")), by_month[month], cold[month]) for month in sorted(by_month)],
     }
@@ -141,13 +142,14 @@ def warnings(figures: dict[str, Any]) -> list[str]:
         )
     if figures["users"] > 1 and longest > 0.2 * figures["interactions"]:
         found.append(f"one user has {longest / figures['interactions']:.0%} of the events")
-    if figures.get("tied_share", 0) > 0.2:
+    ties_have_an_order = not figures.get("baskets", False)  # the items of a basket are predicted together
+    if ties_have_an_order and figures.get("tied_share", 0) > 0.2:
         found.append(
             f"{figures['tied_share']:.0%} of the events are in the second of the one before them, so that the order of the rows "
             "decides; if they are baskets, group them (--group timestamp)"
         )
     ordered, compared = figures.get("ordered_ties", (0, 0))
-    if compared >= MIN_TIES and not 0.05 < ordered / compared < 0.95:
+    if ties_have_an_order and compared >= MIN_TIES and not 0.05 < ordered / compared < 0.95:
         found.append(
             f"{max(ordered, compared - ordered) / compared:.0%} of the {compared:,} ties are sorted by item id, so that the order "
             "within a second is that of the ids and not that of the events; a model can learn it, and its figures are too good"
