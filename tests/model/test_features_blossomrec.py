@@ -1,6 +1,8 @@
 """Item features: vectors of categories and of dense tables, next to a computation in plain Python."""
 
 import copy
+import importlib.util
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -397,17 +399,53 @@ def test_features_that_do_not_fit_change_nothing(damage, message):
 def test_bad_columns_are_refused():
     with pytest.raises(ValueError, match="lengths"):
         ItemFeatures.from_columns({"genre": ["a", "b"], "plot": np.ones((3, 2))})
-    with pytest.raises(ValueError, match="plot has vectors of 3 numbers; 2 are expected"):
+    with pytest.raises(ValueError, match="plot has vectors of 3 numbers; 2 are expected, or categories"):
         ItemFeatures.from_columns({"plot": [[1.0, 2.0], [1.0, 2.0, 3.0]]})
     with pytest.raises(ValueError, match="plot has numbers that are not finite for item 1"):
         ItemFeatures.from_columns({"plot": np.array([[1.0, 2.0], [1.0, np.nan]])})
     with pytest.raises(ValueError, match="config.item_features"):
         model = BlossomRecForSequentialRecommendation(config())
         model.set_item_features(ItemFeatures.from_columns({"genre": ["a", "a"]}))
+    for columns in (None, {}, [["a"]]):
+        with pytest.raises(ValueError, match="`columns` is .*; it must be a dictionary with at least one column"):
+            ItemFeatures.from_columns(columns)
+    for column in (7, "abc", None, {"item": "a"}):
+        with pytest.raises(ValueError, match=r"`columns\['genre'\]` is .*; it must be a list or an array"):
+            ItemFeatures.from_columns({"genre": column})
+    for value in (np.nan, 1.5, ["a", None], {"a": 1}, [["a"]]):
+        with pytest.raises(ValueError, match=r"`columns\['genre'\]` has .* for item 1; categories are strings or int"):
+            ItemFeatures.from_columns({"genre": ["a", value]})
     features = ItemFeatures.from_columns(draw_columns())
     model = BlossomRecForSequentialRecommendation(config(item_features=features.config()))
+    for wrong in (None, draw_columns(), [features]):
+        with pytest.raises(ValueError, match="`features` is of .*; make it with `ItemFeatures.from_columns"):
+            model.set_item_features(wrong)
     with pytest.raises(ValueError, match="no features of its items.*set_item_features"):
         model.train()
+
+
+def test_whole_numbers_are_categories():
+    years = [1994, 1995, None, 1994, 1995]
+    expected = ItemFeatures.from_columns({"year": [None if year is None else str(year) for year in years]})
+    assert expected.columns["year"].names == ["1994", "1995"]
+    found = ItemFeatures.from_columns({"year": years})
+    assert all(map(np.array_equal, found.columns["year"], expected.columns["year"]))
+    assert ItemFeatures.from_columns({"year": np.array([7, 7, 8])}).columns["year"].codes.tolist() == [1, 1, 0]
+    known = expected.config()
+    assert ItemFeatures.from_columns({"year": [1995, 2000]}, known=known).columns["year"].codes.tolist() == [2, 0]
+
+
+def test_features_of_another_copy_of_the_code_fit():
+    """As those of the package do for a model that is loaded with `trust_remote_code=True`."""
+    model = make_model()
+    name = f"{ItemFeatures.__module__}_copy"
+    spec = importlib.util.spec_from_file_location(name, inspect.getsourcefile(ItemFeatures))
+    spec.loader.exec_module(copied := importlib.util.module_from_spec(spec))
+    assert copied.Categories is not Categories
+    features = copied.ItemFeatures.from_columns(draw_columns(), known=model.config.item_features)
+    model.set_item_features(features)
+    codes, offsets = model.model.item_features.columns[0].codes, features.columns["genre"].offsets
+    assert codes.tolist() == features.columns["genre"].codes.tolist() and len(offsets) == 59
 
 
 def test_codes_are_sorted_unique_and_never_missing():

@@ -69,16 +69,23 @@ class ItemFeatures:
         ```
 
         Args:
-            columns: a value per item and column: a category, a list of categories, a vector (array or list of numbers), or
-                `None` if it is missing. Vectors are scaled to length 1.
+            columns: a value per item and column: a category (string or integer), a list of categories (strings), a vector
+                (array or list of numbers), or `None` if it is missing. Vectors are scaled to length 1.
             known: `config.item_features` of a model, whose categories and sizes are kept: other categories are unknown,
                 columns that are missing here are missing for all items, and other columns are ignored. By default, all
                 categories of at least two items are known.
 
         Raises:
-            ValueError: for columns of different lengths, and for vectors of different lengths or with values that are not
-                finite.
+            ValueError: for columns of different lengths, for vectors of different lengths or with values that are not
+                finite, and for categories that are neither strings nor integers.
         """
+        if not isinstance(columns, Mapping) or not columns:
+            raise ValueError(f"`columns` is {columns!r:.80}; it must be a dictionary with at least one column.")
+        for name, column in columns.items():
+            if not hasattr(column, "__len__") or isinstance(column, str | Mapping):
+                raise ValueError(
+                    f"`columns[{name!r}]` is {column!r:.80}; it must be a list or an array with a value per item."
+                )
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"`columns` have the lengths {lengths}; each needs one value per item.")
@@ -119,7 +126,7 @@ class ItemFeatures:
 
 
 def _num_items(column: Categories | torch.Tensor) -> int:
-    return len(column.offsets) - 1 if isinstance(column, Categories) else len(column)
+    return len(column) if isinstance(column, torch.Tensor) else len(column.offsets) - 1
 
 
 def _column(
@@ -127,13 +134,13 @@ def _column(
 ) -> Categories | torch.Tensor:
     """The column of these values, with the names or the size of a known one."""
     if known is None:
-        some = next((value for value in values if value is not None and len(value)), None)
-        kind = "vectors" if some is not None and _is_vector(some) else "categories"
+        some = next((value for value in values if value is not None and np.size(value)), None)
+        kind = "vectors" if _is_vector(some) else "categories"
     else:
         kind = known["kind"]
     if kind == "vectors":
         return unit_table(name, values, None if known is None else known["size"])
-    lists = [[] if value is None else [value] if isinstance(value, str) else list(value) for value in values]
+    lists = [_categories_of(name, item, value) for item, value in enumerate(values)]
     flat = [str(category) for categories in lists for category in categories]
     items = np.repeat(np.arange(num_items), [len(categories) for categories in lists])
     if known is None:
@@ -148,11 +155,25 @@ def _column(
     return Categories.from_codes(names, items, np.array([codes.get(c, 0) for c in flat], np.int64), num_items)
 
 
+def _categories_of(name: str, item: int, value: Any) -> list[str | int]:
+    if value is None:
+        return []
+    categories = (
+        list(value) if isinstance(value, list | tuple | set | frozenset | np.ndarray) and np.ndim(value) else [value]
+    )
+    for category in categories:
+        if not isinstance(category, str | int | np.integer):
+            raise ValueError(
+                f"`columns[{name!r}]` has {category!r:.80} for item {item}; categories are strings or integers, and None is "
+                "given in place of a missing one."
+            )
+    return categories
+
+
 def _is_vector(value: Any) -> bool:
-    if isinstance(value, str):
+    if value is None or isinstance(value, str | Mapping | set | frozenset) or not np.ndim(value):
         return False
-    first = value[0]
-    return not isinstance(first, str) and np.issubdtype(np.asarray(first).dtype, np.number)
+    return np.issubdtype(np.asarray(value[0]).dtype, np.number)
 
 
 def unit_table(name: str, values: Sequence[Any] | np.ndarray, size: int | None = None) -> torch.Tensor:
@@ -171,7 +192,9 @@ def unit_table(name: str, values: Sequence[Any] | np.ndarray, size: int | None =
         sizes = {len(value) for value in values if value is not None}
         size = size if size is not None or not sizes else next(iter(sizes))
         if sizes - {size}:
-            raise ValueError(f"{name} has vectors of {min(sizes - {size})} numbers; {size} are expected.")
+            raise ValueError(
+                f"{name} has vectors of {min(sizes - {size})} numbers; {size} are expected, or categories as strings."
+            )
         values = np.array(
             [np.zeros(size or 0) if value is None else np.asarray(value) for value in values], np.float32
         )
@@ -212,7 +235,7 @@ class CategoryVectors(nn.Embedding):
         return self.offsets.is_meta or int(self.offsets[-1]) == len(self.codes)
 
     def check(self, name: str, column: Categories | torch.Tensor) -> None:
-        if not isinstance(column, Categories):
+        if isinstance(column, torch.Tensor):
             raise ValueError(f"`features` has vectors in the column {name!r}, in which the model has categories.")
         if column.names != self.names:
             raise ValueError(
@@ -275,7 +298,7 @@ class VectorProjection(nn.Module):
         return type(self.table) is not nn.Parameter or self.table.is_meta or bool(self.table.any())
 
     def check(self, name: str, column: Categories | torch.Tensor) -> None:
-        if isinstance(column, Categories):
+        if not isinstance(column, torch.Tensor):
             raise ValueError(f"`features` has categories in the column {name!r}, in which the model has vectors.")
         if column.dim() != 2 or column.shape[1] != self.table.shape[1]:
             raise ValueError(
@@ -348,6 +371,11 @@ class FeatureVectors(nn.Module):
         Raises:
             ValueError: if `features` do not fit the model; nothing is changed then.
         """
+        if not isinstance(getattr(features, "columns", None), Mapping):
+            raise ValueError(
+                f"`features` is of {type(features).__name__}; make it with "
+                "`ItemFeatures.from_columns(columns, known=model.config.item_features)`."
+            )
         if sorted(features.columns) != self.names:
             raise ValueError(
                 f"`features` has the columns {', '.join(sorted(features.columns))}; the model has {', '.join(self.names)}."
