@@ -54,3 +54,21 @@ def test_budget_batches_cut_in_order_and_lose_nothing():
 def test_bad_max_length_is_named():
     with pytest.raises(ValueError, match="`max_length` must be at least 1, got 0"):
         HistoryStore(*concatenate([[2, 3]]), max_length=0)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([[1, 2], [3, 4, 5]], "`timestamps` has 2 values in row 0, which has 3 events; give one value each"),
+        ([[1, 2, 3], None], "`timestamps` has None in row 1, which has 2 events"),
+        ([[1, 2, None], [3, 4]], "`timestamps` has values of object; give numbers, such as times in whole seconds"),
+        ([["a", "b", "c"], ["d", "e"]], "`timestamps` has values of <U1; give numbers"),
+        ([np.array(["2026-11-27"] * n, "datetime64[s]") for n in (3, 2)], "`timestamps` has values of datetime64"),
+    ],
+)
+def test_columns_with_other_values_than_one_number_per_event_are_refused(times, message):
+    rows = [{"input_ids": ids, "timestamps": values} for ids, values in zip([[2, 3, 4], [5, 6]], times)]
+    with pytest.raises(ValueError, match=message):
+        HistoryStore.from_rows(rows, columns=["timestamps"])
+    with pytest.raises(ValueError, match=message.replace("timestamps", "weights")):
+        HistoryStore.from_rows([{"input_ids": row["input_ids"], "weights": row["timestamps"]} for row in rows])

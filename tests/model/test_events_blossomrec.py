@@ -340,6 +340,17 @@ def test_now_and_the_target_type_are_whole_numbers_of_any_kind():
             model.recommend(**batch | {name: values})
 
 
+def test_without_events_there_are_no_times_and_types_to_give():
+    model, log, now = event_recommender(**EVERYTHING), timed(3, 5), 2_000_000_000
+    cache = model(**log.padded(), use_cache=True).cache
+    found = model.recommend([[], []], cache=cache, prediction_time=now, target_event_type=1)
+    expected = model.recommend(**log.padded() | {"prediction_time": now, "target_event_type": 1})
+    torch.testing.assert_close(found.scores, expected.scores, **EXACT)
+    assert model.recommend([[], []], prediction_time=now).item_ids.shape == (2, 10)
+    with pytest.raises(ValueError, match="`timestamps` is None, but the model reads it"):
+        model.recommend([[5], []], cache=cache)
+
+
 def test_states_are_recommended_from_with_checked_times_and_types():
     model, log = event_recommender(**EVERYTHING | {"time_features": ["next_gap", "hour"]}), timed(3, 5)
     cache = model(**log.padded(), use_cache=True).cache

@@ -417,6 +417,11 @@ def test_bad_columns_are_refused():
             ItemFeatures.from_columns({"genre": ["a", value]})
     features = ItemFeatures.from_columns(draw_columns())
     model = BlossomRecForSequentialRecommendation(config(item_features=features.config()))
+    for first_id in (0, 1, 61):
+        with pytest.raises(
+            ValueError, match=f"`first_id` is {first_id}; it must be the vocabulary id of an item, from 2"
+        ):
+            model.set_item_features(features, first_id=first_id)
     for wrong in (None, draw_columns(), [features]):
         with pytest.raises(ValueError, match="`features` is of .*; make it with `ItemFeatures.from_columns"):
             model.set_item_features(wrong)

@@ -98,6 +98,10 @@ class HistoryStore(Dataset):
             rows: the histories. Their `num_known`, `weights` and `basket_starts` are read if they have them.
             columns: other columns to read, one value per event.
             max_length (`int`, *optional*): number of latest events of each history in use; by default, all.
+
+        Raises:
+            ValueError: for rows without one of the columns, for columns of another length than `input_ids`, and for values
+                that are not numbers.
         """
         if isinstance(rows, HistoryStore):
             store = copy.copy(rows)
@@ -121,14 +125,15 @@ class HistoryStore(Dataset):
                 weights += batch.get("weights", [])
             known += batch.get("num_known", [1] * len(batch["input_ids"]))
         items, offsets = concatenate(values.pop("input_ids"))
-        joined = {name: _join(lists) for name, lists in values.items()}
+        lengths = np.diff(offsets)
+        joined = {name: _join(name, lists, lengths) for name, lists in values.items()}
         return cls(
             items,
             offsets,
             max_length=max_length,
             num_known=np.array(known, np.int64),
             columns=joined,
-            weights=_join(weights) if weights else None,
+            weights=_join("weights", weights, lengths) if weights else None,
         )
 
     @property
@@ -347,9 +352,17 @@ def iterate_columns(rows: Dataset | Sequence[Mapping], *columns: str) -> Iterato
         yield from zip(*(batch[column] for column in columns), strict=True)
 
 
-def _join(lists: list) -> np.ndarray:
+def _join(name: str, lists: list, lengths: np.ndarray) -> np.ndarray:
+    """The values of all events, of one list per history; `lengths` are those of the histories."""
+    for row, (values, length) in enumerate(zip(lists, lengths)):
+        found = f"{len(values)} values" if hasattr(values, "__len__") else f"{values!r:.80}"
+        if found != f"{length} values":
+            raise ValueError(f"`{name}` has {found} in row {row}, which has {length} events; give one value each.")
     arrays = [np.asarray(values) for values in lists if len(values)]
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    joined = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    if joined.dtype.kind not in "biuf":
+        raise ValueError(f"`{name}` has values of {joined.dtype}; give numbers, such as times in whole seconds.")
+    return joined
 
 
 def concatenate(lists: Iterable[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

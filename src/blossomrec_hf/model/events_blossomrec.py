@@ -97,7 +97,9 @@ def read_moments(histories: PackedHistories, config: BlossomRecConfig, training:
 def _column(histories: PackedHistories, name: str, reason: str) -> torch.Tensor:
     column = getattr(histories, name)
     if column is None:
-        raise ValueError(f"`{name}` is None, but {reason}; give one value per event.")
+        raise ValueError(
+            f"`{name}` is None, but {reason}; give one value per event (a collator: `columns=model.config.event_columns`)."
+        )
     return histories.pack(column)
 
 

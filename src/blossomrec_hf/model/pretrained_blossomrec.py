@@ -147,6 +147,11 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
             raise ValueError(
                 "`config.item_features` is None; make the model with `BlossomRecConfig(item_features=features.config())`."
             )
+        if not NUM_SPECIAL_IDS <= first_id <= self.config.vocab_size:
+            raise ValueError(
+                f"`first_id` is {first_id}; it must be the vocabulary id of an item, from {NUM_SPECIAL_IDS} to "
+                f"{self.config.vocab_size - 1}, and for further items, `resize_token_embeddings` comes first."
+            )
         base.item_features.replace(first_id, features)
         self.config.item_features = base.item_features.describe()
 

@@ -193,6 +193,8 @@ class RecommendationMixin:
             "target_event_type": _as_row_values("target_event_type", target_event_type),
         }
         real = _real_positions(input_ids, attention_mask)
+        if not input_ids.shape[1]:  # without events, there is nothing to give
+            columns |= {name: input_ids for name in ("timestamps", "event_type_ids") if columns[name] is None}
         unknown = real & (input_ids == self.config.unk_token_id)
         real = real & ~unknown
         num_unknown, empty = unknown.sum(1), ~real.any(1)
