@@ -160,3 +160,11 @@ def test_windows_of_a_data_set_have_each_event_with_its_columns(rows_of, window,
 def test_a_column_of_another_length_is_refused():
     with pytest.raises(ValueError, match="2 values in timestamps for 3 events"):
         HistoryStore(np.array([2, 3, 4]), np.array([0, 3]), columns={"timestamps": np.array([1, 2])})
+
+
+@pytest.mark.parametrize("collator", [PackingCollator, PaddingCollator])
+def test_the_name_of_one_column_is_no_list(collator):
+    with pytest.raises(
+        ValueError, match=r"columns is 'timestamps'; it must be a list of names, such as \['timestamps'\]"
+    ):
+        collator(columns="timestamps")

@@ -72,3 +72,15 @@ def test_columns_with_other_values_than_one_number_per_event_are_refused(times, 
         HistoryStore.from_rows(rows, columns=["timestamps"])
     with pytest.raises(ValueError, match=message.replace("timestamps", "weights")):
         HistoryStore.from_rows([{"input_ids": row["input_ids"], "weights": row["timestamps"]} for row in rows])
+
+
+@pytest.mark.parametrize(
+    "ids", [[2.7, 3.0], [2, None], None, 5, [[2, 3]], ["a"], [True], [2**40], np.array([2**32 + 5])]
+)
+def test_ids_that_are_no_list_of_integers_are_refused(ids):
+    with pytest.raises(
+        ValueError, match="`input_ids` is .* in row 1; it must be one list of vocabulary ids, integers"
+    ):
+        PackingCollator()([{"input_ids": [2, 3]}, {"input_ids": ids}])
+    items, offsets = concatenate([[], [2, 3], np.array([4], np.uint16), ()])
+    assert items.tolist() == [2, 3, 4] and items.dtype == np.int32 and offsets.tolist() == [0, 0, 2, 3, 3]

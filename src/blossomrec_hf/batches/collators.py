@@ -36,7 +36,7 @@ class PackingCollator:
     def __init__(
         self, max_length: int | None = None, *, max_tokens: int | None = None, columns: Sequence[str] = ()
     ) -> None:
-        _check_max_length(max_length)
+        _check_arguments(max_length, columns)
         self.max_length, self.max_tokens, self.columns = max_length, max_tokens, tuple(columns)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]] | HistoryStore) -> dict[str, torch.Tensor | int]:
@@ -74,7 +74,7 @@ class PaddingCollator:
         *,
         columns: Sequence[str] = (),
     ) -> None:
-        _check_max_length(max_length)
+        _check_arguments(max_length, columns)
         if padding_side not in ("right", "left"):
             raise ValueError(f'padding_side is {padding_side!r}; it may be "right" or "left".')
         self.max_length, self.padding_side, self.columns = max_length, padding_side, tuple(columns)
@@ -84,7 +84,9 @@ class PaddingCollator:
         return histories.pad(np.arange(len(histories)), padding_side=self.padding_side)
 
 
-def _check_max_length(max_length: int | None) -> None:
+def _check_arguments(max_length: int | None, columns: Sequence[str]) -> None:
+    if isinstance(columns, str):
+        raise ValueError(f"columns is {columns!r}; it must be a list of names, such as [{columns!r}].")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length is {max_length}; it may be 1 or more, or None for all.")
 

@@ -365,9 +365,21 @@ def _join(name: str, lists: list, lengths: np.ndarray) -> np.ndarray:
     return joined
 
 
+def _as_ids(row: int, values: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype == np.int32 and array.ndim == 1:
+        return array
+    ids = array.astype(np.int32) if array.dtype.kind in "iu" or array.shape == (0,) else None
+    if ids is None or array.ndim != 1 or (ids != array).any():
+        raise ValueError(
+            f"`input_ids` is {values!r:.80} in row {row}; it must be one list of vocabulary ids, integers."
+        )
+    return ids
+
+
 def concatenate(lists: Iterable[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Lists end to end as int32, and int64 offsets that begin with 0 and end with the total."""
-    arrays = [np.asarray(values, dtype=np.int32) for values in lists]
+    arrays = [_as_ids(row, values) for row, values in enumerate(lists)]
     offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     return np.concatenate([np.empty(0, dtype=np.int32), *arrays]), offsets
