@@ -114,6 +114,14 @@ def test_drawn_items_are_ranked_too(run_command, log_file, tmp_path):
     assert f"{test['ndcg@10']:.4f}" not in card
     assert "\n# run\n" in card  # the name of the run, not of its folder
 
+    # It was trained on the held-out events, so that its figures on them come with a warning.
+    models, report = [tmp_path / "run", tmp_path / "run" / "refit"], tmp_path / "report"
+    printed = run_command("evaluate", "--models", *models, "--data", log_file, "--samples", 20, "--output_dir", report)
+    assert f"{models[1]} is a refit: it was trained on the held-out events, too." in printed
+    assert f"{models[0]} is a refit" not in printed
+    reports = json.loads((report / "evaluation.json").read_text())["reports"]
+    assert [name for name, entry in reports.items() if entry["refit"]] == [str(models[1])]
+
 
 def test_a_log_of_which_nobody_has_a_held_out_item_is_trainable(run_command, log_file, tmp_path):
     dataset, tokenizer = build_sequences(log_file)

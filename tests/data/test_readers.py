@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.metadata import item_metadata, join_item_metadata, read_item_metadata
+from blossomrec_hf.data.options import ItemOptions
 from blossomrec_hf.data.readers import open_log
 from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
 
@@ -303,3 +304,22 @@ def test_titles_stand_beside_the_dataset(tmp_path):
     assert read_item_metadata(tmp_path) is None
     with pytest.raises(ValueError, match="one has to be called"):
         item_metadata(pl.DataFrame({"key": [1]}), BlossomRecTokenizer.from_items([1]))
+
+
+def test_item_tables_with_other_categories_are_merged():
+    """A new log rarely has exactly the categories of the earlier one."""
+
+    def table(first: int, genres: list[str], width: int = 2):
+        items = range(first, first + len(genres))
+        frame = pl.DataFrame({"item_id": items, "genre": genres, "place": [[0.5] * width] * len(genres)})
+        options = ItemOptions(item_categories="genre", item_vectors="place")
+        return item_metadata(frame, BlossomRecTokenizer.from_items(list(range(1, 9))), options)
+
+    joined = join_item_metadata([table(4, ["c|a", "d"]), table(1, ["a", "b", "a|b", "b"])])
+    assert joined["genre"].to_list() == [["a"], ["b"], ["a", "b"], ["c", "a"], ["d"]]
+    assert joined["item"].to_list() == [1, 2, 3, 4, 5]
+    again = item_metadata(joined, BlossomRecTokenizer.from_items(list(range(1, 9))))  # as a command reads it
+    assert again["genre"].to_list() == joined["genre"].to_list()
+    assert set(joined["genre"].dtype.inner.categories) == set("abcd")
+    with pytest.raises(ValueError, match="place has vectors of 2 and 3 numbers in two item tables"):
+        join_item_metadata([table(1, ["a"]), table(2, ["b"], width=3)])

@@ -21,6 +21,7 @@ from ..sharing.conversion import from_authors, to_authors
 from ..sharing.recbole import read_checkpoint
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from ..utils.files import atomic_files, atomic_write, require_folder
+from ..utils.progress import set_up_logging
 
 
 @dataclass
@@ -62,7 +63,9 @@ class ConversionArguments:
 @exit_on_error()
 def main() -> None:
     parser = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter)
-    convert(*parser.parse_args_into_dataclasses())
+    (args,) = parser.parse_args_into_dataclasses()
+    set_up_logging()
+    convert(args)
 
 
 def convert(args: ConversionArguments) -> None:

@@ -50,6 +50,7 @@ from ..evaluation import (
 )
 from ..evaluation.model_scores import nows_of
 from ..evaluation.reports import NOW_LABEL
+from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.environment import describe_environment
@@ -218,6 +219,11 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
 
+    refits = [
+        folder
+        for folder in args.models
+        if (Path(folder) / SUMMARY_FILE).is_file() and read_summary(folder).get("refit", False)
+    ]
     for name, of_name in ranks.items():
         described = describe_evaluation(
             of_name,
@@ -228,7 +234,11 @@ def main() -> None:
             samples=args.samples,
             seed=args.seed,
         )
-        reports[name] = {"sees_now": name.endswith(NOW_LABEL), **described}
+        reports[name] = {
+            "sees_now": name.endswith(NOW_LABEL),
+            "refit": name.removesuffix(NOW_LABEL) in refits,
+            **described,
+        }
     arguments = {**asdict(log_args), **asdict(args)}
     report = {"arguments": arguments, "protocol": PROTOCOL, **describe_environment(), "reports": reports}
     arrays = {
@@ -241,10 +251,11 @@ def main() -> None:
     k = 10 if 10 in args.ks else max(args.ks)
     names = [name for name in next(iter(reports.values()))["metrics"] if re.match(rf"(recall|ndcg)@{k}(_|$)", name)]
     table = markdown_table(reports, [*names, f"coverage@{k}", f"popularity_lift@{k}"])
+    notes = [PROTOCOL, *(f"{folder} is a refit: it was trained on the held-out events, too." for folder in refits)]
     with atomic_files(args.output_dir) as folder:
         write_json(folder / "evaluation.json", report)
         np.savez_compressed(folder / "ranks.npz", **arrays)
-        (folder / "evaluation.md").write_text(f"{table}\n\n{PROTOCOL}\n", encoding="utf-8")
+        (folder / "evaluation.md").write_text("\n\n".join([table, *notes]) + "\n", encoding="utf-8")
     if test_after is not None:
         print(f"Users whose last input and held-out events are after {args.test_after}: ", end="")
     masking = "seen items are" if ranking["exclude_seen"] else "nothing is"
@@ -253,7 +264,10 @@ def main() -> None:
         end="",
     )
     print(
-        f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users\n\n{table}\n\n{PROTOCOL}"
+        f"occur in their user's history, {masking} excluded; ± is half a 95% interval over users",
+        table,
+        *notes,
+        sep="\n\n",
     )
 
 

@@ -27,6 +27,7 @@ from .. import BlossomRecForSequentialRecommendation
 from ..sharing.export import export_onnx, export_program
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from ..utils.files import atomic_files, require_folder
+from ..utils.progress import set_up_logging
 
 
 @exit_on_error()
@@ -42,6 +43,7 @@ def main() -> None:
         help="Output file, ending in .onnx or .pt2; with --data, in .safetensors.",
     )
     args = parser.parse_args()
+    set_up_logging()
     suffixes = (".safetensors",) if args.model is None else (".onnx", ".pt2")
     if args.output.suffix not in suffixes:
         parser.error(f"--output is {args.output}; it must end in {' or '.join(suffixes)}")

@@ -56,6 +56,7 @@ from ..serving.event_store import Store
 from ..serving.queries import Answer, Problem, Query
 from ..serving.recommender import Recommender, check_at_least
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
+from ..utils.progress import set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ def main() -> None:
         "--drain_seconds", type=int, default=30, help="Seconds that SIGTERM waits for running requests."
     )
     args = parser.parse_args()
+    set_up_logging()
     check_at_least(0, cache_mib=args.cache_mib, drain_seconds=args.drain_seconds)
     check_at_least(
         1, threads=args.threads, max_history=args.max_history, max_batch=args.max_batch, max_body=args.max_body

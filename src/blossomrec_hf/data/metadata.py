@@ -89,6 +89,7 @@ class ItemTable:
         if "title" not in frame.columns:
             frame = frame.with_columns(title=pl.lit(None, pl.String) if title is None else pl.col(features[title]))
         self.frame, self.options, self.has_features = frame.with_columns(**texts), options, bool(chosen)
+        self.is_stored = "input_id" in columns  # an `items.parquet`, whose features were chosen before
         self.text_model = load_text_model(options.text_model) if texts else None
 
     def align(self, tokenizer: BlossomRecTokenizer) -> pl.DataFrame:
@@ -96,7 +97,8 @@ class ItemTable:
         raw = pl.col("item").cast(pl.String, strict=False)
         if tokenizer.item_type == "int":
             raw = raw.str.replace(r"\.0+$", "").cast(pl.Int64, strict=False)
-        usable = pl.col("item").is_not_null() & (pl.lit(self.has_features) | pl.col("title").is_not_null())
+        described = pl.lit(self.has_features or self.is_stored) | pl.col("title").is_not_null()
+        usable = pl.col("item").is_not_null() & described
         frame = self.frame.with_columns(item=raw).filter(usable).unique("item", keep="first")
         ids = pl.Series("input_id", tokenizer.encode_items(frame["item"].to_list()), pl.Int32)
         frame = frame.with_columns(ids).filter(pl.col("input_id") != tokenizer.unk_token_id).sort("input_id")
@@ -241,6 +243,29 @@ def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
 
 
 def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:
-    """Merges frames of [`item_metadata`] for one vocabulary; of an item in several of them, the first row stays."""
+    """
+    Merges frames of [`item_metadata`] for one vocabulary; of an item in several of them, the first row with a
+    value stays. The categories of a column are those of the first frame, then those that the others add.
+
+    Raises:
+        ValueError: if vectors of one name have different lengths.
+    """
     known = [part for part in parts if part is not None]
-    return pl.concat(known, how="diagonal_relaxed").unique("item", keep="first").sort("input_id") if known else None
+    if not known:
+        return None
+    names, widths = {}, {}
+    for part in known:
+        for column, dtype in part.schema.items():
+            if isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Enum):
+                names.setdefault(column, {}).update(dict.fromkeys(dtype.inner.categories))
+            if isinstance(dtype, pl.Array) and (width := widths.setdefault(column, dtype.size)) != dtype.size:
+                raise ValueError(
+                    f"{column} has vectors of {width} and {dtype.size} numbers in two item tables; all need one length."
+                )
+    described = pl.any_horizontal(pl.exclude("item", "input_id").is_not_null())
+    texts = [
+        part.filter(described).cast({name: pl.List(pl.String) for name in names if name in part.columns})
+        for part in known
+    ]
+    joined = pl.concat(texts, how="diagonal_relaxed").unique("item", keep="first").sort("input_id")
+    return joined.cast({column: pl.List(pl.Enum(list(values))) for column, values in names.items()})

@@ -262,11 +262,14 @@ def _late_users(rows: dict[str, tuple], time: float) -> dict[str, tuple]:
     targets = np.array([min(row) for row in rows["target_timestamps"]])
     late = np.flatnonzero(np.minimum(inputs, targets) > time)
     logger.info(
-        "%d of %d users have their last input and their held-out events after %g", len(late), len(inputs), time
+        "%d of %d users have their last input and their held-out events after %.12g (seconds since 1970)",
+        len(late),
+        len(inputs),
+        time,
     )
     if not len(late):
         raise ValueError(
-            f"`test_after` is {time:g}, but no user has an input and a held-out event so late (the latest held-out event is "
+            f"`test_after` is {time:.12g}, but no user has an input and a held-out event so late (the latest held-out event is "
             f"at {targets.max()}); give an earlier time, in seconds since 1970."
         )
     return {name: tuple(values[row] for row in late) for name, values in rows.items()}
