@@ -77,7 +77,7 @@ def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command)
     error = run_command(
         "study", tmp_path / "pair.yaml", "--tables_only", "--output_dir", tmp_path / "out", status=2, field="stderr"
     )
-    assert "has no record of a finished run of pair; run it without --tables_only." in error
+    assert "has no record of a finished run of pair; run it without --tables_only, and" in error
 
 
 def test_studies_need_neither_polars_nor_datasets(run_python):

@@ -240,6 +240,10 @@ def test_checkpoints_keep_tables_and_vectors(tmp_path):
     log = timed(20, 4)
     assert torch.equal(again(**log.padded()).logits, model(**log.padded()).logits)
     assert int(again.model.latest_time) == 1_600_000_000
+    with pytest.raises(
+        ValueError, match="`time_zone` is 'UTC', but the checkpoint was trained with .*America/New_York"
+    ):
+        BlossomRecForSequentialRecommendation.from_pretrained(tmp_path, time_zone="UTC")
 
 
 def test_features_are_added_to_an_older_checkpoint(tmp_path):

@@ -143,7 +143,10 @@ def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:
         elif {name: entry["settings"] for name, entry in record["evaluations"].items()} == run.evaluations:
             found[record["data"], record["configuration"], record["seed"]] = (path, record)
     if not found:
-        raise ValueError(f"{records} has no record of a finished run of {study.name}; run it without --tables_only.")
+        raise ValueError(
+            f"{records} has no record of a finished run of {study.name}; run it without --tables_only, and if runs fail, see "
+            "their logs there."
+        )
     found = {key: found[key] for key in wanted if key in found}
     hashes = list(dict.fromkeys(record["code"] for _, record in found.values()))
     if len(hashes) > 1:

@@ -65,8 +65,8 @@ class CheckpointMixin(ManifestMixin):
 
         Raises:
             ValueError: if the weights are in pickle files, do not fit the configuration (unless
-                `ignore_mismatched_sizes=True`) or are of two uploads, or if a file is damaged, has another hash than the
-                saved one, or is outside of the folder.
+                `ignore_mismatched_sizes=True`), are of two uploads or of another `time_zone`, or if a file is damaged, has
+                another hash than the saved one, or is outside of the folder.
             ImportError: if the code of a stream needs a package that is not installed.
             OSError: if there is no such checkpoint, or the Hub cannot be reached and the cache is incomplete.
         """
@@ -104,6 +104,8 @@ class CheckpointMixin(ManifestMixin):
                 check_manifest(path, **checking)
             if not any_size:
                 _require_agreement(path, info)
+            if files:
+                _require_saved_zone(model.config, _saved_config(cls.config_class, path, **_finding(kwargs)))
         return (model, info) if wants_info else model
 
 
@@ -195,6 +197,15 @@ def _saved_config(
     if isinstance(config, PreTrainedConfig):
         return config
     return config_class.from_pretrained(path if config is None else config, **_finding(kwargs))
+
+
+def _require_saved_zone(config: PreTrainedConfig, saved: PreTrainedConfig) -> None:
+    """Refuse another time zone than that of the weights, which include its table of offsets."""
+    if {"hour", "weekday"} & {*(saved.time_features or ())} and config.time_zone != saved.time_zone:
+        raise ValueError(
+            f"`time_zone` is {config.time_zone!r}, but the checkpoint was trained with the hours and weekdays of "
+            f"{saved.time_zone!r}; omit it, or train a new model."
+        )
 
 
 def _require_plausible_size(config: PreTrainedConfig, path: str | os.PathLike, files: list[Path]) -> None:
