@@ -120,10 +120,10 @@ class OutsideAttention(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, hidden_states: torch.Tensor, *, max_seqlen: int, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, *, max_seqlen: int, keep=None, **kwargs):
         rows = hidden_states[0].unflatten(0, (-1, max_seqlen))
-        out = self.module(rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device))
-        return out.flatten(0, 1)[None], None, None, None
+        out = self.module(rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)).flatten(0, 1)[None]
+        return out if keep is None else out[:, keep], None, None, None
 
 
 def load_contestant(spec: str) -> Contestant:
