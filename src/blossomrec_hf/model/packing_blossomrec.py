@@ -155,7 +155,8 @@ def pack_histories(
 
     Raises:
         ValueError: for ids outside the vocabulary or not `[B, L]`, for columns of another shape or of floats, and for
-            offsets or positions that do not describe the input. Values are not checked inside a compiled graph, nor while a CUDA graph is captured.
+            offsets or positions that do not describe the input. Values are not checked inside a compiled graph, nor while
+            a CUDA graph is captured.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
