@@ -17,7 +17,7 @@ TYPES = ["view", "cart", "buy"]
 
 
 class Log(NamedTuple):
-    """Histories: items, times, types, and what is known of the event to be predicted. One entry per history."""
+    """Histories: items, times, types, and the time and type of the event to be predicted. One entry per history."""
 
     items: list[torch.Tensor]
     times: list[torch.Tensor]

@@ -1,4 +1,4 @@
-"""The scores of a model for held-out items, and what the model is told for them: event columns, "now", event types."""
+"""The scores of a model for held-out items, and the inputs that it gets for them: event columns, "now", event types."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -138,7 +138,7 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
             cache: cached histories; if given, `histories` contains only their new events, which are appended.
                 No gradients are computed.
             use_cache: `False` leaves `cache` as it was.
-            training: whether dropout is applied, also to items and to what is known of the next events. It does not depend
+            training: whether dropout is applied, also to items and to times and types of the next events. It does not depend
                 on the modules' mode, so that threads may share a model.
             layer_outputs: the lists in it that are not `None` get the outputs of every layer.
             item_vectors: with `config.item_features`, the result of `item_vectors`, if it is known.
