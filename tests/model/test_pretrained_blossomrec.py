@@ -71,6 +71,21 @@ def test_save_and_load(tmp_path, tied):
     assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
 
 
+def test_what_is_frozen_stays_frozen_after_loading(tmp_path):
+    """A table of features that is trainable decays, and so does a compressor that never gets a gradient."""
+    features = ItemFeatures.from_columns({"plot": torch.randn(58, 3).numpy()})
+    model = recommender(item_features=features.config(), selection_gradient="none", attention_types="blossom").float()
+    model.set_item_features(features)
+    model.save_pretrained(tmp_path)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert "model.item_features.columns.0.table" in frozen and any("compressor" in name for name in frozen)
+    for options in ({}, {"dtype": torch.bfloat16}):
+        loaded = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path, **options)
+        assert {name for name, weight in loaded.named_parameters() if not weight.requires_grad} == frozen
+    base = AutoModel.from_pretrained(tmp_path)
+    assert {f"model.{name}" for name, weight in base.named_parameters() if not weight.requires_grad} == frozen
+
+
 def test_the_code_travels_with_the_checkpoint(tmp_path):
     recommender().save_pretrained(tmp_path)
     auto_map = BlossomRecConfig.from_pretrained(tmp_path).auto_map

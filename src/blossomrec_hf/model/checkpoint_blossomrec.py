@@ -98,6 +98,9 @@ class CheckpointMixin(ManifestMixin):
                     "or save the model again."
                 ) from error
             raise
+        for name, parameter in model.named_parameters():
+            if name in model._frozen:
+                parameter.requires_grad_(False)
         if from_files:
             checking["revision"] = getattr(model.config, "_commit_hash", None) or checking["revision"]
             if check_files:

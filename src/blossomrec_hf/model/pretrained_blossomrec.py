@@ -55,6 +55,11 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
         config.check()  # attributes may have been set since its creation
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        """As in `transformers`; also records the frozen parameters, which loaded weights replace by trainable ones."""
+        super().post_init()
+        self._frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("torch."):
