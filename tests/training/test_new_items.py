@@ -74,6 +74,13 @@ def test_bad_vectors_change_nothing(vector, named):
     assert len(tokenizer) == model.config.vocab_size == 5
 
 
+def test_the_tokenizer_of_another_model_does_not_cut_the_vocabulary():
+    tokenizer, model = BlossomRecTokenizer.from_items([10, 20, 30]), make_model(60)
+    with pytest.raises(ValueError, match="`tokenizer` has 5 ids, the model's vocabulary 60; give the tokenizer"):
+        add_items(model, tokenizer, [40])
+    assert len(tokenizer) == 5 and model.config.vocab_size == 60
+
+
 def test_files_that_hold_no_vectors_are_named(tmp_path):
     with pytest.raises(ValueError, match="parquet or .safetensors"):
         read_item_vectors(tmp_path / "vectors.csv")

@@ -45,11 +45,16 @@ def add_items(
         how many were new.
 
     Raises:
-        ValueError: for a vector of another width than the model's, or one that is not finite, for features of a model that
-            has none, and for ids that the vocabulary cannot have (see [`BlossomRecTokenizer.add_items`]). Nothing is changed
-            then.
+        ValueError: for a tokenizer of another size than the model's vocabulary, for a vector of another width than the
+            model's, or one that is not finite, for features that do not fit the model, and for ids that the vocabulary cannot
+            have (see [`BlossomRecTokenizer.add_items`]). Nothing is changed then.
     """
     first_new, width = len(tokenizer), model.config.hidden_size
+    if first_new != model.config.vocab_size:
+        raise ValueError(
+            f"`tokenizer` has {first_new} ids, the model's vocabulary {model.config.vocab_size}; give the tokenizer that was "
+            "saved with the model."
+        )
     vectors = {} if vectors is None else vectors
     for item, vector in vectors.items():
         if vector.shape != (width,):
@@ -61,11 +66,7 @@ def add_items(
             raise ValueError(f"`vectors` has numbers for the item {item!r} that are not finite; remove them.")
     features = {} if features is None else features
     known = model.config.item_features
-    if features and known is None:
-        raise ValueError(
-            "`features` are given, but the model has no `config.item_features`; omit them, or train a new model."
-        )
-    _features_of(features.values(), known)  # their check
+    _check_features(features, known)
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -84,6 +85,25 @@ def add_items(
             rows = [features.get(str(item), {}) for item in tokenizer.decode_items(new_ids)]
             model.set_item_features(_features_of(rows, known), first_id=first_new)
     return num_added
+
+
+def _check_features(features: Any, known: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Raise `ValueError` for features by raw id that are not those of a model."""
+    if not isinstance(features, Mapping) or not all(isinstance(row, Mapping) for row in features.values()):
+        raise ValueError(
+            f"`features` is {features!r:.80}; it must be a dictionary by raw id of dictionaries by column, such as "
+            "{'42': {'genre': 'Drama'}}."
+        )
+    if features and known is None:
+        raise ValueError(
+            "`features` are given, but the model has no `config.item_features`; omit them, or train a new model."
+        )
+    for item, row in features.items():
+        if unknown := [name for name in row if name not in known]:
+            raise ValueError(
+                f"`features[{item!r}]` has the column {unknown[0]!r}; the columns of the model are {', '.join(known)}."
+            )
+    _features_of(features.values(), known)
 
 
 def _features_of(
