@@ -113,6 +113,29 @@ def test_candidates_and_exclusions_for_all_inputs(saved):
             pipe(histories, **bad)
 
 
+def test_similar_items_in_raw_ids(saved, caplog):
+    folder, model, tokenizer = saved
+    recommender, items, candidates = pipeline("sequential-recommendation", model=str(folder)), draw(3), draw(20)
+    ids = tokenizer.encode_items(items)
+    for given, options in (
+        ({}, {}),
+        ({"min_score": 0.1}, {"min_score": 0.1}),
+        ({"candidates": [*candidates, "new"]}, {"candidate_ids": tokenizer.encode_items(candidates)}),
+        ({"exclude": candidates}, {"exclude_ids": tokenizer.encode_items(candidates)}),
+    ):
+        out = model.similar_items(ids, 15, **options)
+        answers = recommender.similar_items(items, 15, **given)
+        for answer, found, scores in zip(answers, out.item_ids.tolist(), out.scores.tolist(), strict=True):
+            found = [index for index in found if index != -1]
+            assert as_pairs(answer) == list(zip(tokenizer.decode_items(found), scores))
+    assert caplog.messages == ["Dropped 1 unknown items from the candidates."]
+    assert recommender.similar_items([]) == []
+    with pytest.raises(ValueError, match="`items` contains 'new', which is not in the model's vocabulary"):
+        recommender.similar_items([items[0], "new"])
+    with pytest.raises(ValueError, match="`items` is 'item 1'; it must be a list of raw item ids"):
+        recommender.similar_items("item 1")
+
+
 def test_integer_ids_and_parameters():
     items = random.sample(range(10**6), 30)
     model, tokenizer = build(items)

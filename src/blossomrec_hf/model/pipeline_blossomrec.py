@@ -31,6 +31,7 @@ class SequentialRecommendationPipeline(Pipeline):
     recommender([[12, 15, 3], [8]], candidates=[7, 9, 20], exclude=[9])  # the same for all inputs
     recommender({"items": [12, 15], "timestamps": [1795680000, 1795766400], "now": 1795770000})  # model with times
     recommender({"items": [12, 15], "event_types": ["view", "cart"], "target_event_type": "buy"})  # model with event types
+    recommender.similar_items([12, 15], top_k=5)  # the items that are most similar to each of two
     ```
 
     An input is a list of raw ids (of the tokenizer's `item_type`), the oldest first, or a dictionary with `items` and,
@@ -76,6 +77,42 @@ class SequentialRecommendationPipeline(Pipeline):
                 f"{self.model.config.vocab_size}; give the tokenizer that was saved with the model, or call "
                 "`model.resize_token_embeddings(len(tokenizer))` after adding items."
             )
+
+    def similar_items(
+        self,
+        items: Sequence,
+        top_k: int = 10,
+        *,
+        candidates: Sequence | None = None,
+        exclude: Sequence | None = None,
+        min_score: float | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """
+        Find the `top_k` items whose vectors have the highest cosine similarity to that of each item; the item itself is not
+        returned.
+
+        Args:
+            items (`list`): raw ids.
+            top_k (`int`, defaults to 10): number of similar items per item; fewer if fewer remain.
+            candidates (`list`, *optional*): raw ids to choose from. Defaults to the catalog.
+            exclude (`list`, *optional*): raw ids to exclude.
+            min_score (`float`, *optional*): exclude items of a lower similarity.
+
+        Returns:
+            a list like `[{"item": 7, "score": 0.8}, …]` for each item, the most similar first.
+
+        Raises:
+            ValueError: for items outside the vocabulary, ids of another type, and as `model.similar_items`.
+        """
+        ids = self._encode("items", items)
+        if unknown := [item for item, index in zip(items, ids) if index == self.tokenizer.unk_token_id]:
+            raise ValueError(f"`items` contains {unknown[0]!r}, which is not in the model's vocabulary; remove it.")
+        candidate_ids = None if candidates is None else self._encode("candidates", candidates)
+        self._warn_of_unknown(candidate_ids or [])
+        out = self.model.similar_items(
+            ids, top_k, exclude_ids=self._encode("exclude", exclude), candidate_ids=candidate_ids, min_score=min_score
+        )
+        return self.postprocess({"item_ids": out.item_ids, "scores": out.scores})
 
     def _sanitize_parameters(
         self,
@@ -153,8 +190,7 @@ class SequentialRecommendationPipeline(Pipeline):
             items["exclude"][-1] += shared_exclude
             chooses.append("candidates" in entry)
             entries.append(entry)
-        if unknown := sum(row.count(self.tokenizer.unk_token_id) for row in items["candidates"]):
-            logger.warning(f"Dropped {unknown} unknown items from the candidates.")
+        self._warn_of_unknown([index for row in items["candidates"] for index in row])
         return {
             "input_ids": _pad(items["items"], self.tokenizer.pad_token_id),
             "exclude_ids": _pad(items["exclude"], -1),
@@ -189,6 +225,10 @@ class SequentialRecommendationPipeline(Pipeline):
             default = config.default_target_type
             encoded["target_event_type"] = torch.tensor([default if name is None else ids[name] for name in targets])
         return encoded
+
+    def _warn_of_unknown(self, candidate_ids: list[int]) -> None:
+        if unknown := candidate_ids.count(self.tokenizer.unk_token_id):
+            logger.warning(f"Dropped {unknown} unknown items from the candidates.")
 
     def _encode(self, name: str, items: Any) -> list[int]:
         if isinstance(items, (str, Mapping)) or not (items is None or hasattr(items, "__len__")):
