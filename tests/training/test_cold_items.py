@@ -87,7 +87,10 @@ def test_unknown_categories_and_missing_features_of_new_items():
         ({"30": {"text": np.ones(5)}}, "text has vectors of 5 numbers; 12 are expected"),
         ({"30": {"text": [np.nan] * GROUPS}}, "text has numbers that are not finite"),
         ({"30": {"groups": "group 1"}}, r"`features\['30'\]` has the column 'groups'; the columns of the model are"),
-        ({"30": "group 1"}, "`features` is {'30': 'group 1'}; it must be a dictionary by raw id of dictionaries by column"),
+        (
+            {"30": "group 1"},
+            "`features` is {'30': 'group 1'}; it must be a dictionary by raw id of dictionaries by column",
+        ),
         ([{"group": "group 1"}], "it must be a dictionary by raw id of dictionaries by column"),
     ],
 )
