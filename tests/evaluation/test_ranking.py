@@ -5,7 +5,14 @@ from accelerate import Accelerator
 from small_cases import make_model
 
 from blossomrec_hf.data import item_counts, split
-from blossomrec_hf.evaluation import HeldOutItems, evaluate, model_scores, rank_by_scores, rank_held_out_items
+from blossomrec_hf.evaluation import (
+    HeldOutItems,
+    evaluate,
+    model_scores,
+    rank_by_now,
+    rank_by_scores,
+    rank_held_out_items,
+)
 from blossomrec_hf.evaluation import ranking as evaluation_module
 
 
@@ -118,6 +125,44 @@ def test_where_users_repeat_items_nothing_is_excluded_and_both_kinds_of_targets_
     assert figures.keys() == {f"{name}@10" for name in ("recall", "ndcg", "mrr", "hit_rate")}
     model.config.repeat_share = 0.02
     assert "ndcg@10_new" in evaluate(model, rows[:3], ks=(10,))  # in spite of these users, who repeat nothing
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(("feature", "passes"), [("next_gap", 1), ("next_gap_input", 2)])
+def test_ranks_without_and_with_now_are_those_of_rankings_of_their_own(monkeypatch, feature, passes, compile):
+    """The layers run once for both, unless they depend on now."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    features = {"time_features": ["previous_gap", "hour", feature], "event_types": ["view", "buy"]}
+    model = make_model(40, target_event_types=["buy", "view"], scoring="cosine", **features).double()
+    for name, parameter in model.named_parameters():
+        if "vectors" in name:
+            torch.nn.init.normal_(parameter)  # they start at zero
+    rng = np.random.default_rng()
+    rows = random_rows(40)
+    for row in rows:
+        times = np.sort(rng.integers(10**9, 2 * 10**9, size=len(row["input_ids"]) + len(row["target_ids"])))
+        types = rng.integers(-1, 2, size=len(times))
+        for name, values in (("timestamps", times), ("event_type_ids", types)):
+            row |= {name: values[: len(row["input_ids"])], f"target_{name}": values[len(row["input_ids"]) :]}
+    held_out = HeldOutItems.from_rows(rows, columns=model.config.event_columns)
+    calls, compute = [], model.model.run_layers
+    monkeypatch.setattr(
+        model.model, "run_layers", lambda *inputs, **options: calls.append(1) or compute(*inputs, **options)
+    )
+    options = {"max_tokens": 60, "compile": compile, "top_k": 5, "progress": False}
+    both = rank_by_now(model, held_out, **options)
+    of_both = len(calls)
+    for now, ranks in both.items():
+        calls.clear()
+        alone = rank_held_out_items(model, held_out, now=now, **options)
+        np.testing.assert_array_equal(ranks.everything, alone.everything)
+        np.testing.assert_array_equal(ranks.unseen, alone.unseen)
+        np.testing.assert_array_equal(ranks.top_items, alone.top_items)
+        assert of_both == passes * len(calls)
+    assert (both[True].everything != both[False].everything).any()
+    held_out.prediction_times = held_out.prediction_times - 2 * 10**9
+    with pytest.raises(ValueError, match="`prediction_time` is -?[0-9]+, before the last event"):
+        rank_by_now(model, held_out, **options)
 
 
 def test_ties_go_to_the_lower_id_in_the_top_items():

@@ -45,10 +45,9 @@ from ..evaluation import (
     UserFrequentItems,
     describe_evaluation,
     markdown_table,
+    rank_by_now,
     rank_by_scores,
-    rank_held_out_items,
 )
-from ..evaluation.model_scores import nows_of
 from ..evaluation.reports import NOW_LABEL
 from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
@@ -210,9 +209,8 @@ def main() -> None:
                 )
             ranking["exclude_seen"] = model.config.exclude_seen
         tokenizers.append(tokenizer)
-        for now in nows_of(model.config, None):
-            name = f"{folder}{NOW_LABEL if now else ''}"
-            ranks[name] = rank_held_out_items(model, held_out, max_tokens=args.max_tokens, now=now, **ranking)
+        for now, of_now in rank_by_now(model, held_out, max_tokens=args.max_tokens, **ranking).items():
+            ranks[f"{folder}{NOW_LABEL if now else ''}"] = of_now
     baselines = make_baselines(dataset, args.part, held_out, counts, accelerator.device)
     for name, scores in baselines.items():
         ranks[name] = rank_by_scores(scores, held_out, vocab_size=len(counts), device=accelerator.device, **ranking)

@@ -11,7 +11,7 @@ from .baselines import (
 from .held_out import HeldOutItems, sample_users
 from .metrics import per_user_metrics, ranking_metrics
 from .model_scores import ModelScores
-from .ranking import Ranks, evaluate, rank_by_scores, rank_held_out_items
+from .ranking import Ranks, evaluate, rank_by_now, rank_by_scores, rank_held_out_items
 from .reports import PROTOCOL, bootstrap_means, describe_evaluation, markdown_table, paired_difference
 from .results import append_result, read_results
 
@@ -34,6 +34,7 @@ __all__ = [
     "markdown_table",
     "paired_difference",
     "per_user_metrics",
+    "rank_by_now",
     "rank_by_scores",
     "rank_held_out_items",
     "ranking_metrics",

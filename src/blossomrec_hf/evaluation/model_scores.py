@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..batches.histories import to_device
 from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.events_blossomrec import Moments
 from ..model.packing_blossomrec import pack_histories
 from .held_out import HeldOutItems
 
@@ -67,6 +68,35 @@ def nows_of(config: BlossomRecConfig, now: bool | None) -> list[bool]:
     return [False, True] if config.uses_now else [False]
 
 
+class LastStates:
+    """
+    The last layer's hidden states at the last position of users of `held_out`, computed once for each batch of users. They take
+    `hidden_size` numbers per user on the device, where the histories are, too.
+
+    Args:
+        model: a `BlossomRecForSequentialRecommendation` without wrapper, whose layers do not depend on now.
+        held_out: the held-out items, with the columns that the model reads.
+        autocast: returns the context in which the layers run.
+    """
+
+    def __init__(
+        self, model: nn.Module, held_out: HeldOutItems, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.model, self.held_out, self.autocast = model, held_out, autocast
+        self._computed: dict[bytes, tuple[torch.Tensor, Moments]] = {}
+
+    def __call__(self, users: np.ndarray) -> tuple[torch.Tensor, Moments]:
+        """Hidden states `[users, hidden_size]` and their moments; of batches that were asked for before, the same ones."""
+        key = users.tobytes()
+        if key not in self._computed:
+            config = self.model.config
+            batch = self.held_out.inputs.with_columns(config.event_columns).pack(users)
+            histories = pack_histories(**batch, vocab_size=config.vocab_size)
+            with self.autocast():
+                self._computed[key] = self.model.base_model.run_layers(histories, last_only=True)
+        return self._computed[key]
+
+
 class ModelScores:
     """
     The scores of a model for users of `held_out`, see [`rank_by_scores`]. Users without a history get the item counts.
@@ -76,6 +106,8 @@ class ModelScores:
         held_out: the held-out items, with the columns that the model reads.
         autocast: returns the context in which the layers run.
         now: whether the model is given the time of the event to be predicted.
+        states: hidden states of the same model and held-out items, to share with the scores with or without now. By default, the
+            layers run for every batch.
 
     Raises:
         ValueError: if `now` is true, but the model does not depend on it or `held_out` has no times.
@@ -88,8 +120,9 @@ class ModelScores:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         *,
         now: bool = False,
+        states: LastStates | None = None,
     ):
-        self.model, self.held_out, self.autocast = model, held_out, autocast
+        self.model, self.held_out, self.autocast, self.states = model, held_out, autocast, states
         config = model.config
         self.told: dict[str, np.ndarray] = {}
         if nows_of(config, now) == [True]:
@@ -103,10 +136,35 @@ class ModelScores:
         inputs = self.held_out.inputs.with_columns(self.model.config.event_columns)
         if inputs.lengths[users[0]] == 0:
             return self.model.item_counts.float().expand(len(users), -1)
-        batch = inputs.pack(users)
-        device = batch["input_ids"].device
-        batch |= {name: to_device(torch.from_numpy(values[users]), device) for name, values in self.told.items()}
-        return last_item_scores(self.model, batch, self.autocast)
+        device = inputs.items.device
+        told = {name: to_device(torch.from_numpy(values[users]), device) for name, values in self.told.items()}
+        if self.states is None:
+            return last_item_scores(self.model, {**inputs.pack(users), **told}, self.autocast)
+        hidden_states, moments = self.states(users)
+        now, target = told.get("prediction_time"), told.get("target_event_type")
+        base_model, next_time = self.model.base_model, moments.next_time if now is None else now
+        base_model.check_moments(Moments(time=moments.time, next_time=next_time, next_type=target))
+        with self.autocast():
+            states = base_model.prediction_states(hidden_states, moments.time, now, target)
+        return _scores_of_items(self.model, states)
+
+
+def scores_by_now(
+    model: nn.Module,
+    held_out: HeldOutItems,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    *,
+    now: bool | None = None,
+) -> dict[bool, ModelScores]:
+    """
+    The scores of a model with (`True`) and without (`False`) now, as in [`nows_of`]. The layers run once for both, unless they
+    depend on now.
+    """
+    config = model.config
+    nows = nows_of(config, now)
+    one_pass = len(nows) > 1 and "next_gap_input" not in config.time_features and not is_sharded(model)
+    states = LastStates(model, held_out, autocast) if one_pass else None
+    return {now: ModelScores(model, held_out, autocast, now=now, states=states) for now in nows}
 
 
 def last_item_scores(
@@ -126,7 +184,11 @@ def last_item_scores(
     histories = pack_histories(**batch, vocab_size=model.config.vocab_size)
     with autocast():
         last = model.base_model.encode(histories, last_only=True)
-    return nn.functional.linear(last.float(), model.item_vectors().float())
+    return _scores_of_items(model, last)
+
+
+def _scores_of_items(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(states.float(), model.item_vectors().float())
 
 
 def is_sharded(model: nn.Module) -> bool:

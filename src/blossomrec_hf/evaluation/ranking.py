@@ -22,6 +22,7 @@ are reported for any log.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from ..utils.environment import keep_compiled_code, worth_compiling
 from ..utils.progress import progress_bar
 from .held_out import HeldOutItems, entries_of
 from .metrics import DEFAULT_KS, per_user_metrics
-from .model_scores import ModelScores, hold_out, is_sharded, nows_of
+from .model_scores import hold_out, is_sharded, scores_by_now
 
 
 ALL_SUFFIX, UNSEEN_SUFFIX = "_all", "_unseen"
@@ -170,20 +171,20 @@ def evaluate(
     """
     config = (model if accelerator is None else accelerator.unwrap_model(model)).config
     held_out = hold_out(view, config, max_length=max_length, test_after=test_after)
+    ranks_by_now = rank_by_now(
+        model,
+        held_out,
+        max_tokens=max_tokens,
+        num_negatives=num_negatives,
+        negatives=negatives,
+        exclude_seen=exclude_seen,
+        now=now,
+        accelerator=accelerator,
+        compile=compile,
+        progress=progress,
+    )
     figures = {}
-    for with_now in nows_of(config, now):
-        ranks = rank_held_out_items(
-            model,
-            held_out,
-            max_tokens=max_tokens,
-            num_negatives=num_negatives,
-            negatives=negatives,
-            exclude_seen=exclude_seen,
-            now=with_now,
-            accelerator=accelerator,
-            compile=compile,
-            progress=progress,
-        )
+    for with_now, ranks in ranks_by_now.items():
         metrics = ranks.metrics(ks=ks, all_and_unseen=all_and_unseen)
         figures |= {f"{name}{NOW_SUFFIX if with_now else ''}": value for name, value in metrics.items()}
     return figures
@@ -203,6 +204,19 @@ def check_metric(name: str) -> None:
 
 
 def rank_held_out_items(
+    model: nn.Module, view: Dataset | Sequence[Mapping] | HeldOutItems, *, now: bool = False, **options: Any
+) -> Ranks:
+    """
+    Compute the ranks from which [`evaluate`] computes its metrics, without now or with it.
+
+    Args:
+        now: whether the model is given the time of the event to be predicted.
+        The other arguments are those of [`rank_by_now`].
+    """
+    return rank_by_now(model, view, now=now, **options)[now]
+
+
+def rank_by_now(
     model: nn.Module,
     view: Dataset | Sequence[Mapping] | HeldOutItems,
     *,
@@ -213,19 +227,19 @@ def rank_held_out_items(
     seed: int = 0,
     top_k: int = 0,
     exclude_seen: bool | None = None,
-    now: bool = False,
+    now: bool | None = None,
     accelerator: Accelerator | None = None,
     compile: bool | None = None,
     progress: bool = True,
-) -> Ranks:
+) -> dict[bool, Ranks]:
     """
-    Compute the ranks from which [`evaluate`] computes its metrics. A user with an empty history is ranked by the popularity of
-    the items (`model.item_counts`).
+    Compute the ranks from which [`evaluate`] computes its metrics, without (`False`) and with (`True`) now, see there. A user
+    with an empty history is ranked by the popularity of the items (`model.item_counts`). The layers run once for both, unless
+    they depend on now (the time feature `"next_gap_input"`) or the model is sharded.
 
     Args:
         seed: seed of the sampled items.
         top_k: number of best items to return for each user.
-        now: whether the model is given the time of the event to be predicted.
         The other arguments are those of [`evaluate`].
     """
     autocast = nullcontext if accelerator is None else accelerator.autocast
@@ -243,20 +257,23 @@ def rank_held_out_items(
         with autocast():
             bare_model.compile_for_inference(max_tokens=max_tokens, max_histories=max_users, max_length=longest)
     with evaluating(bare_model):
-        return rank_by_scores(
-            ModelScores(bare_model, held_out, autocast, now=now),
-            held_out,
-            vocab_size=bare_model.config.vocab_size,
-            device=device,
-            max_tokens=max_tokens,
-            num_negatives=num_negatives,
-            negatives=negatives,
-            seed=seed,
-            top_k=top_k,
-            exclude_seen=exclude_seen,
-            accelerator=accelerator,
-            progress=progress,
-        )
+        return {
+            with_now: rank_by_scores(
+                scores,
+                held_out,
+                vocab_size=bare_model.config.vocab_size,
+                device=device,
+                max_tokens=max_tokens,
+                num_negatives=num_negatives,
+                negatives=negatives,
+                seed=seed,
+                top_k=top_k,
+                exclude_seen=exclude_seen,
+                accelerator=accelerator,
+                progress=progress,
+            )
+            for with_now, scores in scores_by_now(bare_model, held_out, autocast, now=now).items()
+        }
 
 
 def rank_by_scores(
@@ -282,7 +299,7 @@ def rank_by_scores(
         held_out: the held-out items.
         vocab_size: number of items plus the two special ids.
         exclude_seen: whether to exclude seen items. By default, the share of repeats among the held-out items decides.
-        The other arguments are those of [`rank_held_out_items`].
+        The other arguments are those of [`rank_by_now`].
     """
     if exclude_seen is None:
         exclude_seen = held_out.repeat_share <= MAX_REPEAT_SHARE

@@ -151,17 +151,10 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
                 `config.event_types` (see `check_moments`); for a cache in training mode, and for one that does not fit the
                 model or the histories, which is left as it was.
         """
-        plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
-        for encoder in self._static_encoders if plain else ():
-            if encoder.has_room(histories):
-                self._moments(histories, training)  # checks the values, which compiled code does not
-                return encoder(histories)
-        return self.compute_states(histories, last_only, cache, use_cache, training, layer_outputs, item_vectors)
-
-    def compute_states(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`encode`, operation by operation; the arguments are those of `run_layers`."""
-        states, moments = self.run_layers(*args, **kwargs)
-        return self.prediction_states(states, moments.time, moments.next_time, moments.next_type)
+        hidden_states, moments = self.run_layers(
+            histories, last_only, cache, use_cache, training, layer_outputs, item_vectors
+        )
+        return self.prediction_states(hidden_states, moments.time, moments.next_time, moments.next_type)
 
     def encode_targets(
         self, histories: PackedHistories, sources: torch.Tensor, **options: Any
@@ -231,6 +224,25 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
         The last layer's hidden states, of which `encode` makes prediction states, and their moments; the arguments are
         those of `encode`.
         """
+        plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
+        for encoder in self._static_encoders if plain else ():
+            if encoder.has_room(histories):
+                moments = self._moments(histories, training)  # checks the values, which compiled code does not
+                last = (histories.ends - 1).clamp(min=0)
+                return encoder(histories), moments.map(lambda x: x[last])
+        return self.compute_layers(histories, last_only, cache, use_cache, training, layer_outputs, item_vectors)
+
+    def compute_layers(
+        self,
+        histories: PackedHistories,
+        last_only: bool = False,
+        cache: BlossomRecCache | None = None,
+        use_cache: bool = True,
+        training: bool = False,
+        layer_outputs: LayerOutputs | None = None,
+        item_vectors: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Moments]:
+        """`run_layers`, operation by operation."""
         append = None if cache is None else self._begin_append(cache, histories, training)
         events = histories if append is None else append.events
         moments = self._moments(events, training)

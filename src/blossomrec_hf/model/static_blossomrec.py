@@ -123,7 +123,7 @@ def capture(run: Callable[[], torch.Tensor], device: torch.device) -> tuple[torc
 
 class StaticEncoder:
     """
-    `BlossomRecModel.encode` for the last positions of batches of one shape, compiled and, on a GPU, captured as a CUDA
+    `BlossomRecModel.run_layers` for the last positions of batches of one shape, compiled and, on a GPU, captured as a CUDA
     graph. Weights may change between calls, in place. Threads take turns.
 
     Args:
@@ -159,7 +159,7 @@ class StaticEncoder:
         ) -> torch.Tensor:
             packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
             histories = pack_histories(vocab_size=config.vocab_size, **columns, **packing)
-            return model.compute_states(histories, last_only=True, item_vectors=item_vectors)
+            return model.compute_layers(histories, last_only=True, item_vectors=item_vectors)[0]
 
         self._encode = torch.compile(encode, dynamic=False)
         self._lock = threading.Lock()
@@ -178,7 +178,7 @@ class StaticEncoder:
         return full_enough and self.batch.has_room(tokens, histories.cu_seqlens.shape[0] - 1)
 
     def __call__(self, histories: PackedHistories) -> torch.Tensor:
-        """The prediction states `[S, hidden_size]` of each history's last position."""
+        """The last layer's hidden states `[S, hidden_size]` of each history's last position."""
         with self._lock:
             given = {**histories._asdict(), "input_ids": histories.item_ids}
             columns = {name: histories.pack(given[name])[None] for name in self.batch.columns}

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from ..batches import HistoryDataLoader, HistoryStore, PackingCollator, PaddingCollator
 from ..evaluation.held_out import HeldOutItems, first_held_out
 from ..evaluation.metrics import DEFAULT_KS
-from ..evaluation.model_scores import ModelScores, nows_of
+from ..evaluation.model_scores import scores_by_now
 from ..evaluation.ranking import NEW_SUFFIX, NOW_SUFFIX, REPEATED_SUFFIX, Ranks, double_ranks, evaluating
 from ..model.configuration_blossomrec import MAX_REPEAT_SHARE
 from ..model.ids_blossomrec import IGNORE_INDEX
@@ -361,13 +361,8 @@ class SequentialRecommendationTrainer(Trainer):
         config = bare_model.config
         with evaluating(bare_model):
             doubled = [
-                double_ranks(
-                    ModelScores(bare_model, held_out, self.compute_loss_context_manager, now=now),
-                    held_out,
-                    vocab_size=config.vocab_size,
-                    device=self.args.device,
-                )
-                for now in nows_of(config, None)
+                double_ranks(scores, held_out, vocab_size=config.vocab_size, device=self.args.device)
+                for scores in scores_by_now(bare_model, held_out, self.compute_loss_context_manager).values()
             ]
         ranks = [torch.where(both > 0, both.double() / 2, torch.inf) for both in doubled]
         exclude_seen = float("nan") if config.repeat_share is None else float(config.exclude_seen)
