@@ -5,9 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from blossomrec_hf.data import EventTable, split
+from blossomrec_hf.data.event_table import FEATURES_FILE
+from blossomrec_hf.data.item_features import save_item_features
 from blossomrec_hf.evaluation import HeldOutItems, rank_held_out_items
+from blossomrec_hf.model.features_blossomrec import ItemFeatures
+from blossomrec_hf.training.loop import TrainingLoop
 from blossomrec_hf.training.studies import Study, changed_code, code_entry, data_checksum, expand_grid
 from blossomrec_hf.training.study_runs import execute
 
@@ -77,6 +82,10 @@ def test_a_run_has_another_key_if_anything_that_figures_depend_on_is_another(tmp
             "configuration blossom, learning_rate 0.001: hiden_size is no setting",
         ),
         (("hidden_size: 16", "hidden_size: 17"), "configuration blossom, learning_rate 0.001: "),
+        (
+            ("hidden_size: 16", "item_features: [genre]"),
+            "`item_features` is ['genre']; name columns of the item table",
+        ),
         (("max_length: 20", "max_length: 0"), "`max_length` must be at least 1, got 0."),
         (
             ("second: full", "second: fool"),
@@ -91,7 +100,7 @@ def test_a_study_that_cannot_run_is_refused_before_it_does(tmp_path, change, wor
     assert words in str(error.value)
 
 
-def test_the_checksum_is_that_of_events_and_splits(log):
+def test_the_checksum_is_that_of_events_splits_and_item_features(log):
     table = EventTable.from_dataset(log[0])
     checksum = data_checksum(table)
     assert data_checksum(EventTable.from_dataset(log[0])) == checksum
@@ -99,12 +108,16 @@ def test_the_checksum_is_that_of_events_and_splits(log):
         columns = {key: values.copy() for key, values in getattr(table, part).items()}
         columns[name][-1] += 1
         assert data_checksum(replace(table, **{part: columns})) != checksum
+    features = [
+        ItemFeatures.from_columns({"genre": genres}) for genres in (["a", "a", "b", "b"], ["b", "a", "a", "b"])
+    ]
+    assert len({checksum, *(data_checksum(table, [read]) for read in features)}) == 3
 
 
 def test_a_record_has_the_metrics_and_the_ranks_of_the_trained_model(log, tmp_path, monkeypatch, seed):
     dataset, tokenizer = log
-    table = EventTable.from_dataset(dataset)
-    monkeypatch.setattr("blossomrec_hf.training.study_runs._read", lambda data: (table, tokenizer, 0.0))
+    table = replace(EventTable.from_dataset(dataset), repeat_share=0.0)
+    monkeypatch.setattr("blossomrec_hf.training.study_runs.LogArguments.read_table", lambda log: (table, tokenizer))
     text = STUDY.replace("max_length: 20}", "max_length: 20, num_train_epochs: 2, tokens_per_step: 300}")
     text += "evaluations: {test: {}, latest 3: {max_length: 3}}\n"
     run = Study.load(write_study(tmp_path, text)).runs({"small": "1", "other": "2"}, code="c")[0]
@@ -131,6 +144,28 @@ def test_a_record_has_the_metrics_and_the_ranks_of_the_trained_model(log, tmp_pa
             np.testing.assert_array_equal(arrays[f"ranks.{name}"], ranks.unseen)
             np.testing.assert_array_equal(arrays["lengths"], held_out.history_lengths)
         assert record["evaluations"][name]["metrics"]["ndcg@10"] == pytest.approx(ranks.metrics(ks=[10])["ndcg@10"])
+
+
+def test_a_run_reads_the_item_features_that_it_names(log, tmp_path, monkeypatch):
+    dataset, tokenizer = log
+    table = EventTable.from_dataset(dataset)
+    genres = [f"genre {item % 3}" for item in range(tokenizer.num_items)]
+    features = ItemFeatures.from_columns({"genre": genres, "plot": np.eye(tokenizer.num_items)})
+    table.files[FEATURES_FILE] = save_item_features(features)
+    monkeypatch.setattr("blossomrec_hf.training.study_runs.LogArguments.read_table", lambda log: (table, tokenizer))
+    models = []
+    monkeypatch.setattr(
+        "blossomrec_hf.training.study_runs.TrainingLoop",
+        lambda model, *views, **settings: (models.append(model), TrainingLoop(model, *views, **settings))[1],
+    )
+    text = STUDY.replace("max_length: 20}", "max_length: 20, num_train_epochs: 1, tokens_per_step: 300}")
+    study = Study.load(write_study(tmp_path, text.replace("blossom: {}", "blossom: {item_features: genre}")))
+    assert study.item_features("small") == ("genre",)
+    run = study.runs({"small": "1", "other": "2"}, code="c")[0]
+    execute(run, "small", tmp_path / "record.json")
+    assert models[0].config.item_features == ItemFeatures({"genre": features.columns["genre"]}).config()
+    assert torch.equal(models[0].model.item_features.columns[0].codes.cpu(), features.columns["genre"].codes)
+    assert json.loads((tmp_path / "record.json").read_text())["settings"]["item_features"] == "genre"
 
 
 def test_changed_code_is_named():

@@ -10,7 +10,8 @@ A study is a YAML file; its name is that of the study:
     data: {ml-1m: ml-1m.safetensors}         # paths in --data_dir: of `blossomrec export --data`, a prepared folder, or a log
     seeds: [1, 2, 3]
     settings: {num_hidden_layers: 3, num_train_epochs: 40, mixed_precision: bf16}   # of all runs: arguments of
-                                             # `blossomrec train`, and settings of BlossomRecConfig
+                                             # `blossomrec train`, and settings of BlossomRecConfig; item_features: all, or
+                                             # columns of the item table, separated by commas
     configurations:                          # by name, settings that replace those of the study
       blossom: {num_key_value_heads: 8}
       full: {attention_types: full, num_key_value_heads: 8}
@@ -106,19 +107,36 @@ def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) 
         for part in ("records", "code"):
             (folder / part).mkdir(exist_ok=True)
         write_json(folder / "code" / f"{code['hash']}.json", code)
-        paths = {name: str(data_dir / path) for name, path in study.data.items()}
-        for path in paths.values():
-            if path not in checksums:
-                checksums[path] = data_checksum(LogArguments(data=path).read_table()[0])
-        for run in study.runs({name: checksums[path] for name, path in paths.items()}, code["hash"]):
-            runs.append(Job(execute, run, paths[run.data], records / f"{run.name}.json"))
+        sources = {name: (str(data_dir / path), study.item_features(name)) for name, path in study.data.items()}
+        for source in sources.values():
+            if source not in checksums:
+                checksums[source] = source_checksum(*source)
+        for run in study.runs({name: checksums[source] for name, source in sources.items()}, code["hash"]):
+            path, _ = sources[run.data]
+            runs.append(Job(execute, run, path, records / f"{run.name}.json"))
             if study.costs and run.seed == study.seeds[0]:
-                timings.append(Job(measure_cost, run, paths[run.data], records / f"cost-{run.name}.json"))
+                timings.append(Job(measure_cost, run, path, records / f"cost-{run.name}.json"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     missing, untimed = ([job for job in jobs if not job.record.exists()] for jobs in (runs, timings))
     logger.info("%d of %d runs are done; devices: %s.", len(runs) - len(missing), len(runs), visible or "the CPU")
     failed = run_side_by_side(missing, devices=visible.split(","), per_device=per_device)
     return failed + run_side_by_side(untimed, devices=visible.split(","), per_device=1)
+
+
+def source_checksum(path: str, item_features: Sequence[str]) -> str:
+    """
+    The checksum of a data set.
+
+    Args:
+        path: what `blossomrec train --data` takes.
+        item_features: the columns of the item table that runs read.
+
+    Raises:
+        ValueError: if the item table has no such column.
+    """
+    log = LogArguments(data=path)
+    table, tokenizer = log.read_table()
+    return data_checksum(table, [log.item_features(columns, table, tokenizer) for columns in item_features])
 
 
 def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:

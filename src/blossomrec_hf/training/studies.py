@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..data.event_table import EventTable
+from ..data.item_features import save_item_features
 from ..evaluation.study_tables import StudyTables
 from ..model.configuration_blossomrec import BlossomRecConfig
+from ..model.features_blossomrec import ItemFeatures
 from ..utils.code_hash import hash_files, join_hashes
 from .arguments import LoopArguments, read_arguments
 
@@ -23,7 +25,8 @@ PACKAGE = Path(__file__).parent.parent
 # compute what `ops_reference` computes, and the events that were read have a checksum.
 CODE = """
     model/configuration_*.py model/modeling_*.py model/modules_*.py model/streams_*.py model/attention_*.py model/power_law_*.py
-    model/packing_*.py model/loss_*.py model/objectives_*.py model/events_*.py model/time_*.py model/ops_reference.py
+    model/packing_*.py model/loss_*.py model/objectives_*.py model/events_*.py model/time_*.py model/features_*.py
+    model/items_*.py model/ops_reference.py
     batches/*.py data/splits.py data/event_table.py
     evaluation/held_out.py evaluation/metrics.py evaluation/model_scores.py evaluation/ranking.py evaluation/reports.py
     training/averaging.py training/gradients.py training/graphs.py training/initialize.py training/loop.py
@@ -31,7 +34,8 @@ CODE = """
 """.split()
 _PARTS = "description data seeds settings configurations grid evaluations users comparisons slopes costs".split()
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
-_CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share"}
+# `item_features` names columns of the data, as in `blossomrec train`; the configuration follows from them.
+_CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share", "item_features"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Run:
         data: name of the data set.
         configuration: name of the configuration.
         seed: the seed.
-        settings: the settings of `blossomrec train` and of `BlossomRecConfig` that differ from their defaults.
+        settings: the settings of `blossomrec train` and of `BlossomRecConfig` that differ from their defaults; `item_features`
+            names columns of the item table.
         evaluations: how the model is tested: by name, the settings of the test.
         checksum: of the events, see [`data_checksum`].
         code: hash of the code.
@@ -74,10 +79,18 @@ class Run:
         settings = {name: value for name, value in self.settings.items() if name in _LOOP_NAMES}
         return LoopArguments(output_dir=str(output_dir), seed=self.seed, **settings)
 
-    def model_config(self, vocab_size: int, repeat_share: float | None) -> BlossomRecConfig:
-        """The configuration of the model."""
+    @property
+    def item_features(self) -> str | None:
+        """The columns of item features that the model reads, as in `blossomrec train`."""
+        return self.settings.get("item_features")
+
+    def model_config(
+        self, vocab_size: int, repeat_share: float | None, features: ItemFeatures | None = None
+    ) -> BlossomRecConfig:
+        """The configuration of the model; `features` are those of `item_features`."""
         settings = {name: value for name, value in self.settings.items() if name in _CONFIG_NAMES}
-        return BlossomRecConfig(vocab_size=vocab_size, repeat_share=repeat_share, **settings)
+        described = None if features is None else features.config()
+        return BlossomRecConfig(vocab_size=vocab_size, repeat_share=repeat_share, item_features=described, **settings)
 
 
 @dataclass
@@ -155,14 +168,24 @@ class Study:
         """
         for run in self.runs(dict.fromkeys(self.data, ""), code=""):
             place = f"{path}, configuration {run.configuration}"
-            if unknown := sorted(run.settings.keys() - _LOOP_NAMES - _CONFIG_NAMES):
+            if unknown := sorted(run.settings.keys() - _LOOP_NAMES - _CONFIG_NAMES - {"item_features"}):
                 raise ValueError(f"{place}: {', '.join(unknown)} is no setting of `blossomrec train`; correct it.")
+            if not isinstance(run.item_features, str | None):
+                raise ValueError(
+                    f"{place}: `item_features` is {run.item_features!r}; name columns of the item table in one text, separated by "
+                    'commas, or give "all".'
+                )
             try:
                 run.loop_arguments("runs")
                 run.model_config(3418, None)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
         self.tables.check(path, list(self.configurations), list(self.evaluations))
+
+    def item_features(self, data: str) -> tuple[str, ...]:
+        """What the runs of a data set have for `item_features`, sorted."""
+        runs = self.runs(dict.fromkeys(self.data, ""), code="")
+        return tuple(sorted({run.item_features for run in runs if run.data == data and run.item_features}))
 
     def runs(self, checksums: Mapping[str, str], code: str) -> list[Run]:
         """
@@ -209,13 +232,15 @@ def expand_grid(
     return expanded
 
 
-def data_checksum(table: EventTable) -> str:
-    """12 hexadecimal digits: a hash of the events and the splits."""
+def data_checksum(table: EventTable, features: Sequence[ItemFeatures] = ()) -> str:
+    """12 hexadecimal digits: a hash of the events, the splits, and the item features that models read."""
     digest = hashlib.sha256(np.ascontiguousarray(table.offsets).tobytes())
     columns = {**table.events, **{name: table.users[name] for name in ("train_end", "validation_end", "test_end")}}
     for name, values in sorted(columns.items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values).tobytes())
+    for read in features:
+        digest.update(save_item_features(read))
     return digest.hexdigest()[:12]
 
 

@@ -52,10 +52,7 @@ def execute(run: Run, data: str, record_file: Path) -> None:
         data: what `blossomrec train --data` takes.
         record_file: the JSON file of the record.
     """
-    table, tokenizer, repeat_share = _read(data)
-    model = initialize_model(
-        run.model_config(len(tokenizer), repeat_share), seed=run.seed, counts=item_counts(table, len(tokenizer))
-    )
+    model, table = _new_model(run, data)
     scratch = record_file.with_suffix(".training")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     args = run.loop_arguments(scratch)
@@ -81,14 +78,22 @@ def execute(run: Run, data: str, record_file: Path) -> None:
         np.savez_compressed(file, **arrays)
     record = {name: getattr(run, name) for name in ("data", "checksum", "configuration", "seed", "settings", "code")}
     record |= {"evaluations": evaluations, "validation": result.best_figures, "training": result.summary()}
-    record |= {"repeat_share": repeat_share, "parameters": model.num_parameters(), **describe_environment()}
+    record |= {
+        "repeat_share": model.config.repeat_share,
+        "parameters": model.num_parameters(),
+        **describe_environment(),
+    }
     write_json(record_file, record)
 
 
-def _read(data: str) -> tuple[EventTable, Any, float]:
+def _new_model(run: Run, data: str) -> tuple[BlossomRecForSequentialRecommendation, EventTable]:
+    """A model before its training, and the data."""
     log = LogArguments(data=data)
     table, tokenizer = log.read_table()
-    return table, tokenizer, log.repeat_share(table)
+    features = None if run.item_features is None else log.item_features(run.item_features, table, tokenizer)
+    config = run.model_config(len(tokenizer), log.repeat_share(table), features)
+    counts = item_counts(table, len(tokenizer))
+    return initialize_model(config, seed=run.seed, counts=counts, features=features), table
 
 
 def _test(
@@ -127,9 +132,8 @@ def measure_cost(run: Run, data: str, record_file: Path) -> None:
     Time the inference of a new model with the settings of a run, for the users with the longest histories, at each length
     that the study tests. Arguments as in [`execute`]. Nothing else may use the device.
     """
-    table, tokenizer, repeat_share = _read(data)
-    config = run.model_config(len(tokenizer), repeat_share)
-    model = initialize_model(config, seed=run.seed, counts=item_counts(table, len(tokenizer))).eval()
+    model, table = _new_model(run, data)
+    model.eval()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     half = run.settings.get("mixed_precision") == "bf16"
