@@ -13,13 +13,14 @@ log without the withheld items.
 
 The test is leave-one-out, seen items are masked. "Withheld" targets are ranked among the withheld items: by the models, by
 the popularity in the whole training log, and in random order. "Share" is the share of withheld items in the top 10 of the
-whole catalog, over all users. "Warm" targets are all others, ranked in the whole catalog (for the model of ids alone,
-without the withheld items).
+whole catalog, over all users. "Warm" targets are all others: ranked among the warm items, as the model of ids alone does,
+and in the whole catalog. "Validation" is the same of the validation targets that are withheld, by which settings are chosen.
 """
 
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable
 from statistics import fmean
 from time import perf_counter
 
@@ -36,6 +37,7 @@ from blossomrec_hf.utils.command_line import HelpFormatter
 
 
 K = 10
+MODELS = ["without training", "trained on them", "ids alone"]
 BATCH = 512  # users that are ranked at a time
 
 
@@ -128,14 +130,9 @@ def train_model(
             output_dir=folder,
             seed=seed,
             max_length=args.max_length,
-            tokens_per_step=args.tokens_per_step,
-            num_train_epochs=args.epochs,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            eval_epochs=args.eval_epochs,
-            patience=args.patience,
-            mixed_precision="bf16" if torch.cuda.is_available() else "no",
             save_seconds=1e9,
+            mixed_precision="bf16" if torch.cuda.is_available() else "no",
+            **{"eval_epochs": 4, "patience": 4, **json.loads(args.training)},
         )
         validation = log.validation_rows(vocab_size, args.max_length)
         result = train(model, log.training_rows(vocab_size), validation, args=settings)
@@ -146,10 +143,12 @@ def train_model(
 
 @torch.no_grad()
 def top_items(
-    model: BlossomRecForSequentialRecommendation, histories: list[np.ndarray], max_length: int, first: int = 0
+    model: BlossomRecForSequentialRecommendation,
+    histories: list[np.ndarray],
+    max_length: int,
+    candidates: range | None = None,
 ) -> np.ndarray:
-    """The ten best items for each history among the ids from `first` on, int64 [histories, 10]."""
-    candidates = list(range(first, model.config.vocab_size)) if first else None
+    """The ten best items for each history, among all or some ids, int64 [histories, 10]."""
     found = [
         model.recommend(
             [history.tolist() for history in histories[start : start + BATCH]],
@@ -168,49 +167,83 @@ def recall_and_ndcg(found: np.ndarray, targets: np.ndarray) -> tuple[float, floa
     return float(hits.any(1).mean()), float((hits / np.log2(np.arange(2, K + 2))).sum(1).mean())
 
 
+def model_figures(
+    model: BlossomRecForSequentialRecommendation, cases: "Cases", first: int, max_length: int
+) -> dict[str, float]:
+    """The figures of one model, by what they measure; `first` is the first id of the withheld items."""
+    figures, size = {}, model.config.vocab_size
+    measured = {"warm, among the warm": (cases.warm, range(NUM_SPECIAL_IDS, first))}
+    if size > first:
+        withheld = range(first, size)
+        measured |= {"warm": (cases.warm, None), "withheld": (cases.withheld, withheld)}
+        measured |= {"validation": (cases.validation, withheld)}
+    for name, ((histories, targets), candidates) in measured.items():
+        histories = [history[history < size] for history in histories]
+        recall, ndcg = recall_and_ndcg(top_items(model, histories, max_length, candidates), targets)
+        figures |= {f"{name}: recall@10": recall, f"{name}: ndcg@10": ndcg}
+    if size > first:
+        histories = cases.warm[0] + cases.withheld[0]
+        figures["share in the top 10"] = float((top_items(model, histories, max_length) >= first).mean())
+    return figures
+
+
+class Cases:
+    """
+    What is tested: pairs of the histories before targets, and the targets, int64.
+
+    Attributes:
+        warm, withheld: of the test targets that are warm and withheld.
+        validation: of the validation targets that are withheld.
+    """
+
+    def __init__(self, log: Log) -> None:
+        tested, validated = (
+            [(past, int(target[0])) for past, target in zip(pasts, targets) if len(target) and len(past)]
+            for pasts, targets in ((log.past, log.test), (log.train, log.validation))
+        )
+        first = log.first_withheld
+        self.warm = _unzip(case for case in tested if case[1] < first and case[0].min() < first)
+        self.withheld = _unzip(case for case in tested if case[1] >= first)
+        self.validation = _unzip(case for case in validated if case[1] >= first)
+
+
+def _unzip(cases: Iterable[tuple[np.ndarray, int]]) -> tuple[list[np.ndarray], np.ndarray]:
+    histories, targets = zip(*cases)
+    return list(histories), np.array(targets)
+
+
 def measure(
     rows: list[dict[str, np.ndarray]], features: ItemFeatures, args: argparse.Namespace, seed: int
 ) -> dict[str, float]:
     """The figures of one draw."""
     log = Log(rows, features.num_items, args.share, seed)
     features = features.select(log.order)
-    first, everything = log.first_withheld, log.vocab_size
-    users = [user for user, target in enumerate(log.test) if len(target) and len(log.past[user])]
-    past, targets = [log.past[user] for user in users], np.array([log.test[user][0] for user in users])
-    is_withheld = targets >= first
-    cold_past = [history for history, withheld in zip(past, is_withheld) if withheld]
-    warm_past = [history for history, withheld in zip(past, is_withheld) if not withheld]
-    known_past = [history[history < first] for history in warm_past]
-    cold_targets, warm_targets = targets[is_withheld], targets[~is_withheld]
+    first, everything, cases = log.first_withheld, log.vocab_size, Cases(log)
+    figures = {"withheld items": everything - first, "withheld targets": len(cases.withheld[1])}
 
     set_seed(seed)
-    models = {
-        "without training": train_model(log, features.select(np.arange(first - NUM_SPECIAL_IDS)), first, args, seed)
-    }
-    models["without training"].resize_token_embeddings(everything)
-    withheld_rows = np.arange(first, everything) - NUM_SPECIAL_IDS
-    models["without training"].set_item_features(features.select(withheld_rows), first_id=first)
-    models["trained on them"] = train_model(log, features, everything, args, seed)
-    figures = {"withheld items": everything - first, "withheld targets": len(cold_targets)}
-    for name, model in models.items():
-        recall, ndcg = recall_and_ndcg(top_items(model, cold_past, args.max_length, first), cold_targets)
-        figures |= {f"withheld recall@10, {name}": recall, f"withheld ndcg@10, {name}": ndcg}
-        figures[f"share in the top 10, {name}"] = float((top_items(model, past, args.max_length) >= first).mean())
-        recall, ndcg = recall_and_ndcg(top_items(model, warm_past, args.max_length), warm_targets)
-        figures |= {f"warm recall@10, {name}": recall, f"warm ndcg@10, {name}": ndcg}
-    ids_alone = train_model(log, None, first, args, seed)
-    recall, ndcg = recall_and_ndcg(top_items(ids_alone, known_past, args.max_length), warm_targets)
-    figures |= {"warm recall@10, ids alone": recall, "warm ndcg@10, ids alone": ndcg}
+    for name in args.models:
+        if name == "trained on them":
+            model = train_model(log, features, everything, args, seed)
+        elif name == "ids alone":
+            model = train_model(log, None, first, args, seed)
+        else:
+            model = train_model(log, features.select(np.arange(first - NUM_SPECIAL_IDS)), first, args, seed)
+            model.resize_token_embeddings(everything)
+            withheld_rows = np.arange(first, everything) - NUM_SPECIAL_IDS
+            model.set_item_features(features.select(withheld_rows), first_id=first)
+        measured = model_figures(model, cases, first, args.max_length)
+        figures |= {f"{figure}, {name}": value for figure, value in measured.items()}
 
     popular, rankable = [], []
     order = first + np.argsort(-log.counts(everything)[first:], kind="stable")
-    for history, target in zip(cold_past, cold_targets):
+    for history, target in zip(*cases.withheld):
         unseen = order[~np.isin(order, history)]
         popular.append(target in unseen[:K])
         rankable.append(len(unseen))
-    figures["withheld recall@10, popularity"] = fmean(popular)
-    figures["withheld recall@10, random order"] = fmean(min(1.0, K / number) for number in rankable)
-    return figures
+    figures["withheld: recall@10, popularity"] = fmean(popular)
+    figures["withheld: recall@10, random order"] = fmean(min(1.0, K / number) for number in rankable)
+    return dict(sorted(figures.items()))
 
 
 def main() -> None:
@@ -227,14 +260,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--key_value_heads", type=int, default=2)
     parser.add_argument("--attention", default="blossom", help="attention_types of BlossomRecConfig")
-    parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs")
-    parser.add_argument("--eval_epochs", type=int, default=4, help="epochs between validations")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="the models to train")
     parser.add_argument(
-        "--patience", type=int, default=4, help="validations without improvement after which training ends"
+        "--training",
+        default="{}",
+        help="other arguments of blossomrec train as JSON; by default, there is a validation every 4 epochs, and training "
+        "ends after 4 without improvement",
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--tokens_per_step", type=int, default=16384)
     parser.add_argument("--config_overrides", default="{}", help="other settings of BlossomRecConfig as JSON")
     args = parser.parse_args()
 

@@ -58,14 +58,20 @@ def test_withheld_items_are_in_no_training_event(example, data):
 
 def test_the_figures(example, data, monkeypatch, capsys):
     arguments = f"x --data {data} --share 0.2 --seeds 1 --hidden_size 16 --layers 1 --heads 2 --key_value_heads 1"
-    arguments += " --epochs 12 --eval_epochs 4 --learning_rate 1e-2 --tokens_per_step 300 --max_length 20"
-    monkeypatch.setattr("sys.argv", [*arguments.split(), "--config_overrides", '{"hidden_dropout_prob": 0.1}'])
+    training = {"num_train_epochs": 12, "eval_epochs": 4, "learning_rate": 1e-2, "tokens_per_step": 300}
+    overrides = ["--config_overrides", '{"hidden_dropout_prob": 0.1}', "--training", json.dumps(training)]
+    monkeypatch.setattr("sys.argv", [*arguments.split(), "--max_length", "20", *overrides])
     example.main()
     printed = capsys.readouterr().out
     figures = json.loads(re.search(r"^seed 1, \d+ s: (.*)$", printed, re.MULTILINE)[1])
     assert re.search(r"^withheld items +20.0000 +20.0000$", printed, re.MULTILINE)
     assert figures["withheld items"] == 20 and figures["withheld targets"] > 10
     # Two or three of the withheld items are of a user's genre.
-    assert figures["withheld recall@10, without training"] > 0.9 > figures["withheld recall@10, popularity"]
-    assert figures["withheld recall@10, random order"] < 0.6
+    assert figures["withheld: recall@10, without training"] > 0.9 > figures["withheld: recall@10, popularity"]
+    assert figures["validation: recall@10, without training"] > 0.9
+    assert figures["withheld: recall@10, random order"] < 0.6
+    # More candidates can only lower the rank of a target.
+    for name in ("without training", "trained on them"):
+        assert figures[f"warm: recall@10, {name}"] <= figures[f"warm, among the warm: recall@10, {name}"]
+    assert "warm: recall@10, ids alone" not in figures and "warm, among the warm: recall@10, ids alone" in figures
     assert figures["share in the top 10, without training"] > 0.05
