@@ -425,8 +425,11 @@ def test_bad_columns_are_refused():
     for wrong in (None, draw_columns(), [features]):
         with pytest.raises(ValueError, match="`features` is of .*; make it with `ItemFeatures.from_columns"):
             model.set_item_features(wrong)
-    with pytest.raises(ValueError, match="no features of its items.*set_item_features"):
-        model.train()
+    for use in (model.train, model.item_vectors, lambda: model(torch.tensor([[3]])), lambda: model.recommend([[3]])):
+        with pytest.raises(ValueError, match="no features of its items.*set_item_features"):
+            use()
+    with pytest.raises(ValueError, match="plot has vectors with values that are no numbers"):
+        ItemFeatures.from_columns({"plot": [[1.0, 2.0], [1.0, "x"]]})
 
 
 def test_whole_numbers_are_categories():

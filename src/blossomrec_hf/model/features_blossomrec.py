@@ -195,10 +195,11 @@ def unit_table(name: str, values: Sequence[Any] | np.ndarray, size: int | None =
             raise ValueError(
                 f"{name} has vectors of {min(sizes - {size})} numbers; {size} are expected, or categories as strings."
             )
-        values = np.array(
-            [np.zeros(size or 0) if value is None else np.asarray(value) for value in values], np.float32
-        )
-    values = np.asarray(values, dtype=np.float32)
+        values = [np.zeros(size or 0) if value is None else np.asarray(value) for value in values]
+    try:
+        values = np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} has vectors with values that are no numbers ({error}); correct them.") from error
     if values.ndim != 2 or (size is not None and values.shape[1] != size):
         raise ValueError(f"{name} has the shape {list(values.shape)}; [items, {size or 'size'}] is expected.")
     if not np.isfinite(values).all():

@@ -93,7 +93,7 @@ class ItemVectorsMixin:
         if mode:
             self._all_vectors.drop()
             if self.item_features is not None:
-                self.item_features.require_features()
+                self.item_features.require_features()  # compiled code does not
         return super().train(mode)
 
     def item_vectors(
@@ -112,7 +112,7 @@ class ItemVectorsMixin:
             computed, and in evaluation mode without gradients they are kept until a weight changes.
 
         Raises:
-            ValueError: if `ids` is not one list of vocabulary ids.
+            ValueError: if `ids` is not one list of vocabulary ids, and for features that were never set.
         """
         if self.item_features is None:
             vectors = all_vectors(self.item_embedding, self.config.vocab_size)
@@ -125,6 +125,8 @@ class ItemVectorsMixin:
         return vectors if ids is None else vectors[as_id_list(ids, vectors.device, self.config.vocab_size)]
 
     def _add_features(self, id_dropout_prob: float = 0.0) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.item_features.require_features()
         vectors = all_vectors(self.item_embedding, self.config.vocab_size)
         features = self.item_features().to(device=vectors.device, dtype=vectors.dtype)
         if id_dropout_prob > 0:
