@@ -6,8 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+
+from blossomrec_hf.commands.study import costs_of
+from blossomrec_hf.training.studies import Run
 
 
 STUDY = """
@@ -77,7 +81,28 @@ def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command)
     error = run_command(
         "study", tmp_path / "pair.yaml", "--tables_only", "--output_dir", tmp_path / "out", status=2, field="stderr"
     )
-    assert "has no record of a finished run of pair; run it without --tables_only, and" in error
+    assert "has no record of a finished run of pair; run it without --tables_only." in error
+
+
+@pytest.mark.slow
+def test_the_reason_of_a_failed_run_is_one_line(prepared, run_command):
+    study = STUDY.replace("[1, 2]", "[1]").replace("blossom: {}", "blossom: {event_types: [view]}")
+    (prepared / "pair.yaml").write_text(study.replace("  full: {attention_types: full}\n", "").split("comparisons")[0])
+    arguments = ("--data_dir", prepared, "--output_dir", prepared / "out", "--only", "runs")
+    error = run_command("study", prepared / "pair.yaml", *arguments, status=2, field="stderr")
+    (line,) = [line for line in error.splitlines() if "A run failed" in line]
+    assert "small-blossom-1-" in line and ".log: ValueError: " in line and "event_type_ids" in line
+    assert error.splitlines()[-1].startswith("1 of the runs failed; see ") and "Traceback" not in error
+
+
+def test_every_configuration_has_the_costs_of_its_model():
+    settings = {"hidden_size": 16, "max_length": 20, "learning_rate": 0.1}
+    run = Run("small", "blossom", 1, settings, {"test": {}, "all": {"max_length": 50}}, checksum="", code="")
+    half = replace(run, configuration="half", settings={**settings, "mixed_precision": "bf16"})
+    timing = {"data": "small", "code": "c", "compiled": False, "device": "CPU", "model": {"hidden_size": 16}}
+    timings = [{**timing, "microseconds_per_user": {"20": cost, "50": 7.0}} for cost in (3.0, 2.0)]
+    (cost,) = costs_of([run, half], timings)
+    assert cost["configuration"] == "blossom" and cost["microseconds_per_user"] == {"test": 2.0, "all": 7.0}
 
 
 def test_studies_need_neither_polars_nor_datasets(run_python):

@@ -17,7 +17,7 @@ def make_test(ranks, *, seed=1, configuration="blossom", evaluation="test", data
     lengths = np.arange(num_users) + 1
     return RunResult(
         data=data, configuration=configuration, evaluation=evaluation, seed=seed, settings=settings, ranks=ranks,
-        users=np.arange(num_users), lengths=lengths, last_times=1000 + lengths,
+        users=np.arange(num_users), lengths=lengths, last_times=1000 + lengths, validation=0.1 * seed,
     )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def test_means_are_over_seeds_and_users_of_the_group():
         assert found["recall@10"] == pytest.approx(np.mean([part[chosen] <= 10 for part in ranks]))
         assert found["ndcg@10 over seeds"] == pytest.approx(values.mean(1).std(ddof=1))
         assert found["num_users"] == values.shape[1] and found["seeds"] == [0, 1]
+        assert found["validation"] == pytest.approx(0.05)
         # The standard error of the mean over users of the means over seeds; the bootstrap draws.
         error = values.mean(0).std() / np.sqrt(values.shape[1])
         assert found["ndcg@10 half interval"] == pytest.approx(1.96 * error, rel=0.15)

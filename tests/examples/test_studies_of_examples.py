@@ -44,7 +44,7 @@ def test_every_result_is_listed():
 
 @pytest.mark.parametrize(("name", "code"), ROWS)
 def test_results_are_current_only_if_the_code_has_not_changed(name, code):
-    changed = changed_code(read_json(FOLDER / f"{name}.json"))
+    changed = changed_code(read_json(FOLDER / f"{name}.json"), Study.load(FOLDER / f"{name}.yaml").imports)
     assert code == "earlier" or not changed, (
         f"{name} was measured before {', '.join(changed)} changed: run `blossomrec study examples/studies/{name}.yaml "
         'again, or write "earlier" into its row in examples/studies/README.md'

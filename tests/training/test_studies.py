@@ -1,6 +1,7 @@
 """Studies: what a YAML file asks for, and records that change with whatever figures depend on."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ from blossomrec_hf.data.event_table import FEATURES_FILE
 from blossomrec_hf.data.item_features import save_item_features
 from blossomrec_hf.evaluation import HeldOutItems, rank_held_out_items
 from blossomrec_hf.model.features_blossomrec import ItemFeatures
+from blossomrec_hf.model.streams_blossomrec import STREAMS
 from blossomrec_hf.training.loop import TrainingLoop
-from blossomrec_hf.training.studies import Study, changed_code, code_entry, data_checksum, expand_grid
-from blossomrec_hf.training.study_runs import execute
+from blossomrec_hf.training.studies import Study, changed_code, code_entry, data_checksum, expand_grid, models_to_time
+from blossomrec_hf.training.study_runs import execute, measure_cost
 
 
 STUDY = """
@@ -31,6 +33,7 @@ configurations:
 grid: {learning_rate: [0.001, 0.002]}
 comparisons: [{first: "blossom, learning_rate 0.001", second: full}]
 """
+STUDY_MODEL = ("hidden_size", "num_attention_heads", "num_key_value_heads")
 
 
 def write_study(tmp_path, text=STUDY):
@@ -76,7 +79,7 @@ def test_a_run_has_another_key_if_anything_that_figures_depend_on_is_another(tmp
     [
         (("seeds: [1, 2]", "seeds: one"), "has the seeds 'one'; they must be a list"),
         (("seeds: [1, 2]", ""), "has no seeds"),
-        (("grid: {", "grids: {"), "has grids; a study may have description, data"),
+        (("grid: {", "grids: {"), "has grids; a study may have description, imports, data"),
         (
             ("hidden_size: 16", "hiden_size: 16"),
             "configuration blossom, learning_rate 0.001: hiden_size is no setting",
@@ -92,12 +95,57 @@ def test_a_run_has_another_key_if_anything_that_figures_depend_on_is_another(tmp
             "the comparison {'first': 'blossom, learning_rate 0.001', 'second': 'fool'} names no",
         ),
         (("data:", "data: []\nx:"), "has x"),
+        (("blossom: {}", "blossom: {attention_types: blosom}"), "no stream is registered as 'blosom'"),
+        (("blossom: {}", "blossom: {time_features: hour}"), "`time_features` is 'hour'; it must be a list"),
+        (
+            ("blossom: {}", "blossom: {time_features: [our]}"),
+            "`time_features` is 'our'; it must be one of 'previous_gap'",
+        ),
+        (("data:", "imports: [gone.py]\ndata:"), "gone.py, which cannot be imported"),
+        (("data:", "imports: [json.py]\ndata:"), "json.py, but another module has its name; rename"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused_before_it_does(tmp_path, change, words):
     with pytest.raises(ValueError) as error:
         Study.load(write_study(tmp_path, STUDY.replace(*change)))
     assert words in str(error.value)
+
+
+STREAM = """
+from blossomrec_hf import register_stream
+from blossomrec_hf.model.streams_blossomrec import FullStream
+class Everything(FullStream):
+    pass
+register_stream("everything", Everything)
+"""
+
+
+def test_a_study_imports_files_whose_code_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("blossomrec_hf.model.streams_blossomrec.STREAMS", STREAMS.copy())
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    (tmp_path / "everything.py").write_text(STREAM)
+    text = STUDY.replace("data:", "imports: [everything.py]\ndata:", 1)
+    study = Study.load(write_study(tmp_path, text.replace("attention_types: full", "attention_types: everything")))
+    code = code_entry(study.imports)
+    assert changed_code({"code": [code]}, study.imports) == []
+    (tmp_path / "everything.py").write_text("# A comment\n" + STREAM)
+    assert code_entry(study.imports) == code
+    (tmp_path / "everything.py").write_text(STREAM + "more = 1\n")
+    assert changed_code({"code": [code]}, study.imports) == ["everything.py"]
+    assert code_entry(study.imports)["hash"] != code["hash"]
+
+
+def test_a_model_is_timed_once_at_all_lengths_at_which_it_is_tested(tmp_path):
+    text = STUDY.replace("learning_rate: [0.001, 0.002]", "max_length: [20, 30]")
+    text = text.replace(", settings: {max_length: 7}", "").replace(
+        '"blossom, learning_rate 0.001"', '"blossom, max_length 20"'
+    )
+    text = text.replace("second: full", 'second: "full, max_length 20"')
+    study = Study.load(write_study(tmp_path, text + "evaluations: {test: {}, all: {max_length: 50}}\n"))
+    runs = study.runs({"small": "1", "other": "2"}, code="c")
+    timed = [(run.data, run.configuration, sorted(lengths)) for run, lengths in models_to_time(runs).values()]
+    names = ("blossom, max_length 20", "full, max_length 20")
+    assert timed == [(data, name, [20, 30, 50]) for data in ("small", "other") for name in names]
 
 
 def test_the_checksum_is_that_of_events_splits_and_item_features(log):
@@ -166,6 +214,17 @@ def test_a_run_reads_the_item_features_that_it_names(log, tmp_path, monkeypatch)
     assert models[0].config.item_features == ItemFeatures({"genre": features.columns["genre"]}).config()
     assert torch.equal(models[0].model.item_features.columns[0].codes.cpu(), features.columns["genre"].codes)
     assert json.loads((tmp_path / "record.json").read_text())["settings"]["item_features"] == "genre"
+
+
+def test_inference_is_timed_at_each_length(log, tmp_path, monkeypatch):
+    dataset, tokenizer = log
+    table = EventTable.from_dataset(dataset)
+    monkeypatch.setattr("blossomrec_hf.training.study_runs.LogArguments.read_table", lambda log: (table, tokenizer))
+    run = Study.load(write_study(tmp_path)).runs({"small": "1", "other": "2"}, code="c")[0]
+    measure_cost(run, "small", tmp_path / "cost.json", lengths=[20, 3])
+    record = json.loads((tmp_path / "cost.json").read_text())
+    assert record["model"] == {name: run.settings[name] for name in STUDY_MODEL} and record["code"] == "c"
+    assert list(record["microseconds_per_user"]) == ["3", "20"] and min(record["microseconds_per_user"].values()) > 0
 
 
 def test_changed_code_is_named():

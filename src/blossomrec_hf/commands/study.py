@@ -7,6 +7,7 @@ Run a study: a grid of configurations × seeds × data sets, with tables, paired
 A study is a YAML file; its name is that of the study:
 
     description: Does a longer history rank better?
+    imports: [my_stream.py]                  # optional: Python files, next to the study, that register streams or objectives
     data: {ml-1m: ml-1m.safetensors}         # paths in --data_dir: of `blossomrec export --data`, a prepared folder, or a log
     seeds: [1, 2, 3]
     settings: {num_hidden_layers: 3, num_train_epochs: 40, mixed_precision: bf16}   # of all runs: arguments of
@@ -20,7 +21,7 @@ A study is a YAML file; its name is that of the study:
     users: {all users: {}, long: {min_events: 500}}             # optional: min_events, max_events, after (a time), data
     comparisons: [{first: "blossom*", second: "full*"}]         # optional: paired tests; * is the same text in both
     slopes: [{configurations: "blossom*", evaluations: test, over: max_length}]     # optional
-    costs: true                              # optional: inference is timed after the runs, one after the other
+    costs: true                              # optional: inference is timed after the runs, alone on a device; on a GPU, compiled
 
 A data set may have settings of its own: `{path: ml-1m.safetensors, settings: {tokens_per_step: 4096}}`.
 
@@ -33,9 +34,11 @@ Output files: `NAME.json` (records and tables, with the hash of the code), `NAME
 """
 
 import argparse
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,9 +47,9 @@ import numpy as np
 import torch
 
 from ..evaluation.study_plots import draw
-from ..evaluation.study_tables import RunResult, markdown
+from ..evaluation.study_tables import METRIC, RunResult, markdown
 from ..training import LogArguments
-from ..training.studies import Study, code_entry, data_checksum
+from ..training.studies import Run, Study, code_entry, data_checksum, models_to_time
 from ..training.study_runs import Job, execute, measure_cost, run_side_by_side
 from ..utils.command_line import HelpFormatter, exit_on_error
 from ..utils.files import atomic_write, read_json, require_folder, write_json
@@ -73,6 +76,9 @@ def main() -> None:
         "--per_device", type=int, default=1, help="Number of runs side by side on each GPU, or on the CPU."
     )
     parser.add_argument(
+        "--only", choices=("runs", "costs"), help="Do the runs alone, or the timings alone; by default, both."
+    )
+    parser.add_argument(
         "--tables_only",
         action="store_true",
         help="Write the tables of the finished runs, also of runs with other code; run nothing.",
@@ -87,23 +93,33 @@ def main() -> None:
     for folder in (*studies, *([] if args.results_dir is None else [args.results_dir])):
         require_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    failed = [] if args.tables_only else run_missing(studies, args.data_dir, per_device=args.per_device)
+    failed = []
+    if not args.tables_only:
+        failed = run_missing(studies, args.data_dir, per_device=args.per_device, only=args.only)
     for folder, study in studies.items():
         results = collect(study, folder, any_code=args.tables_only)
+        if results is None:
+            if failed or args.only == "costs":
+                continue
+            raise ValueError(
+                f"{folder} has no record of a finished run of {study.name}; run it without --tables_only."
+            )
         results_dir = args.results_dir or folder
         write_results(study, results, results_dir)
         print((results_dir / f"{study.name}.md").read_text("utf-8"))
     if failed:
-        raise ValueError(
-            f"{len(failed)} runs failed; their logs are {failed[0].log_file} and so on. Run the study again."
-        )
+        raise ValueError(f"{len(failed)} of the runs failed; see {failed[0]} Run the study again.")
 
 
-def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) -> list[Job]:
-    """Do the runs that have no record yet, then the timings; returns those that failed."""
-    code, checksums, runs, timings = code_entry(), {}, [], []
+def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int, only: str | None) -> list[str]:
+    """
+    Do the runs that have no record yet, then the timings, or `only` the "runs" or the "costs". Returns a line for each that
+    failed.
+    """
+    checksums: dict[str, str] = {}
+    jobs: dict[str, list[Job]] = {"runs": [], "costs": []}
     for folder, study in studies.items():
-        records = folder / "records"
+        records, code = folder / "records", code_entry(study.imports)
         for part in ("records", "code"):
             (folder / part).mkdir(exist_ok=True)
         write_json(folder / "code" / f"{code['hash']}.json", code)
@@ -111,16 +127,24 @@ def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int) 
         for source in sources.values():
             if source not in checksums:
                 checksums[source] = source_checksum(*source)
-        for run in study.runs({name: checksums[source] for name, source in sources.items()}, code["hash"]):
-            path, _ = sources[run.data]
-            runs.append(Job(execute, run, path, records / f"{run.name}.json"))
-            if study.costs and run.seed == study.seeds[0]:
-                timings.append(Job(measure_cost, run, path, records / f"cost-{run.name}.json"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    missing, untimed = ([job for job in jobs if not job.record.exists()] for jobs in (runs, timings))
-    logger.info("%d of %d runs are done; devices: %s.", len(runs) - len(missing), len(runs), visible or "the CPU")
-    failed = run_side_by_side(missing, devices=visible.split(","), per_device=per_device)
-    return failed + run_side_by_side(untimed, devices=visible.split(","), per_device=1)
+        runs = study.runs({name: checksums[source] for name, source in sources.items()}, code["hash"])
+        paths = {name: path for name, (path, _) in sources.items()}
+        work = partial(execute, side_by_side=per_device)
+        jobs["runs"] += [Job(work, run, paths[run.data], records / f"{run.name}.json") for run in runs]
+        if study.costs:
+            for key, (run, lengths) in models_to_time(runs).items():
+                work = partial(measure_cost, lengths=lengths)
+                jobs["costs"].append(Job(work, run, paths[run.data], records / f"cost-{run.data}-{key}.json"))
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    failed = []
+    for kind in ("runs", "costs"):
+        if only in (None, kind):
+            missing = [job for job in jobs[kind] if not job.record.exists()]
+            done, number = len(jobs[kind]) - len(missing), len(jobs[kind])
+            logger.info("%d of %d %s are done; devices: %s.", done, number, kind, devices or "the CPU")
+            side_by_side = per_device if kind == "runs" else 1
+            failed += run_side_by_side(missing, devices=devices.split(","), per_device=side_by_side)
+    return failed
 
 
 def source_checksum(path: str, item_features: Sequence[str]) -> str:
@@ -139,32 +163,31 @@ def source_checksum(path: str, item_features: Sequence[str]) -> str:
     return data_checksum(table, [log.item_features(columns, table, tokenizer) for columns in item_features])
 
 
-def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:
+def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any] | None:
     """
-    The results of a study: its records, tables and the code that they were measured with.
+    The results of a study: its records, tables and the code that they were measured with; `None` without any record.
 
     Args:
         folder: of the study; it has the folders `records` and `code`.
         any_code: whether records of other code count, too; of several records of a run, the latest counts.
     """
-    records, code = folder / "records", code_entry()
+    code = code_entry(study.imports)["hash"]
     wanted = {(run.data, run.configuration, run.seed): run for run in study.runs(dict.fromkeys(study.data, ""), "")}
     found: dict[tuple, tuple[Path, dict[str, Any]]] = {}
-    costs: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted(records.glob("*.json"), key=lambda path: path.stat().st_mtime):
+    timings = []
+    for path in sorted((folder / "records").glob("*.json"), key=lambda path: path.stat().st_mtime):
         record = read_json(path)
-        run = wanted.get((record["data"], record["configuration"], record.get("seed", study.seeds[0])))
-        if run is None or record["settings"] != run.settings or not (any_code or record["code"] == code["hash"]):
+        if not (any_code or record["code"] == code):
             continue
         if path.name.startswith("cost-"):
-            costs[record["data"], record["configuration"]] = record
-        elif {name: entry["settings"] for name, entry in record["evaluations"].items()} == run.evaluations:
+            timings.append(record)
+            continue
+        run = wanted.get((record["data"], record["configuration"], record["seed"]))
+        tests = {name: entry["settings"] for name, entry in record["evaluations"].items()}
+        if run is not None and record["settings"] == run.settings and tests == run.evaluations:
             found[record["data"], record["configuration"], record["seed"]] = (path, record)
     if not found:
-        raise ValueError(
-            f"{records} has no record of a finished run of {study.name}; run it without --tables_only, and if runs fail, see "
-            "their logs there."
-        )
+        return None
     found = {key: found[key] for key in wanted if key in found}
     hashes = list(dict.fromkeys(record["code"] for _, record in found.values()))
     if len(hashes) > 1:
@@ -175,12 +198,21 @@ def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any]:
         "code": [read_json(folder / "code" / f"{code_hash}.json") for code_hash in hashes],
         "runs": {"done": len(found), "of": len(wanted)},
         "tables": study.tables.build(tests_of(found.values())),
-        "costs": [
-            {key: record[key] for key in ("data", "configuration", "microseconds_per_user", "device")}
-            for record in costs.values()
-        ],
+        "costs": costs_of(wanted.values(), timings),
         "records": {path.stem: shorten(record) for path, record in found.values()},
     }
+
+
+def costs_of(runs: Iterable[Run], timings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The microseconds per user of each data set and configuration by evaluation, from the latest timing of its model."""
+    found = {}
+    for run, timing in itertools.product(runs, timings):
+        if timing["data"] == run.data and timing.get("model") == run.model_settings:
+            measured = timing["microseconds_per_user"]
+            costs = {name: measured[str(n)] for name, n in run.tested_lengths.items() if str(n) in measured}
+            entry = {"data": run.data, "configuration": run.configuration, "microseconds_per_user": costs}
+            found[run.data, run.configuration] = entry | {key: timing[key] for key in ("code", "compiled", "device")}
+    return list(found.values())
 
 
 def shorten(record: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +239,7 @@ def tests_of(records: Sequence[tuple[Path, dict[str, Any]]]) -> list[RunResult]:
                     evaluation=evaluation,
                     seed=record["seed"],
                     settings={**record["settings"], **entry["settings"]},
+                    validation=validation_of(record),
                     ranks=arrays[f"ranks.{evaluation}"],
                     users=arrays["users"],
                     lengths=arrays["lengths"],
@@ -214,6 +247,12 @@ def tests_of(records: Sequence[tuple[Path, dict[str, Any]]]) -> list[RunResult]:
                 )
             )
     return tests
+
+
+def validation_of(record: Mapping[str, Any]) -> float:
+    """The NDCG@10 of the validation that chose the weights."""
+    metric = record["settings"].get("metric_for_best_model", METRIC)
+    return record["validation"][metric if metric in record["validation"] else METRIC]
 
 
 def write_results(study: Study, results: dict[str, Any], folder: Path) -> None:
@@ -232,13 +271,19 @@ def report(results: dict[str, Any]) -> str:
     costs = {(entry["data"], entry["configuration"]): entry["microseconds_per_user"] for entry in results["costs"]}
     records = list(results["records"].values())
     devices = ", ".join(sorted({record["device"] for record in records}))
-    hours = sum(record["training"]["seconds"] for record in records) / 3600
-    lines = [
-        f"`blossomrec study {results['study']}.yaml`: {results['runs']['done']} of {results['runs']['of']} runs, {hours:.2f} hours "
-        f"of training in all, several side by side on {devices}. Code {', '.join(code['hash'] for code in results['code'])}."
-    ]
-    text = markdown(results["study"], results["description"], results["tables"], costs)
-    return text + "\n" + "\n".join(lines) + "\n"
+    minutes = sum(record["device_seconds"] for record in records) / 60
+    text = markdown(results["study"], results["description"], results["tables"], costs) + "\n"
+    if costs:
+        compiled = "compiled" if all(entry["compiled"] for entry in results["costs"]) else "not compiled"
+        text += (
+            "µs per user: inference, from events on the device to the scores of all items, for the 1,000 users with the longest "
+            f"histories; {compiled}, alone on {', '.join({entry['device'] for entry in results['costs']})}.\n\n"
+        )
+    return text + (
+        f"`blossomrec study {results['study']}.yaml`: {results['runs']['done']} of {results['runs']['of']} runs, {minutes:.0f} "
+        f"minutes of {devices}; runs side by side share the time of the device. Code "
+        f"{', '.join(code['hash'] for code in results['code'])}.\n"
+    )
 
 
 if __name__ == "__main__":

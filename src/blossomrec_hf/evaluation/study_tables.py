@@ -31,6 +31,7 @@ class RunResult:
         ranks: float [test items], the rank of each test item.
         users: int [test items], its user.
         lengths: int [users], number of events in each user's whole history.
+        validation: NDCG@10 of the validation that chose the weights.
         last_times: int64 [users], time of each user's latest event before the test items, in seconds; optional.
     """
 
@@ -42,6 +43,7 @@ class RunResult:
     ranks: np.ndarray
     users: np.ndarray
     lengths: np.ndarray
+    validation: float
     last_times: np.ndarray | None = None
     _metrics: dict[str, np.ndarray] | None = None
 
@@ -118,7 +120,8 @@ class StudyTables:
 
         Returns:
             - `means`: per data set, group, evaluation and configuration: number of users and seeds, the mean of `recall@10` and
-              `ndcg@10` over users and seeds, half of its 95 % interval over users, and the standard deviation over seeds;
+              `ndcg@10` over users and seeds, half of its 95 % interval over users, the standard deviation over seeds, and the mean
+              `validation` NDCG@10 of all users;
             - `comparisons`: see [`compare`], with the names; with several data sets, also one of all of them;
             - `slopes`: see [`slope`], with the names and the points.
         """
@@ -186,6 +189,7 @@ def _stack(same: Sequence[RunResult], name: str, group: Mapping[str, Any]) -> np
 def describe(same: Sequence[RunResult], group: Mapping[str, Any]) -> dict[str, Any]:
     """Means of the tests of one configuration with several seeds, for a group of users; see [`StudyTables.build`]."""
     found: dict[str, Any] = {"seeds": [test.seed for test in same]}
+    found["validation"] = float(np.mean([test.validation for test in same]))
     for name in (f"recall@{K}", METRIC):
         values = _stack(same, name, group)
         found["num_users"] = values.shape[1]
@@ -308,12 +312,12 @@ def markdown(
             continue
         lines += [f"**{data}, {users} ({rows[0]['num_users']:,}), {evaluation}**", ""]
         timed = any(evaluation in costs.get((data, row["configuration"]), {}) for row in rows)
-        lines += ["| | seeds | Recall@10 | NDCG@10 | over seeds |" + (" µs per user |" if timed else "")]
-        lines += ["|---|---|---|---|---|" + ("---|" if timed else "")]
+        lines += ["| | seeds | Recall@10 | NDCG@10 | over seeds | validation |" + (" µs per user |" if timed else "")]
+        lines += ["|---|---|---|---|---|---|" + ("---|" if timed else "")]
         for row in rows:
             cells = [f"{row[name]:.4f} ± {row[f'{name} half interval']:.4f}" for name in (f"recall@{K}", METRIC)]
             spread = row[f"{METRIC} over seeds"]
-            cells.append("" if spread is None else f"{spread:.4f}")
+            cells += ["" if spread is None else f"{spread:.4f}", f"{row['validation']:.4f}"]
             cost = costs.get((data, row["configuration"]), {}).get(evaluation)
             cells += ["" if cost is None else f"{cost:.1f}"] if timed else []
             lines.append(f"| {row['configuration']} | {len(row['seeds'])} | {' | '.join(cells)} |")
@@ -334,7 +338,7 @@ def markdown(
                 )
         lines.append("")
     lines.append(
-        "± is half of the 95 % interval over users (bootstrap). Differences are paired by user and averaged over seeds. "
+        "± is half of the 95 % interval over users (bootstrap); validation is the NDCG@10 that chose the weights, of all users. Differences are paired by user and averaged over seeds. "
         "Non-inferior: the interval lies above −2 % of the other value; better: above 0."
     )
     return "\n".join(lines) + "\n"

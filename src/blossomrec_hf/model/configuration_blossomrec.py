@@ -255,10 +255,12 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             self.attention_types = [self.attention_types] * self.num_hidden_layers
         self.attention_types = list(self.attention_types)
         self.gate_initial_bias = list(self.gate_initial_bias)
-        # In one order, so that equal features make equal configurations.
-        self.time_features = [name for name in TIME_FEATURES if name in (self.time_features or ())] or None
-        for name in ("event_types", "target_event_types"):
-            setattr(self, name, list(getattr(self, name) or ()) or None)
+        for name in ("time_features", "event_types", "target_event_types"):
+            if isinstance(names := getattr(self, name), list | tuple):
+                setattr(self, name, list(names) or None)
+        if isinstance(self.time_features, list):
+            # In one order, so that equal features make equal configurations. `check` reports unknown ones.
+            self.time_features.sort(key=(*TIME_FEATURES, *self.time_features).index)
         # A copy, because `transformers` completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
         if not type(self).__module__.startswith("transformers_modules."):

@@ -1,9 +1,11 @@
 """Studies: a YAML file of configurations, seeds and data sets, the runs that it asks for, and their records."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +18,7 @@ from ..data.item_features import save_item_features
 from ..evaluation.study_tables import StudyTables
 from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.features_blossomrec import ItemFeatures
+from ..model.streams_blossomrec import build_streams
 from ..utils.code_hash import hash_files, join_hashes
 from .arguments import LoopArguments, read_arguments
 
@@ -32,7 +35,9 @@ CODE = """
     training/averaging.py training/gradients.py training/graphs.py training/initialize.py training/loop.py
     training/optimizer.py training/plan.py training/step.py training/study_runs.py
 """.split()
-_PARTS = "description data seeds settings configurations grid evaluations users comparisons slopes costs".split()
+_PARTS = (
+    "description imports data seeds settings configurations grid evaluations users comparisons slopes costs".split()
+)
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
 # `item_features` names columns of the data, as in `blossomrec train`; the configuration follows from them.
 _CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share", "item_features"}
@@ -52,6 +57,7 @@ class Run:
         evaluations: how the model is tested: by name, the settings of the test.
         checksum: of the events, see [`data_checksum`].
         code: hash of the code.
+        imports: Python files that are imported first.
     """
 
     data: str
@@ -61,6 +67,7 @@ class Run:
     evaluations: dict[str, dict[str, Any]]
     checksum: str
     code: str
+    imports: tuple[Path, ...] = ()
 
     @property
     def key(self) -> str:
@@ -73,6 +80,18 @@ class Run:
         """The name of the files of the record, without suffix."""
         words = re.sub(r"[^\w.]+", "-", f"{self.data} {self.configuration} {self.seed}").strip("-")
         return f"{words}-{self.key}"
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The settings that inference depends on."""
+        names = _CONFIG_NAMES | {"item_features", "mixed_precision"}
+        return {name: value for name, value in self.settings.items() if name in names}
+
+    @property
+    def tested_lengths(self) -> dict[str, int]:
+        """By evaluation, the number of latest items that the model reads of each history."""
+        own = self.settings.get("max_length", LoopArguments.max_length)
+        return {name: settings.get("max_length", own) for name, settings in self.evaluations.items()}
 
     def loop_arguments(self, output_dir: str | Path) -> LoopArguments:
         """The arguments of the training loop."""
@@ -111,6 +130,7 @@ class Study:
             for the models that depend on it.
         tables: what to report.
         costs: whether inference is timed.
+        imports: Python files that are imported first, such as one that registers a stream.
     """
 
     name: str
@@ -123,6 +143,7 @@ class Study:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=lambda: {"test": {}})
     tables: StudyTables = field(default_factory=StudyTables)
     costs: bool = False
+    imports: tuple[Path, ...] = ()
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":
@@ -157,7 +178,9 @@ class Study:
             evaluations={name: entry or {} for name, entry in (content.get("evaluations") or {"test": {}}).items()},
             tables=StudyTables(**tables),
             costs=bool(content.get("costs", False)),
+            imports=tuple(Path(path).parent / name for name in content.get("imports") or ()),
         )
+        import_files(study.imports)
         study.check(str(path))
         return study
 
@@ -177,7 +200,9 @@ class Study:
                 )
             try:
                 run.loop_arguments("runs")
-                run.model_config(3418, None)
+                config = run.model_config(3418, None)
+                for layer in range(config.num_hidden_layers):
+                    build_streams(config, layer)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
         self.tables.check(path, list(self.configurations), list(self.evaluations))
@@ -204,11 +229,25 @@ class Study:
                 evaluations=self.evaluations,
                 checksum=checksums[data],
                 code=code,
+                imports=self.imports,
             )
             for seed in self.seeds
             for data in self.data
             for name, settings in self.configurations.items()
         ]
+
+
+def models_to_time(runs: Sequence[Run]) -> dict[str, tuple[Run, set[int]]]:
+    """By a key of all that a timing depends on, each model to time: one of its runs, and the lengths at which it is tested."""
+    models: dict[str, tuple[Run, set[int]]] = {}
+    for run in runs:
+        parts = [run.data, run.model_settings, run.checksum, run.code]
+        _, lengths = models.setdefault(json.dumps(parts, sort_keys=True), (run, set()))
+        lengths.update(run.tested_lengths.values())
+    return {
+        hashlib.sha256(f"{parts} {sorted(lengths)}".encode()).hexdigest()[:12]: (run, lengths)
+        for parts, (run, lengths) in models.items()
+    }
 
 
 def expand_grid(
@@ -244,20 +283,50 @@ def data_checksum(table: EventTable, features: Sequence[ItemFeatures] = ()) -> s
     return digest.hexdigest()[:12]
 
 
-def code_of_studies() -> dict[str, str]:
-    """Hashes of the files of the package that figures depend on, by path."""
-    return hash_files(PACKAGE, CODE)
+def import_files(paths: Sequence[Path]) -> None:
+    """
+    Import Python files, each once, as modules with the names of the files.
+
+    Raises:
+        ValueError: if a file cannot be imported, or another module has its name.
+    """
+    for path in map(Path.resolve, paths):
+        if path.stem in sys.modules:
+            if getattr(sys.modules[path.stem], "__file__", None) != str(path):
+                raise ValueError(f"`imports` has {path}, but another module has its name; rename the file.")
+            continue
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        try:
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except (AttributeError, ImportError, OSError, SyntaxError) as error:
+            sys.modules.pop(path.stem, None)
+            raise ValueError(f"`imports` has {path}, which cannot be imported ({error}); correct it.") from error
 
 
-def changed_code(results: Mapping[str, Any]) -> list[str]:
-    """The files of the package that differ from those with which some of the `results` of a study were measured."""
-    now, changed = code_of_studies(), set()
+def code_of_studies(imports: Sequence[Path] = ()) -> dict[str, str]:
+    """Hashes of the files of the package that figures depend on, and of the files that a study imports, by path."""
+    files = hash_files(PACKAGE, CODE)
+    for path in imports:
+        files |= hash_files(path.parent, [path.name])
+    return files
+
+
+def changed_code(results: Mapping[str, Any], imports: Sequence[Path] = ()) -> list[str]:
+    """
+    The files that differ from those with which some of the `results` of a study were measured.
+
+    Args:
+        results: the content of the JSON file of a study.
+        imports: the files that the study imports.
+    """
+    now, changed = code_of_studies(imports), set()
     for code in results["code"]:
         changed |= {name for name in code["files"].keys() | now.keys() if code["files"].get(name) != now.get(name)}
     return sorted(changed)
 
 
-def code_entry() -> dict[str, Any]:
-    """The hash of the code, and those of its files, for the results of a study."""
-    files = code_of_studies()
+def code_entry(imports: Sequence[Path] = ()) -> dict[str, Any]:
+    """The hash of the code of a study, and those of its files."""
+    files = code_of_studies(imports)
     return {"hash": join_hashes(files), "files": files}

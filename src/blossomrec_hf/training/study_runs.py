@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ from ..evaluation.held_out import HeldOutItems
 from ..evaluation.model_scores import hold_out, last_item_scores
 from ..evaluation.ranking import Ranks, rank_held_out_items
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
-from ..utils.environment import describe_environment
+from ..utils.environment import describe_environment, keep_compiled_code
 from ..utils.files import atomic_write, write_json
 from ..utils.progress import set_up_logging
 from .arguments import LogArguments
 from .initialize import initialize_model
 from .loop import TrainingLoop
-from .studies import Run
+from .studies import Run, import_files
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ COST_PASSES = 5
 COST_TOKENS = 65_536
 
 
-def execute(run: Run, data: str, record_file: Path) -> None:
+def execute(run: Run, data: str, record_file: Path, *, side_by_side: int = 1) -> None:
     """
     Train and test one model. Writes ranks and what tables group users by, as `.npz`, and then the record.
 
@@ -51,7 +51,9 @@ def execute(run: Run, data: str, record_file: Path) -> None:
         run: the run.
         data: what `blossomrec train --data` takes.
         record_file: the JSON file of the record.
+        side_by_side: number of runs that share the device, for its time in the record.
     """
+    started = time.perf_counter()
     model, table = _new_model(run, data)
     scratch = record_file.with_suffix(".training")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
@@ -83,11 +85,13 @@ def execute(run: Run, data: str, record_file: Path) -> None:
         "parameters": model.num_parameters(),
         **describe_environment(),
     }
+    record["device_seconds"] = round((time.perf_counter() - started) / side_by_side, 1)
     write_json(record_file, record)
 
 
 def _new_model(run: Run, data: str) -> tuple[BlossomRecForSequentialRecommendation, EventTable]:
     """A model before its training, and the data."""
+    import_files(run.imports)
     log = LogArguments(data=data)
     table, tokenizer = log.read_table()
     features = None if run.item_features is None else log.item_features(run.item_features, table, tokenizer)
@@ -127,38 +131,50 @@ def _last_times(table: EventTable, held_out: HeldOutItems) -> np.ndarray:
     return table.events["timestamps"][table.offsets[chosen] + np.maximum(ends - 1, 0)].astype(np.int64)
 
 
-def measure_cost(run: Run, data: str, record_file: Path) -> None:
+def measure_cost(run: Run, data: str, record_file: Path, *, lengths: Collection[int]) -> None:
     """
-    Time the inference of a new model with the settings of a run, for the users with the longest histories, at each length
-    that the study tests. Arguments as in [`execute`]. Nothing else may use the device.
+    Time the inference of a new model with the settings of a run, for the users with the longest histories. On a GPU, the model
+    is compiled and captured, as `compile_for_inference` does. Nothing else may use the device.
+
+    Args:
+        lengths: numbers of latest items that the model reads of each history.
+        The other arguments are those of [`execute`].
     """
     model, table = _new_model(run, data)
-    model.eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    keep_compiled_code()
     half = run.settings.get("mixed_precision") == "bf16"
-    costs = {}
-    for name, settings in run.evaluations.items():
-        max_length = settings.get("max_length", run.settings.get("max_length", 200))
-        costs[name] = _microseconds_per_user(model, table, max_length, half=half)
-    record = {name: getattr(run, name) for name in ("data", "checksum", "configuration", "settings", "code")}
-    record |= {"microseconds_per_user": costs, "users": COST_USERS, "tokens": COST_TOKENS, **describe_environment()}
+    record = {name: getattr(run, name) for name in ("data", "checksum", "code")} | {"model": run.model_settings}
+    costs = {str(length): _microseconds_per_user(model, table, length, half=half) for length in sorted(lengths)}
+    record |= {"microseconds_per_user": costs, "compiled": model.device.type == "cuda", **describe_environment()}
     write_json(record_file, record)
 
 
 @torch.no_grad()
 def _microseconds_per_user(model: torch.nn.Module, table: EventTable, max_length: int, *, half: bool) -> float:
-    """Median over passes of the time from the events on the device to the scores of all items."""
+    """
+    Median over passes of the time from the events on the device to the scores of all items. The compiled model needs batches
+    of at least half of the largest one, so that a smaller last batch, if there are others, is not timed.
+    """
     view = split(table, "test", max_length=max_length, columns=model.config.event_columns)
     histories = hold_out(view, model.config).inputs
     device = model.device
     histories.to(device)
-    users = np.argsort(-histories.lengths, kind="stable")[:COST_USERS]
-    batches = [users[part] for part in budget_batches(histories.lengths[users], COST_TOKENS)]
+    longest = np.argsort(-histories.lengths, kind="stable")[:COST_USERS]
+    batches = [longest[part] for part in budget_batches(histories.lengths[longest], COST_TOKENS)]
+    tokens = [int(histories.lengths[batch].sum()) for batch in batches]
+    batches = [batch for batch, number in zip(batches, tokens) if 2 * number >= max(tokens)]
 
     def autocast() -> Any:
         return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
 
+    if device.type == "cuda":
+        model.base_model._static_encoders.clear()  # of the former length
+        torch.compiler.reset()
+        with autocast():
+            model.compile_for_inference(
+                max_tokens=max(tokens), max_histories=max(map(len, batches)), max_length=max_length
+            )
     seconds = []
     for _ in range(1 + COST_PASSES):  # the first warms up
         if device.type == "cuda":
@@ -169,7 +185,7 @@ def _microseconds_per_user(model: torch.nn.Module, table: EventTable, max_length
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[1:]) / len(users) * 1e6)
+    return float(np.median(seconds[1:]) / sum(map(len, batches)) * 1e6)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -178,16 +194,16 @@ def _microseconds_per_user(model: torch.nn.Module, table: EventTable, max_length
 @dataclass(frozen=True)
 class Job:
     """
-    What one process does: [`execute`] or [`measure_cost`] with its arguments.
+    What one process does: [`execute`] or [`measure_cost`], with its arguments.
 
     Attributes:
-        work: the function.
+        work: the function, with its keyword arguments.
         run: its run.
         data: what `blossomrec train --data` takes.
         record: the JSON file that it writes.
     """
 
-    work: Callable[[Run, str, Path], None]
+    work: Callable[..., None]
     run: Run
     data: str
     record: Path
@@ -198,7 +214,7 @@ class Job:
         return self.record.with_suffix(".log")
 
 
-def run_side_by_side(jobs: Sequence[Job], *, devices: Sequence[str], per_device: int) -> list[Job]:
+def run_side_by_side(jobs: Sequence[Job], *, devices: Sequence[str], per_device: int) -> list[str]:
     """
     Do jobs in processes of their own, `per_device` at a time on each device. The processes end with the caller, also if it
     is killed.
@@ -209,7 +225,7 @@ def run_side_by_side(jobs: Sequence[Job], *, devices: Sequence[str], per_device:
         per_device: number of processes on each device.
 
     Returns:
-        The jobs that failed; the log says why.
+        A line for each job that failed: its log, and why.
     """
     context = multiprocessing.get_context("spawn")
     waiting, free, active, failed = deque(jobs), deque(list(devices) * per_device), {}, []
@@ -228,15 +244,22 @@ def run_side_by_side(jobs: Sequence[Job], *, devices: Sequence[str], per_device:
                 free.append(device)
                 done += 1
                 if process.exitcode != 0:
-                    failed.append(job)
-                    end = job.log_file.read_text("utf-8", errors="replace")[-2000:] if job.log_file.exists() else ""
-                    logger.error("%s failed (status %s):\n%s", job.record.stem, process.exitcode, end)
+                    failed.append(f"{job.log_file}: {_reason(job, process.exitcode)}")
+                    logger.error("A run failed, %s", failed[-1])
                 seconds = time.perf_counter() - started
                 logger.info("%d of %d in %.0f s: %s", done, len(jobs), seconds, job.record.stem)
     finally:
         for process, *_ in active.values():
             process.kill()
     return failed
+
+
+def _reason(job: Job, status: int) -> str:
+    """Why a process failed: what it printed last."""
+    if status < 0:
+        return f"ended by the signal {signal.Signals(-status).name}"
+    lines = job.log_file.read_text("utf-8", errors="replace").splitlines() if job.log_file.exists() else []
+    return lines[-1] if lines else f"exit status {status}"
 
 
 def _in_own_process(job: Job, device: str, threads: int) -> None:
@@ -250,9 +273,9 @@ def _in_own_process(job: Job, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         job.work(job.run, job.data, job.record)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        sys.stderr.flush()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
