@@ -338,7 +338,8 @@ def markdown(
                 )
         lines.append("")
     lines.append(
-        "± is half of the 95 % interval over users (bootstrap); validation is the NDCG@10 that chose the weights, of all users. Differences are paired by user and averaged over seeds. "
+        "± is half of the 95 % interval over users (bootstrap). Validation is the NDCG@10 that chose the weights, of all users. "
+        "Differences are paired by user and averaged over seeds. "
         "Non-inferior: the interval lies above −2 % of the other value; better: above 0."
     )
     return "\n".join(lines) + "\n"
