@@ -1,7 +1,7 @@
 """
 Measure how well items are recommended that no user had in the training log, by their features alone.
 
-    blossomrec prepare ml-1m/interactions.txt --items ml-1m/items.parquet --item_categories genres --item_text title \
+    blossomrec prepare ml-1m/interactions.txt --items ml-1m/items.parquet --item_categories genres,year --item_text title \
         --text_model MODEL --output_dir ml-1m
     blossomrec export --data ml-1m --output ml-1m.safetensors          # then, also on a machine without polars:
     python examples/benchmarks/cold_items.py --data ml-1m.safetensors --seeds 1 2 3

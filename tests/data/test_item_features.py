@@ -66,6 +66,18 @@ def test_codes_and_vectors_are_those_of_plain_python(tmp_path):
             assert torch.equal(column, features.columns[name])
 
 
+def test_the_year_of_titles_is_a_category_if_it_is_named():
+    titles = ["Toy Story (1995)", "1984", "Heat (1995) ", "Seven (aka Se7en) (1999)", None]
+    frame = pl.DataFrame({"item_id": range(5), "title": titles})
+    tokenizer = BlossomRecTokenizer.from_items(range(5))
+    table = item_metadata(frame, tokenizer, ItemOptions(item_categories="year"))
+    assert table["year"].to_list() == [["1995", "1990s"], None, ["1995", "1990s"], ["1999", "1990s"], None]
+    own = frame.with_columns(year=pl.lit("2001"))  # a column of that name is used as it is
+    assert item_metadata(own, tokenizer, ItemOptions(item_categories="year"))["year"].to_list() == [["2001"]] * 5
+    with pytest.raises(ValueError, match="'year' is no column of items, and no title ends with a year"):
+        item_metadata(frame[1:2], tokenizer, ItemOptions(item_categories="year"))
+
+
 def test_columns_of_a_model_are_kept():
     table, num_items = draw_table()
     known = item_features(table, num_items).config()

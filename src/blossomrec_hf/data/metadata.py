@@ -25,6 +25,7 @@ _ITEM = ("item_id", "itemid", "movieid", "item", "parent_asin", "asin", "video_i
 _ZERO_STEP = 5000  # more than the steps between 1 and the smallest number
 _RESERVED = ("item", "title", "input_id")
 _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
+_YEAR = r"\((\d{4})\)\s*$"  # of "Toy Story (1995)"
 
 
 def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOptions = ItemOptions()) -> pl.DataFrame:
@@ -35,7 +36,8 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOpti
         source: a Polars or pandas frame, or a file: MovieLens `movies.dat` (`::`) or `u.item` (`|`), RecBole `.item`,
             CSV, TSV, JSON lines or Parquet with a header. The columns of item ids and titles go by their usual names.
         tokenizer: the vocabulary.
-        options ([`ItemOptions`]): which columns are features.
+        options ([`ItemOptions`]): which columns are features. If there is no column `year`, it is the year and the decade of
+            titles such as "Toy Story (1995)".
 
     Returns:
         `polars.DataFrame` in vocabulary order: `item` (the raw id), `title`, `input_id` (int32, the vocabulary id) and the other
@@ -74,6 +76,8 @@ class ItemTable:
                 f"items has the columns {', '.join(map(repr, columns))}; one has to be called {' or '.join(_ITEM)}, and "
                 f"one {' or '.join(_TITLE)}, unless features are chosen."
             )
+        if "year" in chosen and "year" not in plain and title is not None:
+            frame, columns = _add_year(frame, title), [*columns, "year"]
         # RecBole's "genre:token_seq" is the column genre.
         named = {name: name if name in columns else plain.get(name.lower(), name) for name in chosen}
         if missing := [name for name, column in named.items() if column not in columns]:
@@ -133,6 +137,17 @@ class ItemTable:
             size = aligned.schema[stored[name]].size
             sentences.append(f"{stored[name]} has {size} numbers per item, of {name} by {self.options.text_model}")
         return sentences
+
+
+def _add_year(frame: pl.DataFrame, title: str) -> pl.DataFrame:
+    """A column `year` of the years in parentheses at the end of titles, and of their decades: `1995|1990s`."""
+    year = pl.col(title).cast(pl.String).str.extract(_YEAR)
+    frame = frame.with_columns(year=pl.concat_str(year, pl.lit("|"), year.str.head(3), pl.lit("0s")))
+    if frame["year"].null_count() == frame.height:
+        raise ValueError(
+            "'year' is no column of items, and no title ends with a year, as in \"Toy Story (1995)\"; omit it, or add the column."
+        )
+    return frame
 
 
 def _vector_name(text: str) -> str:
