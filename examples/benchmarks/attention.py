@@ -22,10 +22,8 @@ where PyTorch has it, else by FlashAttention; "full (varlen)" is FlashAttention 
 attention gets queries and keys that are already rotated, BlossomRec rotates them.
 
 Beside each time stands its floor and what share of it is reached: the bytes that must move at the rate of large copies
-on this machine, or the operations that must be done at the rate of large matrix products, whichever takes longer. Every
-matrix product and every attention reads what it takes and writes what it gives once (its backward pass: reads what it
-took and the gradient, writes gradients); what lies between them is free, and so are weights. Attention's products are
-those of the pairs that the mechanism attends to and scores: two forward, and backward two for each of them.
+on this machine, or the operations that must be done at the rate of large matrix products, whichever takes longer.
+`work.py` counts both. Attention's products are those of the pairs that the mechanism attends to and scores.
 
 `--baseline_module file.py:Class` takes an attention module from outside as one more contestant, in the same model:
 `Class(hidden_size, num_attention_heads)`, called with hidden states `[histories, L, hidden_size]` and a mask
@@ -49,12 +47,12 @@ from torch import nn
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 from transformers import AttentionInterface
+from work import attention_operations, core_work, count_pairs, step_work
 
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.batches import TokenBudgetSampler
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.model.attention_blossomrec import BlossomAttention
-from blossomrec_hf.model.ops_reference import power_law_distances
 from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
 
 
@@ -194,53 +192,21 @@ def model_step(
     return run
 
 
-def attended(config: BlossomRecConfig, length: int) -> tuple[int, int]:
-    """(query, key) pairs of a history that a head attends to, and (query, block) pairs that a group scores."""
-    t = np.arange(length)
-    if config.attention_types[0] == "full":
-        return int((t + 1).sum()), 0
-    candidates, in_block = np.divmod(t, config.selection_block_size)
-    long = config.selection_block_size * np.minimum(candidates, config.num_selected_blocks) + in_block + 1
-    block, in_block = np.divmod(t, config.short_term_block_size)
-    distances = power_law_distances(int(block[-1]) + 1, config.short_term_window, config.power_law_base).tolist()
-    short = sum(np.where(block >= x, config.short_term_block_size if x else in_block + 1, 0) for x in distances)
-    return int((long + short).sum()), int(candidates.sum())
-
-
 def least_work(
     config: BlossomRecConfig, args: argparse.Namespace, packed: Histories, what: str
 ) -> tuple[float, float]:
     """
-    Bytes that a core or a step on histories of equal length must move, and operations that it must do; see the top of
-    this file.
+    Bytes that a core or a step on histories of equal length must move, and operations that it must do; see `work.py`.
     """
-    histories, length, size = len(packed.lengths[0]), packed.longest, args.dtype.itemsize
-    tokens, training = packed.tokens, what != "inference"
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    gates = 2 * config.num_attention_heads if config.attention_types[0] != "full" else 0
-    pairs, scored = attended(config, length)
-
-    moved = tokens * (2 * queries + 2 * keys + gates)
-    done = histories * 4 * queries * pairs
-    if gates:
-        done += histories * 2 * keys * scored
-        window = config.compress_block_size * config.head_dim
-        mlp = 2 * window * (window + config.head_dim)
-        done += (
-            histories * (length // config.compress_stride) * config.num_key_value_heads * mlp * (3 if training else 1)
-        )
-    if training:
-        moved += tokens * (3 * queries + 4 * keys + 2 * gates)
-        done += histories * (8 * queries * pairs + 4 * keys * scored * bool(gates))
+    training = what != "inference"
+    (lengths,) = packed.lengths
+    operations = len(lengths) * sum(attention_operations(config, count_pairs(config, packed.longest)).values())
     if what == "core":
-        return moved * size, done
-    width, inner = config.hidden_size, config.intermediate_size
-    products = [(width, queries + 2 * keys + gates), (queries, width), (width, inner), (inner, width)]
-    for taken, given in products:
-        moved += tokens * (taken + given + (2 * taken + given if training else 0))
-        done += tokens * 2 * taken * given * (3 if training else 1)
-    return config.num_hidden_layers * moved * size, config.num_hidden_layers * done
+        parts = [core_work(config, packed.tokens, operations, training=True)]
+    else:
+        scored = packed.tokens if training and args.loss == "all" else len(lengths)
+        parts = step_work(config, packed.tokens, scored, operations, training=training)
+    return args.dtype.itemsize * sum(part.elements for part in parts), sum(part.operations for part in parts)
 
 
 def machine_rates(args: argparse.Namespace) -> tuple[float, float]:

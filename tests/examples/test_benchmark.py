@@ -107,26 +107,6 @@ def test_the_strongest_peer_is_the_fastest_full_attention(benchmark):
     assert benchmark.strongest(figures[:1]) is None
 
 
-def test_the_floor_counts_the_pairs_that_the_mechanism_attends_to(benchmark):
-    for _ in range(20):
-        config = BlossomRecConfig(
-            num_selected_blocks=random.randint(1, 5),
-            short_term_block_size=random.randint(1, 9),
-            short_term_window=random.randint(1, 4),
-            power_law_base=random.randint(2, 3),
-        )
-        length, b, short = random.randint(1, 300), config.selection_block_size, config.short_term_block_size
-        near = {*range(config.short_term_window), *(config.power_law_base**i for i in range(10))}
-        pairs = scored = 0
-        for t in range(length):
-            scored += t // b
-            pairs += b * min(t // b, config.num_selected_blocks) + t % b + 1  # selected blocks and the own one
-            pairs += sum(t // short - u // short in near for u in range(t + 1))
-        assert benchmark.attended(config, length) == (pairs, scored)
-        full = BlossomRecConfig(attention_types="full")
-        assert benchmark.attended(full, length) == (length * (length + 1) // 2, 0)
-
-
 @pytest.mark.parametrize("implementation", ["rows_full", "varlen_full", "eager_full"])
 @pytest.mark.parametrize("rotated", [False, True], ids=["", "rotated"])
 def test_every_peer_computes_full_attention(benchmark, implementation, rotated):
