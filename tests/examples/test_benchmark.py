@@ -1,7 +1,6 @@
 import argparse
 import importlib
 import json
-import random
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from example_cases import REPOSITORY
 from transformers import AttentionInterface
 
-from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.model.ops_reference import rotate
 
 
