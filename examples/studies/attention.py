@@ -51,11 +51,12 @@ logger = logging.getLogger(__name__)
 STUDY = Path(__file__).with_name("times.yaml")
 KINDS = {"blossom": "blossom, none", "full": "full, none"}  # configurations of the study
 WATCHED_TOKENS = 65_536
+MEASURING = [Path(__file__).with_name("attention_measures.py")]  # figures depend on this file, too
 
 
 def choose_run(kind: str, seed: int, settings: dict[str, Any], checksum: str) -> Run:
     """The run of the study, on ML-1M, with some settings replaced."""
-    study, code = Study.load(STUDY), code_entry()["hash"]
+    study, code = Study.load(STUDY), code_entry(MEASURING)["hash"]
     runs = study.runs(dict.fromkeys(study.data, checksum), code)
     run = next(run for run in runs if (run.data, run.configuration) == ("ml-1m", KINDS[kind]))
     return replace(run, seed=seed, settings={**run.settings, **settings})
@@ -139,19 +140,18 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
     if "timestamps" not in table.events:
         raise ValueError(f"`data` is {args.data}, which has no times; prepare the log with them.")
     device, checksum = ("cuda" if torch.cuda.is_available() else "cpu"), data_checksum(table)
+    runs = {kind: choose_run(kind, args.seed, args.settings, checksum) for kind in KINDS}
+    chosen = {"min_events": args.min_events, "after": args.after, "number": args.histories, "seed": args.seed}
+    histories = choose_histories(table, max_length=runs["blossom"].settings["max_length"], **chosen)
     models, records = {}, {}
-    for kind in KINDS:
-        run = choose_run(kind, args.seed, args.settings, checksum)
+    for kind, run in runs.items():
         models[kind], records[kind] = train(run, table, len(tokenizer), log.repeat_share(table), device)
     trained = time.perf_counter() - started
-    chosen = {"min_events": args.min_events, "after": args.after, "number": args.histories, "seed": args.seed}
-    max_length = records["blossom"]["settings"]["max_length"]
-    histories = choose_histories(table, max_length=max_length, **chosen)
     layers = measure(models, histories, args.seed)
     config = models["blossom"].config
     return {
         "study": "attention",
-        "code": [code_entry()],
+        "code": [code_entry(MEASURING)],
         "data": {"file": Path(args.data).name, "checksum": checksum},
         "histories": {**chosen, "number": len(histories), "mean length": float(histories.lengths.mean())},
         "sizes": {name: getattr(config, name) for name in ("num_selected_blocks", "selection_block_size")},

@@ -33,8 +33,7 @@ import torch  # noqa: E402
 from contestants import CONTESTANTS, make_config  # noqa: E402
 from work import Work, attention_operations, core_work, count_pairs, step_work  # noqa: E402
 
-from blossomrec_hf.training.studies import PACKAGE  # noqa: E402
-from blossomrec_hf.utils.code_hash import hash_files, join_hashes  # noqa: E402
+from blossomrec_hf.training.studies import PACKAGE, code_entry  # noqa: E402
 from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error  # noqa: E402
 from blossomrec_hf.utils.files import atomic_write, read_json, write_json  # noqa: E402
 from blossomrec_hf.utils.progress import set_up_logging  # noqa: E402
@@ -42,7 +41,8 @@ from blossomrec_hf.utils.progress import set_up_logging  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-CODE = ["model/*.py"]  # times depend on all of the model's files
+# Times depend on these files, too.
+MEASURING = [BENCHMARKS / "work.py", BENCHMARKS / "attention.py", *sorted((PACKAGE / "model").glob("ops_*.py"))]
 LENGTHS = "50,200,1024,4096,16384,65536"
 # Operations per second of dense matrix products in bf16, and bytes per second of the memory (data sheets, SXM).
 PEAKS = {"H100": (989.4e12, 3.35e12), "H200": (989.4e12, 4.8e12)}
@@ -60,10 +60,8 @@ def measure(args: argparse.Namespace, further: list[str]) -> dict[str, Any]:
         if status := subprocess.run([*command, *further]).returncode:
             raise SystemExit(status)
         results = read_json(path)
-    files = hash_files(PACKAGE, CODE)
-    return {"study": "operations", "code": [{"hash": join_hashes(files), "files": files}], **results} | {
-        "seconds": round(time.perf_counter() - started)
-    }
+    seconds = round(time.perf_counter() - started)
+    return {"study": "operations", "code": [code_entry(MEASURING)], **results, "seconds": seconds}
 
 
 def join(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import re
 
 import pytest
-from example_cases import REPOSITORY
+from example_cases import REPOSITORY, load_example
 
-from blossomrec_hf.commands.study import report
+from blossomrec_hf.commands import study as command
 from blossomrec_hf.training.studies import Study, changed_code
 from blossomrec_hf.utils.files import read_json
 
@@ -13,15 +13,18 @@ from blossomrec_hf.utils.files import read_json
 FOLDER = REPOSITORY / "examples" / "studies"
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MEASURED = sorted(path.stem for path in FOLDER.glob("*.json"))
+SCRIPTS = ("attention", "operations")  # studies with a script of their own
 ROWS = re.findall(
     r"^\| \[(\w+)\]\(\1\.md\) \| [^|]+ \| (current|earlier) \|$", (FOLDER / "README.md").read_text("utf-8"), re.M
 )
 
 
 @pytest.mark.parametrize("name", MEASURED)
-def test_tables_are_those_of_the_results(name):
+def test_tables_are_those_of_the_results(name, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
     results = read_json(FOLDER / f"{name}.json")
-    assert (FOLDER / f"{name}.md").read_text("utf-8") == report(results)
+    study = load_example(f"studies/{name}.py") if name in SCRIPTS else command
+    assert (FOLDER / f"{name}.md").read_text("utf-8") == study.report(results)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -43,9 +46,14 @@ def test_every_result_is_listed():
 
 
 @pytest.mark.parametrize(("name", "code"), ROWS)
-def test_results_are_current_only_if_the_code_has_not_changed(name, code):
-    changed = changed_code(read_json(FOLDER / f"{name}.json"), Study.load(FOLDER / f"{name}.yaml").imports)
+def test_results_are_current_only_if_the_code_has_not_changed(name, code, monkeypatch):
+    if name in SCRIPTS:
+        monkeypatch.syspath_prepend(FOLDER)
+        imports = load_example(f"studies/{name}.py").MEASURING
+    else:
+        imports = Study.load(FOLDER / f"{name}.yaml").imports
+    changed = changed_code(read_json(FOLDER / f"{name}.json"), imports)
     assert code == "earlier" or not changed, (
-        f"{name} was measured before {', '.join(changed)} changed: run `blossomrec study examples/studies/{name}.yaml "
-        'again, or write "earlier" into its row in examples/studies/README.md'
+        f"{name} was measured before {', '.join(changed)} changed: run the study again, see examples/studies/README.md, or "
+        'write "earlier" into its row there'
     )
