@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation, register_objective
 from blossomrec_hf.model import loss_blossomrec, objectives_blossomrec
@@ -152,7 +153,6 @@ def test_a_large_catalog_never_has_all_its_logits():
     hidden = torch.randn(1000, 8, requires_grad=True)
     weight = torch.randn(200_002, 8, requires_grad=True)
     largest = 0
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -164,6 +164,25 @@ def test_a_large_catalog_never_has_all_its_logits():
     with Largest():
         cross_entropy(hidden, weight, torch.randint(2, 200_002, (1000,))).backward()
     assert largest <= loss_blossomrec.MAX_LOGITS["cpu"] < hidden.shape[0] * weight.shape[0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_sampled_loss_computes_one_tensor_as_large_as_the_catalog(shared):
+    hidden, weight, targets, counts = problem(items=5000)
+    large = []
+
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.numel() >= weight.numel() and not out._is_view():
+                large.append(func)
+            return out
+
+    options = {"item_counts": counts, "num_negatives": 6, "shared_negatives": shared}
+    with Large():
+        sampled_loss("sampled_softmax", hidden, weight, targets, **options).backward()
+    computed = [func for func in large if func is not torch.ops.aten.detach.default]
+    assert computed == [torch.ops.aten.embedding_dense_backward.default]
 
 
 @pytest.mark.parametrize("objective", SAMPLED)
@@ -194,6 +213,8 @@ def test_values_are_those_of_the_formulas(monkeypatch, objective, shared):
             weighted = logsigmoid(positive) * (beta if objective == "gbce" else 1.0)
             total = total - (weighted + torch.log(1 - torch.sigmoid(scores)).sum()) / 7
     torch.testing.assert_close(loss, total / 7)
+    gradients, expected = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, total / 7))
+    torch.testing.assert_close(gradients, expected)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

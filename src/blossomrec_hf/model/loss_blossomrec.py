@@ -409,11 +409,15 @@ def sampled_loss(
             negatives = target[_draw(is_target.double(), shape)]
         log_chance = (frequencies / frequencies.sum()).log().to(dtype)[negatives - NUM_SPECIAL_IDS]
 
-    positive = (hidden_states * weight[target]).sum(-1, dtype=dtype)[:, None]
+    # One lookup has one gradient as large as the catalog; that of an index is slower where items repeat.
+    rows = nn.functional.embedding(torch.cat([target, negatives.flatten()]), weight)
+    positive_rows, negative_rows = rows.split([target.shape[0], negatives.numel()])
+    positive = (hidden_states * positive_rows).sum(-1, dtype=dtype)[:, None]
     if shared_negatives:
-        negative = (hidden_states @ weight[negatives].T).to(dtype)
+        negative = (hidden_states @ negative_rows.T).to(dtype)
     else:
-        negative = torch.einsum("td,tkd->tk", hidden_states, weight[negatives]).to(dtype)
+        negative_rows = negative_rows.unflatten(0, negatives.shape)
+        negative = torch.einsum("td,tkd->tk", hidden_states, negative_rows).to(dtype)
     accidental = negatives == target[:, None]
 
     if objective == "sampled_softmax":
