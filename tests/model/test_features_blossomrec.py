@@ -432,6 +432,13 @@ def test_bad_columns_are_refused():
         ItemFeatures.from_columns({"plot": [[1.0, 2.0], [1.0, "x"]]})
 
 
+def test_a_column_of_zeros_is_no_missing_column(tmp_path):
+    model = make_model({"genre": ["a", "b"] * 29, "price": np.zeros((58, 1))})
+    model.save_pretrained(tmp_path)
+    loaded = BlossomRecForSequentialRecommendation.from_pretrained(tmp_path)
+    assert torch.equal(loaded.train().item_vectors([5]), model.item_vectors([5]))
+
+
 def test_whole_numbers_are_categories():
     years = [1994, 1995, None, 1994, 1995]
     expected = ItemFeatures.from_columns({"year": [None if year is None else str(year) for year in years]})

@@ -357,11 +357,9 @@ class FeatureVectors(nn.Module):
             ValueError: if they are not.
         """
         if not self._is_set:
-            for name, column in zip(self.names, self.columns):
-                if not column.is_set():
-                    raise ValueError(
-                        f"The model has no features of its items in the column {name!r}; call `model.set_item_features` first."
-                    )
+            # All columns are set together; a column of zeros alone looks as if it was not.
+            if not any(column.is_set() for column in self.columns):
+                raise ValueError("The model has no features of its items; call `model.set_item_features` first.")
             self._is_set = True
 
     @torch.no_grad()
