@@ -51,7 +51,6 @@ from work import attention_operations, core_work, count_pairs, step_work
 
 from blossomrec_hf import BlossomRecConfig
 from blossomrec_hf.batches import TokenBudgetSampler
-from blossomrec_hf.data import build_sequences
 from blossomrec_hf.model.attention_blossomrec import BlossomAttention
 from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
 
@@ -95,6 +94,8 @@ def real_histories(source: str, max_length: int, tokens: int, steps: int) -> His
     if source.endswith(".npy"):
         lengths = np.load(source)
     else:
+        from blossomrec_hf.data import build_sequences  # imports polars, which GPU machines may lack
+
         lengths = np.array([len(row) for row in build_sequences(source)[0]["input_ids"]])
     lengths = np.minimum(lengths[lengths > 1], max_length)
     rows = list(TokenBudgetSampler(lengths, tokens, seed=0))[:steps]
