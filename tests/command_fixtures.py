@@ -6,8 +6,15 @@ import sys
 
 import pytest
 from example_cases import REPOSITORY, SMALL_MODEL, write_log
+from forked_commands import run_in_fork
 
 import blossomrec_hf  # noqa: F401  (makes the Auto classes know the models that the commands save)
+
+
+def command_environment():
+    """The environment of a command: without a progress bar and a GPU."""
+    path = os.pathsep.join(sys.path)
+    return {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session")
@@ -15,14 +22,8 @@ def run_python():
     """Runs Python with arguments and returns what it printed; with `status`, the exit status that is expected."""
 
     def run(*arguments, launcher=(), status=0, field="stdout"):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "TQDM_DISABLE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
         command = [sys.executable, *launcher, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, env=command_environment(), capture_output=True, text=True, timeout=900)
         assert done.returncode == status, done.stdout + done.stderr
         return getattr(done, field)
 
@@ -36,11 +37,19 @@ def run_example(run_python):
 
 
 @pytest.fixture(scope="session")
-def run_command(run_python):
-    """Runs a command of `blossomrec` as `run_python` does."""
-    return lambda name, *arguments, **options: run_python(
-        "-m", f"blossomrec_hf.commands.{name}", *arguments, **options
-    )
+def run_command(run_python, tmp_path_factory):
+    """Runs a command of `blossomrec` as `run_python` does, in a forked process unless it has a launcher."""
+    folder = tmp_path_factory.mktemp("printed")
+
+    def run(name, *arguments, launcher=(), status=0, field="stdout"):
+        if launcher:
+            module = ("-m", f"blossomrec_hf.commands.{name}")
+            return run_python(*module, *arguments, launcher=launcher, status=status, field=field)
+        done = run_in_fork(name, list(map(str, arguments)), command_environment(), folder)
+        assert done.returncode == status, done.stdout + done.stderr
+        return getattr(done, field)
+
+    return run
 
 
 @pytest.fixture(scope="session")
