@@ -194,4 +194,4 @@ def test_a_log_too_small_to_hold_anything_out_is_learned(run_command, tmp_path):
     assert "there is no validation" in said
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "run"))
     assert after.config.vocab_size == 6 and not torch.equal(before.lm_head.weight, after.lm_head.weight[:5])
-    assert not (tmp_path / "run" / "test_results.json").exists()
+    assert not (tmp_path / "run" / "test_results.json").exists() and (tmp_path / "run" / "README.md").exists()

@@ -63,7 +63,7 @@ def write_log(path, num_users: int, seed: int, first: int = 0):
 def test_times_and_types_through_the_commands(command, tmp_path):
     log, run = write_log(tmp_path / "log.csv", 70, 0), tmp_path / "run"
     data = f"--data {log} --event_type kind --targets buy"
-    features = "--time_features previous_gap,next_gap --event_types true --time_zone Europe/Berlin"
+    features = "--time_features previous_gap,next_gap --event_types true"
     printed = command(
         train,
         data,
@@ -75,7 +75,7 @@ def test_times_and_types_through_the_commands(command, tmp_path):
     )
     assert "all items, now known" in printed
     config = BlossomRecConfig.from_pretrained(run)
-    assert config.time_features == ["previous_gap", "next_gap"] and config.time_zone == "Europe/Berlin"
+    assert config.time_features == ["previous_gap", "next_gap"]
     assert config.event_types == ["view", "buy"] and config.target_event_types == ["buy"]
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["test"]["recall@5_now"] > 0.9 > 0.6 > summary["test"]["recall@5"]
@@ -123,6 +123,12 @@ def test_times_and_types_through_the_commands(command, tmp_path):
     )  # fmt: skip
     figures = json.loads((tuned / "test_results.json").read_text())
     assert figures["test_recall@5_now"] > max(0.6, figures["test_recall@5"] + 0.15)
+    summarized = json.loads((tuned / "training_summary.json").read_text())["test"]
+    assert summarized == {name: figures[f"test_{name}"] for name in summarized} and "recall@5_now" in summarized
+    assert "next_gap" in (tuned / "README.md").read_text()
+    assert "determines what is read of events" in command(
+        finetune, f"--model {run} --data {new} --output_dir {tmp_path / 'none'} --time_features next_gap", fails=True
+    )
 
     bare = tmp_path / "bare.csv"
     pl.read_csv(log).select("user", "item").write_csv(bare)
@@ -131,6 +137,19 @@ def test_times_and_types_through_the_commands(command, tmp_path):
     ):  # fmt: skip
         sentence = command(module, arguments, f"--data {bare} --output_dir {tmp_path / 'none'}", fails=True)
         assert "event types" in sentence and "Traceback" not in sentence
+
+
+def test_a_new_model_of_finetune_reads_times_and_types(command, tmp_path):
+    log, run = write_log(tmp_path / "log.csv", 30, 0), tmp_path / "run"
+    command(
+        finetune, f"--data {log} --event_type kind --targets buy --output_dir {run} --max_steps 2 --use_cpu true",
+        "--time_features next_gap,weekday --time_zone Europe/Berlin --event_types true",
+    )  # fmt: skip
+    model = BlossomRecForSequentialRecommendation.from_pretrained(run)
+    assert model.config.time_features == ["next_gap", "weekday"] and model.config.time_zone == "Europe/Berlin"
+    assert model.config.event_types == ["view", "buy"] and model.config.target_event_types == ["buy"]
+    assert model.item_counts.sum() > 0 and model.model.prediction_vectors.next_gap.any()
+    assert "ndcg@10_now" in json.loads((run / "training_summary.json").read_text())["test"]
 
 
 def test_early_stopping_drops_targets_that_never_occur_in_training(command, tmp_path, caplog):
@@ -151,6 +170,10 @@ def test_early_stopping_drops_targets_that_never_occur_in_training(command, tmp_
     [
         ("--time_features next", "`time_features` is 'next'"),
         ("--time_features next_gap", "The model reads timestamps of events, but the data has"),
+        (
+            "--time_features next_gap --time_zone Asia/Kolkata",
+            "`time_zone` is 'Asia/Kolkata', but `time_features` is 'next_gap'",
+        ),
         ("--event_types true", "`event_types` is true, but the data has no event types"),
         ("--metric_for_best_model ndcg@10_now", "`now` is true, but the model's `time_features` are None"),
     ],

@@ -54,6 +54,7 @@ from ..training import (
     read_item_vectors,
     save_arguments,
 )
+from ..training.event_features import EventFeatureArguments, require_event_columns
 from ..training.fine_tuning import (
     EVALUATIONS,
     FINE_TUNING_DEFAULTS,
@@ -93,8 +94,8 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
 @dataclass
-class FineTuneArguments:
-    """The model, the events and the parameters to train."""
+class FineTuneArguments(EventFeatureArguments):
+    """The model, the events and the parameters to train. What a new model reads of events is not for a trained one."""
 
     model: str | None = field(
         default=None, metadata={"help": "Folder of a trained model, or a Hub id; by default, a small new model."}
@@ -153,6 +154,11 @@ class FineTuneArguments:
         replay = self.replay not in ("auto", "none")
         if self.model is None and (self.train_only != "all" or self.item_vectors or replay):
             raise ValueError("`train_only`, `item_vectors` and `replay` require `model`; give a trained model.")
+        if self.model is not None and (self.time_features or self.time_zone != "UTC" or self.event_types):
+            raise ValueError(
+                f"`model` is {self.model}, which determines what is read of events; omit `time_features`, `time_zone` and "
+                "`event_types`, or train a new model without `model`."
+            )
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"`replay_share` must be 0 or more and below 1, got {self.replay_share}.")
         if self.max_length < 2:
@@ -205,11 +211,13 @@ def read_past(
     return reduce(join_logs, (log.build(tokenizer, event_types)[0] for log in past))
 
 
-def new_model(vocab_size: int) -> BlossomRecForSequentialRecommendation:
-    config = BlossomRecConfig(
-        vocab_size=vocab_size, hidden_size=64, num_attention_heads=4, num_key_value_heads=1, intermediate_size=128
-    )
-    return BlossomRecForSequentialRecommendation(config)
+def new_model(args: FineTuneArguments, dataset: Dataset, vocab_size: int) -> BlossomRecForSequentialRecommendation:
+    """A small model, with the item frequencies of the training events."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 128}
+    config = BlossomRecConfig(vocab_size=vocab_size, **sizes, **args.event_settings(dataset))
+    model = BlossomRecForSequentialRecommendation(config)
+    model.item_counts.copy_(torch.as_tensor(item_counts(dataset, vocab_size)))
+    return model
 
 
 def features_by_item(
@@ -301,13 +309,11 @@ def main() -> None:
         require_another_folder(training_args.output_dir, args.model)
     set_seed(training_args.seed)
 
-    config = BlossomRecConfig() if args.model is None else load_checkpoint(BlossomRecConfig, args.model)
-    columns = config.event_columns
-    dataset, tokenizer = log_args.build(event_types=config.event_types)
+    event_types = None if args.model is None else load_checkpoint(BlossomRecConfig, args.model).event_types
+    dataset, tokenizer = log_args.build(event_types=event_types)
     past, vectors, old_log, old_titles, first_new = [], {}, None, None, NUM_SPECIAL_IDS
     if args.model is None:
-        model, past_ends = new_model(len(tokenizer)), [0] * len(dataset)
-        model.item_counts.copy_(torch.as_tensor(item_counts(dataset, len(tokenizer))))
+        model, past_ends = new_model(args, dataset, len(tokenizer)), [0] * len(dataset)
     else:
         log_tokenizer, tokenizer = tokenizer, load_checkpoint(BlossomRecTokenizer, args.model)
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
@@ -320,14 +326,12 @@ def main() -> None:
         if num_added := add_items(model, tokenizer, log_items, vectors=vectors, features=features):
             print(f"{num_added} new items; the catalog now has {tokenizer.num_items}.")
         past = past_logs(args.model, args.replay)
-        old_log = read_past(past, args.model, tokenizer, config.event_types)
+        old_log = read_past(past, args.model, tokenizer, event_types)
         dataset = continue_past(model, recode(dataset, log_tokenizer, tokenizer), old_log)
         past_ends = dataset["past_end"]
-    if missing := [name for name in columns if name not in dataset.column_names]:
-        raise ValueError(
-            f"The model reads {' and '.join(missing)} of events, which the new or the earlier log lacks; name their columns with "
-            "`timestamp` and `event_type`, or give `--replay none`."
-        )
+    columns = model.config.event_columns
+    remedy = "drop `time_features` or `event_types`" if args.model is None else "give `--replay none`"
+    require_event_columns(model.config, dataset.column_names, remedy)
     if model.config.repeat_share is None:
         model.config.repeat_share = log_args.repeat_share(dataset)
     titles = join_item_metadata([log_args.item_titles(tokenizer), old_titles])
@@ -395,6 +399,8 @@ def main() -> None:
         figures = trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_metrics("test", figures)
         trainer.log_metrics("test", figures)
+    data = "the built-in data set" if log_args.data is None else Path(log_args.data).name
+    trainer.create_model_card(model_name=Path(training_args.output_dir).resolve().name, dataset=data)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import torch
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from ..data import EventTable, has_users, hold_out_nothing, item_counts, split
 from ..data.event_table import METADATA_FILE, TableView
-from ..data.splits import target_types
 from ..evaluation import HeldOutItems, append_result, evaluate, read_results
 from ..evaluation.ranking import NOW_SUFFIX
 from ..model.features_blossomrec import ItemFeatures
@@ -38,6 +37,7 @@ from ..training import (
     refit_folder,
     save_arguments,
 )
+from ..training.event_features import EventFeatureArguments, require_event_columns
 from ..training.recipes import RECIPES
 from ..utils.command_line import exit_on_error
 from ..utils.environment import describe_environment
@@ -62,7 +62,7 @@ BUILT_IN = {
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(EventFeatureArguments):
     """The model; all other settings of `BlossomRecConfig` keep their defaults."""
 
     attention_types: list[str] = field(
@@ -85,20 +85,6 @@ class ModelArguments:
         metadata={
             "help": "Features of the items that are part of their vectors: columns of the item table, separated by commas, or "
             "all; by default, none."
-        },
-    )
-    time_features: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the model reads of the times of events, separated by commas: previous_gap, next_gap, next_gap_input, "
-            "hour, weekday. By default, nothing."
-        },
-    )
-    time_zone: str = field(default="UTC", metadata={"help": "Time zone of hour and weekday, such as Europe/Berlin."})
-    event_types: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the types of events (see event_type). With targets, the model predicts events of their types."
         },
     )
     config_overrides: str = field(
@@ -302,36 +288,13 @@ def new_model(
     attn_implementation, types = settings.pop("attn_implementation"), settings["attention_types"]
     settings |= {"attention_types": types[0] if len(types) == 1 else types, "repeat_share": repeat_share}
     settings["item_features"] = None if features is None else features.config()
-    settings |= event_settings(model_args, dataset) | json.loads(settings.pop("config_overrides"))
+    settings |= model_args.event_settings(dataset) | json.loads(settings.pop("config_overrides"))
     config = BlossomRecConfig(vocab_size=vocab_size, **settings)
-    if missing := [name for name in config.event_columns if name not in dataset.column_names]:
-        raise ValueError(
-            f"The model reads {' and '.join(missing)} of events, but the data has {', '.join(dataset.column_names)}; name the "
-            "columns of the log with `timestamp` and `event_type`, or drop `time_features` or `event_types`."
-        )
+    require_event_columns(config, dataset.column_names, "drop `time_features` or `event_types`")
     counts = item_counts(dataset, vocab_size)
     return initialize_model(
         config, seed=seed, counts=counts, features=features, attn_implementation=attn_implementation
     )
-
-
-def event_settings(model_args: ModelArguments, dataset: EventTable) -> dict[str, list[str] | None]:
-    """
-    The settings of `BlossomRecConfig` for times and event types, with the names of the types in the data.
-
-    Raises:
-        ValueError: if event types are to be read, but the data has none.
-    """
-    features = model_args.time_features
-    settings = {"time_features": None if features is None else [name.strip() for name in features.split(",")]}
-    settings |= {"event_types": None, "target_event_types": None}
-    if model_args.event_types:
-        if dataset.event_types is None:
-            raise ValueError(
-                "`event_types` is true, but the data has no event types; name their column with `event_type`."
-            )
-        settings |= {"event_types": dataset.event_types, "target_event_types": target_types(dataset)}
-    return settings
 
 
 def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
