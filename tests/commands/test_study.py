@@ -24,6 +24,7 @@ configurations:
   full: {attention_types: full}
   short: {attention_types: short_term}
 comparisons: [{first: blossom, second: full}]
+baselines: true
 """
 
 
@@ -64,6 +65,9 @@ def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     }
     means = {row["configuration"]: row["ndcg@10"] for row in results["tables"]["means"]}
     assert means == pytest.approx({name: values["ndcg@10"] for name, values in metrics.items()}) and len(means) == 3
+    popular = results["baselines"]["small"]["most popular"]
+    assert 0 < popular["ndcg@10"] < popular["recall@10"] < 1
+    assert f"| most popular | small | {popular['recall@10']:.4f} | {popular['ndcg@10']:.4f} |" in printed
 
     # A third time, nothing is left to do; with other code, everything would be.
     again = run_command("study", *arguments, field="stderr")

@@ -19,35 +19,27 @@ Output files: `evaluation.json` (metrics with bootstrap intervals, also by histo
 `evaluation.md` (a table), and `ranks.npz` (all ranks, for `blossomrec compare`).
 """
 
-import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation, BlossomRecTokenizer
-from ..batches import HistoryStore
-from ..data import EventTable, item_counts, split
+from ..data import item_counts, split
 from ..data.splits import user_ids
 from ..data.time_units import as_seconds
 from ..evaluation import (
     PROTOCOL,
-    GapPopularity,
     HeldOutItems,
-    LastItemNeighbors,
-    PopularityScores,
-    RecentlyViewed,
-    RecentPopularity,
-    UserFrequentItems,
     describe_evaluation,
     markdown_table,
     rank_by_now,
     rank_by_scores,
 )
+from ..evaluation.baselines import make_baselines
 from ..evaluation.reports import NOW_LABEL
 from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
@@ -138,31 +130,6 @@ def common_event_types(configs: Mapping[str, BlossomRecConfig]) -> list[str] | N
                 "two runs."
             )
     return types
-
-
-def make_baselines(
-    dataset: EventTable, part: str, held_out: HeldOutItems, counts: np.ndarray, device: torch.device
-) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:
-    """The baselines that a log has, by name; see the description of the command."""
-    times = ["timestamps"] if held_out.prediction_times is not None else []
-    training = HistoryStore.from_rows(split(dataset, "train", columns=times), columns=times)
-    baselines = {
-        "most popular": PopularityScores(counts, device=device),
-        "user's most frequent": UserFrequentItems(held_out, counts, device=device),
-        "after the last item": LastItemNeighbors(training, held_out, counts, device=device),
-    }
-    if "event_type_ids" in dataset.column_names:
-        baselines["most recently viewed"] = RecentlyViewed(dataset, part, held_out, counts, device=device)
-    if "timestamps" in dataset.column_names:
-        recent = RecentPopularity(dataset, part, held_out, counts, device=device)
-        baselines["popular in the last 7 days"] = recent
-    else:
-        logging.warning(
-            "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
-        )
-    if times:
-        baselines[f"popular after such a gap{NOW_LABEL}"] = GapPopularity(training, held_out, counts, device=device)
-    return baselines
 
 
 @exit_on_error()

@@ -22,6 +22,7 @@ A study is a YAML file; its name is that of the study:
     comparisons: [{first: "blossom*", second: "full*"}]         # optional: paired tests; * is the same text in both
     slopes: [{configurations: "blossom*", evaluations: test, over: max_length}]     # optional
     costs: true                              # optional: inference is timed after the runs, alone on a device; on a GPU, compiled
+    baselines: true                          # optional: rules without training are tested, too, as in `blossomrec evaluate`
 
 A data set may have settings of its own: `{path: ml-1m.safetensors, settings: {tokens_per_step: 4096}}`.
 
@@ -50,13 +51,15 @@ from ..evaluation.study_plots import draw
 from ..evaluation.study_tables import METRIC, RunResult, markdown
 from ..training import LogArguments
 from ..training.studies import Run, Study, code_entry, data_checksum, models_to_time
-from ..training.study_runs import Job, execute, measure_cost, run_side_by_side
+from ..training.study_runs import Job, execute, measure_cost, rank_baselines, run_side_by_side
 from ..utils.command_line import HelpFormatter, exit_on_error
 from ..utils.files import atomic_write, read_json, require_folder, write_json
 from ..utils.progress import set_up_logging
 
 
 logger = logging.getLogger("blossomrec_hf.study")
+
+BASELINES = "baselines.json"  # in the folder of a study: figures by data set and baseline
 
 
 @exit_on_error()
@@ -129,6 +132,8 @@ def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int, 
                 checksums[source] = source_checksum(*source)
         runs = study.runs({name: checksums[source] for name, source in sources.items()}, code["hash"])
         paths = {name: path for name, (path, _) in sources.items()}
+        if study.baselines:
+            write_json(folder / BASELINES, {name: rank_baselines(path) for name, path in paths.items()})
         work = partial(execute, side_by_side=per_device)
         jobs["runs"] += [Job(work, run, paths[run.data], records / f"{run.name}.json") for run in runs]
         if study.costs:
@@ -199,6 +204,7 @@ def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any] | N
         "runs": {"done": len(found), "of": len(wanted)},
         "tables": study.tables.build(tests_of(found.values())),
         "costs": costs_of(wanted.values(), timings),
+        "baselines": read_json(folder / BASELINES) if study.baselines else {},
         "records": {path.stem: shorten(record) for path, record in found.values()},
     }
 
@@ -273,6 +279,12 @@ def report(results: dict[str, Any]) -> str:
     devices = ", ".join(sorted({record["device"] for record in records}))
     minutes = sum(record["device_seconds"] for record in records) / 60
     text = markdown(results["study"], results["description"], results["tables"], costs) + "\n"
+    if baselines := results.get("baselines"):
+        text += "| without training | data | Recall@10 | NDCG@10 |\n|---|---|---|---|\n"
+        for data, rules in baselines.items():
+            for name, figures in rules.items():
+                text += f"| {name} | {data} | {figures['recall@10']:.4f} | {figures['ndcg@10']:.4f} |\n"
+        text += "\n"
     if costs:
         compiled = "compiled" if all(entry["compiled"] for entry in results["costs"]) else "not compiled"
         text += (

@@ -8,6 +8,8 @@ that is equal, too.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from itertools import repeat
 from typing import TYPE_CHECKING
 
@@ -16,14 +18,18 @@ import torch
 
 from ..batches.histories import HistoryStore, to_device
 from ..data.event_table import EventTable
-from ..data.splits import event_batches, part_lengths, user_ids
+from ..data.splits import event_batches, part_lengths, split, user_ids
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.time_blossomrec import GAP_BOUNDS, NUM_GAPS, gap_buckets
 from .held_out import HeldOutItems, entries_of
+from .reports import NOW_LABEL
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = logging.getLogger(__name__)
 
 
 class PopularityScores:
@@ -273,3 +279,40 @@ def add_counts(
     """Add `counts` at (`rows`, `items`) to the `popularity` of each user; float32 [users, vocab_size]."""
     rows, items, counts = to_device(torch.from_numpy(np.stack([rows, items, counts])), popularity.device)
     return popularity.repeat(num_users, 1).index_put((rows, items), counts.float(), accumulate=True)
+
+
+def make_baselines(
+    dataset: EventTable, part: str, held_out: HeldOutItems, counts: np.ndarray, device: torch.device | str
+) -> dict[str, Callable[[np.ndarray], torch.Tensor]]:
+    """
+    The baselines that a log has, by name: popularity, overall and in the 7 days before the user's latest event (if the log has
+    times), the user's most frequent items, the items that follow the user's last item, the most recently viewed items (if the
+    log has event types), and the popularity after a gap as long as that before the event to be predicted (if `held_out` has
+    prediction times).
+
+    Args:
+        dataset: the data.
+        part: the part whose users are scored, `validation` or `test`.
+        held_out: the users to score.
+        counts: int64 [vocab_size], how often each item occurs in training.
+        device: of the scores.
+    """
+    times = ["timestamps"] if held_out.prediction_times is not None else []
+    training = HistoryStore.from_rows(split(dataset, "train", columns=times), columns=times)
+    baselines = {
+        "most popular": PopularityScores(counts, device=device),
+        "user's most frequent": UserFrequentItems(held_out, counts, device=device),
+        "after the last item": LastItemNeighbors(training, held_out, counts, device=device),
+    }
+    if "event_type_ids" in dataset.column_names:
+        baselines["most recently viewed"] = RecentlyViewed(dataset, part, held_out, counts, device=device)
+    if "timestamps" in dataset.column_names:
+        recent = RecentPopularity(dataset, part, held_out, counts, device=device)
+        baselines["popular in the last 7 days"] = recent
+    else:
+        logger.warning(
+            "The log has no times, so there is no baseline of the items that were popular in the last 7 days."
+        )
+    if times:
+        baselines[f"popular after such a gap{NOW_LABEL}"] = GapPopularity(training, held_out, counts, device=device)
+    return baselines

@@ -35,9 +35,7 @@ CODE = """
     training/averaging.py training/gradients.py training/graphs.py training/initialize.py training/loop.py
     training/optimizer.py training/plan.py training/step.py training/study_runs.py
 """.split()
-_PARTS = (
-    "description imports data seeds settings configurations grid evaluations users comparisons slopes costs".split()
-)
+_PARTS = "description imports data seeds settings configurations grid evaluations users comparisons slopes costs baselines".split()
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
 # `item_features` names columns of the data, as in `blossomrec train`; the configuration follows from them.
 _CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share", "item_features"}
@@ -130,6 +128,7 @@ class Study:
             for the models that depend on it.
         tables: what to report.
         costs: whether inference is timed.
+        baselines: whether the rules of [`~blossomrec_hf.evaluation.baselines.make_baselines`] are tested, too.
         imports: Python files that are imported first, such as one that registers a stream.
     """
 
@@ -143,6 +142,7 @@ class Study:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=lambda: {"test": {}})
     tables: StudyTables = field(default_factory=StudyTables)
     costs: bool = False
+    baselines: bool = False
     imports: tuple[Path, ...] = ()
 
     @classmethod
@@ -178,6 +178,7 @@ class Study:
             evaluations={name: entry or {} for name, entry in (content.get("evaluations") or {"test": {}}).items()},
             tables=StudyTables(**tables),
             costs=bool(content.get("costs", False)),
+            baselines=bool(content.get("baselines", False)),
             imports=tuple(Path(path).parent / name for name in content.get("imports") or ()),
         )
         import_files(study.imports)

@@ -23,9 +23,11 @@ import torch
 from ..batches import budget_batches
 from ..data.event_table import EventTable
 from ..data.splits import item_counts, split
+from ..evaluation.baselines import make_baselines
 from ..evaluation.held_out import HeldOutItems
 from ..evaluation.model_scores import hold_out, last_item_scores
-from ..evaluation.ranking import Ranks, rank_held_out_items
+from ..evaluation.ranking import Ranks, rank_by_scores, rank_held_out_items
+from ..model.configuration_blossomrec import BlossomRecConfig
 from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 from ..utils.environment import describe_environment, keep_compiled_code
 from ..utils.files import atomic_write, write_json
@@ -129,6 +131,21 @@ def _last_times(table: EventTable, held_out: HeldOutItems) -> np.ndarray:
     chosen = np.array([rows[user] for user in held_out.user_ids])
     ends = table.users["validation_end"].astype(np.int64)[chosen]
     return table.events["timestamps"][table.offsets[chosen] + np.maximum(ends - 1, 0)].astype(np.int64)
+
+
+def rank_baselines(data: str) -> dict[str, dict[str, float]]:
+    """Recall@10 and NDCG@10 of the test items by baseline. `data` is what `blossomrec train --data` takes."""
+    log = LogArguments(data=data)
+    table, tokenizer = log.read_table()
+    columns = ["timestamps"] if "timestamps" in table.events else []
+    held_out = HeldOutItems.from_rows(split(table, "test", columns=columns), columns=columns)
+    counts = item_counts(table, len(tokenizer))
+    exclude_seen = BlossomRecConfig(vocab_size=len(counts), repeat_share=log.repeat_share(table)).exclude_seen
+    ranking = {"vocab_size": len(counts), "exclude_seen": exclude_seen, "progress": False}
+    return {
+        name: rank_by_scores(scores, held_out, **ranking).metrics(ks=[10])
+        for name, scores in make_baselines(table, "test", held_out, counts, "cpu").items()
+    }
 
 
 def measure_cost(run: Run, data: str, record_file: Path, *, lengths: Collection[int]) -> None:
