@@ -75,6 +75,10 @@ FILES = {
         json.dumps(dict(zip(("item_id", "name", "genre", "price", "place"), row))) + "\n"
         for row in [(1, "A, a", ["x", "y"], 3, [1, 2.5]), (2, "B", [], 0, [3, 4]), (9, "C", ["z"], 1, [5, 6])]
     ),
+    "spaces.item": (
+        "item_id:token\tname:token_seq\tgenre:token_seq\tprice:float\tplace:float_seq\n"
+        "1\tA, a\tx y\t3\t1 2.5\n2\tB\t\t0\t3 4\n9\tC\tz\t1\t5 6\n"
+    ),
     "x.item": (
         "item_id:token\tname:token_seq\tgenre:token_seq\tprice:float\tplace:float_seq\n"
         "1\tA, a\tx|y\t3\t1 2.5\n2\tB\t\t0\t3 4\n9\tC\tz\t1\t5 6\n"

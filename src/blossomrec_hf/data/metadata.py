@@ -82,6 +82,8 @@ class ItemTable:
         named = {name: name if name in columns else plain.get(name.lower(), name) for name in chosen}
         if missing := [name for name, column in named.items() if column not in columns]:
             raise ValueError(f"{missing[0]!r} is no column of items; it has {', '.join(map(repr, columns))}.")
+        lists = [column for name in kinds["categories"] if (column := named[name]) != title]
+        frame = frame.with_columns(_split_tokens(frame[column]) for column in lists)
         texts = {_vector_name(name): as_texts(frame[named[name]]) for name in kinds["texts"]}
         if taken := [name for name in texts if name in columns]:
             raise ValueError(f"items has a column {taken[0]!r} already, the name of a text's vectors; rename it.")
@@ -152,6 +154,17 @@ def _add_year(frame: pl.DataFrame, title: str) -> pl.DataFrame:
 
 def _vector_name(text: str) -> str:
     return f"{text}_vector"
+
+
+def _split_tokens(column: pl.Series) -> pl.Series:
+    """A column of RecBole's kind `token_seq` as lists: the values of an item are separated by spaces, unless by |."""
+    if (
+        not column.name.endswith(":token_seq")
+        or column.dtype != pl.String
+        or column.str.contains("|", literal=True).any()
+    ):
+        return column
+    return column.str.split(" ")
 
 
 def as_categories(column: pl.Series) -> pl.Series:

@@ -212,7 +212,8 @@ class ItemOptions:
     """
 
     item_categories: str | None = _option(
-        "Columns of the item table with categories, separated by commas; several of one item are a list, or separated by |. "
+        "Columns of the item table with categories, separated by commas; several of one item are a list, or separated by | "
+        "(in columns of RecBole's kind token_seq, by spaces). "
         'year is the year and the decade of titles such as "Toy Story (1995)" if there is no such column.'
     )
     item_numbers: str | None = _option(
