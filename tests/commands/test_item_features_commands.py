@@ -60,6 +60,7 @@ def test_features_from_the_log_to_new_items(run_command, prepared, tmp_path):
         "genre": "categories", "place": "vectors",
     }  # fmt: skip
     assert len(model.config.item_features["genre"]["names"]) == 8 and model.config.scoring == "cosine"
+    assert "it reads the features of items (genre, place)" in (run / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(run / "refit").config.item_features == model.config.item_features
     # The same from one exported file, which needs no polars, to the last bit.
     run_command("export", "--data", prepared / "data", "--output", tmp_path / "data.safetensors")

@@ -146,6 +146,20 @@ def test_the_example_of_a_card_gives_the_columns_that_the_model_reads(settings, 
     assert [name for name in ("timestamps", "now", "event_types") if f'"{name}": ' in line] == columns
 
 
+def test_a_card_names_what_the_model_reads_besides_item_ids():
+    def sentence(**settings) -> str:
+        text = str(model_card(run(**settings), name="name"))
+        return text[text.index(" Besides") : text.index("\n", text.index(" Besides"))] if "Besides" in text else ""
+
+    assert sentence() == ""
+    features = {"item_features": "genres,title_vector"}
+    assert sentence(**features) == " Besides item ids, it reads the features of items (genres, title_vector)."
+    assert sentence(time_features="hour", event_types=True, **features) == (
+        " Besides item ids, it reads the times of events (hour), the types of events and the features of items "
+        "(genres, title_vector)."
+    )
+
+
 def test_a_model_with_a_stream_of_ones_own_needs_its_code():
     assert "`trust_remote_code` is not needed. Remote" in str(model_card([run()], name="m"))
     card = str(model_card([run(types=("blossom+recent", "full"))], name="m"))

@@ -172,6 +172,7 @@ def main() -> None:
     features = None
     if model_args.item_features is not None:
         features = log_args.item_features(model_args.item_features, dataset, tokenizer)
+        model_args.item_features = ",".join(features.columns)  # "all" depends on the data
     model = new_model(model_args, args.seed, dataset, len(tokenizer), log_args.repeat_share(dataset), features)
     config = model.config
 

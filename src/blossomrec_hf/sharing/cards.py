@@ -187,13 +187,16 @@ def _introduction(group: RunGroup) -> str:
 
 
 def _signals(group: RunGroup) -> str:
-    """A sentence on the times and types of events that the model reads, if any."""
+    """A sentence on the times and types of events and the features of items that the model reads, if any."""
     read = []
     if group.time_features:
         read.append(f"the times of events ({', '.join(group.time_features)})")
     if group.reads_event_types:
         read.append("the types of events")
-    return f" Besides items, it reads {' and '.join(read)}." if read else ""
+    if group.item_features:
+        read.append(f"the features of items ({', '.join(group.item_features)})")
+    *first, last = read or [""]
+    return f" Besides item ids, it reads {', '.join(first)}{' and ' * bool(first)}{last}." if read else ""
 
 
 def _call(group: RunGroup) -> str:

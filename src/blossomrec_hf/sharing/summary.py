@@ -122,6 +122,12 @@ class RunGroup:
         return features.split(",") if isinstance(features, str) else list(features)
 
     @property
+    def item_features(self) -> list[str]:
+        """The columns of item features that are part of the item vectors."""
+        names = self.get("item_features")
+        return names.split(",") if names else []
+
+    @property
     def reads_event_types(self) -> bool:
         return bool(self._model_setting("event_types"))
 

@@ -182,6 +182,7 @@ class SequentialRecommendationTrainer(Trainer):
         return {
             "configuration": {
                 **{name: getattr(self.model.config, name, None) for name in _MODEL_SETTINGS},
+                "item_features": ",".join(getattr(self.model.config, "item_features", None) or {}) or None,
                 **{name: getattr(self.args, name) for name in settings},
                 "lr_scheduler_type": str(self.args.lr_scheduler_type),
                 "max_length": getattr(self.data_collator, "max_length", None),
