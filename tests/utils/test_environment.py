@@ -1,9 +1,10 @@
 import os
 
+import pytest
 import torch
 
 from blossomrec_hf.utils import environment
-from blossomrec_hf.utils.environment import COMPILE_PASSES, keep_compiled_code, worth_compiling
+from blossomrec_hf.utils.environment import COMPILE_PASSES, check_processes, keep_compiled_code, worth_compiling
 
 
 def test_long_runs_on_a_gpu_are_compiled_by_default():
@@ -25,3 +26,12 @@ def test_compiled_code_is_kept_unless_another_folder_is_named(tmp_path, monkeypa
     monkeypatch.setattr(environment, "HF_HOME", str(tmp_path / "file"))  # where no folder can be made
     keep_compiled_code()
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_processes_that_work_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(1)  # not from a launcher
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_processes(2)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but 1 process works alone; .*accelerate launch --cpu"):
+        check_processes(1)

@@ -44,7 +44,7 @@ from ..evaluation.reports import NOW_LABEL
 from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
-from ..utils.environment import describe_environment
+from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_files, require_folder, write_json
 from ..utils.progress import set_up_logging
 
@@ -138,6 +138,7 @@ def main() -> None:
     set_up_logging()
     require_folder(args.output_dir)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    check_processes(accelerator.num_processes)
     ranking = {"num_negatives": args.num_negatives, "seed": args.seed, "accelerator": accelerator}
 
     configs = {folder: load_checkpoint(BlossomRecConfig, folder, "models") for folder in args.models}

@@ -31,7 +31,7 @@ from ..data.parts import reading
 from ..data.time_units import as_seconds
 from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
-from ..utils.environment import COMPILE_PASSES, keep_compiled_code, worth_compiling
+from ..utils.environment import COMPILE_PASSES, check_processes, keep_compiled_code, worth_compiling
 from ..utils.files import atomic_write, recover_writes, require_folder
 from ..utils.progress import progress_bar, set_up_logging
 
@@ -209,6 +209,7 @@ def main() -> None:
     set_up_logging()
     disable_progress_bars()
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    check_processes(accelerator.num_processes)
     tokenizer = load_checkpoint(BlossomRecTokenizer, args.model)
     model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model).to(accelerator.device).eval()
     with accelerator.main_process_first():  # the other processes load what the first one built

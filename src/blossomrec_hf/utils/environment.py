@@ -22,6 +22,19 @@ def worth_compiling(device: torch.device, num_passes: int) -> bool:
     return device.type == "cuda" and num_passes >= COMPILE_PASSES
 
 
+def check_processes(num_processes: int) -> None:
+    """
+    Raise `ValueError` if a launcher started more processes than `num_processes`, those that work together: each would do
+    all of the work and write the same files. `torchrun` alone joins processes on GPUs only.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started > num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {started}, but {num_processes} process works alone; on CPUs, start several with "
+            f"`accelerate launch --cpu --num_processes {started}`."
+        )
+
+
 def describe_environment() -> dict[str, Any]:
     """The versions of packages, the device and the commit, for results and cards."""
     packages = ("blossomrec-hf", "torch", "transformers", "accelerate", "datasets")

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 60.0  # between two lines
-_VERBOSE = ("accelerate", "httpx", "matplotlib", "datasets", "sentence_transformers")
+_VERBOSE = ("accelerate", "httpx", "matplotlib", "datasets", "sentence_transformers", "onnx_ir", "onnxscript")
 
 
 def can_draw_bars() -> bool:
