@@ -65,7 +65,7 @@ def test_room_is_for_the_batch_and_what_fills_it_up():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision, tolerance", [("no", 1e-5), ("bf16", 1e-2)])
-@pytest.mark.parametrize("attention_types", ["blossom", "full"])
+@pytest.mark.parametrize("attention_types", ["blossom", "full", "long_term+full"])
 def test_captured_and_compiled_training_is_the_training(attention_types, precision, tolerance, tmp_path):
     lengths = np.random.default_rng().integers(2, 200, size=80)
     items = make_store(lengths).items.numpy()

@@ -189,7 +189,7 @@ class _RankBlocks(torch.autograd.Function):
     def forward(ctx, q, rows, begin, end, width, k):
         pi, chosen = q.new_empty(*q.shape[:3], k), begin.new_empty(*q.shape[:3], k)
         norms = q.new_empty(q.shape[0], q.shape[2], 1, q.shape[1])
-        none = q.new_tensor(-1000 * LOG2E)  # the constant logit
+        none = q.new_full((), -1000 * LOG2E)  # the constant logit; no copy from the CPU, which a CUDA graph refuses
         for part, met in _slices(begin, end, width, k, q.shape[2]):
             scores, _ = _score(q[part], rows, begin[part], end[part], met)
             left, tops, bests = scores.clone(), [], []
