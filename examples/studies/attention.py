@@ -6,8 +6,8 @@ What BlossomRec's streams attend to, and whether it is what full attention atten
 
 Trains BlossomRec and full attention with the settings of a study (`times.yaml`, configurations "blossom, none" and "full,
 none", which read no times), and follows the gates over the training. Then reads the attention of both in long histories
-of the test, in float32, from the streams and the reference implementation of the package. Writes NAME.json, NAME.md and
-NAME.png into `--folder`.
+of the test, in float32, from the streams and the reference implementation of the package. Writes attention.json,
+attention.md and attention.png into `--folder`.
 
 Measured at queries with more candidates than they can select, averaged over the queries of a history, then over
 histories; ± is half the 95 % interval over histories. "Random", "latest" and "best" select as many blocks as the model;
@@ -141,6 +141,13 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"`data` is {args.data}, which has no times; prepare the log with them.")
     device, checksum = ("cuda" if torch.cuda.is_available() else "cpu"), data_checksum(table)
     runs = {kind: choose_run(kind, args.seed, args.settings, checksum) for kind in KINDS}
+    config = runs["blossom"].model_config(len(tokenizer), None)
+    least = (config.num_selected_blocks + 1) * config.selection_block_size + 1
+    if args.min_events < least:
+        raise ValueError(
+            f"`min_events` is {args.min_events}, but {config.num_selected_blocks} blocks of {config.selection_block_size} items "
+            f"are selected, so that shorter histories than {least} have no choice; give {least} or more."
+        )
     chosen = {"min_events": args.min_events, "after": args.after, "number": args.histories, "seed": args.seed}
     histories = choose_histories(table, max_length=runs["blossom"].settings["max_length"], **chosen)
     models, records = {}, {}
@@ -148,7 +155,6 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         models[kind], records[kind] = train(run, table, len(tokenizer), log.repeat_share(table), device)
     trained = time.perf_counter() - started
     layers = measure(models, histories, args.seed)
-    config = models["blossom"].config
     return {
         "study": "attention",
         "code": [code_entry(MEASURING)],
@@ -169,7 +175,8 @@ def report(results: dict[str, Any]) -> str:
     lines = ["# attention", ""]
     lines += [
         f"{histories['number']} histories of the test with at least {histories['min_events']} events, the latest after "
-        f"{histories['after']}; {histories['mean length']:.0f} events on average, read in float32.",
+        f"{histories['after']}; {histories['mean length']:.0f} events on average, read in float32. A query selects "
+        f"{results['sizes']['num_selected_blocks']} blocks of {results['sizes']['selection_block_size']} items.",
         "",
     ]
     for kind, record in results["records"].items():

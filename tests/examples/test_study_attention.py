@@ -142,8 +142,10 @@ def test_averages_have_intervals(measures):
 
 def test_the_study_trains_measures_and_draws_again(run_example, log_file, tmp_path):
     arguments = ("--data", log_file, "--settings", json.dumps(SETTINGS), "--after", 0, "--histories", 3)
-    told = run_example("studies/attention.py", *arguments, "--min_events", 999, status=2, field="stderr")
-    assert "`min_events` is 999" in told and "Traceback" not in told and "Epoch" not in told
+    for number, words in ((999, "no history has so many events"), (12, "shorter histories than 13 have no choice")):
+        told = run_example("studies/attention.py", *arguments, "--min_events", number, status=2, field="stderr")
+        assert f"`min_events` is {number}" in told and words in told
+        assert "Traceback" not in told and "Epoch" not in told
     printed = run_example("studies/attention.py", *arguments, "--min_events", 20, "--folder", tmp_path / "first")
     results = json.loads((tmp_path / "first" / "attention.json").read_text())
     assert len(results["layers"]) == 1 and results["histories"]["number"] == 3
