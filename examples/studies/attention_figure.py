@@ -61,7 +61,7 @@ def _draw_training(panel: Any, lines: list[dict[str, float]], num_layers: int) -
             panel.plot(steps, means, style, color=f"C{layer}", label=f"{stream}-term, layer {layer + 1}")
             panel.fill_between(steps, [*map(min, heads)], [*map(max, heads)], color=f"C{layer}", alpha=0.12)
     panel.set(title="gates over the training (band: heads)", xlabel="step", ylim=(0, 1))
-    panel.legend(fontsize=6, ncols=2)
+    panel.legend(fontsize=6, ncols=2, loc="upper right", bbox_to_anchor=(1, 0.63))
 
 
 def _draw_gates(panel: Any, layers: list[dict[str, Any]]) -> None:
@@ -139,5 +139,5 @@ def _draw_agreement(panel: Any, layers: list[dict[str, Any]], target: str, title
     panel.set_xticks(
         [layer + 0.4 - width / 2 for layer in range(len(layers))], [f"layer {i + 1}" for i in range(len(layers))]
     )
-    panel.set(title=f"{title}\non the keys that the streams see", ylim=(0, 1))
-    panel.legend(fontsize=6, ncols=3)
+    panel.set(title=f"{title}\non the keys that the streams see", ylim=(0, 1.15))
+    panel.legend(fontsize=6, ncols=5, loc="upper center")
