@@ -39,7 +39,7 @@ def draw(results: dict[str, Any], path: str | Path) -> None:
     _draw_agreement(panels[6], layers, "full, trained", "weight of a trained full-attention model")
     _draw_agreement(panels[7], layers, "full, same queries and keys", "weight of the same model with full attention")
     for panel in figure.axes:
-        panel.tick_params(labelsize=8)
+        panel.tick_params(labelsize=7)
         panel.title.set_fontsize(9)
     histories = results["histories"]
     figure.suptitle(
@@ -108,7 +108,7 @@ def _draw_diversity(panel: Any, layers: list[dict[str, Any]]) -> None:
             panel.bar(place + width * layer, read(measures, "selected")["mean"], width, color=f"C{layer}")
         if place:
             panel.bar(place + width * len(layers), read(layers[0], "random")["mean"], width, color="0.75")
-    panel.set_xticks([place + width * len(layers) / 2 for place in range(len(labels))], labels)
+    panel.set_xticks([place + width * len(layers) / 2 for place in range(len(labels))], labels, fontsize=7)
     panel.set(title="diversity of the selection (grey: random blocks)", ylim=(0, 1.05))
 
 
@@ -139,5 +139,5 @@ def _draw_agreement(panel: Any, layers: list[dict[str, Any]], target: str, title
     panel.set_xticks(
         [layer + 0.4 - width / 2 for layer in range(len(layers))], [f"layer {i + 1}" for i in range(len(layers))]
     )
-    panel.set(title=f"{title}\non the keys that the streams see", ylim=(0, 1.15))
-    panel.legend(fontsize=6, ncols=5, loc="upper center")
+    panel.set(title=f"{title}\non the keys that the streams see", ylim=(0, 1.25))
+    panel.legend(fontsize=6, ncols=3, loc="upper center")
