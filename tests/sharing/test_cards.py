@@ -160,6 +160,12 @@ def test_a_card_names_what_the_model_reads_besides_item_ids():
     )
 
 
+def test_a_card_says_what_becomes_of_new_items():
+    assert "has no embedding: it is never recommended" in str(model_card(run(), name="name"))
+    with_features = str(model_card(run(item_features="genres"), name="name"))
+    assert "recommended by its features" in with_features and "has no embedding" not in with_features
+
+
 def test_a_model_with_a_stream_of_ones_own_needs_its_code():
     assert "`trust_remote_code` is not needed. Remote" in str(model_card([run()], name="m"))
     card = str(model_card([run(types=("blossom+recent", "full"))], name="m"))

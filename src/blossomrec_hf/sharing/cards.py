@@ -92,7 +92,8 @@ def model_card(
     text += ["## Training", "", *_training(groups), ""]
     for picture in pictures:
         text += [f"![{picture}]({picture})", "", PICTURES.get(picture, ""), ""]
-    text += [*_USE_AND_LIMITS]
+    new_items = _NEW_ITEMS_WITH_FEATURES if models[0].item_features else _NEW_ITEMS
+    text += _USE_AND_LIMITS.format(new_items=new_items).split("\n")
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(text))
 
 
@@ -381,6 +382,15 @@ def _versions(groups: Sequence[RunGroup]) -> list[str]:
     return [f"Made with {', '.join(made_with)}{'; commit ' if commits else ''}{', '.join(commits)}."]
 
 
+_NEW_ITEMS = """\
+- **New items and new users.** An item that is not in the training log has no embedding: it is never recommended, and
+  removed from histories with a warning. `tokenizer.add_items` and fine-tuning add items. For a user without a history,
+  the most frequent items are recommended."""
+_NEW_ITEMS_WITH_FEATURES = """\
+- **New items and new users.** An item that is not in the training log is never recommended, and removed from histories
+  with a warning, until `blossomrec_hf.training.add_items(model, tokenizer, items, features=...)` adds it. It is then
+  recommended by its features, and by itself after fine-tuning. For a user without a history, the most frequent items are
+  recommended."""
 _USE_AND_LIMITS = """\
 ## Intended use
 
@@ -391,12 +401,10 @@ recommendation. Raw item ids are those of the training log.
 
 - **Popularity.** The model learns from what users did with the items that they were shown, so it recommends popular
   items too often. `blossomrec evaluate` measures coverage and popularity lift; check both before deployment.
-- **New items and new users.** An item that is not in the training log has no embedding: it is never recommended, and
-  removed from histories with a warning. `tokenizer.add_items` and fine-tuning add items. For a user without a history,
-  the most frequent items are recommended.
+{new_items}
 - **Privacy.** Histories are personal data. The model stores none, but it stores how often each item occurred, and its
   embeddings show which items occurred together. With few users, these can reveal one of them. Do not publish a model of
   a log that you could not publish in aggregate.
 - **Offline figures.** Leave-one-out figures compare models on past events. They do not show how users would have
   reacted to the recommendations.
-""".split("\n")
+"""
