@@ -40,7 +40,7 @@ from ..training import (
 from ..training.event_features import EventFeatureArguments, require_event_columns
 from ..training.recipes import RECIPES
 from ..utils.command_line import exit_on_error
-from ..utils.environment import describe_environment
+from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
 from ..utils.progress import set_up_logging
 
@@ -201,6 +201,7 @@ def main() -> None:
         callbacks=callbacks,
     )
     accelerator = loop.accelerator
+    check_processes(accelerator.num_processes)
     size = f"{len(dataset)} users, {tokenizer.num_items} items; {model.num_parameters():,} weights"
     accelerator.print(f"{size} on {accelerator.device}", flush=True)
     result = loop.run()

@@ -29,7 +29,7 @@ from ..evaluation.ranking import (
 )
 from ..model.manifest_blossomrec import require_loadable
 from ..sharing.upload import ensure_repo, push
-from ..utils.environment import check_processes, worth_compiling
+from ..utils.environment import worth_compiling
 from ..utils.progress import can_draw_bars, progress_bar
 from .arguments import LoopArguments
 from .callbacks import LoopCallback
@@ -103,13 +103,11 @@ def train(
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
     """An accelerator for the loop."""
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
     )
-    check_processes(accelerator.num_processes)
-    return accelerator
 
 
 class TrainingLoop:
