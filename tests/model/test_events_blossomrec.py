@@ -196,8 +196,7 @@ def test_every_vector_learns_as_by_lookups():
         torch.testing.assert_close(found, expected, **EXACT)
         weight = torch.randn_like(found)
         (found * weight).sum().backward()
-        for name, (moment, kind) in vectors.features.items():
-            rows = vectors._values(getattr(moments, moment), kind)
+        for name, rows in vectors._values(moments).items():
             by_row = torch.zeros_like(getattr(vectors, name)).index_add(0, rows, weight)
             torch.testing.assert_close(getattr(vectors, name).grad, by_row, **EXACT)
             assert by_row.any()

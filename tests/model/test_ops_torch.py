@@ -44,9 +44,9 @@ def test_same_on_histories_of_hardly_any_items(lengths):
     assert_equal(case, run(TORCH_OPS, case), run(REFERENCE_OPS, case), 1e-10, 1e-8)
 
 
-def some_positions(case) -> Queries:
-    """Up to five positions of every history but the empty ones, some of them next to each other."""
-    places = [(i, p) for i, n in enumerate(case.lengths) for p in sorted(random.sample(range(n), min(n, 5)))]
+def some_positions(case, number: int = 5) -> Queries:
+    """Up to `number` positions of every history but the empty ones, some of them next to each other."""
+    places = [(i, p) for i, n in enumerate(case.lengths) for p in sorted(random.sample(range(n), min(n, number)))]
     history, position = torch.tensor(places).unbind(1)
     most = int(history.bincount().max())
     return Queries(history.contiguous(), position, case.max_seqlen + random.choice([0, 3]), most)
@@ -64,7 +64,7 @@ def cached(case) -> Keys:
 
 
 @pytest.mark.parametrize("slice_elements", [2**25, 3000], ids=["whole", "sliced"])
-@pytest.mark.parametrize("which", ["some", "last"])
+@pytest.mark.parametrize("which", ["some", "last", "few"])
 @pytest.mark.parametrize("trial", range(4))
 def test_any_queries_are_answered_as_all_of_them(monkeypatch, which, slice_elements, trial):
     monkeypatch.setitem(ops_torch.SLICE_ELEMENTS, "cpu", slice_elements)
@@ -72,6 +72,9 @@ def test_any_queries_are_answered_as_all_of_them(monkeypatch, which, slice_eleme
     if which == "last":  # of a history that is empty there is none
         case = random_case(lengths=[n for n in case.lengths if n])
         queries = last_positions(case.cu_seqlens, case.max_seqlen)
+    elif which == "few":  # of one history, as an append computes them
+        case = random_case(lengths=[random.randint(1, 250)])
+        queries = some_positions(case, random.choice([1, ops_torch.FEW]))
     else:
         queries = some_positions(case)
     every = run(REFERENCE_OPS, case)

@@ -209,7 +209,7 @@ class EventVectors(nn.Module):
 
     def forward(self, moments: Moments) -> torch.Tensor:
         """The vectors `[..., size]` of moments `[...]`."""
-        values = {name: self._values(getattr(moments, moment), kind) for name, (moment, kind) in self.features.items()}
+        values = self._values(moments)
         weights = [getattr(self, name) for name in values]
         if not torch.is_grad_enabled():
             return reduce(torch.add, map(nn.functional.embedding, values.values(), weights))
@@ -217,13 +217,19 @@ class EventVectors(nn.Module):
         hot = [x[..., None] == torch.arange(len(w), device=x.device) for x, w in zip(values.values(), weights)]
         return torch.cat(hot, -1).to(weights[0].dtype) @ torch.cat(weights)
 
-    def _values(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """The rows of a feature's vectors for times, gaps or types."""
-        if kind == "type":
-            return torch.where(x == UNKNOWN_TYPE, self.sizes[kind], x)
-        if kind == "gap":
-            value = gap_buckets(x, self.gap_bounds)
-        else:
-            local = local_times(x, self.zone_changes, self.zone_offsets)
-            value = hours(local) if kind == "hour" else weekdays(local)
-        return torch.where(x == UNKNOWN_TIME, self.sizes[kind], value)
+    def _values(self, moments: Moments) -> dict[str, torch.Tensor]:
+        """The rows of each feature's vectors."""
+        values, local = {}, {}
+        for name, (moment, kind) in self.features.items():
+            x = getattr(moments, moment)
+            if kind == "type":
+                values[name] = torch.where(x == UNKNOWN_TYPE, self.sizes[kind], x)
+                continue
+            if kind == "gap":
+                value = gap_buckets(x, self.gap_bounds)
+            else:
+                if moment not in local:
+                    local[moment] = local_times(x, self.zone_changes, self.zone_offsets)
+                value = hours(local[moment]) if kind == "hour" else weekdays(local[moment])
+            values[name] = torch.where(x == UNKNOWN_TIME, self.sizes[kind], value)
+        return values

@@ -41,6 +41,8 @@ SLICE_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 
 # Queries of one history that read its blocks (or, in full attention, its keys) together.
 TILE = 64
+# Queries of one history that select one after the other: a new event, and the one before it that is computed again.
+FEW = 2
 
 
 def is_half_on_cpu(x: torch.Tensor) -> bool:
@@ -154,8 +156,10 @@ def select(
     if num_blocks == 0 or q.shape[0] == 0:  # no candidate anywhere; the compressor still gets its gradients, zero
         nothing = torch.full(shape, -1, device=q.device)
         return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + blocks.rows.sum() * 0)
-    if _is_alone(queries, blocks.first):
-        return _select_alone(q[0], blocks.rows[: int(queries.position) // block_size], *shape[1:], threshold, scaling)
+    if q.shape[0] <= FEW and blocks.first.shape[0] == 1 and reads_freely(blocks.first):
+        ends = (queries.position // block_size).tolist()
+        alone = [_select_alone(x, blocks.rows[:end], *shape[1:], threshold, scaling) for x, end in zip(q, ends)]
+        return alone[0] if len(alone) == 1 else Selection(*map(torch.cat, zip(*alone)))
 
     # A tile meets the blocks from the first one of its first history on: that history's own, and, if all positions are
     # asked for, those that begin inside the tile.
