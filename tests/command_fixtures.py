@@ -31,23 +31,39 @@ def run_python():
 
 
 @pytest.fixture(scope="session")
-def run_example(run_python):
-    """Runs a script of `examples/` as `run_python` does."""
-    return lambda script, *arguments, **options: run_python(REPOSITORY / "examples" / script, *arguments, **options)
+def run_forked(tmp_path_factory):
+    """Runs a command or a script as `run_python` does, in a process that need not import the package."""
+    folder = tmp_path_factory.mktemp("printed")
+
+    def run(program, *arguments, status=0, field="stdout"):
+        done = run_in_fork(program, list(map(str, arguments)), command_environment(), folder)
+        assert done.returncode == status, done.stdout + done.stderr
+        return getattr(done, field)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def run_command(run_python, tmp_path_factory):
-    """Runs a command of `blossomrec` as `run_python` does, in a forked process unless it has a launcher."""
-    folder = tmp_path_factory.mktemp("printed")
+def run_example(run_forked, run_python):
+    """Runs a script of `examples/`; one with a `launcher` is not forked."""
 
-    def run(name, *arguments, launcher=(), status=0, field="stdout"):
+    def run(script, *arguments, launcher=(), **options):
+        path = REPOSITORY / "examples" / script
         if launcher:
-            module = ("-m", f"blossomrec_hf.commands.{name}")
-            return run_python(*module, *arguments, launcher=launcher, status=status, field=field)
-        done = run_in_fork(name, list(map(str, arguments)), command_environment(), folder)
-        assert done.returncode == status, done.stdout + done.stderr
-        return getattr(done, field)
+            return run_python(path, *arguments, launcher=launcher, **options)
+        return run_forked(path, *arguments, **options)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_command(run_forked, run_python):
+    """Runs a command of `blossomrec`; one with a `launcher` is not forked."""
+
+    def run(name, *arguments, launcher=(), **options):
+        if launcher:
+            return run_python("-m", f"blossomrec_hf.commands.{name}", *arguments, launcher=launcher, **options)
+        return run_forked(name, *arguments, **options)
 
     return run
 

@@ -1,1 +1,1 @@
-from command_fixtures import log_file, run_command, run_example, run_python, trained  # noqa: F401
+from command_fixtures import log_file, run_command, run_example, run_forked, run_python, trained  # noqa: F401

@@ -56,11 +56,11 @@ def test_new_items_are_recommended_after_fine_tuning(example):
     """
     All late events of withheld items after the first: Recall@10 at least .8 of a model trained from scratch on the same
     events. Those of old items: at least .99. Both trainings have fixed seeds;
-    seeds 1, 2 and 3 give ratios of 1.25, 1.50 and 7.88 for new items and of 1.02, 1.05 and 1.09 for old ones.
+    seeds 1 and 2 give ratios of 1.36 and 1.42 for new items and of 1.04 and 1.03 for old ones.
     """
     args = SimpleNamespace(
         new_share=0.1, least_events=20, late_share=0.1, targets=1_500, max_length=64, hidden_size=32, dropout=0.1,
-        epochs=20, eval_epochs=5, learning_rate=5e-3, tokens_per_step=2048, min_steps=200,
+        epochs=6, eval_epochs=2, learning_rate=5e-3, tokens_per_step=1024, min_steps=120,
         variants=[example.DEFAULT_VARIANT],
     )  # fmt: skip
     events = built_in_events(300)

@@ -15,7 +15,7 @@ def last_states(model: BlossomRecModel, **inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_packed_training_step_compiles_without_graph_breaks(attention_type):
-    model = recommender(attention_types=attention_type, hidden_dropout_prob=0.0).train()
+    model = recommender(attention_types=attention_type, num_hidden_layers=1, hidden_dropout_prob=0.0).train()
     rows = histories(40, 3, 150)
     inputs = packed(rows)
     inputs["labels"] = inputs["input_ids"]
@@ -96,7 +96,7 @@ def test_an_exported_program_takes_padding_of_any_kind():
 
 
 def test_attentions_of_padded_input_under_compilation():
-    model = recommender(attn_implementation="eager")
+    model = recommender(attn_implementation="eager", num_hidden_layers=1)
     ids, mask = padded(histories(9, 3), "anywhere")
     expected, found = (
         function(ids, attention_mask=mask, output_attentions=True).attentions

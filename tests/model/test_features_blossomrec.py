@@ -259,7 +259,9 @@ def test_dense_tables_are_frozen_in_half_precision():
 
 
 def test_compiled_and_checkpointed_training():
-    model = make_model(scoring="cosine", hidden_dropout_prob=0.0, id_dropout_prob=0.0, item_dropout_prob=0.0).train()
+    model = make_model(
+        attention_types="full", scoring="cosine", hidden_dropout_prob=0.0, id_dropout_prob=0.0, item_dropout_prob=0.0
+    ).train()
     x = torch.randint(2, 60, (2, 40))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     expected = torch.autograd.grad(model(x, labels=x).loss, weights)
