@@ -142,10 +142,11 @@ def rank_baselines(data: str) -> dict[str, dict[str, float]]:
     counts = item_counts(table, len(tokenizer))
     exclude_seen = BlossomRecConfig(vocab_size=len(counts), repeat_share=log.repeat_share(table)).exclude_seen
     ranking = {"vocab_size": len(counts), "exclude_seen": exclude_seen, "progress": False}
-    return {
-        name: rank_by_scores(scores, held_out, **ranking).metrics(ks=[10])
-        for name, scores in make_baselines(table, "test", held_out, counts, "cpu").items()
-    }
+    figures = {}
+    for name, scores in make_baselines(table, "test", held_out, counts, "cpu").items():
+        metrics = rank_by_scores(scores, held_out, **ranking).metrics(ks=[10])
+        figures[name] = {x: value for x, value in metrics.items() if x.startswith(("recall", "ndcg"))}
+    return figures
 
 
 def measure_cost(run: Run, data: str, record_file: Path, *, lengths: Collection[int]) -> None:
