@@ -96,6 +96,8 @@ def test_drawn_items_are_ranked_too(run_command, log_file, tmp_path):
     )  # fmt: skip
     (result,) = json.loads((tmp_path / "results.json").read_text())
     test = result["test"]
+    assert "\n1 epoch in " in printed and " for 1 epoch: " in printed
+    assert "s per run, 1 epoch, on " in (tmp_path / "run" / "README.md").read_text()
     assert f"{'ndcg, 5 drawn':<24}{test['ndcg@1_uni5']:>9.4f}" in printed
     assert test["recall@5_uni5"] > test["recall@5"] and test["recall@10_uni5"] == 1  # of six items in all
     command = train_command(result).replace("\\\n", "").split()  # wherever its lines break

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from blossomrec_hf.data import build_sequences
 from blossomrec_hf.data.filters import FilterReport
+from blossomrec_hf.data.metadata import read_item_metadata
 
 
 TEXT = "user,item,timestamp\nann,Café,3\nbob,thé,2\nann,thé,1\n"
@@ -185,6 +186,13 @@ def test_a_folder_of_several_kinds_of_files_is_refused_and_one_of_recbole_read(t
     recbole.mkdir()
     (recbole / "mine.inter").write_text("user_id:token\titem_id:token\n1\t2\n")
     (recbole / "mine.item").write_text("item_id:token\ttitle:token_seq\n2\tb\n")
-    dataset, tokenizer = build_sequences(recbole)
-    assert tokenizer.decode_items(dataset["input_ids"][0]) == [2]
-    assert "only the .inter files of mine are read, not mine.item; give an item table with items=…" in caplog.text
+    (recbole / "mine.user").write_text("user_id:token\tage:float\n1\t30\n")
+    for source in (recbole, recbole / "mine.inter"):
+        dataset, tokenizer = build_sequences(source, output_dir=tmp_path / "out", overwrite=True)
+        assert tokenizer.decode_items(dataset["input_ids"][0]) == [2]
+        assert read_item_metadata(tmp_path / "out")["title"].to_list() == ["b"]
+        assert "item titles are those of mine.item" in caplog.text
+    assert "the events are those of the .inter files of mine, not of mine.item, mine.user" in caplog.text
+    (recbole / "mine.item").write_text("item_id:token\tgenre:token_seq\n2\tb\n")  # no titles
+    build_sequences(recbole, output_dir=tmp_path / "out", overwrite=True)
+    assert read_item_metadata(tmp_path / "out") is None

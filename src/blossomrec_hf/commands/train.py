@@ -42,7 +42,7 @@ from ..training.recipes import RECIPES
 from ..utils.command_line import exit_on_error
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
-from ..utils.progress import set_up_logging
+from ..utils.progress import count_noun, set_up_logging
 
 
 logger = logging.getLogger("blossomrec_hf.train")
@@ -244,7 +244,7 @@ def main() -> None:
         write_card(folder, name=Path(args.output_dir).resolve().name, k=10 if 10 in ks or not ks else max(ks))
 
     if accelerator.is_main_process:
-        print(f"\n{result.epochs} epochs in {result.seconds:.0f} s", end="")
+        print(f"\n{count_noun(result.epochs, 'epoch')} in {result.seconds:.0f} s", end="")
         if result.best_metric is not None:
             print(f"; the best was epoch {result.best_epoch}, validation ", end="")
             print(f"{args.metric_for_best_model} {result.best_metric:.4f}", end="")
@@ -272,7 +272,7 @@ def main() -> None:
             run |= {"configuration": {**configuration, "refit": True}, "training": refitted.summary(), "refit": True}
             run["changed_arguments"] = changed_arguments(run["configuration"])
             keep(folder, run)
-            print(f"\nA new model, trained on all events for {refitted.epochs} epochs: {folder}.")
+            print(f"\nA new model, trained on all events for {count_noun(refitted.epochs, 'epoch')}: {folder}.")
     if args.push_to_hub and accelerator.is_main_process:
         print(f"\nPushed: {loop.push_to_hub(folder).commit_url}")
 

@@ -57,7 +57,7 @@ def build_sequences(
         tokenizer ([`BlossomRecTokenizer`], *optional*): an existing vocabulary to encode with; items that it lacks become
             `[UNK]`. By default, a vocabulary of the log's items is made.
         items (*optional*): a file or frame of item titles and features; see [`~data.metadata.item_metadata`]. By default,
-            the one that comes with a public data set.
+            the one that comes with a public data set, or the `.item` file next to an `.inter` file of RecBole if it has titles.
         output_dir (`str` or `Path`, *optional*): folder for the Dataset, the tokenizer, `items.parquet` and
             `filters.json`. It is written completely or not at all. By default, the Dataset is in memory.
         overwrite (`bool`): replace an existing `output_dir`.

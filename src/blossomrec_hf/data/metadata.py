@@ -231,6 +231,13 @@ def _vectors(column: pl.Series) -> pl.Series:
 _FEATURES = {"categories": as_categories, "numbers": _intervals, "vectors": _vectors}
 
 
+def has_titles(path: Path) -> bool:
+    """Whether the header of a RecBole `.item` file has columns of item ids and titles."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        names = {name.split(":")[0].strip().lower() for name in file.readline().split("\t")}
+    return not names.isdisjoint(_ITEM) and not names.isdisjoint(_TITLE)
+
+
 def _read(source: Any) -> pl.DataFrame:
     if not isinstance(source, (str, Path)):
         return pl.from_pandas(source)

@@ -13,6 +13,7 @@ from ..utils.files import recover_folder
 from . import known_sets
 from .columns import find_usual, no_times_note
 from .formats import FORMATS, recognize_format
+from .metadata import has_titles
 from .options import LogOptions
 from .parts import Part
 from .published_splits import is_published_split, open_published_split
@@ -116,7 +117,19 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
             f"source {str(source)!r} is no file, no folder with files and no pattern that finds any, nor one of the public data "
             f"sets {', '.join(known_sets.KNOWN)}."
         )
-    return _open_files(files, path.name, options)  # the name alone: a card does not need this machine's folders
+    log = _open_files(files, path.name, options)  # the name alone: a card does not need this machine's folders
+    if log.format == "recbole":
+        _add_recbole_titles(log, files)
+    return log
+
+
+def _add_recbole_titles(log: Log, files: list[LogFile]) -> None:
+    """The titles of `NAME.item` next to `NAME.inter`, if the log is on this machine and there are any."""
+    interactions = next(Path(file.path) for file in files if ".inter" in file.name)
+    items = interactions.with_name(f"{interactions.name.split('.')[0]}.item")
+    if items.is_file() and has_titles(items):
+        log.titles = items
+        log.notes.append(f"item titles are those of {items.name}, unless items=… names another item table")
 
 
 def _open_files(files: list[LogFile], name: str, options: LogOptions) -> Log:
@@ -171,7 +184,7 @@ def _of_one_kind(files: list[LogFile], name: str, notes: list[str]) -> list[LogF
     if set(suffixes) <= {"inter", *_RECBOLE_TABLES} and "inter" in suffixes:
         left = [name for name, suffix in zip(names, suffixes) if suffix != "inter"]
         notes.append(
-            f"only the .inter files of {name} are read, not {', '.join(left)}; give an item table with items=…"
+            f"the events are those of the .inter files of {name}, not of {', '.join(left)}; give an item table with items=…"
         )
         return [file for file, suffix in zip(files, suffixes) if suffix == "inter"]
     listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

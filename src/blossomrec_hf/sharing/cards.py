@@ -363,7 +363,7 @@ def _duration(group: RunGroup) -> str:
     training = [run.get("training", {}) for run in group.runs]
     if all("seconds" in part and "epochs" in part for part in training):
         epochs = ", ".join(dict.fromkeys(str(part["epochs"]) for part in training))
-        text += f": {fmean(part['seconds'] for part in training):.0f} s per run, {epochs} epochs"
+        text += f": {fmean(part['seconds'] for part in training):.0f} s per run, {epochs} epoch{'' if epochs == '1' else 's'}"
     device = group.join("device")
     return f"{text}, on {device}" if device else text
 

@@ -93,3 +93,8 @@ def progress_bar(
     if not can_draw_bars():
         return LogLines(total=total, description=description, enabled=enabled, initial=initial)
     return tqdm(total=total, initial=initial, desc=description, leave=leave, dynamic_ncols=True, disable=not enabled)
+
+
+def count_noun(number: int, noun: str) -> str:
+    """A number with its noun: `1 epoch`, `2 epochs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
