@@ -49,3 +49,9 @@ def test_an_unknown_recipe_is_refused(monkeypatch):
 
 def test_without_a_recipe_nothing_changes(monkeypatch):
     assert parse(monkeypatch)[2] == LoopArguments()
+
+
+def test_there_are_as_many_key_value_heads_as_query_heads_unless_some_are_named(monkeypatch):
+    assert parse(monkeypatch)[1].num_key_value_heads == 8
+    assert parse(monkeypatch, "--num_attention_heads", 4)[1].num_key_value_heads == 4
+    assert parse(monkeypatch, "--num_attention_heads", 4, "--num_key_value_heads", 2)[1].num_key_value_heads == 2

@@ -51,6 +51,7 @@ logger = logging.getLogger("blossomrec_hf.train")
 BUILT_IN = {
     "hidden_size": 64,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 128,
     "hidden_dropout_prob": 0.1,
     "tokens_per_step": 2048,
@@ -74,7 +75,13 @@ class ModelArguments(EventFeatureArguments):
     hidden_size: int = field(default=128, metadata={"help": "Width of the item embeddings and of every layer."})
     num_hidden_layers: int = field(default=2, metadata={"help": "Number of layers."})
     num_attention_heads: int = field(default=8, metadata={"help": "Number of query heads."})
-    num_key_value_heads: int = field(default=2, metadata={"help": "Number of key/value heads."})
+    num_key_value_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of key/value heads; by default, one per query head. Fewer of them need less time and memory, and "
+            "rank worse."
+        },
+    )
     intermediate_size: int = field(default=256, metadata={"help": "Width inside the feed-forward blocks."})
     hidden_dropout_prob: float = field(
         default=0.3,
@@ -99,6 +106,8 @@ class ModelArguments(EventFeatureArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         try:
             unknown = json.loads(self.config_overrides).keys() - BlossomRecConfig().to_dict().keys()
         except (ValueError, AttributeError) as error:

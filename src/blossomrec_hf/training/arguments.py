@@ -525,7 +525,7 @@ def changed_arguments(configuration: Mapping[str, Any]) -> dict[str, Any]:
     defaults |= {
         "attention_types": ["blossom"],
         "config_overrides": "{}",
-        "num_key_value_heads": 2,
+        "num_key_value_heads": configuration.get("num_attention_heads", BlossomRecConfig.num_attention_heads),
         "event_types": False,
     }
     built_in = configuration.get("data") is None

@@ -54,9 +54,10 @@ _LONG = {
 RECIPES = {
     "short": Recipe(
         purpose="most users have fewer than 50 events",
-        found_on="Amazon Beauty",
+        found_on="Amazon Beauty and Video Games",
         settings={
             **{"max_length": 50, "tokens_per_step": 8192, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
+            **{"num_key_value_heads": 8, "scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
             **{"ema_decay": 0.99, "num_train_epochs": 60, "eval_epochs": 4},
             **_SCHEDULE,
         },
