@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from small_cases import make_model
+from transformers import TrainingArguments
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.model.features_blossomrec import ItemFeatures
-from blossomrec_hf.training import LoopArguments, add_items, train
+from blossomrec_hf.training import LoopArguments, SequentialRecommendationTrainer, add_items, train
 
 
 GROUPS, ITEMS, NEW = 12, 96, 12  # a group of eight old items and a new one each
@@ -64,6 +65,13 @@ def small_model(tokenizer: BlossomRecTokenizer):
     model = make_model(len(tokenizer), item_features=features.config()).eval()
     model.set_item_features(features)
     return model
+
+
+def test_the_summary_of_a_trainer_names_the_features(tmp_path):
+    model = small_model(BlossomRecTokenizer.from_items(range(24)))
+    for trained, names in ((model, "group,text"), (make_model(26), None)):
+        trainer = SequentialRecommendationTrainer(trained, TrainingArguments(str(tmp_path), use_cpu=True))
+        assert trainer.training_summary()["configuration"]["item_features"] == names
 
 
 def test_unknown_categories_and_missing_features_of_new_items():
