@@ -79,6 +79,20 @@ def test_a_run_has_another_key_if_anything_that_figures_depend_on_is_another(tmp
     [
         (("seeds: [1, 2]", "seeds: one"), "has the seeds 'one'; they must be a list"),
         (("seeds: [1, 2]", ""), "has no seeds"),
+        (("seeds: [1, 2]", "seeds: 1"), "has the seeds 1; they must be a list of integers"),
+        (("small.safetensors\n", "\n"), "has None for the data set 'small'; give its path"),
+        (
+            ("path: other.safetensors, ", ""),
+            "for the data set 'other'; give its path, or a mapping with path and settings",
+        ),
+        (("blossom: {}", "blossom: 3"), "has 3 for the configuration 'blossom', which must be a mapping"),
+        (("[0.001, 0.002]", "0.001"), "has 0.001 for learning_rate in the grid; it must be a list of values"),
+        (
+            ("seeds:", "evaluations: {test: {max_lenth: 5}}\nseeds:"),
+            "for the evaluation 'test'; it may set max_length, now",
+        ),
+        (("seeds:", "evaluations: {test: {max_length: 0}}\nseeds:"), "has the max_length 0 for the evaluation 'test'"),
+        (("data:", "imports: gone.py\ndata:"), "has the imports 'gone.py'; they must be a list of paths"),
         (("grid: {", "grids: {"), "has grids; a study may have description, imports, data"),
         (
             ("hidden_size: 16", "hiden_size: 16"),

@@ -39,6 +39,7 @@ _PARTS = "description imports data seeds settings configurations grid evaluation
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
 # `item_features` names columns of the data, as in `blossomrec train`; the configuration follows from them.
 _CONFIG_NAMES = {f.name for f in fields(BlossomRecConfig)} - {"vocab_size", "repeat_share", "item_features"}
+_EVALUATION_NAMES = ("max_length", "now", "exclude_seen", "num_negatives", "seed")  # keywords of `rank_held_out_items`
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Study:
         seeds: the seeds.
         settings: settings of all runs: arguments of the training loop and of `BlossomRecConfig`.
         configurations: settings by configuration, which replace the others. The grid is already multiplied out.
-        evaluations: by name, how each trained model is tested: `max_length`, and keywords of `rank_held_out_items`; `now` is
+        evaluations: by name, how each trained model is tested: some keywords of `rank_held_out_items`; `now` is
             for the models that depend on it.
         tables: what to report.
         costs: whether inference is timed.
@@ -160,11 +161,7 @@ class Study:
         for part in ("data", "seeds", "configurations"):
             if not content.get(part):
                 raise ValueError(f"{path} has no {part}; a study needs data, seeds and configurations.")
-        for part in ("data", "settings", "configurations", "grid", "evaluations", "users"):
-            if not isinstance(content.get(part) or {}, dict):
-                raise ValueError(f"{path} has {content[part]!r} for {part}, which must be a mapping.")
-        if not all(type(seed) is int for seed in content["seeds"]):
-            raise ValueError(f"{path} has the seeds {content['seeds']!r}; they must be a list of integers.")
+        _check_parts(path, content)
         sets = {name: entry if isinstance(entry, dict) else {"path": entry} for name, entry in content["data"].items()}
         tables = {name: content[name] for name in ("users", "comparisons", "slopes") if content.get(name)}
         study = cls(
@@ -249,6 +246,44 @@ def models_to_time(runs: Sequence[Run]) -> dict[str, tuple[Run, set[int]]]:
         hashlib.sha256(f"{parts} {sorted(lengths)}".encode()).hexdigest()[:12]: (run, lengths)
         for parts, (run, lengths) in models.items()
     }
+
+
+def _check_parts(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a part of a study has another form than the help of `blossomrec study` describes."""
+    for part in ("data", "settings", "configurations", "grid", "evaluations", "users"):
+        if not isinstance(content.get(part) or {}, dict):
+            raise ValueError(f"{path} has {content[part]!r} for {part}, which must be a mapping.")
+    for part, kind in (("seeds", int), ("imports", str)):
+        values = content.get(part) or []
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            kinds = {int: "integers", str: "paths"}[kind]
+            raise ValueError(f"{path} has the {part} {values!r}; they must be a list of {kinds}.")
+    for name, entry in content["data"].items():
+        known = entry if isinstance(entry, dict) else {"path": entry}
+        if not (isinstance(known.get("path"), str) and known.keys() <= {"path", "settings"}):
+            raise ValueError(
+                f"{path} has {entry!r} for the data set {name!r}; give its path, or a mapping with path and settings."
+            )
+        if not isinstance(known.get("settings") or {}, dict):
+            raise ValueError(
+                f"{path} has {known['settings']!r} for the settings of {name!r}, which must be a mapping."
+            )
+    for name, settings in content["configurations"].items():
+        if not isinstance(settings or {}, dict):
+            raise ValueError(f"{path} has {settings!r} for the configuration {name!r}, which must be a mapping.")
+    for name, values in (content.get("grid") or {}).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{path} has {values!r} for {name} in the grid; it must be a list of values.")
+    for name, settings in (content.get("evaluations") or {}).items():
+        if not isinstance(settings or {}, dict) or (settings or {}).keys() - set(_EVALUATION_NAMES):
+            raise ValueError(
+                f"{path} has {settings!r} for the evaluation {name!r}; it may set {', '.join(_EVALUATION_NAMES)}."
+            )
+        length = (settings or {}).get("max_length", 1)
+        if type(length) is not int or length < 1:
+            raise ValueError(
+                f"{path} has the max_length {length!r} for the evaluation {name!r}; it must be at least 1."
+            )
 
 
 def expand_grid(
