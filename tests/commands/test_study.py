@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from blossomrec_hf.commands.study import costs_of
+from blossomrec_hf.commands.study import costs_of, lock_study
 from blossomrec_hf.training.studies import Run
 
 
@@ -73,6 +73,17 @@ def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     again = run_command("study", *arguments, field="stderr")
     assert "3 of 3 runs are done" in again
     assert (prepared / "out" / "pair" / "pair.md").read_text() in run_command("study", *arguments, "--tables_only")
+
+
+def test_two_processes_do_not_do_the_same_runs(tmp_path, run_command):
+    (tmp_path / "pair.yaml").write_text(STUDY)
+    (tmp_path / "out" / "pair").mkdir(parents=True)
+    arguments = (tmp_path / "pair.yaml", "--output_dir", tmp_path / "out")
+    with lock_study(tmp_path / "out" / "pair"):
+        error = run_command("study", *arguments, status=2, field="stderr")
+        assert f"Another process does the runs of the study in {tmp_path / 'out' / 'pair'}; wait for it" in error
+    error = run_command("study", *arguments, status=2, field="stderr")
+    assert "small.safetensors" in error  # the lock is gone; there is no data
 
 
 def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command):

@@ -38,7 +38,8 @@ import argparse
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +54,7 @@ from ..training import LogArguments
 from ..training.studies import Run, Study, code_entry, data_checksum, models_to_time
 from ..training.study_runs import Job, execute, measure_cost, rank_baselines, run_side_by_side
 from ..utils.command_line import HelpFormatter, exit_on_error
-from ..utils.files import atomic_write, read_json, require_folder, write_json
+from ..utils.files import atomic_write, lock_file, read_json, require_folder, write_json
 from ..utils.progress import set_up_logging
 
 
@@ -98,7 +99,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     failed = []
     if not args.tables_only:
-        failed = run_missing(studies, args.data_dir, per_device=args.per_device, only=args.only)
+        with ExitStack() as locks:
+            for folder in studies:
+                locks.enter_context(lock_study(folder))
+            failed = run_missing(studies, args.data_dir, per_device=args.per_device, only=args.only)
     for folder, study in studies.items():
         results = collect(study, folder, any_code=args.tables_only)
         if results is None:
@@ -112,6 +116,23 @@ def main() -> None:
         print((results_dir / f"{study.name}.md").read_text("utf-8"))
     if failed:
         raise ValueError(f"{len(failed)} of the runs failed; see {failed[0]} Run the study again.")
+
+
+@contextmanager
+def lock_study(folder: Path) -> Iterator[None]:
+    """
+    Keep other processes from the folder of a study, where they would do the same runs.
+
+    Raises:
+        ValueError: if another process does its runs.
+    """
+    lock = lock_file(folder / ".lock")
+    if lock is None:
+        raise ValueError(
+            f"Another process does the runs of the study in {folder}; wait for it, or give another --output_dir."
+        )
+    with closing(lock):
+        yield
 
 
 def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int, only: str | None) -> list[str]:

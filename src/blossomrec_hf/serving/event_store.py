@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..utils.files import lock_file
+
 
 class StoredEvent(NamedTuple):
     """
@@ -51,7 +53,7 @@ class Store:
             self.db.execute("PRAGMA schema_version")  # fails for other files before anything is written
             self._lock()
             self._create()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise ValueError(
                 f"`store` is {path}, which cannot be used ({error}); give a file that the service wrote, or a new file in a "
                 "writable folder."
@@ -59,15 +61,11 @@ class Store:
 
     def _lock(self) -> None:
         # A separate file, so that others can still read the store. The lock is released when the process ends.
-        self.lock = sqlite3.connect(f"{self.path}.lock", timeout=0, check_same_thread=False)
-        try:
-            self.lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
+        self.lock = lock_file(f"{self.path}.lock")
+        if self.lock is None:
             raise ValueError(
                 f"`store` is {self.path}, which another process serves; stop that process, or give another file."
-            ) from error
+            )
 
     def _create(self) -> None:
         self.db.execute("PRAGMA journal_mode=WAL")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -198,6 +199,24 @@ def make_scratch(path: str | os.PathLike | None) -> Path:
     return scratch
 
 
+def lock_file(path: str | os.PathLike) -> sqlite3.Connection | None:
+    """
+    Lock a file for this process, until the result is closed or the process ends, also by `kill -9`. The file is created and
+    stays. Returns `None` if another process has locked it.
+
+    Raises:
+        OSError: if the file cannot be created or locked.
+    """
+    try:
+        lock = sqlite3.connect(path, timeout=0, check_same_thread=False)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            return None
+        raise OSError(f"{os.fspath(path)} cannot be locked ({error})") from error
+    return lock
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file atomically. Values that JSON has no type for are converted by `str`."""
     with atomic_write(path) as partial:
@@ -208,6 +227,7 @@ __all__ = [
     "atomic_files",
     "atomic_folder",
     "atomic_write",
+    "lock_file",
     "make_scratch",
     "read_json",
     "recover_folder",
