@@ -5,13 +5,13 @@ def test_two_processes_are_compared_with_one(run_example, tmp_path, monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results = tmp_path / "scaling.jsonl"
-    settings = "--items 300 --max_length 32 --tokens 64 --hidden_size 32 --warmup 1 --steps 2".split()
+    settings = "--items 300 400 --max_length 32 --tokens 64 --hidden_size 32 --warmup 1 --steps 2".split()
     for processes in (1, 2):
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
         printed = run_example("benchmarks/scaling.py", *settings, "--results", results, launcher=launcher)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [line["processes"] for line in lines] == [1, 2]
+    assert [(line["processes"], line["items"]) for line in lines] == [(1, 300), (1, 400), (2, 300), (2, 400)]
     report = json.loads(printed.strip().splitlines()[-1])
-    expected = lines[1]["items_per_second"] / lines[0]["items_per_second"] / 2
+    expected = lines[3]["items_per_second"] / lines[1]["items_per_second"] / 2
     assert abs(report["efficiency"] - expected) < 1e-3
     assert report["kind"] == "replicated" and report["peak_MiB"] >= report["persistent_MiB"] > 0
