@@ -1,0 +1,225 @@
+"""
+A sizing formula: memory per GPU and items per second of training, from the numbers of items, layers and GPUs, the width and
+the length of histories.
+
+    python examples/benchmarks/sizing.py --items 100_000_000 --events 10_000_000_000 --gpus 8 --sharded
+    python examples/benchmarks/sizing.py --results scaling.jsonl        # next to what scaling.py has measured
+
+The memory is counted: weights, gradients and states of AdamW by dtype, the table that FSDP2 gathers, the gradients of lookups,
+and what the layers keep for the backward pass. The time is counted work (bytes, floating-point operations) divided by the rates
+in `RATES`, which are measured. It is that of bf16 training with graphs (replicated) or without (FSDP2), on one machine, with
+`blossom` in every layer and a feed-forward width of twice the hidden size.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, fields
+from math import log2
+from pathlib import Path
+
+from blossomrec_hf.utils.command_line import HelpFormatter
+
+
+MIB = 2**20
+FLOAT, HALF = 4, 2  # bytes of float32 and bf16
+ADAM = 2 * FLOAT  # two moments per weight
+COMPRESS_BLOCK, COMPRESS_STRIDE = 32, 16  # defaults of `BlossomRecConfig`
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured on one machine with scaling.py; all other numbers of this file are counted."""
+
+    bandwidth: float = 2.6e12  # bytes per second that kernels read and write in GPU memory
+    matmul: float = 2.4e14  # floating-point operations per second of the full softmax
+    exchange: float = 3.0e11  # bytes per second that a GPU sends in an all-gather, reduce-scatter or all-reduce
+    layer: float = 1.6e-8  # seconds per item, layer and 128 of width, at 1,024 items, forward and backward
+    octave: float = 0.05  # share that `layer` grows by with each doubling of the length
+    step: float = 5e-4  # seconds per step that depend on nothing
+
+
+RATES = Rates()
+
+
+@dataclass(frozen=True)
+class Training:
+    """
+    What is trained.
+
+    Args:
+        items: number of items of the catalog.
+        gpus: number of GPUs.
+        tokens: items per step and GPU.
+        max_length: length of the histories.
+        hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: of the model.
+        sharded: whether weights are sharded over the GPUs (FSDP2) instead of replicated.
+        num_negatives: number of items of the sampled softmax; 0 for the full softmax.
+    """
+
+    items: int
+    gpus: int = 1
+    tokens: int = 65536
+    max_length: int = 1024
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    sharded: bool = False
+    num_negatives: int = 0
+
+    @property
+    def table(self) -> int:
+        """Number of weights of the item table."""
+        return (self.items + 2) * self.hidden_size
+
+    @property
+    def layer_weights(self) -> int:
+        """Number of weights of all layers."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        head = width // heads
+        attention = width * (2 * width + 2 * head * self.num_key_value_heads) + 2 * heads * (width + 1)
+        joined = COMPRESS_BLOCK * head
+        compressor = joined * (joined + 1) + joined * head + joined * self.num_key_value_heads
+        feed_forward = 2 * width * 2 * width + 3 * width
+        return self.num_hidden_layers * (attention + compressor + feed_forward + 4 * width) + 2 * width
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of the model."""
+        return self.table + self.layer_weights
+
+    def persistent_bytes(self) -> int:
+        """Memory between two steps: float32 weights, AdamW, kept gradients, and an int64 count per item."""
+        counts = 8 * self.items
+        if self.sharded:  # gradients are freed
+            return (FLOAT + ADAM) * self.weights // self.gpus + counts
+        return (2 * FLOAT + ADAM) * self.weights + counts
+
+    def activation_bytes(self) -> int:
+        """What the layers keep for the backward pass."""
+        width = self.hidden_size
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        kv_width = width // heads * kv_heads
+        # Two norms: inputs and outputs in float32, outputs in bf16 as inputs of products; two masks of dropout, a byte each.
+        residual = 2 * width * (2 * FLOAT + HALF + 1)
+        # q, k and v; q and k rotated; the outputs of both streams and their sum; sums of exponentials; gates.
+        attention = HALF * (width + 2 * kv_width + width + kv_width + 3 * width) + FLOAT * 4 * heads
+        # Windows of keys and the layer between, per key/value head.
+        joined = COMPRESS_BLOCK * width // heads
+        compressor = HALF * kv_heads * 2 * joined // COMPRESS_STRIDE
+        feed_forward = HALF * 2 * 2 * width  # before and after GELU
+        return self.tokens * self.num_hidden_layers * (residual + attention + compressor + feed_forward)
+
+    def loss_bytes(self) -> int:
+        """What the loss needs: of a sampled softmax the logits, in bf16, corrected, joined and as a gradient."""
+        rows = 3 * FLOAT * self.tokens * self.hidden_size  # states, rows of the targets and their gradients
+        return rows + self.tokens * self.num_negatives * (HALF + 3 * FLOAT)
+
+    def peak_bytes(self) -> int:
+        """The most memory during a step."""
+        passes = self.activation_bytes() + self.loss_bytes()
+        if not self.sharded:
+            # The gradients of both uses of the table, one of which becomes the kept one.
+            return self.persistent_bytes() + max(passes + FLOAT * self.table, 2 * FLOAT * self.table)
+        # The gathered table and the gradient of the loss's lookup; at the end that of the input's lookup, without activations.
+        gathered = HALF * self.table
+        return self.persistent_bytes() + max(2 * gathered + passes, 3 * gathered)
+
+    def step_seconds(self, rates: Rates = RATES) -> float:
+        """Time of a step."""
+        length = 1 + rates.octave * log2(self.max_length / 1024)
+        layers = self.tokens * self.num_hidden_layers * self.hidden_size / 128 * rates.layer * length
+        if self.num_negatives:
+            work = self.loss_bytes() * 4 / rates.bandwidth
+        else:  # four products: logits, logits again, and two gradients
+            work = 8 * self.tokens * self.table / rates.matmul
+        local = self.weights / self.gpus if self.sharded else self.weights
+        norm_clip_adam = (1 + 2 + 7) * FLOAT * local
+        if self.sharded:
+            # Rounded to bf16; gathered and copied; two gradients filled and added; copied for the exchange; to float32.
+            moved = (FLOAT + HALF) * local + 3 * HALF * self.table + 5 * HALF * self.table + 3 * HALF * self.table
+            moved += (HALF + FLOAT) * local
+            sent = 2 * HALF * self.table * (self.gpus - 1) / self.gpus
+        else:
+            moved = (5 if self.gpus == 1 else 9) * FLOAT * self.table  # filled and added; again into the flat buffer
+            sent = 2 * FLOAT * self.weights * (self.gpus - 1) / self.gpus
+        return layers + work + (norm_clip_adam + moved) / rates.bandwidth + sent / rates.exchange + rates.step
+
+    def items_per_second(self, rates: Rates = RATES) -> float:
+        """Events that all GPUs together read per second."""
+        return self.gpus * self.tokens / self.step_seconds(rates)
+
+
+def largest_catalog(training: Training, memory: float) -> int:
+    """The largest number of items whose peak memory is at most `memory` bytes per GPU."""
+    low, high = 1, 2**40
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = Training(**asdict(training) | {"items": middle}).peak_bytes() <= memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def of_report(report: dict) -> Training:
+    """What a line of scaling.py has trained."""
+    names = {field.name for field in fields(Training)}
+    known = {name: value for name, value in report.items() if name in names}
+    negatives = report["num_negatives"] if report["objective"] == "sampled_softmax" else 0
+    sharded = report["kind"] == "sharded"
+    return Training(**known | {"gpus": report["processes"], "sharded": sharded, "num_negatives": negatives})
+
+
+def print_comparison(reports: list[dict]) -> None:
+    """Measured and computed memory and time of each line of scaling.py, and efficiency against one GPU."""
+    print("| GPUs | weights | items | length | width x layers | between steps, GiB | peak, GiB | ms per step | efficiency |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for report in sorted(reports, key=lambda line: (line["kind"], line["items"], line["max_length"], line["processes"])):
+        training = of_report(report)
+        alone = [
+            line["step_ms"]
+            for line in reports
+            if of_report(line) == Training(**asdict(training) | {"gpus": 1, "sharded": of_report(line).sharded})
+        ]
+        compiled = ", compiled" if report["execution"]["compiled"] else ""
+        cells = [report["processes"], report["kind"] + compiled, f"{report['items']:,}", f"{report['max_length']:,}"]
+        cells.append(f"{training.hidden_size} x {training.num_hidden_layers}")
+        for name, computed in (("persistent_MiB", training.persistent_bytes()), ("peak_MiB", training.peak_bytes())):
+            cells.append(f"{report[name] / 1024:.2f} ({computed / MIB / report[name] - 1:+.0%})")
+        cells.append(f"{report['step_ms']:.2f} ({training.step_seconds() * 1e3 / report['step_ms'] - 1:+.0%})")
+        cells.append(f"{min(alone) / report['step_ms']:.2f}" if alone else "–")
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def print_estimate(training: Training, memory_gib: float, events: int) -> None:
+    """What one configuration needs."""
+    seconds = training.step_seconds()
+    print(f"weights: {training.weights:,}, {FLOAT * training.weights / 2**30:.1f} GiB in float32")
+    print(f"memory per GPU between steps: {training.persistent_bytes() / 2**30:.1f} GiB")
+    print(f"peak memory per GPU: {training.peak_bytes() / 2**30:.1f} GiB of {memory_gib:.0f}")
+    print(f"largest catalog: {largest_catalog(training, memory_gib * 2**30):,} items")
+    print(f"time per step of {training.gpus * training.tokens:,} events: {seconds * 1e3:.1f} ms")
+    print(f"events per second: {training.items_per_second():,.0f}")
+    print(f"an epoch of {events:,} events: {events / training.items_per_second() / 3600:.2f} hours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    for field in fields(Training):
+        if field.name == "sharded":
+            parser.add_argument("--sharded", action="store_true", help="FSDP2 instead of a replicated model")
+        else:
+            default = 1_000_000 if field.name == "items" else field.default
+            parser.add_argument(f"--{field.name}", type=int, default=default)
+    parser.add_argument("--events", type=int, default=10_000_000_000, help="events of an epoch")
+    parser.add_argument("--memory", type=float, default=78.0, help="GiB of a GPU")
+    parser.add_argument("--results", type=Path, help="compare with the lines of a file that scaling.py wrote")
+    args = parser.parse_args()
+    if args.results is not None:
+        print_comparison([json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()])
+        return
+    training = Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
+    print_estimate(training, args.memory, args.events)
+
+
+if __name__ == "__main__":
+    main()
