@@ -13,7 +13,7 @@ in `RATES`, which are measured. It is that of bf16 training with graphs (replica
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from math import log2
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def largest_catalog(training: Training, memory: float) -> int:
     low, high = 1, 2**40
     while low < high:
         middle = (low + high + 1) // 2
-        fits = Training(**asdict(training) | {"items": middle}).peak_bytes() <= memory
+        fits = replace(training, items=middle).peak_bytes() <= memory
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
@@ -170,23 +170,26 @@ def of_report(report: dict) -> Training:
 
 
 def print_comparison(reports: list[dict]) -> None:
-    """Measured and computed memory and time of each line of scaling.py, and efficiency against one GPU."""
-    print("| GPUs | weights | items | length | width x layers | between steps, GiB | peak, GiB | ms per step | efficiency |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for report in sorted(reports, key=lambda line: (line["kind"], line["items"], line["max_length"], line["processes"])):
-        training = of_report(report)
-        alone = [
-            line["step_ms"]
-            for line in reports
-            if of_report(line) == Training(**asdict(training) | {"gpus": 1, "sharded": of_report(line).sharded})
-        ]
+    """
+    Measured memory and time of each line of scaling.py, in brackets by how much the formula differs, and the time of one GPU
+    in the same way and in its fastest way, relative to the line's.
+    """
+    print(
+        "| GPUs | weights | items | length | model | between steps, GiB | peak, GiB | ms per step | one GPU | fastest |"
+    )
+    print("|" + "---|" * 10)
+    lines = sorted(((of_report(line), line) for line in reports), key=lambda pair: astuple(pair[0])[::-1])
+    for training, report in lines:
         compiled = ", compiled" if report["execution"]["compiled"] else ""
-        cells = [report["processes"], report["kind"] + compiled, f"{report['items']:,}", f"{report['max_length']:,}"]
-        cells.append(f"{training.hidden_size} x {training.num_hidden_layers}")
+        cells = [training.gpus, report["kind"] + compiled, f"{training.items:,}", f"{training.max_length:,}"]
+        cells.append(f"{training.num_hidden_layers} x {training.hidden_size}")
         for name, computed in (("persistent_MiB", training.persistent_bytes()), ("peak_MiB", training.peak_bytes())):
             cells.append(f"{report[name] / 1024:.2f} ({computed / MIB / report[name] - 1:+.0%})")
         cells.append(f"{report['step_ms']:.2f} ({training.step_seconds() * 1e3 / report['step_ms'] - 1:+.0%})")
-        cells.append(f"{min(alone) / report['step_ms']:.2f}" if alone else "–")
+        for kinds in ([training.sharded], [False, True]):
+            alone = [replace(training, gpus=1, sharded=kind) for kind in kinds]
+            times = [other["step_ms"] for of_other, other in lines if of_other in alone]
+            cells.append(f"{min(times) / report['step_ms']:.2f}" if times else "–")
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
