@@ -1,18 +1,20 @@
 """
-How training scales over processes: items a second, memory of a process, and efficiency compared with one process that does
-its share alone (weak scaling: every process gets `--tokens` items a step).
+How training scales over processes: items a second, memory of a process, and efficiency compared with one process that
+does its share alone (weak scaling: every process gets `--tokens` items a step).
 
     for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes $n \\
         examples/benchmarks/scaling.py --items 3416 100_000 --max_length 1024 4096 --results scaling.jsonl; done
     for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes $n \\
-        examples/benchmarks/scaling.py --items 5_000_000 20_000_000 --objective sampled_softmax --results scaling.jsonl; done
+        examples/benchmarks/scaling.py --items 5_000_000 20_000_000 --objective sampled_softmax --no_compile \\
+        --results scaling.jsonl; done
     python examples/benchmarks/sizing.py --results scaling.jsonl
 
-The loop of `blossomrec train` trains on histories of `--max_length` random items, without saving. On a GPU its steps are
-compiled, as in a long run, and captured as CUDA graphs where the loop does so. Each combination of `--items` and `--max_length`
-adds a line to `--results`; its efficiency is relative to the latest line of one process with the same settings.
-`persistent_MiB` is the memory in use between two steps (weights, gradients that are kept, optimizer state, item counts,
-histories), `peak_MiB` the most during a step, the one that is captured included.
+The loop of `blossomrec train` trains on histories of `--max_length` random items, without saving. On a GPU its steps
+are compiled, as in a long run, and captured as CUDA graphs where the loop does so. Each combination of `--items` and
+`--max_length` adds a line to `--results`; its efficiency is relative to the latest line of one process with the same
+settings. `persistent_MiB` is the memory that PyTorch has allocated between two steps (weights, gradients that are
+kept, optimizer state, item counts, histories, workspaces of cuBLAS), `peak_MiB` the most during a step, the one that
+is captured included. Replayed graphs use memory that is reserved for them, which counts only while they are captured.
 """
 
 import argparse
@@ -66,6 +68,7 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that was used (documented, "CUDA semantics")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

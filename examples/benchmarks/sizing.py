@@ -1,14 +1,16 @@
 """
-A sizing formula: memory per GPU and items per second of training, from the numbers of items, layers and GPUs, the width and
-the length of histories.
+A sizing formula: memory per GPU and items per second of training, from the numbers of items, layers and GPUs, the
+width and the length of histories.
 
-    python examples/benchmarks/sizing.py --items 100_000_000 --events 10_000_000_000 --gpus 8 --sharded
+    python examples/benchmarks/sizing.py --items 100_000_000 --num_negatives 1024 --gpus 8 --sharded --memory 139
     python examples/benchmarks/sizing.py --results scaling.jsonl        # next to what scaling.py has measured
+    python examples/benchmarks/sizing.py --results scaling.jsonl --fit  # the rates of another machine
 
-The memory is counted: weights, gradients and states of AdamW by dtype, the table that FSDP2 gathers, the gradients of lookups,
-and what the layers keep for the backward pass. The time is counted work (bytes, floating-point operations) divided by the rates
-in `RATES`, which are measured. It is that of bf16 training with graphs (replicated) or without (FSDP2), on one machine, with
-`blossom` in every layer and a feed-forward width of twice the hidden size.
+The memory is counted: weights, gradients and states of AdamW by dtype, the table that FSDP2 gathers, the gradients of
+lookups, what the layers keep for the backward pass, and the workspaces of cuBLAS. The time is counted work (bytes,
+floating-point operations) divided by the rates in `RATES`, which are measured. It is that of bf16 training, compiled
+and with graphs (replicated) or without either (FSDP2), of at least about 16,384 items per step and GPU, on one
+machine, with `blossom` in every layer and a feed-forward width of twice the hidden size.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import json
 from dataclasses import astuple, dataclass, fields, replace
 from math import log2
 from pathlib import Path
+
+import numpy as np
 
 from blossomrec_hf.utils.command_line import HelpFormatter
 
@@ -25,17 +29,26 @@ FLOAT, HALF = 4, 2  # bytes of float32 and bf16
 ADAM = 2 * FLOAT  # two moments per weight
 COMPRESS_BLOCK, COMPRESS_STRIDE = 32, 16  # defaults of `BlossomRecConfig`
 
+# cuBLAS keeps 32 MiB for each stream and thread that multiplies matrices (Hopper). Without graphs, one stream of two
+# threads does; with graphs five workspaces were measured: the warm-up and the capture have streams of their own.
+WORKSPACE, GRAPH_WORKSPACES, EAGER_WORKSPACES = 32 * MIB, 5, 2
+
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured on one machine with scaling.py; all other numbers of this file are counted."""
+    """
+    Measured with scaling.py; all other numbers of this file are counted. The defaults were fitted to seven lines of
+    one or two H200s (PyTorch 2.11, 2026-11-27): 3,416 and 100,000 items of length 1,024 on one and two GPUs, 3,416
+    items of length 4,096, and 5 M items, replicated and sharded, on one.
+    """
 
-    bandwidth: float = 2.6e12  # bytes per second that kernels read and write in GPU memory
-    matmul: float = 2.4e14  # floating-point operations per second of the full softmax
-    exchange: float = 3.0e11  # bytes per second that a GPU sends in an all-gather, reduce-scatter or all-reduce
-    layer: float = 1.6e-8  # seconds per item, layer and 128 of width, at 1,024 items, forward and backward
-    octave: float = 0.05  # share that `layer` grows by with each doubling of the length
-    step: float = 5e-4  # seconds per step that depend on nothing
+    bandwidth: float = 3.53e12  # bytes per second that kernels read and write in GPU memory
+    matmul: float = 2.44e14  # floating-point operations per second of matrix products
+    exchange: float = 1.29e11  # bytes per second that a GPU sends; measured with gradients of 5 and 52 MiB
+    exchange_start: float = 1.47e-4  # seconds per exchange of gradients, of any size
+    layer: float = 1.94e-8  # seconds per item, layer and 128 of width, of all but products; length 1,024
+    octave: float = 0.037  # share that `layer` grows by with each doubling of the length
+    launch: float = 1.26e-2  # seconds per layer for the CPU to launch a step without graphs; measured with two layers
 
 
 RATES = Rates()
@@ -89,18 +102,18 @@ class Training:
         return self.table + self.layer_weights
 
     def persistent_bytes(self) -> int:
-        """Memory between two steps: float32 weights, AdamW, kept gradients, and an int64 count per item."""
+        """Memory between two steps: float32 weights, AdamW, kept gradients, int64 counts of items, workspaces."""
         counts = 8 * self.items
         if self.sharded:  # gradients are freed
-            return (FLOAT + ADAM) * self.weights // self.gpus + counts
-        return (2 * FLOAT + ADAM) * self.weights + counts
+            return (FLOAT + ADAM) * self.weights // self.gpus + counts + EAGER_WORKSPACES * WORKSPACE
+        return (2 * FLOAT + ADAM) * self.weights + counts + GRAPH_WORKSPACES * WORKSPACE
 
     def activation_bytes(self) -> int:
         """What the layers keep for the backward pass."""
         width = self.hidden_size
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         kv_width = width // heads * kv_heads
-        # Two norms: inputs and outputs in float32, outputs in bf16 as inputs of products; two masks of dropout, a byte each.
+        # Two norms: inputs and outputs in float32, outputs in bf16 as inputs of products; two masks of dropout.
         residual = 2 * width * (2 * FLOAT + HALF + 1)
         # q, k and v; q and k rotated; the outputs of both streams and their sum; sums of exponentials; gates.
         attention = HALF * (width + 2 * kv_width + width + kv_width + 3 * width) + FLOAT * 4 * heads
@@ -111,39 +124,76 @@ class Training:
         return self.tokens * self.num_hidden_layers * (residual + attention + compressor + feed_forward)
 
     def loss_bytes(self) -> int:
-        """What the loss needs: of a sampled softmax the logits, in bf16, corrected, joined and as a gradient."""
+        """What a sampled softmax needs: logits in bf16, corrected, joined and as a gradient. The full one: none."""
+        if not self.num_negatives:
+            return 0
         rows = 3 * FLOAT * self.tokens * self.hidden_size  # states, rows of the targets and their gradients
         return rows + self.tokens * self.num_negatives * (HALF + 3 * FLOAT)
 
+    def pass_bytes(self) -> int:
+        """What forward and backward passes need next to what stays between two steps."""
+        layers = self.activation_bytes() + self.loss_bytes()
+        if self.sharded:
+            # The gathered table and the gradient of the loss's lookup. At the end, without activations: the gathered
+            # table, the gradients of both lookups, and the copy that is exchanged.
+            return max(2 * HALF * self.table + layers, 4 * HALF * self.table)
+        # Gradients of several GPUs are computed before they are added to the flat ones.
+        added = FLOAT * self.weights if self.gpus > 1 else 0
+        if self.num_negatives:  # gradients of both lookups, one of which becomes the kept one
+            return max(layers + FLOAT * self.table, 2 * FLOAT * self.table) + added
+        return layers + (2 * HALF + FLOAT) * self.table + added  # rounded table; its gradient, rounded and in float32
+
     def peak_bytes(self) -> int:
-        """The most memory during a step."""
-        passes = self.activation_bytes() + self.loss_bytes()
-        if not self.sharded:
-            # The gradients of both uses of the table, one of which becomes the kept one.
-            return self.persistent_bytes() + max(passes + FLOAT * self.table, 2 * FLOAT * self.table)
-        # The gathered table and the gradient of the loss's lookup; at the end that of the input's lookup, without activations.
-        gathered = HALF * self.table
-        return self.persistent_bytes() + max(2 * gathered + passes, 3 * gathered)
+        """The most memory that a step needs, the pool of its graph included."""
+        return self.persistent_bytes() + self.pass_bytes()
+
+    def peak_allocated_bytes(self) -> int:
+        """
+        The most memory that PyTorch counts as allocated. The passes of a graph are counted only while it is captured:
+        before AdamW has its states, and with several GPUs next to a copy of the gradients. Later they run inside the
+        graph's pool.
+        """
+        if self.sharded:
+            return self.peak_bytes()
+        copied = FLOAT * self.weights if self.gpus > 1 else 0
+        return max(self.persistent_bytes(), self.peak_bytes() - ADAM * self.weights + copied)
+
+    def layer_operations(self) -> int:
+        """Floating-point operations of the layers' products per item, forward and backward."""
+        joined = COMPRESS_BLOCK * self.hidden_size // self.num_attention_heads
+        head = self.hidden_size // self.num_attention_heads
+        compressor = joined * (joined + head)  # weights; used per window and key/value head, others per item
+        layer = self.layer_weights // self.num_hidden_layers - compressor
+        used = layer + compressor * self.num_key_value_heads / COMPRESS_STRIDE
+        return int(6 * self.num_hidden_layers * used)
 
     def step_seconds(self, rates: Rates = RATES) -> float:
         """Time of a step."""
         length = 1 + rates.octave * log2(self.max_length / 1024)
         layers = self.tokens * self.num_hidden_layers * self.hidden_size / 128 * rates.layer * length
-        if self.num_negatives:
-            work = self.loss_bytes() * 4 / rates.bandwidth
+        layers += self.tokens * self.layer_operations() / rates.matmul
+        if self.num_negatives:  # written and read, forward and backward
+            loss = 4 * self.loss_bytes() / rates.bandwidth
         else:  # four products: logits, logits again, and two gradients
-            work = 8 * self.tokens * self.table / rates.matmul
+            loss = 8 * self.tokens * self.table / rates.matmul
         local = self.weights / self.gpus if self.sharded else self.weights
-        norm_clip_adam = (1 + 2 + 7) * FLOAT * local
+        moved = (1 + 2 + 7) * FLOAT * local  # norm, clipping, AdamW
+        share = (self.gpus - 1) / self.gpus
         if self.sharded:
-            # Rounded to bf16; gathered and copied; two gradients filled and added; copied for the exchange; to float32.
-            moved = (FLOAT + HALF) * local + 3 * HALF * self.table + 5 * HALF * self.table + 3 * HALF * self.table
-            moved += (HALF + FLOAT) * local
-            sent = 2 * HALF * self.table * (self.gpus - 1) / self.gpus
-        else:
-            moved = (5 if self.gpus == 1 else 9) * FLOAT * self.table  # filled and added; again into the flat buffer
-            sent = 2 * FLOAT * self.weights * (self.gpus - 1) / self.gpus
-        return layers + work + (norm_clip_adam + moved) / rates.bandwidth + sent / rates.exchange + rates.step
+            # Rounded for both gathers (forward, backward); the exchanged gradient in float32.
+            moved += 3 * (FLOAT + HALF) * local
+            # Both gathers received and copied; two gradients filled and added; copied and exchanged.
+            moved += (2 * 3 + 5 + 4) * HALF * self.table
+            # The CPU launches the passes while the GPU exchanges and computes, in one order.
+            exchange = 3 * HALF * self.table * share / rates.exchange
+            passes = max(rates.launch * self.num_hidden_layers, layers + exchange)
+            return passes + loss + moved / rates.bandwidth
+        moved += (2 + 3) * FLOAT * self.table  # two gradients filled and added
+        if self.gpus == 1:
+            return layers + loss + moved / rates.bandwidth
+        moved += 4 * FLOAT * self.weights  # flat gradients set to 0 and added to
+        exchange = rates.exchange_start + 2 * FLOAT * self.weights * share / rates.exchange
+        return layers + loss + moved / rates.bandwidth + exchange
 
     def items_per_second(self, rates: Rates = RATES) -> float:
         """Events that all GPUs together read per second."""
@@ -169,21 +219,42 @@ def of_report(report: dict) -> Training:
     return Training(**known | {"gpus": report["processes"], "sharded": sharded, "num_negatives": negatives})
 
 
+def fit_rates(reports: list[dict]) -> Rates:
+    """
+    The rates under which the formula is nearest to the measured times (least squares of the relative errors). A rate
+    that no line depends on keeps its default.
+    """
+    trainings, measured = [of_report(line) for line in reports], [line["step_ms"] / 1e3 for line in reports]
+    logs = np.log(astuple(RATES))
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        rates = Rates(*np.exp(logs).tolist())
+        return np.log([training.step_seconds(rates) for training in trainings]) - np.log(measured)
+
+    for _ in range(50):  # Gauss-Newton steps of at most a factor of e^0.3
+        now = errors(logs)
+        slopes = np.stack([(errors(logs + shift) - now) / 1e-4 for shift in 1e-4 * np.eye(len(logs))], axis=1)
+        logs = logs - np.clip(np.linalg.lstsq(slopes, now, rcond=1e-6)[0], -0.3, 0.3)
+    return Rates(*np.exp(logs).tolist())
+
+
 def print_comparison(reports: list[dict]) -> None:
     """
-    Measured memory and time of each line of scaling.py, in brackets by how much the formula differs, and the time of one GPU
-    in the same way and in its fastest way, relative to the line's.
+    Measured memory and time of each line of scaling.py, in brackets by how much the formula differs, and the time of
+    one GPU in the same way and in its fastest way, relative to the line's.
     """
-    print(
-        "| GPUs | weights | items | length | model | between steps, GiB | peak, GiB | ms per step | one GPU | fastest |"
-    )
-    print("|" + "---|" * 10)
+    columns = "GPUs|weights|items|length|model|between steps, GiB|peak, GiB|ms per step|one GPU|fastest".split("|")
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
     lines = sorted(((of_report(line), line) for line in reports), key=lambda pair: astuple(pair[0])[::-1])
     for training, report in lines:
         compiled = ", compiled" if report["execution"]["compiled"] else ""
         cells = [training.gpus, report["kind"] + compiled, f"{training.items:,}", f"{training.max_length:,}"]
         cells.append(f"{training.num_hidden_layers} x {training.hidden_size}")
-        for name, computed in (("persistent_MiB", training.persistent_bytes()), ("peak_MiB", training.peak_bytes())):
+        for name, computed in (
+            ("persistent_MiB", training.persistent_bytes()),
+            ("peak_MiB", training.peak_allocated_bytes()),
+        ):
             cells.append(f"{report[name] / 1024:.2f} ({computed / MIB / report[name] - 1:+.0%})")
         cells.append(f"{report['step_ms']:.2f} ({training.step_seconds() * 1e3 / report['step_ms'] - 1:+.0%})")
         for kinds in ([training.sharded], [False, True]):
@@ -216,9 +287,16 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=10_000_000_000, help="events of an epoch")
     parser.add_argument("--memory", type=float, default=78.0, help="GiB of a GPU")
     parser.add_argument("--results", type=Path, help="compare with the lines of a file that scaling.py wrote")
+    parser.add_argument("--fit", action="store_true", help="print the rates that fit these lines best")
     args = parser.parse_args()
+    if args.fit and args.results is None:
+        parser.error("--fit needs --results, a file that scaling.py wrote")
     if args.results is not None:
-        print_comparison([json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()])
+        reports = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+        if args.fit:
+            print(fit_rates(reports))
+        else:
+            print_comparison(reports)
         return
     training = Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
     print_estimate(training, args.memory, args.events)

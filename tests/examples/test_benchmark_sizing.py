@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendatio
 
 
 sizing = load_example("benchmarks/sizing.py")
+SHARDED_ON_FOUR = {"items": 5_000_000, "gpus": 4, "max_length": 4096, "num_negatives": 1024, "sharded": True}
 
 
 @pytest.mark.parametrize(("items", "hidden_size", "layers", "kv_heads"), [(1000, 32, 1, 2), (500, 64, 3, 8)])
@@ -26,15 +28,70 @@ def test_memory_between_steps_is_that_of_the_tensors(items, hidden_size, layers,
     states = [state for of_one in optimizer.state.values() for state in of_one.values()]
     gradients = [parameter.grad for parameter in model.parameters()]
     tensors = [*model.parameters(), *gradients, *states, model.item_counts]
-    assert training.persistent_bytes() == pytest.approx(sum(x.nbytes for x in tensors), rel=1e-2)
+    workspaces = sizing.GRAPH_WORKSPACES * sizing.WORKSPACE
+    assert training.persistent_bytes() - workspaces == pytest.approx(sum(x.nbytes for x in tensors), rel=1e-2)
 
 
 def test_sharding_divides_what_stays_and_not_the_gathered_table():
     alone = sizing.Training(items=20_000_000, sharded=True, num_negatives=1024)
     eight = dataclasses.replace(alone, gpus=8)
-    counts = 8 * alone.items
-    assert 8 * (eight.persistent_bytes() - counts) == pytest.approx(alone.persistent_bytes() - counts, rel=1e-6)
+    whole = 8 * alone.items + sizing.EAGER_WORKSPACES * sizing.WORKSPACE
+    assert 8 * (eight.persistent_bytes() - whole) == pytest.approx(alone.persistent_bytes() - whole, rel=1e-6)
     assert eight.peak_bytes() - eight.persistent_bytes() == alone.peak_bytes() - alone.persistent_bytes()
     largest = sizing.largest_catalog(eight, 78 * 2**30)
     assert dataclasses.replace(eight, items=largest).peak_bytes() <= 78 * 2**30
     assert dataclasses.replace(eight, items=largest + 1).peak_bytes() > 78 * 2**30
+
+
+def test_rates_are_found_from_measured_times():
+    made_up = sizing.Rates(1e12, 1e14, 2e11, 3e-4, 3e-8, 0.1, 0.01)
+    alone, pair = sizing.Training(items=3416), sizing.Training(items=100_000, gpus=2)
+    trainings = [alone, pair, dataclasses.replace(alone, max_length=8192), dataclasses.replace(pair, gpus=1)]
+    trainings += [sizing.Training(items=5_000_000, num_negatives=1024), dataclasses.replace(alone, gpus=4)]
+    trainings.append(sizing.Training(items=5_000_000, num_negatives=1024, sharded=True))
+    reports = []
+    for training in trainings:
+        settings = dataclasses.asdict(training) | {"processes": training.gpus, "num_negatives": 1024}
+        settings["objective"] = "sampled_softmax" if training.num_negatives else "cross_entropy"
+        settings["kind"] = "sharded" if training.sharded else "replicated"
+        reports.append(settings | {"step_ms": 1e3 * training.step_seconds(made_up)})
+        assert sizing.of_report(reports[-1]) == training
+    assert dataclasses.astuple(sizing.fit_rates(reports)) == pytest.approx(dataclasses.astuple(made_up), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "persistent", "peak", "step_ms"),
+    [
+        ({"items": 100_000, "max_length": 4096}, 374.0, 1086.8, 30.93),
+        ({"items": 100_000, "max_length": 4096, "gpus": 2}, 374.5, 1202.9, 31.59),
+        ({"items": 20_000_000, "max_length": 4096, "num_negatives": 1024, "sharded": True}, 29524.6, 49060.1, 95.44),
+        (SHARDED_ON_FOUR, 1937, 6860, 33.3),
+    ],
+)
+def test_the_formula_is_within_a_tenth_of_measured_lines(settings, persistent, peak, step_ms):
+    # MiB and ms on H200s (2026-11-27). No rate was fitted to these lines. Of the first two, workspaces that sizes
+    # measured earlier in the same process had left behind are subtracted, 192 MiB.
+    training = sizing.Training(**settings)
+    assert training.persistent_bytes() / 2**20 == pytest.approx(persistent, rel=0.1)
+    assert training.peak_allocated_bytes() / 2**20 == pytest.approx(peak, rel=0.1)
+    assert training.step_seconds() * 1e3 == pytest.approx(step_ms, rel=0.1)
+
+
+def test_results_are_compared_on_the_command_line(run_example, tmp_path):
+    report = {
+        "processes": 1,
+        "kind": "replicated",
+        "execution": {"compiled": True},
+        "objective": "cross_entropy",
+        "items": 3416,
+        "max_length": 1024,
+        "num_negatives": 1024,
+        "persistent_MiB": 181.6,
+        "peak_MiB": 898.2,
+        "step_ms": 3.97,
+    }
+    results = tmp_path / "scaling.jsonl"
+    results.write_text(json.dumps(report) + "\n")
+    line = run_example("benchmarks/sizing.py", "--results", results).strip().splitlines()[-1]
+    assert line.startswith("| 1 | replicated, compiled | 3,416 | 1,024 | 2 x 128 | 0.18 (")
+    assert line.endswith("| 1.00 | 1.00 |")
