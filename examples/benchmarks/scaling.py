@@ -68,7 +68,7 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
-        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that was used (documented, "CUDA semantics")
+        torch._C._cuda_clearCublasWorkspaces()  # kept otherwise, for each stream and thread
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
