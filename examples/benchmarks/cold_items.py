@@ -4,7 +4,7 @@ Measure how well items are recommended that no user had in the training log, by 
     blossomrec prepare ml-1m/interactions.txt --items ml-1m/items.parquet --item_categories genres,year --item_text title \
         --text_model MODEL --output_dir ml-1m
     blossomrec export --data ml-1m --output ml-1m.safetensors          # then, also on a machine without polars:
-    python examples/benchmarks/cold_items.py --data ml-1m.safetensors --seeds 1 2 3
+    python examples/benchmarks/cold_items.py --data ml-1m.safetensors --seeds 1 2 3 --config_overrides '{"scoring": "cosine"}'
 
 A random `--share` of the items is withheld: a model with item features learns the log without their events. The items are
 then added to its catalog with their features, and are recommended without training. It is compared with two models of the

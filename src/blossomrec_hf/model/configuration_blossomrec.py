@@ -97,7 +97,8 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
             the sum of its id embedding, a learned vector per category and a projection of each dense vector.
         id_dropout_prob (`float`, *optional*, defaults to 0.1):
             With `item_features`, the probability with which the id embedding of an item is omitted in a training step, so
-            that items are also known by their features alone.
+            that items are also known by their features alone. With a smaller probability, new items are recommended more
+            often (`examples/benchmarks/cold_items.py`).
         attention_types (`str` or `list[str]`, *optional*, defaults to `"blossom"`):
             The streams of each layer: `"blossom"` (both streams of the paper with a gate), `"long_term"`, `"short_term"`,
             `"full"`, or names joined by `+`, with a gate for each. A single name applies to all layers. `"full"` in all
