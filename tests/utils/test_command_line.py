@@ -5,8 +5,10 @@ import logging
 import pytest
 from checkpoint_cases import error_message, same_weights, small_model, small_tokenizer
 from huggingface_hub import constants
+from transformers import HfArgumentParser
 
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
+from blossomrec_hf.data.options import LogOptions
 from blossomrec_hf.sharing import push
 from blossomrec_hf.utils.command_line import exit_on_error, load_checkpoint
 
@@ -82,6 +84,12 @@ def test_bad_input_ends_a_command_with_one_sentence_and_code_2(error, sentence, 
     assert ended.value.code == 2
     assert shown.startswith(sentence) and len(shown.splitlines()) == 1
     assert "in command" in caplog.text  # the traceback, for whoever looks for it
+
+
+def test_an_argument_that_a_command_does_not_have_is_named(capsys):
+    with pytest.raises(SystemExit), exit_on_error():
+        HfArgumentParser(LogOptions).parse_args_into_dataclasses(["--item", "sku", "genres"])
+    assert capsys.readouterr().err.startswith("genres is no argument of this command; see --help for its arguments.")
 
 
 def test_other_errors_keep_their_traceback():

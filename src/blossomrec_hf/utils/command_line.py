@@ -21,6 +21,8 @@ _ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 _DISK_ERROR = re.compile(
     "No space left on device|Disk quota exceeded|File too large|PytorchStreamWriter failed|enforce fail at inline_container"
 )
+# What `HfArgumentParser` raises for arguments that a command does not have.
+_UNUSED = re.compile(r"arguments are not used by the HfArgumentParser: \['([^']*)")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -52,6 +54,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror is not None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{error.strerror.rstrip('.')}{f': {names}' if names else ''}."
+    if unused := _UNUSED.search(str(error)):
+        return (
+            f"{unused[1]} is no argument of this command; see --help for its arguments. Lists are separated by commas."
+        )
     return " ".join(str(error).split()) or type(error).__name__
 
 
