@@ -85,6 +85,28 @@ def test_any_queries_are_answered_as_all_of_them(monkeypatch, which, slice_eleme
         torch.testing.assert_close(expected[name], every[name][rows], rtol=0, atol=1e-10, msg=f"{name} of {case}")
 
 
+@pytest.mark.parametrize("slice_logits", [2**17, 40], ids=["whole", "sliced"])
+@pytest.mark.parametrize("trial", range(6))
+def test_one_query_of_each_history_selects_as_the_reference(monkeypatch, slice_logits, trial):
+    """As an append to many histories does. Blocks occur twice: of equal ones, the lower is selected."""
+    monkeypatch.setitem(ops_torch_tiles.SLICE_LOGITS, "cpu", slice_logits)
+    number, groups, width, size = random.randint(2, 9), random.choice([1, 2]), 4, random.choice([2, 8])
+    lengths = torch.randint(1, 150, (number,))
+    numbers = lengths // size
+    rows = torch.randn(int(numbers.sum()) + 1, groups, width, dtype=torch.float64)
+    rows[1::2] = rows[: len(rows) - 1 : 2]
+    blocks = Blocks(rows, torch.cat([torch.zeros(1, dtype=torch.long), numbers.cumsum(0)[:-1]]))
+    history = torch.randperm(number)[: random.randint(2, number)].sort().values
+    queries = Queries(history, lengths[history] - 1, int(lengths.max()), 1)
+    q = torch.randn(len(history), 2 * groups, width, dtype=torch.float64)
+    settings = {"num_selected_blocks": 3, "block_size": size, "threshold": random.choice([0.0, 0.1]), "scaling": 0.5}
+    with torch.no_grad():
+        expected = REFERENCE_OPS.select(q, blocks, queries, **settings)
+        found = TORCH_OPS.select(q, blocks, queries, **settings)
+    assert torch.equal(found.block_indices, expected.block_indices)
+    torch.testing.assert_close(found.importance, expected.importance, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("trial", range(4))
 def test_rows_of_a_cache_are_read_as_packed_ones(trial):
     case = random_case(max_length=250)

@@ -161,18 +161,22 @@ def select(
         alone = [_select_alone(x, blocks.rows[:end], *shape[1:], threshold, scaling) for x, end in zip(q, ends)]
         return alone[0] if len(alone) == 1 else Selection(*map(torch.cat, zip(*alone)))
 
-    # A tile meets the blocks from the first one of its first history on: that history's own, and, if all positions are
-    # asked for, those that begin inside the tile.
-    tiles = _Tiles.of(queries, blocks.first.shape[0])
-    begin = blocks.first[queries.history]
+    begin = blocks.first.index_select(0, queries.history)
     end = begin + torch.div(queries.position, block_size, rounding_mode="floor")
-    begin, end = tiles.split(begin), tiles.split(end)
-    reach_over = begin.shape[1] // block_size if queries.every else 0
-    width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
     with torch.autocast(q.device.type, enabled=False):
         mean_q = q.to(dtype).unflatten(1, (num_groups, -1)).mean(2) * (scaling * LOG2E)
-        pi, chosen = _RankBlocks.apply(tiles.split(mean_q), blocks.rows, begin, end, width, num_selected_blocks)
-    pi, chosen = tiles.join(pi, q.shape[0]), tiles.join(chosen, q.shape[0])
+        if queries.most == 1 and not torch.is_grad_enabled() and reads_freely(end):
+            width = max(queries.max_length // block_size, num_selected_blocks)
+            pi, chosen = _rank_for_one_each(mean_q, blocks.rows, begin, end, width, num_selected_blocks)
+        else:
+            # A tile meets the blocks from the first one of its first history on: that history's own, and, if all positions
+            # are asked for, those that begin inside the tile.
+            tiles = _Tiles.of(queries, blocks.first.shape[0])
+            begin, end = tiles.split(begin), tiles.split(end)
+            reach_over = begin.shape[1] // block_size if queries.every else 0
+            width = max(queries.max_length // block_size + reach_over, num_selected_blocks)
+            pi, chosen = _RankBlocks.apply(tiles.split(mean_q), blocks.rows, begin, end, width, num_selected_blocks)
+            pi, chosen = tiles.join(pi, q.shape[0]), tiles.join(chosen, q.shape[0])
     kept = pi.detach() > threshold
     return Selection(torch.where(kept, chosen, -1), torch.where(kept, pi, 0.0))
 
@@ -229,6 +233,31 @@ class _RankBlocks(torch.autograd.Function):
                 of_keys = torch.matmul(of_scores, q[part].transpose(1, 2)).transpose(1, 2).flatten(0, 1)
                 grad_rows.index_add_(0, met.flatten().clamp(max=rows.shape[0] - 1), of_keys)
         return grad_q / LOG2E, grad_rows / LOG2E, None, None, None, None
+
+
+def _rank_for_one_each(
+    q: torch.Tensor, rows: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, width: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_RankBlocks` of queries `[Q, G, d]` of one history each, without gradients; π and indices are `[Q, G, k]`."""
+    num_groups, none = rows.shape[1], q.new_tensor(-1000 * LOG2E)  # the constant logit
+    group, pis, chosen = torch.arange(num_groups, device=q.device)[:, None], [], []
+    for part, met in _slices(begin[:, None], end[:, None], width, k, num_groups):
+        # In the order of the product, which would copy them otherwise.
+        place = met.clamp(max=rows.shape[0] - 1)[:, None] * num_groups + group
+        left = torch.matmul(gather(rows.flatten(0, 1), place), q[part][..., None])[..., 0]  # [n, G, M]
+        left.masked_fill_((met >= end[part, None])[:, None], NEVER)
+        top, best = left.max(-1, keepdim=True)
+        largest = torch.maximum(top, none)
+        norm = largest + ((left - largest).exp2_().sum(-1, keepdim=True) + (none - largest).exp2_()).log2_()
+        tops, bests = [top], [best]
+        for _ in range(k - 1):
+            left.scatter_(-1, best, -torch.inf)
+            top, best = left.max(-1, keepdim=True)  # the first of equals: ties to the lower block
+            tops.append(top)
+            bests.append(best)
+        pis.append((torch.cat(tops, -1) - norm).exp2_())
+        chosen.append(torch.cat(bests, -1))
+    return torch.cat(pis), torch.cat(chosen)
 
 
 def _slices(
@@ -371,7 +400,7 @@ def attend_places(
 def _attend_places(q, keys, queries, place, scaling, factor=None):
     """`attend_places` with a `factor` `[Q, G, K]` of the logits."""
     num_rows, num_groups, width = keys.k.shape
-    first = keys.first[queries.history]
+    first = keys.first.index_select(0, queries.history)
     if keys.states is None:  # packed: an empty history at the end begins behind the last row
         first = first.clamp(max=num_rows - 1)
     first = (first[:, None] * num_groups + torch.arange(num_groups, device=q.device))[..., None]  # [Q, G, 1]
