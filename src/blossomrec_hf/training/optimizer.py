@@ -12,8 +12,10 @@ from .arguments import LoopArguments
 
 def make_optimizer(model: nn.Module, args: LoopArguments) -> torch.optim.Optimizer:
     """
-    AdamW, fused where the device has it, or an optimizer of `transformers` by its name there. Only matrices decay: not
-    biases, norms and item embeddings.
+    AdamW, fused where the device has it, or an optimizer of `transformers` by its name there.
+
+    Weights of linear layers decay, and so do the learned positions of the compressor and the vectors of times and event
+    types, which are matrices of their own. Biases, layer norms, and the embeddings of items and of categories do not.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
