@@ -72,7 +72,7 @@ def test_save_and_load(tmp_path, tied):
 
 
 def test_what_is_frozen_stays_frozen_after_loading(tmp_path):
-    """A table of features that is trainable decays, and so does a compressor that never gets a gradient."""
+    """The training loop expects a gradient of every trainable parameter; tables of features and such a compressor get none."""
     features = ItemFeatures.from_columns({"plot": torch.randn(58, 3).numpy()})
     model = recommender(item_features=features.config(), selection_gradient="none", attention_types="blossom").float()
     model.set_item_features(features)
