@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AttentionInterface
 
 import blossomrec_hf
 from blossomrec_hf import BlossomRecConfig
-from blossomrec_hf.model import ops_triton, ops_triton_launch, ops_triton_selected
+from blossomrec_hf.model import ops_triton, ops_triton_launch, ops_triton_selected, ops_triton_streams
 from blossomrec_hf.model.attention_blossomrec import BlossomAttention, attend_packed, eager_attention_forward
 from blossomrec_hf.model.ops_reference import REFERENCE_OPS, Selection
 
@@ -305,6 +306,19 @@ def test_compiles_once_for_all_lengths():
             out, _ = layer.outputs(compiled)
             assert torch.equal(out, layer.outputs(triton_forward)[0])
     assert counter.frame_count <= 2  # for the first lengths, then for any
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"kind": "long_term", "num_selected_blocks": 2}, ODD | {"groups": 2}], ids=str)
+@pytest.mark.parametrize("blocks_read", [0, 2, 16])
+@torch.no_grad()
+def test_short_histories_read_all_keys_in_inference(blocks_read, kwargs, monkeypatch):
+    monkeypatch.setattr(ops_triton_streams, "MAX_BLOCKS_READ", blocks_read)
+    for lengths in ([random.randint(100, 150), 1, 0, 33, 16], [random.randint(1, 32), 2]):
+        layer = Layer(lengths, **({"heads": 8, "groups": 2} | kwargs))
+        expected, expected_selection = layer.outputs(eager_attention_forward)
+        out, selection = layer.outputs(triton_forward)
+        assert_close(out, expected, 1e-5)
+        torch.testing.assert_close(selection.block_indices, expected_selection.block_indices)
 
 
 def test_without_gradients_nothing_is_saved_and_the_output_is_the_same():

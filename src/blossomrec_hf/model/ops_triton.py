@@ -19,7 +19,7 @@ from .ops_triton_launch import Layout, Sizes, check
 from .ops_triton_rotate import plan, rotate, windows
 from .ops_triton_select import pool, select, select_backward
 from .ops_triton_selected import Pairs, pair_shapes, selected, selected_backward, sort_pairs
-from .ops_triton_streams import Stream, streams
+from .ops_triton_streams import Stream, reads_all_keys, streams
 from .ops_triton_streams_backward import LongGradients, gradient_terms, key_backward, query_backward
 
 
@@ -121,6 +121,15 @@ def _schema(arguments: str, results: int) -> str:
     return f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
 
 
+def compress(
+    layout: Layout, k: Tensor, start: Tensor, stop: Tensor, position: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The hidden activations of the compressor, whose weights have the dtype of `k`, and the score keys `[rows, G, d]`."""
+    inputs = windows(layout, k, position, start, stop).view(-1, w1.shape[1])
+    hidden = torch._addmm_activation(b1, inputs, w1.t())  # with ReLU
+    return hidden, pool(layout, (hidden @ w2.t()).view(-1, layout.groups, layout.width))
+
+
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? gates, Tensor? position, Tensor? w1"
 _INPUTS += ", Tensor? b1, Tensor? w2, Tensor cu_seqlens, SymInt[] settings, float scaling, float threshold"
 
@@ -137,16 +146,16 @@ def _attention(q, k, v, cos, sin, gates, position, w1, b1, w2, cu_seqlens, setti
     blocks = parts = None
     if settings.long:
         w1_cast, w2_cast = w1.to(q.dtype), w2.to(q.dtype)
-        inputs = windows(layout, k, position, start, stop).view(-1, w1.shape[1])
-        hidden = torch._addmm_activation(b1.to(q.dtype), inputs, w1_cast.t())  # with ReLU
-        c = pool(layout, (hidden @ w2_cast.t()).view(-1, layout.groups, layout.width))
+        hidden, c = compress(layout, k, start, stop, position, w1_cast, b1.to(q.dtype), w2_cast)
         blocks, number, pi, score_lse, u = select(
             layout, mean_q, c, start, threshold, settings.save and settings.factor
         )
-        pairs = sort_pairs(layout, number, start, stop)
-        parts = selected(layout, q, k, v, pairs)
         found |= {"blocks": blocks, "pi": pi, "c": c, "score_lse": score_lse, "u": u, "hidden": hidden}
-        found |= {"w1": w1_cast, "w2": w2_cast} | pairs._asdict()
+        found |= {"w1": w1_cast, "w2": w2_cast}
+        if settings.save or not reads_all_keys(layout):
+            pairs = sort_pairs(layout, number, start, stop)
+            parts = selected(layout, q, k, v, pairs)
+            found |= pairs._asdict()
     out, long_stream, short_stream = streams(
         layout, q, k, v, query_tiles, blocks, parts, gates, settings.short, settings.save
     )
