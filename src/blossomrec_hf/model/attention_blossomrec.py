@@ -17,6 +17,7 @@ from .modules_blossomrec import has_plain_compressor, project
 from .ops_reference import REFERENCE_OPS, Keys, Ops, Selection, every_position, last_positions, rotate
 from .ops_torch import TORCH_OPS
 from .ops_triton import blossom_attention
+from .ops_triton_last import last_attention
 from .ops_triton_launch import Sizes, why_unsupported
 from .streams_blossomrec import FUSED, attend_streams, build_streams, generic_ops, packed_blocks
 
@@ -156,15 +157,49 @@ def blossom_attention_forward(module, query, key, value, attention_mask=None, **
 
 def _answers_queries(module: "BlossomAttention", hidden_states: torch.Tensor) -> bool:
     """
-    Whether the layer is computed by functions that answer a part of the queries alone. The kernels answer all of them
-    in less time than so many small operations take to be launched.
+    Whether the layer is computed by functions that answer a part of the queries alone. The kernels that do have no
+    gradients.
     """
+    if _has_kernels(module, hidden_states):
+        return not torch.is_grad_enabled()
+    return module.config._attn_implementation in ("blossom", "blossom_triton", "blossom_torch", "eager")
+
+
+def _has_kernels(module: "BlossomAttention", x: torch.Tensor) -> bool:
+    """Whether the kernels compute the layer; the dtype and device are those of `x`."""
     implementation = module.config._attn_implementation
     if implementation == "blossom":
-        return not (hidden_states.is_cuda and _why_no_triton(module, hidden_states) is None)
-    if implementation == "blossom_triton":
-        return module.stream_names not in FUSED
-    return implementation in ("blossom_torch", "eager")
+        return x.is_cuda and _why_no_triton(module, x) is None
+    return implementation == "blossom_triton" and module.stream_names in FUSED
+
+
+def attend_last_positions(
+    module: "BlossomAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_embeddings: tuple[torch.Tensor, torch.Tensor],
+    **where,
+) -> tuple[torch.Tensor, Selection | None]:
+    """`attend_packed` of the histories' last positions alone, by the kernels if the layer has them."""
+    if not _has_kernels(module, query):
+        ops = generic_ops(module.config)
+        return attend_packed(ops, module, query, key, value, **where, query_embeddings=query_embeddings)
+    compressor = getattr(module, "compressor", None)
+    return last_attention(
+        query,
+        key,
+        value,
+        **where,
+        query_embeddings=query_embeddings,
+        sizes=Sizes.of(module.config),
+        scaling=module.scaling,
+        threshold=module.config.importance_threshold,
+        position=None if compressor is None else compressor.position,
+        mlp=None if compressor is None else compressor.mlp,
+        short="short_term" in module.stream_names,
+    )
 
 
 class BlossomGate(nn.Linear):
@@ -282,7 +317,7 @@ class BlossomAttention(nn.Module):
             out, selection = append.attend(self, q, gates, position_embeddings)
         elif last_alone:
             at_keep = tuple(x[:, keep] for x in position_embeddings)
-            out, selection = attend_packed(generic_ops(self.config), self, q, k, v, **kwargs, query_embeddings=at_keep)
+            out, selection = attend_last_positions(self, q, k, v, **kwargs, query_embeddings=at_keep)
         else:
             implementation = self.config._attn_implementation
             attend = AttentionInterface().get_interface(implementation, eager_attention_forward)

@@ -70,11 +70,14 @@ def windows_kernel(
 
 
 @jit
-def attend_to(queries, source, place, seen, m, norm, acc, scale2, G: tl.constexpr, D: tl.constexpr):
-    """One step of attention of `queries` `[R, D]` to the `place` `[N]` of a history, where `seen`: a softmax in base 2."""
-    at = source + place.to(tl.int64)[:, None] * (2 * D * G) + tl.arange(0, D)[None, :]
-    keys = tl.load(at, seen[:, None], 0.0).to(tl.float32)
-    values = tl.load(at + D, seen[:, None], 0.0).to(tl.float32)
+def attend_to(queries, k, v, place, seen, m, norm, acc, scale2, ROW: tl.constexpr, D: tl.constexpr):
+    """
+    One step of attention of `queries` `[R, D]` to the `place` `[N]` of a history, where `seen`: a softmax in base 2. `k` and
+    `v` are its place 0, ROW elements before the next one.
+    """
+    at = place.to(tl.int64)[:, None] * ROW + tl.arange(0, D)[None, :]
+    keys = tl.load(k + at, seen[:, None], 0.0).to(tl.float32)
+    values = tl.load(v + at, seen[:, None], 0.0).to(tl.float32)
     s = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale2
     s = tl.where(seen[None, :], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
@@ -92,7 +95,8 @@ def attend_kernel(
     sin,
     gates,
     events,
-    states,
+    k,
+    v,
     block_keys,
     out,
     block_out,
@@ -116,11 +120,14 @@ def attend_kernel(
     POWERS: tl.constexpr,
     BM: tl.constexpr,
     N: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """
     The selection of one event and key/value group, the attention of its heads (R rows) to the selected blocks and to the
-    short-term ones, and their gated sum. Blocks meet the mean query BM at a time, keys the queries N at a time; the first
-    of them always hold one that is seen.
+    short-term ones, and their gated sum. Blocks meet the mean query BM at a time, keys the queries N at a time.
+
+    Keys and values are those of a cache, side by side, or (`PACKED`) of packed histories, whose offsets `events` are; the
+    events are their last positions.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     NONE: tl.constexpr = 1 << 30  # above every block
@@ -132,16 +139,24 @@ def attend_kernel(
     head = group * REP + r
     at = ((t * H + head) * D)[:, None]
     queries = rotated(q, at, cos, sin, t * D, real, D)
-    history, place = tl.load(events + 2 * t), tl.load(events + 2 * t + 1).to(tl.int32)
-    source = states + (history * num_rows * G + group) * (2 * D)
+    if PACKED:
+        first = tl.load(events + t).to(tl.int64)
+        place = (tl.load(events + t + 1).to(tl.int64) - first).to(tl.int32) - 1  # −1 of no event: nothing is seen
+        first_block = first // B
+    else:
+        history, place = tl.load(events + 2 * t), tl.load(events + 2 * t + 1).to(tl.int32)
+        first, first_block = history * num_rows, history * (num_rows // B)
+    ROW: tl.constexpr = G * D if PACKED else G * D * 2
+    k += first * ROW + group * (ROW // G)
+    v += first * ROW + group * (ROW // G)
     scale2 = scaling * LOG2E
     column = tl.arange(0, N)
     total = tl.zeros((R, D), tl.float32)
 
     if LONG:
-        own = place // B
+        own = tl.maximum(place, 0) // B
         mean = tl.sum(queries, 0)[None, :] * (scaling / REP)
-        keys = block_keys + (history * (num_rows // B) * G + group) * D
+        keys = block_keys + (first_block * G + group) * D
         slot = tl.arange(0, KP)
         top = tl.where(slot < K, float("-inf"), float("inf"))
         chosen = NONE + slot
@@ -185,8 +200,8 @@ def attend_kernel(
             block = tl.where(i == 0, own, block)
             key = block * B + (n + column) % B
             seen = (i <= K) & (block >= 0) & (key <= place)
-            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, G, D)
-        acc = acc / norm[:, None]
+            m, norm, acc = attend_to(queries, k, v, key, seen, m, norm, acc, scale2, ROW, D)
+        acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
         if SHORT:
             gate = tl.load(gates + t * (2 * H) + head[:, None], real, 0.0).to(tl.float32)
             total = acc * gate
@@ -194,7 +209,7 @@ def attend_kernel(
             total = acc
 
     if SHORT:
-        own = place // SB
+        own = tl.maximum(place, 0) // SB
         number = tl.minimum(own + 1, WINDOW)
         for e in tl.static_range(POWERS):
             number += (own >= POWER * BASE**e).to(tl.int32)
@@ -208,8 +223,8 @@ def attend_kernel(
                 distance = tl.where(i == WINDOW + e, POWER * BASE**e, distance)
             key = (own - distance) * SB + (n + column) % SB
             seen = (i < number) & (key <= place)
-            m, norm, acc = attend_to(queries, source, key, seen, m, norm, acc, scale2, G, D)
-        acc = acc / norm[:, None]
+            m, norm, acc = attend_to(queries, k, v, key, seen, m, norm, acc, scale2, ROW, D)
+        acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
         if LONG:
             gate = tl.load(gates + t * (2 * H) + H + head[:, None], real, 0.0).to(tl.float32)
             total += acc * gate
@@ -313,10 +328,85 @@ def attend_events(
     Returns:
         head outputs `[1, T, H, d]` and the selection, `[T, G, k]` each.
     """
+    return _attend(
+        q,
+        cos,
+        sin,
+        gates,
+        events,
+        states,
+        states[..., states.shape[-1] // 2 :],
+        block_keys,
+        num_rows=states.shape[1],
+        sizes=sizes,
+        scaling=scaling,
+        threshold=threshold,
+        short=short,
+    )
+
+
+def attend_last(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gates: Tensor | None,
+    cu_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_keys: Tensor | None,
+    *,
+    sizes: Sizes,
+    scaling: float,
+    threshold: float,
+    short: bool,
+) -> tuple[Tensor, Selection | None]:
+    """
+    As `attend_events`, of the last positions of packed histories; of an empty one, the output is 0.
+
+    Args:
+        q: `[1, H, S, d]`, `cos` and `sin`: `[1, S, d]`, `gates`: `[1, S, H, 2]`, of the last positions.
+        cu_seqlens: offsets of the histories, `[S + 1]`.
+        k, v: `[T, G, d]`, rotary embedding applied, contiguous.
+        block_keys: `[T // b, G, d]`; the blocks of a history that begins at token `lo` are from row `lo // b` on.
+    """
+    return _attend(
+        q,
+        cos,
+        sin,
+        gates,
+        cu_seqlens,
+        k,
+        v,
+        block_keys,
+        num_rows=None,
+        sizes=sizes,
+        scaling=scaling,
+        threshold=threshold,
+        short=short,
+    )
+
+
+def _attend(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gates: Tensor | None,
+    events: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_keys: Tensor | None,
+    *,
+    num_rows: int | None,
+    sizes: Sizes,
+    scaling: float,
+    threshold: float,
+    short: bool,
+) -> tuple[Tensor, Selection | None]:
+    """`num_rows`: positions of a history in a cache; `None` for packed histories."""
     q = q.transpose(1, 2).contiguous()
     gates = None if gates is None else gates.transpose(2, 3).contiguous()
     _, tokens, heads, width = q.shape
-    groups, long = states.shape[2], block_keys is not None
+    groups, long = k.shape[-2], block_keys is not None
     out = torch.empty_like(q)
     blocks = torch.empty((tokens, groups, sizes.selected), device=q.device, dtype=torch.int64) if long else q
     pi = torch.empty(blocks.shape, device=q.device, dtype=torch.float32) if long else q
@@ -326,14 +416,16 @@ def attend_events(
         sin,
         q if gates is None else gates,
         events,
-        states,
+        k,
+        v,
         block_keys if long else q,
         out,
         blocks,
         pi,
-        states.shape[1],
+        num_rows or 0,
         scaling,
         threshold,
+        PACKED=num_rows is None,
         **_constants(heads, groups, width, long, short, sizes),
     )
     return out, Selection(blocks, pi) if long else None

@@ -181,6 +181,29 @@ def rotate(
     return q_out, k_out, mean_q
 
 
+def rotate_keys(layout: Layout, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys with rotary embeddings."""
+    out = layout.empty(*k.shape)
+    rotate_kernel[(ceil(layout.num_tokens, 32), layout.groups)](
+        k,
+        k,
+        cos,
+        sin,
+        k,
+        out,
+        k,
+        layout.num_tokens,
+        *k.stride()[:2],
+        *k.stride()[:2],
+        1.0,
+        **layout.heads_kw,
+        REP=0,
+        MEAN=False,
+        BT=32,
+    )
+    return out
+
+
 def windows(layout: Layout, k: Tensor, position: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """The windows of every complete block with their learned positions, `[rows · b / s, G, l, d]`."""
     stride, length, block = layout.sizes[:3]
