@@ -9,12 +9,13 @@ inference step, over history lengths at a fixed number of tokens.
     python examples/benchmarks/attention.py --baseline_module others.py:TheirAttention
 
 A step is the forward pass of embedding and layers on packed histories, logits of each history's last position over the
-catalog, cross-entropy, and (training) the backward pass; no optimizer. With `--lengths_from`, the histories of a step are
-packed as the training loop packs them, and the training loss is that of all positions (`--loss` selects either). The core
-is what lies between q, k, v, gate values and the gated head outputs of one layer. On a GPU a step is compiled, then
-captured as a CUDA graph once and replayed, for every contestant alike (`--no_compile`, `--no_graphs`). Times are medians;
-memory is the peak above what is allocated before the step, without a graph. The slope is that of a line through
-(log L, log time): 0 grows with the tokens alone, 1 with tokens times length.
+catalog, cross-entropy, and (training) the backward pass; no optimizer. In inference, the last layer of BlossomRec and
+of fused full attention computes those positions alone. With `--lengths_from`, the histories of a step are packed as the
+training loop packs them, and the training loss is that of all positions (`--loss` selects either). The core is what
+lies between q, k, v, gate values and the gated head outputs of one layer. On a GPU a step is compiled, then captured as
+a CUDA graph once and replayed, for every contestant alike (`--no_compile`, `--no_graphs`). Times are medians; memory is
+the peak above what is allocated before the step, without a graph. The slope is that of a line through (log L, log
+time): 0 grows with the tokens alone, 1 with tokens times length.
 
 Ratios are to the strongest peer (`--baseline strongest`): the fastest full attention of the row, in the same model with
 as many key/value heads as query heads. "full (cuDNN)" is PyTorch's fused attention on rows of equal length, by cuDNN
@@ -161,7 +162,7 @@ def model_step(
     contestant: Contestant, args: argparse.Namespace, histories: Histories, training: bool
 ) -> Callable[[], object]:
     """The steps of `histories`, one after the other; see the top of this file."""
-    model = build(contestant, args).train(training)
+    model = build(contestant, args, training).train(training)
     forward = torch.compile(model, dynamic=False) if args.compile and contestant.compiled else model
     all_positions = training and args.loss == "all"
     steps = []

@@ -13,8 +13,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
+from blossomrec_hf.model.attention_blossomrec import BlossomAttention
+from blossomrec_hf.model.modules_blossomrec import project
 from blossomrec_hf.model.ops_reference import Keys, every_position, rotate
-from blossomrec_hf.model.ops_torch import attend_full
+from blossomrec_hf.model.ops_torch import attend_full, varlen_attn
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,36 @@ def varlen_full_attention(
     return attend_full(q, Keys(k, v, cu_seqlens[:-1]), queries, scaling=module.scaling)[None], None
 
 
+class LastPositions(nn.Module):
+    """A layer of full attention that computes the last positions of the histories alone, in inference."""
+
+    def __init__(self, attention: BlossomAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states, *, position_embeddings, cu_seqlens, max_seqlen, keep, **kwargs):
+        attention, (cos, sin) = self.attention, position_embeddings
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        k, v = project([attention.k_proj, attention.v_proj], hidden_states, joined=True)
+        q, k, v = (
+            x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for x in (attention.q_proj(hidden_states[:, keep]), k, v)
+        )
+        q, k = rotate(q, cos[:, keep], sin[:, keep]).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        if attention.config._attn_implementation == "rows_full":
+            k, v = _rows(max_seqlen, k, v)
+            q = q[0].transpose(0, 1)[:, :, None]
+            out = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)[:, :, 0]
+        else:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            offsets = cu_seqlens.to(torch.int32)
+            each = torch.arange(len(offsets), device=q.device, dtype=torch.int32)
+            out = varlen_attn(q, k, v, each, offsets, 1, max_seqlen, scale=attention.scaling)
+        return attention.o_proj(out.flatten(1))[None], None, None, None
+
+
 AttentionInterface.register("eager_full", eager_full_attention)
 AttentionInterface.register("flex_full", flex_full_attention)
 AttentionInterface.register("rows_full", rows_full_attention)
@@ -151,10 +183,18 @@ def make_config(contestant: Contestant, args: argparse.Namespace) -> BlossomRecC
     )
 
 
-def build(contestant: Contestant, args: argparse.Namespace) -> BlossomRecForSequentialRecommendation:
+def build(
+    contestant: Contestant, args: argparse.Namespace, training: bool = True
+) -> BlossomRecForSequentialRecommendation:
+    """
+    The model. In inference, the last layer of fused full attention computes the last positions alone, as BlossomRec's does.
+    """
     config = make_config(contestant, args)
     model = BlossomRecForSequentialRecommendation(config)
     if contestant.module is not None:
         for layer in model.model.layers:
             layer.self_attn = OutsideAttention(contestant.module(config.hidden_size, config.num_attention_heads))
+    on_packed = contestant.implementation == "varlen_full" and args.device == "cuda"
+    if not training and (on_packed or contestant.implementation == "rows_full"):
+        model.model.layers[-1].self_attn = LastPositions(model.model.layers[-1].self_attn)
     return model.to(args.device)

@@ -92,16 +92,24 @@ def step_work(config: BlossomRecConfig, tokens: int, scored: int, operations: fl
 
     Args:
         tokens: number of positions.
-        scored: number of positions whose scores are needed; behind the attention, the last layer computes these alone.
+        scored: number of positions whose scores are needed. Behind the attention, the last layer computes these alone; in
+            inference, of the other positions it needs keys and values.
         operations: of the forward pass of one layer's attention.
     """
     layers, rows = config.num_hidden_layers, (config.num_hidden_layers - 1) * tokens + scored
     queries, keys, gates = _widths(config)
     width, inner = config.hidden_size, config.intermediate_size
     attention = core_work(config, tokens, operations, training=training)
+    projections = _product("projections", layers * tokens, width, queries + 2 * keys + gates, training)
+    layer, elements = layers, layers * attention.elements
+    if not training and scored < tokens:
+        layer, elements = layers - 1, (layers - 1) * attention.elements + tokens * 2 * keys
+        of_keys = _product("", tokens, width, 2 * keys, training)
+        every = _product("", layer * tokens, width, queries + 2 * keys + gates, training)
+        projections = Work("projections", every.operations + of_keys.operations, every.elements + of_keys.elements)
     return [
-        _product("projections", layers * tokens, width, queries + 2 * keys + gates, training),
-        Work("attention", layers * attention.operations, layers * attention.elements),
+        projections,
+        Work("attention", layer * attention.operations, elements),
         _product("output projection", rows, queries, width, training),
         _product("feed-forward, up", rows, width, inner, training),
         _product("feed-forward, down", rows, inner, width, training),
