@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore
+from blossomrec_hf.model.features_blossomrec import ItemFeatures
 from blossomrec_hf.model.static_blossomrec import StaticBatch
 from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.training.graphs import GraphedPass, StaticPass
@@ -91,6 +93,56 @@ def test_captured_and_compiled_training_is_the_training(attention_types, precisi
     for loss, weight in zip(losses[1:], weights[1:]):
         torch.testing.assert_close(loss, losses[0], rtol=tolerance, atol=tolerance)
         assert (weight - weights[0]).norm() < max(1e-2, 2 * tolerance) * weights[0].norm()
+
+
+ITEM_FEATURES = {
+    "genre": [[str(i % 7), str(i % 3)] if i % 5 else None for i in range(VOCABULARY - 2)],
+    "title": np.random.default_rng(0).standard_normal((VOCABULARY - 2, 12)),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("signals", ["times", "types", "features", "all"])
+def test_captured_and_compiled_training_reads_times_types_and_features(signals, tmp_path):
+    settings, features = {"scoring": "cosine", "time_dropout_prob": 0.0, "id_dropout_prob": 0.0}, None
+    if signals in ("times", "all"):
+        settings |= {"time_features": ["previous_gap", "next_gap", "next_gap_input", "hour", "weekday"]}
+    if signals in ("types", "all"):
+        settings |= {"event_types": ["view", "buy"], "target_event_types": ["buy"]}
+    if signals in ("features", "all"):
+        features = ItemFeatures.from_columns(ITEM_FEATURES)
+        settings |= {"item_features": features.config()}
+    rng = np.random.default_rng()
+    lengths = rng.integers(2, 200, size=80)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    columns = {
+        "timestamps": 1_500_000_000 + rng.integers(0, 10**6, size=offsets[-1]).cumsum(),
+        "event_type_ids": rng.integers(-1, 2, size=offsets[-1]),
+    }
+    items, losses, state = make_store(lengths).items.numpy(), [], None
+    for graphs in (False, True):
+        model = make_model(**settings)
+        if features is not None:
+            model.set_item_features(features)
+        state = copy.deepcopy(model.state_dict()) if state is None else state
+        model.load_state_dict(state)
+        read = {name: columns[name] for name in model.config.event_columns}
+        args = LoopArguments(
+            output_dir=str(tmp_path / f"{graphs}"),
+            tokens_per_step=2048,
+            num_train_epochs=3,
+            logging_steps=1,
+            mixed_precision="no",
+            cuda_graphs=graphs,
+            torch_compile=graphs,
+        )
+        loop = TrainingLoop(model, HistoryStore(items, offsets, columns=read), args=args)
+        loop.run()
+        assert not graphs or loop.update.run_pass.works
+        lines = (tmp_path / f"{graphs}" / "metrics.jsonl").read_text().splitlines()
+        losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+    assert losses[0][-1] < losses[0][0]
 
 
 @pytest.mark.gpu
