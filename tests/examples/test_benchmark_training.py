@@ -35,7 +35,20 @@ def test_packed_and_padded_steps_hold_the_same_histories(run_example, log_file, 
 
 
 def test_an_epoch_is_timed_with_ready_batches_and_with_the_loader(run_example, log_file, tmp_path):
-    settings = ("--data", log_file, "--max_length", 20, "--tokens", 300, "--epochs", 1, "--device", "cpu")
+    settings = (
+        "--data",
+        log_file,
+        "--max_length",
+        20,
+        "--tokens",
+        300,
+        "--epochs",
+        1,
+        "--workers",
+        1,
+        "--device",
+        "cpu",
+    )
     run_example("benchmarks/training.py", "--what", "epoch", *settings, "--json", tmp_path / "f.json")
     blossom, full = json.loads((tmp_path / "f.json").read_text())["figures"]
     assert blossom["attention_types"] == "blossom" and full["attention_types"] == "full"

@@ -1,5 +1,7 @@
 """
-Fine-tune a BlossomRec model with `transformers.Trainer`. Without `--model`, a small new model is trained.
+Fine-tune a BlossomRec model with `transformers.Trainer`. Without `--model`, a small new model is trained; only then,
+`--time_features`, `--time_zone` and `--event_types` choose what it reads of events. A training summary and a card are saved
+next to the model.
 
     blossomrec finetune                                                   # the built-in data set
     blossomrec finetune --model runs/ml-1m --data new-interactions.csv --replay none
@@ -95,7 +97,7 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 @dataclass
 class FineTuneArguments(EventFeatureArguments):
-    """The model, the events and the parameters to train. What a new model reads of events is not for a trained one."""
+    """The model, the events and the parameters to train. The base class is for new models, without `model`."""
 
     model: str | None = field(
         default=None, metadata={"help": "Folder of a trained model, or a Hub id; by default, a small new model."}
