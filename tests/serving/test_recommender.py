@@ -144,6 +144,7 @@ def test_events_without_times_get_that_of_the_request(start, monkeypatch):
         ({"user": "anna", "events": [100, 101], "timestamps": [START, START - 1]}, "goes backwards"),
         ({"user": "anna", "events": [100], "timestamps": [START * 1000]}, "which is in milliseconds"),
         ({"user": "anna", "events": [100], "timestamps": [-1]}, "0 or more"),
+        ({"user": "anna", "events": [100], "timestamps": [int(time.time()) + 90_000]}, "more than a day ahead"),
         ({"user": "anna", "events": [100], "timestamps": [START + 0.5]}, "valid integer"),
         ({"user": "anna", "events": [100], "timestamps": [START], "now": START - 1}, "before the last item"),
         ({"user": "anna", "now": START * 1000}, "`now` contains 1700000000000, which is in milliseconds"),

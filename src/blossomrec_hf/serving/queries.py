@@ -19,7 +19,8 @@ class Query(BaseModel):
     timestamps: list[StrictInt] | None = Field(
         None,
         description="the time of each item of `history` or `events` in seconds since 1970, never falling; by default, the time "
-        "of the request for `events`, while `history` needs it if the model reads times",
+        "of the request for `events`, while `history` needs it if the model reads times; those of `events` are at most a day "
+        "ahead of the service's clock",
     )
     event_types: list[StrictStr | None] | None = Field(
         None, description="the type of each item of `history` or `events`; by default, and for null, unknown"

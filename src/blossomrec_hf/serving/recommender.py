@@ -26,6 +26,7 @@ from .queries import Answer, Query, Recommendation, refused
 
 logger = logging.getLogger(__name__)
 
+MAX_AHEAD = 86_400  # seconds by which the clock of a client may be ahead
 Columns = dict[str, list[int]]  # the events of a history: vocabulary ids, seconds since 1970, indices of event types
 
 
@@ -184,6 +185,12 @@ class Recommender:
                 raise refused(name, f"`{name}` contains {max(times)}, {problem}")
             if times and min(times) < 0:
                 raise refused(name, f"`{name}` contains {min(times)}; times are seconds since 1970, 0 or more.")
+        if query.events and query.timestamps and query.timestamps[-1] > time.time() + MAX_AHEAD:
+            raise refused(
+                "timestamps",
+                f"`timestamps` contains {query.timestamps[-1]}, more than a day ahead of the service's clock. All later events of "
+                "the user would be refused; correct it.",
+            )
         target = query.target_event_type
         if target is not None and target not in self.types:
             known = ", ".join(self.types) or "none"
