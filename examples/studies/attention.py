@@ -36,9 +36,9 @@ from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.data.event_table import EventTable
 from blossomrec_hf.data.splits import item_counts, split
 from blossomrec_hf.training import TrainingLoop
-from blossomrec_hf.training.arguments import LogArguments
 from blossomrec_hf.training.callbacks import SelectionWatch
 from blossomrec_hf.training.initialize import initialize_model
+from blossomrec_hf.training.log_arguments import LogArguments
 from blossomrec_hf.training.studies import Run, Study, code_entry, data_checksum
 from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
 from blossomrec_hf.utils.environment import describe_environment

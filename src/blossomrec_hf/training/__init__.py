@@ -1,7 +1,6 @@
 """Training: the loop, its arguments and callbacks, and a subclass of `Trainer`."""
 
 from .arguments import (
-    LogArguments,
     LoopArguments,
     changed_arguments,
     check_tracker,
@@ -11,6 +10,7 @@ from .arguments import (
 )
 from .callbacks import LogLinesCallback, LoopCallback, SelectionWatch, draw_selection, selection_statistics
 from .initialize import initialize_model
+from .log_arguments import LogArguments
 from .loop import TrainingLoop, train
 from .new_items import add_items, freeze_all_but_items, initialize_from_events, read_item_vectors
 from .refit import check_refit_folder, refit, refit_folder

@@ -32,8 +32,8 @@ from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 from ..utils.environment import describe_environment, keep_compiled_code
 from ..utils.files import atomic_write, write_json
 from ..utils.progress import set_up_logging
-from .arguments import LogArguments
 from .initialize import initialize_model
+from .log_arguments import LogArguments
 from .loop import TrainingLoop
 from .studies import Run, import_files
 
