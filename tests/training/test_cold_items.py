@@ -74,7 +74,7 @@ def test_the_summary_of_a_trainer_names_the_features(tmp_path):
         assert trainer.training_summary()["configuration"]["item_features"] == names
 
 
-def test_unknown_categories_and_missing_features_of_new_items():
+def test_unknown_categories_and_missing_features_of_new_items(caplog):
     tokenizer = BlossomRecTokenizer.from_items(range(24))
     model = small_model(tokenizer)
     features = {"24": {"group": ["group 3", "never seen"]}, "25": {"text": np.ones(GROUPS)}, "7": {"group": "group 0"}}
@@ -87,6 +87,22 @@ def test_unknown_categories_and_missing_features_of_new_items():
     torch.testing.assert_close(text.table[26].float(), torch.full((GROUPS,), GROUPS**-0.5), rtol=0, atol=1e-3)
     assert not text.table[27:].any() and torch.equal(model.item_vectors([9]), before)
     model.recommend([[26, 27, 28]])
+    assert caplog.messages == [
+        "1 of 2 categories of the new items in 'group' are unknown to the model, such as 'never seen'; it knows "
+        "'group 0', 'group 1', 'group 2', …."
+    ]
+
+
+def test_features_and_vectors_have_raw_ids_of_the_type_of_the_items():
+    """As integers and as text, they are those of the same item."""
+    for key in (24, "24", np.int64(24)):
+        tokenizer = BlossomRecTokenizer.from_items(range(24))
+        model = small_model(tokenizer)
+        vector = np.ones(model.config.hidden_size, np.float32)
+        assert add_items(model, tokenizer, [24], vectors={key: vector}, features={key: {"group": "group 3"}}) == 1
+        groups = model.model.item_features.columns[0]
+        assert groups.codes[groups.offsets[-2] :].tolist() == [groups.names.index("group 3") + 1]
+        assert torch.equal(model.model.item_embedding.weight[26], torch.ones(16))
 
 
 @pytest.mark.parametrize(

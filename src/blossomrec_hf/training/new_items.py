@@ -1,5 +1,6 @@
 """A catalog that grows: new items in tokenizer and model, with vectors that are given or follow from their events."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ..model.features_blossomrec import ItemFeatures
 from ..model.packing_blossomrec import pack_histories
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 
+
+logger = logging.getLogger(__name__)
 
 SHRINKAGE = 3.0  # events: the mean over n events counts n / (n + this), the mean over all items the rest
 RIDGE = 0.1  # penalty of the map from events to vectors, in units of the features' mean variance
@@ -34,12 +37,14 @@ def add_items(
 
     Args:
         items: raw item ids.
-        vectors: the initial vector of an item, float [hidden_size], by its raw id as text (see [`read_item_vectors`]).
-            Other new items start at the mean of the old ones; [`initialize_from_events`] places them better.
-        features: for a model with `config.item_features`, the features of an item by its raw id as text, a value by column:
-            a category, a list of categories, or a vector. The id embeddings of new items start at zero there, so that the
-            items are recommended by their features at once. Categories that the model does not know count as unknown, and
-            missing values as no feature.
+        vectors: the initial vector of an item, float [hidden_size], by its raw id, also as text (see
+            [`read_item_vectors`]). Other new items start at the mean of the old ones; [`initialize_from_events`] places
+            them better.
+        features: for a model with `config.item_features`, the features of an item by its raw id, also as text, a value by
+            column: a category, a list of categories, or a vector. The id embeddings of new items start at zero there, so
+            that the items are recommended by their features at once. Categories that the model does not know count as
+            unknown, with a warning, and missing values as no feature. A column of `--item_numbers` has intervals as
+            categories, named as in `config.item_features`.
 
     Returns:
         how many were new.
@@ -55,7 +60,7 @@ def add_items(
             f"`tokenizer` has {first_new} ids, the model's vocabulary {model.config.vocab_size}; give the tokenizer that was "
             "saved with the model."
         )
-    vectors = {} if vectors is None else vectors
+    vectors = {str(item): vector for item, vector in (vectors or {}).items()}
     for item, vector in vectors.items():
         if vector.shape != (width,):
             raise ValueError(
@@ -67,6 +72,7 @@ def add_items(
     features = {} if features is None else features
     known = model.config.item_features
     _check_features(features, known)
+    features = {str(item): row for item, row in features.items()}
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -83,6 +89,7 @@ def add_items(
                     table[list(rows)] = torch.from_numpy(np.stack(values)).to(table)
         if features:
             rows = [features.get(str(item), {}) for item in tokenizer.decode_items(new_ids)]
+            _report_unknown_categories(rows, known)
             model.set_item_features(_features_of(rows, known), first_id=first_new)
     return num_added
 
@@ -113,6 +120,25 @@ def _features_of(
     if known is None or not rows:
         return None
     return ItemFeatures.from_columns({name: [row.get(name) for row in rows] for name in known}, known=known)
+
+
+def _report_unknown_categories(rows: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log the categories of new items that a model does not know."""
+    for name, feature in known.items():
+        if feature["kind"] != "categories":
+            continue
+        values = [row[name] for row in rows if row.get(name) is not None]
+        lists = [value if np.ndim(value) or isinstance(value, set | frozenset) else [value] for value in values]
+        given = {str(category) for categories in lists for category in categories}
+        if unknown := sorted(given.difference(feature["names"])):
+            logger.warning(
+                "%d of %d categories of the new items in %r are unknown to the model, such as %r; it knows %s.",
+                len(unknown),
+                len(given),
+                name,
+                unknown[0],
+                ", ".join(map(repr, feature["names"][:3])) + (", …" if len(feature["names"]) > 3 else ""),
+            )
 
 
 @torch.no_grad()
