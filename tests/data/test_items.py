@@ -107,6 +107,18 @@ def test_the_command_stores_an_aligned_table_and_counts_what_is_missing(tmp_path
     assert notes[-3:] == ["2 of 3 items have no genre", "1 of 3 items have no price", "1 of 3 items have no place"]
 
 
+def test_numbers_in_one_interval_are_reported(tmp_path):
+    """Years are: there are two intervals per power of 2."""
+    (tmp_path / "items.csv").write_text("item_id,year,price\n1,1995,3\n2,1996,9\n3,,9\n")
+    (tmp_path / "log.csv").write_text("user,item\n1,1\n1,3\n1,2\n2,1\n")
+    features = ["--items", str(tmp_path / "items.csv"), "--item_numbers", "year,price"]
+    prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), *features])
+    assert FilterReport.load(tmp_path / "out").notes[-2:] == [
+        "1 of 3 items have no year",
+        "all numbers of year lie in the interval 1448 to 2048; item_categories=… keeps each number apart",
+    ]
+
+
 def test_genres_of_movielens(tmp_path):
     (tmp_path / "movies.dat").write_bytes(
         "1::Am\xe9lie (2001)::Comedy|Romance\n2::Heat (1995)::Action\n".encode("latin-1")

@@ -51,6 +51,16 @@ def loss_by_hand(model, rows: list[dict]) -> tuple[float, int]:
     return total, number
 
 
+@pytest.mark.parametrize("warmup_steps, max_steps", [(3, 3), (100, 3), (2, 3), (0, 3)])
+def test_a_warmup_as_long_as_the_run_is_reported(log, tmp_path, caplog, warmup_steps, max_steps):
+    args = LoopArguments(
+        str(tmp_path), max_length=20, tokens_per_step=200, max_steps=max_steps, warmup_steps=warmup_steps
+    )
+    TrainingLoop(exact_model(), split(log[0], "train"), args=args)
+    said = f"`warmup_steps` is {warmup_steps} and the run has {max_steps} steps"
+    assert any(said in message for message in caplog.messages) == (warmup_steps >= max_steps)
+
+
 VALUES = [(1.0,), (0.25, 1.0, 3.0)]
 
 

@@ -127,7 +127,7 @@ class ItemTable:
         return aligned.select(*_RESERVED, pl.exclude(_RESERVED))
 
     def notes(self, aligned: pl.DataFrame) -> list[str]:
-        """Sentences on the features of the aligned table: the text model, and the items that lack a feature."""
+        """Sentences on the features of the aligned table: the text model, the items that lack one, and numbers that are all alike."""
         kinds = self.options.columns
         stored = {name: name for kind in _FEATURES for name in kinds[kind]}
         stored |= {name: _vector_name(name) for name in kinds["texts"]}
@@ -135,6 +135,12 @@ class ItemTable:
         sentences = [
             f"{count:,} of {aligned.height:,} items have no {name}" for name, count in counts.items() if count
         ]
+        for name in kinds["numbers"]:
+            found = aligned[name].drop_nulls().explode().unique().to_list()
+            if len(found) == 1:
+                sentences.append(
+                    f"all numbers of {name} lie in the interval {found[0]}; item_categories=… keeps each number apart"
+                )
         for name in kinds["texts"]:
             size = aligned.schema[stored[name]].size
             sentences.append(f"{stored[name]} has {size} numbers per item, of {name} by {self.options.text_model}")

@@ -68,6 +68,13 @@ class TrainingStep:
             num_warmup_steps=args.warmup_steps,
             num_training_steps=plan.total_steps(),
         )
+        if args.warmup_steps >= plan.total_steps() > 0 and accelerator.is_main_process:
+            logger.warning(
+                "`warmup_steps` is %d and the run has %d steps, so that the learning rate never reaches `learning_rate`; "
+                "lower `warmup_steps` or `tokens_per_step`, or train for more epochs.",
+                args.warmup_steps,
+                plan.total_steps(),
+            )
         named = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.parameters = list(named.values())
         self.gradients = None
