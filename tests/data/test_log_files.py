@@ -196,3 +196,5 @@ def test_a_folder_of_several_kinds_of_files_is_refused_and_one_of_recbole_read(t
     (recbole / "mine.item").write_text("item_id:token\tgenre:token_seq\n2\tb\n")  # no titles
     build_sequences(recbole, output_dir=tmp_path / "out", overwrite=True)
     assert read_item_metadata(tmp_path / "out") is None
+    (tmp_path / "log.txt").write_text((recbole / "mine.inter").read_text())  # a name that does not say what it is
+    assert build_sequences(tmp_path / "log.txt", format="recbole")[0]["input_ids"][0] == [2]

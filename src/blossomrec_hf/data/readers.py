@@ -125,7 +125,9 @@ def open_log(source: Any, options: LogOptions = LogOptions()) -> Log:
 
 def _add_recbole_titles(log: Log, files: list[LogFile]) -> None:
     """The titles of `NAME.item` next to `NAME.inter`, if the log is on this machine and there are any."""
-    interactions = next(Path(file.path) for file in files if ".inter" in file.name)
+    interactions = next((Path(file.path) for file in files if file.suffix == "inter"), None)
+    if interactions is None:  # a file of another name whose format was given
+        return
     items = interactions.with_name(f"{interactions.name.split('.')[0]}.item")
     if items.is_file() and has_titles(items):
         log.titles = items
