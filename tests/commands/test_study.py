@@ -105,7 +105,7 @@ def test_the_reason_of_a_failed_run_is_one_line(prepared, run_command):
     error = run_command("study", prepared / "pair.yaml", *arguments, status=2, field="stderr")
     (line,) = [line for line in error.splitlines() if "A run failed" in line]
     assert "small-blossom-1-" in line and ".log: ValueError: " in line and "event_type_ids" in line
-    assert error.splitlines()[-1].startswith("1 of the runs failed; see ") and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("1 of the runs failed; correct the cause") and "Traceback" not in error
 
 
 def test_every_configuration_has_the_costs_of_its_model():

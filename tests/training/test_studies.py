@@ -157,9 +157,13 @@ def test_a_model_is_timed_once_at_all_lengths_at_which_it_is_tested(tmp_path):
     text = text.replace("second: full", 'second: "full, max_length 20"')
     study = Study.load(write_study(tmp_path, text + "evaluations: {test: {}, all: {max_length: 50}}\n"))
     runs = study.runs({"small": "1", "other": "2"}, code="c")
-    timed = [(run.data, run.configuration, sorted(lengths)) for run, lengths in models_to_time(runs).values()]
+    models = models_to_time(runs)
+    timed = [(run.data, run.configuration, sorted(lengths)) for run, lengths in models.values()]
     names = ("blossom, max_length 20", "full, max_length 20")
     assert timed == [(data, name, [20, 30, 50]) for data in ("small", "other") for name in names]
+    assert all(name.startswith(f"cost-{run.data}-") for name, (run, _) in models.items())
+    elsewhere = [replace(run, data="logs/small") for run in runs]
+    assert not any("/" in name for name in (elsewhere[0].name, *models_to_time(elsewhere)))
 
 
 def test_the_checksum_is_that_of_events_splits_and_item_features(log):

@@ -115,7 +115,9 @@ def main() -> None:
         write_results(study, results, results_dir)
         print((results_dir / f"{study.name}.md").read_text("utf-8"))
     if failed:
-        raise ValueError(f"{len(failed)} of the runs failed; see {failed[0]} Run the study again.")
+        raise ValueError(
+            f"{len(failed)} of the runs failed; correct the cause and run the study again. The first log is {failed[0]}"
+        )
 
 
 @contextmanager
@@ -158,9 +160,9 @@ def run_missing(studies: dict[Path, Study], data_dir: Path, *, per_device: int, 
         work = partial(execute, side_by_side=per_device)
         jobs["runs"] += [Job(work, run, paths[run.data], records / f"{run.name}.json") for run in runs]
         if study.costs:
-            for key, (run, lengths) in models_to_time(runs).items():
+            for name, (run, lengths) in models_to_time(runs).items():
                 work = partial(measure_cost, lengths=lengths)
-                jobs["costs"].append(Job(work, run, paths[run.data], records / f"cost-{run.data}-{key}.json"))
+                jobs["costs"].append(Job(work, run, paths[run.data], records / f"{name}.json"))
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     failed = []
     for kind in ("runs", "costs"):
@@ -205,7 +207,7 @@ def collect(study: Study, folder: Path, *, any_code: bool) -> dict[str, Any] | N
         record = read_json(path)
         if not (any_code or record["code"] == code):
             continue
-        if path.name.startswith("cost-"):
+        if "microseconds_per_user" in record:
             timings.append(record)
             continue
         run = wanted.get((record["data"], record["configuration"], record["seed"]))
@@ -310,7 +312,7 @@ def report(results: dict[str, Any]) -> str:
         compiled = "compiled" if all(entry["compiled"] for entry in results["costs"]) else "not compiled"
         text += (
             "µs per user: inference, from events on the device to the scores of all items, for the 1,000 users with the longest "
-            f"histories; {compiled}, alone on {', '.join({entry['device'] for entry in results['costs']})}.\n\n"
+            f"histories; {compiled}, alone on {', '.join(sorted({entry['device'] for entry in results['costs']}))}.\n\n"
         )
     return text + (
         f"`blossomrec study {results['study']}.yaml`: {results['runs']['done']} of {results['runs']['of']} runs, {minutes:.0f} "

@@ -77,8 +77,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the files of the record, without suffix."""
-        words = re.sub(r"[^\w.]+", "-", f"{self.data} {self.configuration} {self.seed}").strip("-")
-        return f"{words}-{self.key}"
+        return _file_name(f"{self.data} {self.configuration} {self.seed}", self.key)
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -236,16 +235,26 @@ class Study:
 
 
 def models_to_time(runs: Sequence[Run]) -> dict[str, tuple[Run, set[int]]]:
-    """By a key of all that a timing depends on, each model to time: one of its runs, and the lengths at which it is tested."""
+    """
+    Each model to time: one of its runs, and the lengths at which it is tested, by the name of the files of its record, without
+    suffix. Of all that a timing depends on, the name has a hash.
+    """
     models: dict[str, tuple[Run, set[int]]] = {}
     for run in runs:
         parts = [run.data, run.model_settings, run.checksum, run.code]
         _, lengths = models.setdefault(json.dumps(parts, sort_keys=True), (run, set()))
         lengths.update(run.tested_lengths.values())
-    return {
-        hashlib.sha256(f"{parts} {sorted(lengths)}".encode()).hexdigest()[:12]: (run, lengths)
-        for parts, (run, lengths) in models.items()
-    }
+    named = {}
+    for parts, (run, lengths) in models.items():
+        key = hashlib.sha256(f"{parts} {sorted(lengths)}".encode()).hexdigest()[:12]
+        named[_file_name(f"cost {run.data}", key)] = (run, lengths)
+    return named
+
+
+def _file_name(words: str, key: str) -> str:
+    """A name that every file system takes: words and a key, joined by hyphens."""
+    words = re.sub(r"[^\w.]+", "-", words).strip("-")
+    return f"{words}-{key}"
 
 
 def _check_parts(path: str | Path, content: Mapping[str, Any]) -> None:
