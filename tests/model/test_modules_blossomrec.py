@@ -168,6 +168,17 @@ def test_what_needs_the_weights_themselves_refuses_such_models(tmp_path, monkeyp
         twin(torch.tensor(rows[:1]))
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_the_kernels_of_last_positions_refuse_an_adapted_compressor(monkeypatch):
+    """They read the weights themselves, without the adapter."""
+    twin = adapted(make_model(attention_types="blossom", num_hidden_layers=1), "mlp.0")
+    monkeypatch.setattr(attention_blossomrec, "last_attention", None)
+    twin.set_attn_implementation("blossom_triton")
+    with pytest.raises(ValueError, match="blossom_triton.*adapted.*use `blossom`"):
+        twin(torch.randint(2, 62, (1, 40)), logits_to_keep=1)
+
+
 def test_the_dense_weight_of_a_layer(tmp_path):
     model, _ = model_and_histories()
     assert is_plain(model.lm_head) and dense_weight(model.lm_head) is model.lm_head.weight

@@ -107,6 +107,14 @@ def _why_no_triton(module: "BlossomAttention", query: torch.Tensor) -> str | Non
     )
 
 
+def _require_plain_compressor(module: "BlossomAttention", query: torch.Tensor) -> None:
+    """Raise `ValueError` for a compressor whose weights the kernels cannot read."""
+    if not has_plain_compressor(module):
+        raise ValueError(
+            f"`blossom_triton` cannot compute this layer: {_why_no_triton(module, query)}; use `blossom`."
+        )
+
+
 def blossom_triton_attention_forward(
     module, query, key, value, attention_mask=None, *, gates, position_embeddings, cu_seqlens, max_seqlen
 ):
@@ -123,10 +131,7 @@ def blossom_triton_attention_forward(
         where |= {"gates": gates, "position_embeddings": position_embeddings}
         return blossom_torch_attention_forward(module, query, key, value, **where)
     config = module.config
-    if not has_plain_compressor(module):
-        raise ValueError(
-            f"`blossom_triton` cannot compute this layer: {_why_no_triton(module, query)}; use `blossom`."
-        )
+    _require_plain_compressor(module, query)
     compressor = getattr(module, "compressor", None)
     cos, sin = position_embeddings
     out, selection = blossom_attention(
@@ -182,10 +187,22 @@ def attend_last_positions(
     query_embeddings: tuple[torch.Tensor, torch.Tensor],
     **where,
 ) -> tuple[torch.Tensor, Selection | None]:
-    """`attend_packed` of the histories' last positions alone, by the kernels if the layer has them."""
+    """
+    `attend_packed` of the histories' last positions alone, by the kernels if the layer has them.
+
+    Args:
+        query: of the last positions, `[1, H, S, d]`.
+        key, value: of all positions, `[1, G, T, d]`.
+        query_embeddings: cosines and sines of the last positions, `[1, S, d]` each.
+        where: the other arguments of `attend_packed`; gates are those of the last positions.
+
+    Raises:
+        ValueError: as `blossom_triton_attention_forward`, whose kernels these are.
+    """
     if not _has_kernels(module, query):
         ops = generic_ops(module.config)
         return attend_packed(ops, module, query, key, value, **where, query_embeddings=query_embeddings)
+    _require_plain_compressor(module, query)
     compressor = getattr(module, "compressor", None)
     return last_attention(
         query,
