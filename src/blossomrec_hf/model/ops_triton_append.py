@@ -305,93 +305,6 @@ def attend_events(
     sin: Tensor,
     gates: Tensor | None,
     events: Tensor,
-    states: Tensor,
-    block_keys: Tensor | None,
-    *,
-    sizes: Sizes,
-    scaling: float,
-    threshold: float,
-    short: bool,
-) -> tuple[Tensor, Selection | None]:
-    """
-    Long-term attention (with `block_keys`), `short`-term attention, or both with `gates`, of the new events to everything
-    that is cached, themselves included.
-
-    Args:
-        q: `[1, H, T, d]`; the rotary embedding is applied here.
-        cos, sin: `[1, T, d]`, in float32.
-        gates: `[1, T, H, 2]`.
-        events: `[T, 2]`.
-        states: `[B, C, G, 2·d]` in the dtype of `q`.
-        block_keys: `[B, C // b, G, d]`, in float32.
-
-    Returns:
-        head outputs `[1, T, H, d]` and the selection, `[T, G, k]` each.
-    """
-    return _attend(
-        q,
-        cos,
-        sin,
-        gates,
-        events,
-        states,
-        states[..., states.shape[-1] // 2 :],
-        block_keys,
-        num_rows=states.shape[1],
-        sizes=sizes,
-        scaling=scaling,
-        threshold=threshold,
-        short=short,
-    )
-
-
-def attend_last(
-    q: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gates: Tensor | None,
-    cu_seqlens: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_keys: Tensor | None,
-    *,
-    sizes: Sizes,
-    scaling: float,
-    threshold: float,
-    short: bool,
-) -> tuple[Tensor, Selection | None]:
-    """
-    As `attend_events`, of the last positions of packed histories; of an empty one, the output is 0.
-
-    Args:
-        q: `[1, H, S, d]`, `cos` and `sin`: `[1, S, d]`, `gates`: `[1, S, H, 2]`, of the last positions.
-        cu_seqlens: offsets of the histories, `[S + 1]`.
-        k, v: `[T, G, d]`, rotary embedding applied, contiguous.
-        block_keys: `[T // b, G, d]`; the blocks of a history that begins at token `lo` are from row `lo // b` on.
-    """
-    return _attend(
-        q,
-        cos,
-        sin,
-        gates,
-        cu_seqlens,
-        k,
-        v,
-        block_keys,
-        num_rows=None,
-        sizes=sizes,
-        scaling=scaling,
-        threshold=threshold,
-        short=short,
-    )
-
-
-def _attend(
-    q: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    gates: Tensor | None,
-    events: Tensor,
     k: Tensor,
     v: Tensor,
     block_keys: Tensor | None,
@@ -402,7 +315,24 @@ def _attend(
     threshold: float,
     short: bool,
 ) -> tuple[Tensor, Selection | None]:
-    """`num_rows`: positions of a history in a cache; `None` for packed histories."""
+    """
+    Long-term attention (with `block_keys`), `short`-term attention, or both with `gates`, of events to all events of their
+    histories up to them: of new events of a cache, or of the last events of packed histories (of an empty one, the output is 0).
+
+    Args:
+        q: `[1, H, T, d]`, of the T events; the rotary embedding is applied here.
+        cos, sin: `[1, T, d]`, in float32.
+        gates: `[1, T, H, 2]`.
+        events: histories and places `[T, 2]` in a cache; offsets of packed histories `[T + 1]`.
+        k, v: of a cache, the halves `[B, C, G, d]` of its states, in the dtype of `q`; of packed histories, `[N, G, d]`,
+            contiguous. The rotary embedding of the keys is applied.
+        block_keys: `[B, C // b, G, d]` of a cache, in float32; `[N // b, G, d]` of packed histories, where those of a history
+            that begins at row `first` are from row `first // b` on.
+        num_rows: C, the number of places of a history in the cache; `None` for packed histories.
+
+    Returns:
+        head outputs `[1, T, H, d]` and the selection, `[T, G, k]` each.
+    """
     q = q.transpose(1, 2).contiguous()
     gates = None if gates is None else gates.transpose(2, 3).contiguous()
     _, tokens, heads, width = q.shape

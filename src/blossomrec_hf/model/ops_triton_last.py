@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .ops_reference import Selection
 from .ops_triton import NAMESPACE, compress
-from .ops_triton_append import attend_last
+from .ops_triton_append import attend_events
 from .ops_triton_launch import Layout, Sizes, check
 from .ops_triton_rotate import plan, rotate_keys
 
@@ -33,19 +33,18 @@ def _last_attention(
         w1, b1, w2 = (x.to(k.dtype) for x in (w1, b1, w2))
         _, block_keys = compress(layout, k, start, stop, position, w1, b1, w2)
     options = {"sizes": layout.sizes, "scaling": scaling, "threshold": threshold, "short": bool(short)}
-    out, selection = attend_last(q, q_cos, q_sin, gates, cu_seqlens, k, v, block_keys, **options)
+    out, selection = attend_events(q, q_cos, q_sin, gates, cu_seqlens, k, v, block_keys, num_rows=None, **options)
     return out, *(selection or (k.new_empty(0), k.new_empty(0)))
 
 
 @_last_attention.register_fake
 def _(q, k, v, cos, sin, q_cos, q_sin, gates, position, w1, b1, w2, cu_seqlens, settings, scaling, threshold):
     _, heads, last, width = q.shape
-    shape = (last, k.shape[1], settings[5]) if w1 is not None else (0,)
-    out, blocks = (
-        q.new_empty(1, last, heads, width),
-        q.new_empty(shape, dtype=torch.int64 if w1 is not None else q.dtype),
-    )
-    return out, blocks, q.new_empty(shape, dtype=torch.float32 if w1 is not None else q.dtype)
+    out = q.new_empty(1, last, heads, width)
+    if w1 is None:
+        return out, k.new_empty(0), k.new_empty(0)
+    shape = (last, k.shape[1], Sizes(*settings[2:]).selected)
+    return out, q.new_empty(shape, dtype=torch.int64), q.new_empty(shape, dtype=torch.float32)
 
 
 def last_attention(
@@ -66,6 +65,9 @@ def last_attention(
     short: bool = True,
 ) -> tuple[Tensor, Selection | None]:
     """
+    Attention of the last position of each packed history, both streams or one, without gradients. Of an empty history, the
+    output is 0.
+
     Args:
         q: of the last positions, `[1, H, S, d]`.
         k, v: of all positions, `[1, G, T, d]`; rotary embeddings not yet applied.
