@@ -201,8 +201,8 @@ class Training:
 
 
 def largest_catalog(training: Training, memory: float) -> int:
-    """The largest number of items whose peak memory is at most `memory` bytes per GPU."""
-    low, high = 1, 2**40
+    """The largest number of items whose peak memory is at most `memory` bytes per GPU; 0 if not even one fits."""
+    low, high = 0, 2**40
     while low < high:
         middle = (low + high + 1) // 2
         fits = replace(training, items=middle).peak_bytes() <= memory

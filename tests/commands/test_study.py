@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from blossomrec_hf.commands.study import costs_of, lock_study
+from blossomrec_hf.commands.study import costs_of, lock_study, validation_of
 from blossomrec_hf.training.studies import Run
 
 
@@ -116,6 +116,15 @@ def test_every_configuration_has_the_costs_of_its_model():
     timings = [{**timing, "microseconds_per_user": {"20": cost, "50": 7.0}} for cost in (3.0, 2.0)]
     (cost,) = costs_of([run, half], timings)
     assert cost["configuration"] == "blossom" and cost["microseconds_per_user"] == {"test": 2.0, "all": 7.0}
+
+
+@pytest.mark.parametrize("metric", ["ndcg", "recall"])
+def test_validation_is_the_ndcg_whatever_chose_the_weights(metric):
+    record = {"settings": {}, "validation": {"recall@10": 0.3, "ndcg@10": 0.2}}
+    assert validation_of(record) == 0.2
+    assert validation_of(record | {"settings": {"metric_for_best_model": f"{metric}@10"}}) == 0.2
+    now = {"recall@10_now": 0.5, "ndcg@10_now": 0.4}
+    assert validation_of({"settings": {"metric_for_best_model": f"{metric}@10_now"}, "validation": now}) == 0.4
 
 
 def test_studies_need_neither_polars_nor_datasets(run_python):

@@ -41,6 +41,7 @@ def test_sharding_divides_what_stays_and_not_the_gathered_table():
     largest = sizing.largest_catalog(eight, 78 * 2**30)
     assert dataclasses.replace(eight, items=largest).peak_bytes() <= 78 * 2**30
     assert dataclasses.replace(eight, items=largest + 1).peak_bytes() > 78 * 2**30
+    assert sizing.largest_catalog(eight, 2**20) == 0
 
 
 def test_rates_are_found_from_measured_times():

@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluation.ranking import NOW_SUFFIX
 from ..evaluation.study_plots import draw
 from ..evaluation.study_tables import METRIC, RunResult, markdown
 from ..training import LogArguments
@@ -279,9 +280,9 @@ def tests_of(records: Sequence[tuple[Path, dict[str, Any]]]) -> list[RunResult]:
 
 
 def validation_of(record: Mapping[str, Any]) -> float:
-    """The NDCG@10 of the validation that chose the weights."""
-    metric = record["settings"].get("metric_for_best_model", METRIC)
-    return record["validation"][metric if metric in record["validation"] else METRIC]
+    """The NDCG@10 of the validation that chose the weights, which is with now if the metric that chose them is."""
+    with_now = record["settings"].get("metric_for_best_model", METRIC).endswith(NOW_SUFFIX)
+    return record["validation"][METRIC + NOW_SUFFIX * with_now]
 
 
 def write_results(study: Study, results: dict[str, Any], folder: Path) -> None:
