@@ -32,13 +32,11 @@ def test_results_have_the_settings_of_their_study(name):
     study = Study.load(FOLDER / f"{name}.yaml")
     if name not in MEASURED:
         return
-    settings = {
-        run.configuration: run.settings
-        for run in study.runs(dict.fromkeys(study.data, ""), "")
-        if len(study.data) == 1
-    }
+    runs = study.runs(dict.fromkeys(study.data, ""), "")
+    settings = {(run.data, run.configuration): run.settings for run in runs}
     for record in read_json(FOLDER / f"{name}.json")["records"].values():
-        assert settings.get(record["configuration"], record["settings"]) == record["settings"]
+        assert settings[record["data"], record["configuration"]] == record["settings"]
+        assert {test: entry["settings"] for test, entry in record["evaluations"].items()} == study.evaluations
 
 
 def test_every_result_is_listed():
