@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from blossomrec_hf.commands import study
 from blossomrec_hf.commands.study import costs_of, lock_study, validation_of
 from blossomrec_hf.training.studies import Run
 
@@ -95,6 +96,17 @@ def test_a_study_that_cannot_run_is_refused_in_a_sentence(tmp_path, run_command)
         "study", tmp_path / "pair.yaml", "--tables_only", "--output_dir", tmp_path / "out", status=2, field="stderr"
     )
     assert "has no record of a finished run of pair; run it without --tables_only." in error
+
+
+def test_code_that_changed_during_the_runs_is_named(tmp_path, monkeypatch, capsys):
+    """Their records are not of the code that the tables would be of."""
+    (tmp_path / "pair.yaml").write_text(STUDY)
+    monkeypatch.setattr(study, "run_missing", lambda *args, **kwargs: [])
+    monkeypatch.setattr(sys, "argv", ["study", str(tmp_path / "pair.yaml"), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    error = capsys.readouterr().err
+    assert "The code has changed since the runs of pair began" in error and "with --tables_only." in error
 
 
 @pytest.mark.slow

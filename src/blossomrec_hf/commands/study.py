@@ -109,6 +109,11 @@ def main() -> None:
         if results is None:
             if failed or args.only == "costs":
                 continue
+            if not args.tables_only:
+                raise ValueError(
+                    f"The code has changed since the runs of {study.name} began, so that {folder} has no record of a finished "
+                    "run of the current code; run it again, or write the tables of these runs with --tables_only."
+                )
             raise ValueError(
                 f"{folder} has no record of a finished run of {study.name}; run it without --tables_only."
             )
