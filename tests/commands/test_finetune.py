@@ -195,3 +195,10 @@ def test_a_log_too_small_to_hold_anything_out_is_learned(run_command, tmp_path):
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "run"))
     assert after.config.vocab_size == 6 and not torch.equal(before.lm_head.weight, after.lm_head.weight[:5])
     assert not (tmp_path / "run" / "test_results.json").exists() and (tmp_path / "run" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_work_together_are_refused(run_command, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    error = run_command("finetune", "--output_dir", tmp_path / "run", launcher=launcher, status=1, field="stderr")
+    assert "WORLD_SIZE is 2, but 1 process works alone" in error and not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ from blossomrec_hf.data import build_sequences
 from blossomrec_hf.model.files_blossomrec import partial_path
 
 
-LAUNCHER = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def arguments(trained, data, folder):
@@ -18,7 +18,7 @@ def arguments(trained, data, folder):
     return (*model, "--top_k", 5, "--shard_users", 17, "--max_length", 20, "--max_tokens", 100)
 
 
-def test_all_users_get_their_items_and_a_cut_run_goes_on(run_command, trained, log_file, tmp_path):
+def test_all_users_get_their_items_and_a_cut_run_goes_on(run_command, trained, log_file, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     printed = run_command("recommend", *arguments(trained, log_file, folder))
     assert printed.strip() == f"60 users in 4 shards in {folder}"
@@ -38,6 +38,7 @@ def test_all_users_get_their_items_and_a_cut_run_goes_on(run_command, trained, l
     before = [path.stat().st_mtime_ns for path in shards]
     shards[2].unlink()
     partial_path(shards[2]).write_bytes(b"half")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # joins the processes
     run_command("recommend", *arguments(trained, log_file, folder), launcher=LAUNCHER)
     again = pl.read_parquet(folder)
     assert again.drop("score").equals(written.drop("score"))

@@ -33,5 +33,5 @@ def test_processes_that_work_alone_are_refused(monkeypatch):
     check_processes(1)  # not from a launcher
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_processes(2)
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but 1 process works alone; .*accelerate launch --cpu"):
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but 1 process works alone; .* ACCELERATE_USE_CPU=true"):
         check_processes(1)

@@ -66,6 +66,7 @@ from ..training.fine_tuning import (
     windows_to_learn,
 )
 from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.environment import check_processes
 from ..utils.files import atomic_write, require_folder
 from ..utils.progress import can_draw_bars, set_up_logging
 
@@ -304,6 +305,7 @@ def main() -> None:
         LogArguments, FineTuneArguments, TrainingArguments, description=__doc__, defaults=DEFAULTS
     )
     set_up_logging()
+    check_processes(training_args.world_size)
     require_folder(training_args.output_dir)
     for tracker in training_args.report_to:
         check_tracker(tracker, get_available_reporting_integrations())

@@ -25,13 +25,14 @@ def worth_compiling(device: torch.device, num_passes: int) -> bool:
 def check_processes(num_processes: int) -> None:
     """
     Raise `ValueError` if a launcher started more processes than `num_processes`, those that work together: each would do
-    all of the work and write the same files. `torchrun` alone joins processes on GPUs only.
+    all of the work and write the same files. Without `ACCELERATE_USE_CPU=true`, `torchrun` joins processes on GPUs only, and
+    `accelerate launch --cpu` starts one process, whatever its `--num_processes`.
     """
     started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if started > num_processes:
         raise ValueError(
-            f"WORLD_SIZE is {started}, but {num_processes} process works alone; on CPUs, start several with "
-            f"`accelerate launch --cpu --num_processes {started}`."
+            f"WORLD_SIZE is {started}, but {num_processes} process works alone; on CPUs, join them by the environment variable "
+            "ACCELERATE_USE_CPU=true."
         )
 
 
