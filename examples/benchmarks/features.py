@@ -5,8 +5,8 @@ without, alternated in one process on the same histories.
     python examples/benchmarks/features.py                                      # a GPU: compiled and captured, bf16
     python examples/benchmarks/features.py --device cpu --tokens 4096 --rounds 20
 
-Histories, times and features are random; their values do not change the work. Histories have the lengths of MovieLens-1M or
-thereabouts: log-normal, of 96 items at the median, at most `--max_length`. Item features are a category with 1 to 3 of 18 values per
+Histories, times and features are random; their values do not change the work. The lengths of histories are about those of
+MovieLens-1M: log-normal with a median of 96 items, at most `--max_length`. Item features are a category with 1 to 3 of 18 values per
 item and a vector of 256 numbers. A step is the forward and backward pass over `--tokens` items, clipping and AdamW. Ratios are
 medians over the rounds.
 """
@@ -41,6 +41,7 @@ FEATURES = {
 
 
 def make_items(items: int, generator: np.random.Generator) -> ItemFeatures:
+    """The features of all items; see the top of this file."""
     genres = [[f"g{g}" for g in generator.choice(18, generator.integers(1, 4), replace=False)] for _ in range(items)]
     return ItemFeatures.from_columns({"genres": genres, "title": generator.standard_normal((items, 256))})
 
@@ -63,6 +64,7 @@ def make_histories(args: argparse.Namespace, generator: np.random.Generator) -> 
 
 
 def make_model(name: str, args: argparse.Namespace, features: ItemFeatures) -> BlossomRecForSequentialRecommendation:
+    """A model that reads the set of features of that name in `FEATURES`."""
     torch.manual_seed(0)
     settings = dict(FEATURES[name])
     if "item_features" in settings:
@@ -83,6 +85,7 @@ def only_read(batch: dict, model: BlossomRecForSequentialRecommendation) -> dict
 
 
 def training_step(model: BlossomRecForSequentialRecommendation, batch: dict, args: argparse.Namespace) -> Callable:
+    """A step of training on the batch: on a GPU compiled, in bf16 and captured as a CUDA graph."""
     model.train()
     on_gpu = args.device == "cuda"
     compiled = torch.compile(model, dynamic=False) if on_gpu else model

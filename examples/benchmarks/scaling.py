@@ -1,6 +1,6 @@
 """
-How training scales over processes: items a second, memory of a process, and efficiency compared with one process that
-does its share alone (weak scaling: every process gets `--tokens` items a step).
+How training scales over processes: items per second, memory per process, and efficiency compared with one process that
+does its share alone (weak scaling: every process gets `--tokens` items per step).
 
     for n in 1 2 4 8; do accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes $n \\
         examples/benchmarks/scaling.py --items 3416 100_000 --max_length 1024 4096 --results scaling.jsonl; done
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[100_000])
     parser.add_argument("--max_length", type=int, nargs="+", default=[4096])
-    parser.add_argument("--tokens", type=int, default=65536, help="items a step of each process")
+    parser.add_argument("--tokens", type=int, default=65536, help="items per step and process")
     parser.add_argument("--objective", default="cross_entropy")
     parser.add_argument("--num_negatives", type=int, default=1024, help="of sampled objectives")
     parser.add_argument("--attention_types", default="blossom")
