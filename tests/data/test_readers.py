@@ -323,3 +323,13 @@ def test_item_tables_with_other_categories_are_merged():
     assert set(joined["genre"].dtype.inner.categories) == set("abcd")
     with pytest.raises(ValueError, match="place has vectors of 2 and 3 numbers in two item tables"):
         join_item_metadata([table(1, ["a"]), table(2, ["b"], width=3)])
+    new = pl.DataFrame(
+        {"item_id": [7, 8], "title": ["G", "H"], "genre": ["a|e", None], "place": ["1 2", None]}
+    )  # as in a CSV file
+    for parts in ([new, joined], [joined, new]):
+        grown = join_item_metadata(
+            [item_metadata(part, BlossomRecTokenizer.from_items(range(1, 9))) for part in parts]
+        )
+        assert grown.filter(pl.col("item") == 7)["genre"].to_list() == [["a", "e"]]
+        assert grown.filter(pl.col("item") == 7)["place"].to_list() == [[1.0, 2.0]]
+        assert grown.filter(pl.col("item") < 7)["genre"].to_list() == joined["genre"].to_list()

@@ -233,7 +233,8 @@ def features_by_item(
     names = [] if table is None else [name for name in config.item_features if name in table.columns]
     if missing := config.item_features.keys() - set(names):
         logger.warning(
-            "The log has no %s of its items, which the model reads; new items start without.",
+            "The log has no %s of its items, which the model reads; new items start without. `blossomrec prepare --items FILE` "
+            "with the options of the first log (--item_categories, ...) stores them.",
             ", ".join(sorted(missing)),
         )
     if not names:

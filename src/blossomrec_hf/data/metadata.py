@@ -283,10 +283,16 @@ def read_item_metadata(folder: str | Path) -> pl.DataFrame | None:
         return pl.read_parquet(path, glob=False)
 
 
+def _is_feature(dtype: pl.DataType) -> bool:
+    """Whether a column of an item table has categories or vectors for a model."""
+    return isinstance(dtype, pl.Array) or (isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Enum))
+
+
 def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | None:
     """
     Merges frames of [`item_metadata`] for one vocabulary; of an item in several of them, the first row with a
-    value stays. The categories of a column are those of the first frame, then those that the others add.
+    value stays. The categories of a column are those of the first frame, then those that the others add. A column that
+    is a feature in one frame is read as one in the others, as from a new file of items.
 
     Raises:
         ValueError: if vectors of one name have different lengths.
@@ -294,10 +300,24 @@ def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | N
     known = [part for part in parts if part is not None]
     if not known:
         return None
+    readers = {
+        name: as_categories if isinstance(dtype, pl.List) else _vectors
+        for part in known
+        for name, dtype in part.schema.items()
+        if _is_feature(dtype)
+    }
+    known = [
+        part.with_columns(
+            read(part[name]).alias(name)
+            for name, read in readers.items()
+            if name in part.columns and not _is_feature(part.schema[name])
+        )
+        for part in known
+    ]
     names, widths = {}, {}
     for part in known:
         for column, dtype in part.schema.items():
-            if isinstance(dtype, pl.List) and isinstance(dtype.inner, pl.Enum):
+            if isinstance(dtype, pl.List) and _is_feature(dtype):
                 names.setdefault(column, {}).update(dict.fromkeys(dtype.inner.categories))
             if isinstance(dtype, pl.Array) and (width := widths.setdefault(column, dtype.size)) != dtype.size:
                 raise ValueError(
