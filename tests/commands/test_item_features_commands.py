@@ -92,6 +92,16 @@ def test_features_from_the_log_to_new_items(run_command, prepared, tmp_path):
         place = torch.tensor([item % 7 - 2.5, item % 5])
         torch.testing.assert_close(columns[1].table[row].float(), place / place.norm(), rtol=0, atol=1e-3)
     assert set(read_item_metadata(tuned)["item"]) == set(range(70))
+    # A file of new items as it comes, with categories and vectors as text, is merged with the stored table.
+    (tmp_path / "items.csv").write_text("item_id,title,genre,place\n61,X,genre 2|a,1 3\n")
+    run_command("finetune", "--model", run, "--data", prepared / "new.csv", "--output_dir", tmp_path / "file", "--max_steps", 1,
+        "--max_length", 20, "--use_cpu", "true", "--titles", tmp_path / "items.csv",
+    )  # fmt: skip
+    row = read_item_metadata(tmp_path / "file").row(by_predicate=pl.col("item") == 61, named=True)
+    assert row["genre"] == ["genre 2", "a"] and row["place"] == [1.0, 3.0]
+    given, tokens = (kind.from_pretrained(tmp_path / "file") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    place = given.model.item_features.columns[1].table[tokens.encode_items([61])[0]].float()
+    torch.testing.assert_close(place, torch.tensor([1.0, 3.0]) / 10**0.5, rtol=0, atol=1e-3)
     similar = run_command("similar", 61, "--model", tuned, "--top_k", 3)
     assert len(similar.split()) > 3
     run_command("export", "--model", tuned, "--output", tmp_path / "model.pt2")

@@ -39,7 +39,7 @@ from ..batches import HistoryStore, PackingCollator
 from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
-from ..data.metadata import as_categories, join_item_metadata, read_item_metadata, write_item_metadata
+from ..data.metadata import as_categories, as_vectors, join_item_metadata, read_item_metadata, write_item_metadata
 from ..data.splits import part_lengths
 from ..evaluation import sample_users
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
@@ -144,7 +144,10 @@ class FineTuneArguments(EventFeatureArguments):
     )
     min_steps: int = field(
         default=MIN_STEPS,
-        metadata={"help": "Minimum number of steps. A small log is repeated for more epochs than num_train_epochs."},
+        metadata={
+            "help": "Minimum number of steps. A small log is repeated for more epochs than num_train_epochs. The number of "
+            "steps is rounded up to a multiple of 10."
+        },
     )
 
     def __post_init__(self):
@@ -239,7 +242,10 @@ def features_by_item(
         )
     if not names:
         return {}
-    texts = [as_categories(table[name]) for name in names if table.schema[name] == pl.String]
+    readers = {"categories": as_categories, "vectors": as_vectors}
+    texts = [
+        readers[config.item_features[name]["kind"]](table[name]) for name in names if table.schema[name] == pl.String
+    ]
     return {
         str(row.pop("item")): row for row in table.select("item", *names).with_columns(texts).iter_rows(named=True)
     }

@@ -213,7 +213,7 @@ def _interval_name(rank: float) -> str:
     return " to ".join(f"{bound:.4g}" for bound in bounds)
 
 
-def _vectors(column: pl.Series) -> pl.Series:
+def as_vectors(column: pl.Series) -> pl.Series:
     """
     Vectors as arrays of float32; null for missing ones.
 
@@ -234,7 +234,7 @@ def _vectors(column: pl.Series) -> pl.Series:
     return lists.cast(pl.Array(pl.Float32, lengths[0]))
 
 
-_FEATURES = {"categories": as_categories, "numbers": _intervals, "vectors": _vectors}
+_FEATURES = {"categories": as_categories, "numbers": _intervals, "vectors": as_vectors}
 
 
 def has_titles(path: Path) -> bool:
@@ -301,7 +301,7 @@ def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | N
     if not known:
         return None
     readers = {
-        name: as_categories if isinstance(dtype, pl.List) else _vectors
+        name: as_categories if isinstance(dtype, pl.List) else as_vectors
         for part in known
         for name, dtype in part.schema.items()
         if _is_feature(dtype)
