@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from blossomrec_hf.commands.train import ModelArguments, new_model
+from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model
 from blossomrec_hf.data import EventTable
 from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments
 from blossomrec_hf.training.recipes import RECIPES
@@ -55,3 +55,14 @@ def test_there_are_as_many_key_value_heads_as_query_heads_unless_some_are_named(
     assert parse(monkeypatch)[1].num_key_value_heads == 8
     assert parse(monkeypatch, "--num_attention_heads", 4)[1].num_key_value_heads == 4
     assert parse(monkeypatch, "--num_attention_heads", 4, "--num_key_value_heads", 2)[1].num_key_value_heads == 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_suit_the_built_in_data_and_other_numbers_of_heads(monkeypatch, name):
+    for words in ([], ["--num_attention_heads", "2"], ["--data", "log.csv", "--num_attention_heads", "4"]):
+        monkeypatch.setattr(sys, "argv", ["train", "--recipe", name, *words])
+        classes = (LogArguments, ModelArguments, LoopArguments)
+        model_args = parse_arguments(*classes, built_in=BUILT_IN, recipes=RECIPES)[1]
+        assert model_args.num_attention_heads % model_args.num_key_value_heads == 0, (words, model_args)
+    if name != "tiny":
+        assert parse(monkeypatch, "--recipe", name)[1].num_key_value_heads == 8

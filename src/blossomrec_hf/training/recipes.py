@@ -39,7 +39,6 @@ _LONG = {
         "num_hidden_layers": 6,
         "hidden_size": 256,
         "intermediate_size": 512,
-        "num_key_value_heads": 8,
     },
     **{
         "hidden_dropout_prob": 0.5,
@@ -57,7 +56,7 @@ RECIPES = {
         found_on="Amazon Beauty and Video Games",
         settings={
             **{"max_length": 50, "tokens_per_step": 8192, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
-            **{"num_key_value_heads": 8, "scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
+            **{"scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
             **{"ema_decay": 0.99, "num_train_epochs": 60, "eval_epochs": 4},
             **_SCHEDULE,
         },
