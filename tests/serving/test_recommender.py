@@ -150,7 +150,7 @@ def test_events_without_times_get_that_of_the_request(start, monkeypatch):
         ({"user": "anna", "now": START * 1000}, "`now` contains 1700000000000, which is in milliseconds"),
         ({"user": "anna", "events": [100], "target_event_type": "gift"}, "the model has view, cart, buy"),
         ({"user": "ben", "events": [100], "timestamps": [START]}, "before the latest stored event of the user"),
-        ({"user": "ben", "now": START}, "`now` begins at 1700000000, before the latest stored event"),
+        ({"user": "ben", "now": START}, "`now` is 1700000000, before the latest stored event"),
     ],
 )
 def test_times_and_types_that_cannot_be_read_store_nothing(start, query, words):

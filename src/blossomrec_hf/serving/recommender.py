@@ -269,7 +269,8 @@ class Recommender:
             job.times = [max(job.received, last or 0)] * len(job.items)
         for name, first in (("timestamps", job.times[:1]), ("now", [] if query.now is None else [query.now])):
             if first and last is not None and first[0] < last:
-                message = f"`{name}` begins at {first[0]}, before the latest stored event of the user at {last}."
+                verb = "is" if name == "now" else "begins at"
+                message = f"`{name}` {verb} {first[0]}, before the latest stored event of the user at {last}."
                 job.future.set_exception(refused(name, message))
                 return False
         return True
