@@ -85,13 +85,22 @@ def read(text: str, format: str) -> tuple[list[tuple[str, str, str | None]], int
     return [(row[0], item, None) for row in words for item in row[1:]], sum(len(row) == 1 for row in words)
 
 
-def _json(line: str) -> tuple[str, str, str | None]:
+def _object(line: str) -> dict:
+    """The JSON object of a line, an empty one if it is none."""
     try:
         row = json.loads(line)
     except ValueError:
-        row = {}
-    row = row if isinstance(row, dict) else {}
-    values = [row.get(name) for name in ("user", "item", "timestamp")]
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def has_lists(text: str) -> bool:
+    """Whether a line of a JSON lines file has a list of items: a layout of its own, of one line per user or session."""
+    return any(isinstance(_object(line).get("item"), list) for line in text.split("\n"))
+
+
+def _json(line: str) -> tuple[str, str, str | None]:
+    values = [_object(line).get(name) for name in ("user", "item", "timestamp")]
     return tuple("" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values)
 
 
@@ -99,6 +108,8 @@ def histories(text: str, format: str) -> tuple[dict, int]:
     """The (item, seconds) of each user in the order of time, and the number of bad rows."""
     rows, bad = read(text, format)
     timed = format not in ("pairs", "sequences")
+    if format == "jsonl":  # a log without times, if no line has one
+        timed = any("timestamp" in _object(line) for line in text.split("\n"))
     numbers = [_number(time) if timed else 0 for _, _, time in rows]
     known = [number for number in numbers if number is not None]
     scale = next((scale for scale in (1, 10**3, 10**6) if known and median(known) <= 4_102_444_800 * scale), 10**9)

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from plain_reader import histories
+from plain_reader import has_lists, histories
 
 from blossomrec_hf.data import build_sequences, text_files
 
@@ -71,6 +71,7 @@ def test_damaged_text_is_read_as_plain_python_reads_it(tmp_path, format):
     @given(text=damaged(TEXTS[format]), compressed=st.booleans())
     def check(text, compressed):
         assume(text.strip() and (format != "jsonl" or text.lstrip().startswith('{"user":')))
+        assume(format != "jsonl" or not has_lists(text))
         path.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
         expected, bad = histories(text, format)
         try:

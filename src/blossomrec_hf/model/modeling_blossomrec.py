@@ -219,30 +219,18 @@ class BlossomRecModel(ItemVectorsMixin, BlossomRecPreTrainedModel):
         training: bool = False,
         layer_outputs: LayerOutputs | None = None,
         item_vectors: torch.Tensor | None = None,
+        compiled: bool = True,
     ) -> tuple[torch.Tensor, Moments]:
         """
         The last layer's hidden states, of which `encode` makes prediction states, and their moments; the arguments are
-        those of `encode`.
+        those of `encode`, and whether what `compile_for_inference` compiled may be used.
         """
-        plain = last_only and cache is None and layer_outputs is None and not training and not torch.is_grad_enabled()
-        for encoder in self._static_encoders if plain else ():
+        compiled &= last_only and cache is None and layer_outputs is None and not (training or torch.is_grad_enabled())
+        for encoder in self._static_encoders if compiled else ():
             if encoder.has_room(histories):
                 moments = self._moments(histories, training)  # checks the values, which compiled code does not
                 last = (histories.ends - 1).clamp(min=0)
                 return encoder(histories), moments.map(lambda x: x[last])
-        return self.compute_layers(histories, last_only, cache, use_cache, training, layer_outputs, item_vectors)
-
-    def compute_layers(
-        self,
-        histories: PackedHistories,
-        last_only: bool = False,
-        cache: BlossomRecCache | None = None,
-        use_cache: bool = True,
-        training: bool = False,
-        layer_outputs: LayerOutputs | None = None,
-        item_vectors: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Moments]:
-        """`run_layers`, operation by operation."""
         append = None if cache is None else self._begin_append(cache, histories, training)
         events = histories if append is None else append.events
         moments = self._moments(events, training)

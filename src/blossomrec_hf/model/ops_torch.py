@@ -156,7 +156,7 @@ def select(
     if num_blocks == 0 or q.shape[0] == 0:  # no candidate anywhere; the compressor still gets its gradients, zero
         nothing = torch.full(shape, -1, device=q.device)
         return Selection(nothing, torch.zeros(shape, device=q.device, dtype=dtype) + blocks.rows.sum() * 0)
-    if q.shape[0] <= FEW and blocks.first.shape[0] == 1 and reads_freely(blocks.first):
+    if reads_freely(blocks.first) and q.shape[0] <= FEW and blocks.first.shape[0] == 1:
         ends = (queries.position // block_size).tolist()
         alone = [_select_alone(x, blocks.rows[:end], *shape[1:], threshold, scaling) for x, end in zip(q, ends)]
         return alone[0] if len(alone) == 1 else Selection(*map(torch.cat, zip(*alone)))

@@ -159,7 +159,7 @@ class StaticEncoder:
         ) -> torch.Tensor:
             packing = {"cu_seq_lens_q": cu_seq_lens, "max_length_q": self.max_length}
             histories = pack_histories(vocab_size=config.vocab_size, **columns, **packing)
-            return model.compute_layers(histories, last_only=True, item_vectors=item_vectors)[0]
+            return model.run_layers(histories, last_only=True, item_vectors=item_vectors, compiled=False)[0]
 
         self._encode = torch.compile(encode, dynamic=False)
         self._lock = threading.Lock()
