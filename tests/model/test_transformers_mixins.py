@@ -88,6 +88,7 @@ class Mixins(ModelTesterMixin, TrainingTesterMixin):
 
     def setUp(self) -> None:
         self.model_tester = TinyModel(self.attention_types)
+        torch.manual_seed(0)  # some tests compare means of random weights with a tolerance
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
