@@ -6,6 +6,7 @@ import pytest
 from example_cases import REPOSITORY, load_example
 
 from blossomrec_hf.commands import study as command
+from blossomrec_hf.training.recipes import RECIPES
 from blossomrec_hf.training.studies import Study, changed_code
 from blossomrec_hf.utils.files import read_json
 
@@ -37,6 +38,16 @@ def test_results_have_the_settings_of_their_study(name):
     for record in read_json(FOLDER / f"{name}.json")["records"].values():
         assert settings[record["data"], record["configuration"]] == record["settings"]
         assert {test: entry["settings"] for test, entry in record["evaluations"].items()} == study.evaluations
+
+
+def test_quality_has_the_recipe_long():
+    """The figures of "90 epochs" are those that users of the recipe get."""
+    study = Study.load(FOLDER / "quality.yaml")
+    run = next(run for run in study.runs({"ml-1m": ""}, "") if run.configuration == "blossom, 90 epochs")
+    recipe, arguments, config = RECIPES["long"].settings, run.loop_arguments("runs"), run.model_config(3418, None)
+    for name, value in recipe.items():
+        assert getattr(arguments, name, getattr(config, name, None)) == value, name
+    assert run.settings.keys() - recipe.keys() == {"num_key_value_heads", "mixed_precision", "torch_compile"}
 
 
 def test_every_result_is_listed():

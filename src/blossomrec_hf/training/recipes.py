@@ -47,7 +47,7 @@ _LONG = {
         "item_dropout_prob": 0.15,
         "num_selected_blocks": 2,
     },
-    **{"learning_rate": 2e-3, "warmup_steps": 500, "ema_decay": 0.998, "num_train_epochs": 60, "eval_epochs": 3},
+    **{"learning_rate": 2e-3, "warmup_steps": 500, "ema_decay": 0.998, "num_train_epochs": 90, "eval_epochs": 3},
     **_SCHEDULE,
 }
 RECIPES = {
