@@ -38,17 +38,17 @@ WORKSPACE, GRAPH_WORKSPACES, EAGER_WORKSPACES = 32 * MIB, 5, 2
 class Rates:
     """
     Measured with scaling.py; all other numbers of this file are counted. The defaults were fitted to seven lines of
-    one or two H200s (PyTorch 2.11, 2026-11-27): 3,416 and 100,000 items of length 1,024 on one and two GPUs, 3,416
-    items of length 4,096, and 5 M items, replicated and sharded, on one.
+    one machine with H200s (PyTorch 2.11, 2026-11-27). Replicated: 3,416 and 100,000 items of length 1,024 and 5 M items
+    on one GPU, 3,416 items of both lengths on two. Sharded: 5 M and 20 M items on four.
     """
 
-    bandwidth: float = 3.53e12  # bytes per second that kernels read and write in GPU memory
-    matmul: float = 2.44e14  # floating-point operations per second of matrix products
-    exchange: float = 1.29e11  # bytes per second that a GPU sends; measured with gradients of 5 and 52 MiB
-    exchange_start: float = 1.47e-4  # seconds per exchange of gradients, of any size
-    layer: float = 1.94e-8  # seconds per item, layer and 128 of width, of all but products; length 1,024
-    octave: float = 0.037  # share that `layer` grows by with each doubling of the length
-    launch: float = 1.26e-2  # seconds per layer for the CPU to launch a step without graphs; measured with two layers
+    bandwidth: float = 3.54e12  # bytes per second that kernels read and write in GPU memory
+    matmul: float = 2.42e14  # floating-point operations per second of matrix products
+    exchange: float = 2.74e11  # bytes per second that a GPU sends
+    exchange_start: float = 1.77e-4  # seconds per exchange of gradients, of any size
+    layer: float = 1.93e-8  # seconds per item, layer and 128 of width, of all but products; length 1,024
+    octave: float = 0.0416  # share that `layer` grows by with each doubling of the length
+    launch: float = 1.69e-2  # seconds per layer for the CPU to launch a step without graphs; measured with two layers
 
 
 RATES = Rates()
@@ -134,9 +134,12 @@ class Training:
         """What forward and backward passes need next to what stays between two steps."""
         layers = self.activation_bytes() + self.loss_bytes()
         if self.sharded:
-            # The gathered table and the gradient of the loss's lookup. At the end, without activations: the gathered
-            # table, the gradients of both lookups, and the copy that is exchanged.
-            return max(2 * HALF * self.table + layers, 4 * HALF * self.table)
+            # The gathered table, and in this order: the loss; the gradient of its lookup and the layers; the gradients
+            # of both lookups. In the exchange: the gradient, this GPU's share of the sum, and that in float32; with
+            # several GPUs one more table was measured then.
+            gathered = HALF * self.table
+            exchanged = (2 if self.gpus > 1 else 1) * gathered + (HALF + FLOAT) * self.table // self.gpus
+            return max(gathered + layers, 2 * gathered + self.activation_bytes(), 3 * gathered, exchanged)
         # Gradients of several GPUs are computed before they are added to the flat ones.
         added = FLOAT * self.weights if self.gpus > 1 else 0
         if self.num_negatives:  # gradients of both lookups, one of which becomes the kept one
@@ -180,14 +183,16 @@ class Training:
         moved = (1 + 2 + 7) * FLOAT * local  # norm, clipping, AdamW
         share = (self.gpus - 1) / self.gpus
         if self.sharded:
-            # Rounded for both gathers (forward, backward); the exchanged gradient in float32.
-            moved += 3 * (FLOAT + HALF) * local
-            # Both gathers received and copied; two gradients filled and added; copied and exchanged.
-            moved += (2 * 3 + 5 + 4) * HALF * self.table
-            # The CPU launches the passes while the GPU exchanges and computes, in one order.
-            exchange = 3 * HALF * self.table * share / rates.exchange
-            passes = max(rates.launch * self.num_hidden_layers, layers + exchange)
-            return passes + loss + moved / rates.bandwidth
+            # The table is gathered once, and its gradient is summed once; one GPU copies it instead.
+            copied = 2 * HALF * self.table / rates.bandwidth
+            exchange = HALF * self.table * share / rates.exchange if self.gpus > 1 else copied
+            # Rounded and copied for the gather; copied after it.
+            gathered = (FLOAT + HALF + 2 * HALF) * local + 2 * HALF * self.table
+            # The CPU launches the passes while the GPU gathers and computes; what follows has been launched by then.
+            passes = max(rates.launch * self.num_hidden_layers, exchange + gathered / rates.bandwidth + layers + loss)
+            # Two gradients filled and added, copied for the exchange; the sum in float32.
+            moved += (2 + 3 + 2) * HALF * self.table + (HALF + FLOAT) * local
+            return passes + exchange + moved / rates.bandwidth
         moved += (2 + 3) * FLOAT * self.table  # two gradients filled and added
         if self.gpus == 1:
             return layers + loss + moved / rates.bandwidth
