@@ -124,6 +124,46 @@ def test_all_tables_of_two_data_sets():
     assert "**b, long (101), with now**" in text
 
 
+def test_a_comparison_with_the_configuration_that_validation_prefers():
+    validation = {
+        "a": {"defaults": 0.9, "tuned 1": 0.2, "tuned 2": 0.3},
+        "b": {"defaults": 0.1, "tuned 1": 0.5, "tuned 2": 0.4},
+    }
+    tests = []
+    for data, figures in validation.items():
+        for name, figure in figures.items():
+            tests += [make_test(draw_ranks(), data=data, configuration=name, seed=seed) for seed in (1, 2)]
+            # Of the mean over seeds; the best single seed is that of another configuration.
+            tests[-2].validation, tests[-1].validation = figure, figure + (0.15 if name == "tuned 1" else 0.1)
+    tables = StudyTables(comparisons=[{"first": "*", "best_of": "tuned*"}])
+    tables.check("study", list(validation["a"]), ["test"])
+    built = tables.build(tests)["comparisons"]
+    best = {"a": "tuned 2", "b": "tuned 1"}
+    for data, second in best.items():
+        found = {entry["first"][0]: entry for entry in built if entry["data"] == data}
+        assert found.keys() == validation[data].keys() - {second}
+        for name, entry in found.items():
+            sides = (
+                [test for test in tests if (test.data, test.configuration) == (data, side)] for side in (name, second)
+            )
+            assert entry["second"] == [second, "test"] and entry["difference"] == compare(*sides, {})["difference"]
+    relative = [entry["difference"] / entry["other"] for entry in built if entry["first"][0] == "defaults"]
+    assert len(relative) == 3 and relative[2] == pytest.approx(np.mean(relative[:2]))
+    assert sum(entry["data"] == "mean, relative" for entry in built) == 1  # the others are the best of one set
+
+    text = markdown("recipes", "", tables.build(tests), {})
+    assert "| defaults − best of tuned* on validation (test) | a, all users (400); best: tuned 2 |" in text
+    assert "| defaults − best of tuned* on validation (test) | mean, relative, all users (800) |" in text
+
+    for entry, words in (
+        ({"first": "defaults", "best_of": "trained*"}, "names no two of"),
+        ({"first": "tuned 1", "best_of": "tuned 1"}, "names no two of"),
+        ({"first": "defaults", "second": "tuned 1", "best_of": "tuned*"}, "`second` and `best_of`; remove one"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            StudyTables(comparisons=[entry]).check("study", list(validation["a"]), ["test"])
+
+
 def test_models_of_other_users_are_not_averaged():
     tests = [make_test(draw_ranks(20)), make_test(draw_ranks(21), seed=2)]
     with pytest.raises(ValueError, match="have different users"):

@@ -19,7 +19,8 @@ A study is a YAML file; its name is that of the study:
     grid: {max_length: [50, 200, 1000]}      # optional: every configuration with every value
     evaluations: {test: {}, latest 50: {max_length: 50}}        # optional: each trained model is tested in these ways
     users: {all users: {}, long: {min_events: 500}}             # optional: min_events, max_events, after (a time), data
-    comparisons: [{first: "blossom*", second: "full*"}]         # optional: paired tests; * is the same text in both
+    comparisons: [{first: "blossom*", second: "full*"}]         # optional: paired tests; * is the same text in both; best_of
+                                             # instead of second: the one with the best validation among those that match
     slopes: [{configurations: "blossom*", evaluations: test, over: max_length}]     # optional
     costs: true                              # optional: inference is timed after the runs, alone on a device; on a GPU, compiled
     baselines: true                          # optional: rules without training are tested, too, as in `blossomrec evaluate`

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,8 @@ class StudyTables:
         users: groups of users by name, see [`RunResult.chosen_users`]; a group may list the data sets that it is for (`data`).
         comparisons: `{"first": configuration, "second": configuration}`, optionally with `evaluation`, or `first_evaluation`
             and `second_evaluation`. If `first` has a `*`, it stands for all matching names, and that of `second` for the same
-            text.
+            text. With `best_of`, a pattern, instead of `second`, the second side is the matching configuration with the
+            highest validation NDCG@10 on the data set.
         slopes: `{"over": setting, "configurations": pattern, "evaluations": pattern}`: the regression of NDCG@10 over the
             logarithm of a setting of the runs or of the evaluations.
     """
@@ -98,7 +99,9 @@ class StudyTables:
                     f"{path}: the users {name!r} have {', '.join(unknown)}; give min_events, max_events, after."
                 )
         for entry in self.comparisons:
-            if not _pairs(entry, configurations):
+            if "best_of" in entry and "second" in entry:
+                raise ValueError(f"{path}: the comparison {entry} has `second` and `best_of`; remove one of them.")
+            if not any(_pairs(entry, second, configurations) for second in _candidates(entry, configurations)):
                 raise ValueError(f"{path}: the comparison {entry} names no two of {', '.join(configurations)}.")
             for side in ("first", "second"):
                 for name in _evaluations_of(entry, side, evaluations):
@@ -135,6 +138,11 @@ class StudyTables:
         evaluations = list(dict.fromkeys(test.evaluation for test in tests))
         means, comparisons, slopes = [], [], []
         for data in sets:
+            validation = {
+                configuration: float(np.mean([test.validation for test in same]))
+                for (of_data, configuration, _), same in by_name.items()
+                if of_data == data
+            }
             for title, group in self.groups_of(data).items():
                 place = {"data": data, "users": title}
                 for (of_data, configuration, evaluation), same in by_name.items():
@@ -142,12 +150,16 @@ class StudyTables:
                         names = {**place, "evaluation": evaluation, "configuration": configuration}
                         means.append({**names, **describe(same, group)})
                 for entry in self.comparisons:
-                    for first, second in _pairs(entry, configurations):
+                    chosen = max(
+                        _candidates(entry, validation), key=lambda name: validation.get(name, 0.0), default=""
+                    )
+                    for first, second in _pairs(entry, chosen, configurations):
                         for evaluation in _evaluations_of(entry, "first", evaluations):
                             other = entry.get("second_evaluation", evaluation)
                             one, two = by_name.get((data, first, evaluation)), by_name.get((data, second, other))
                             if one and two:
                                 names = {**place, "first": [first, evaluation], "second": [second, other]}
+                                names |= {"best_of": entry["best_of"]} if "best_of" in entry else {}
                                 comparisons.append({**names, **compare(one, two, group)})
                 for entry in self.slopes:
                     points = [
@@ -167,9 +179,14 @@ def _evaluations_of(entry: Mapping[str, str], side: str, evaluations: Sequence[s
     return list(evaluations) if chosen is None else [chosen]
 
 
-def _pairs(entry: Mapping[str, str], configurations: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of configurations that a comparison names."""
-    first, second = entry.get("first", ""), entry.get("second", "")
+def _candidates(entry: Mapping[str, str], configurations: Iterable[str]) -> list[str]:
+    """The configurations or the pattern that the second side of a comparison is chosen from."""
+    return fnmatch.filter(configurations, entry["best_of"]) if "best_of" in entry else [entry.get("second", "")]
+
+
+def _pairs(entry: Mapping[str, str], second: str, configurations: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of configurations that a comparison with the second side `second` names."""
+    first = entry.get("first", "")
     pattern = re.compile("(.*)".join(map(re.escape, first.split("*", 1))))
     matches = [(name, pattern.fullmatch(name)) for name in configurations]
     named = [(name, second.replace("*", match[1] if match.groups() else "")) for name, match in matches if match]
@@ -236,11 +253,16 @@ def _verdict(low: float, high: float, other: float) -> str:
 
 
 def _over_data_sets(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The means of the relative differences over data sets, for comparisons of all users that several of them have."""
+    """
+    The means of the relative differences over data sets, for comparisons of all users that several of them have. There is none
+    of a configuration that is itself the best on some of them.
+    """
     same: dict[str, list[Mapping[str, Any]]] = {}
     for entry in comparisons:
-        if entry["num_users"] and entry["other"] > 0:
-            same.setdefault(repr((entry["users"], entry["first"], entry["second"])), []).append(entry)
+        is_candidate = fnmatch.fnmatchcase(entry["first"][0], entry.get("best_of", ""))
+        if entry["num_users"] and entry["other"] > 0 and not is_candidate:
+            second = [entry.get("best_of", entry["second"][0]), entry["second"][1]]
+            same.setdefault(repr((entry["users"], entry["first"], second, "best_of" in entry)), []).append(entry)
     found = []
     for entries in same.values():
         if len(entries) < 2:
@@ -248,7 +270,9 @@ def _over_data_sets(comparisons: Sequence[Mapping[str, Any]]) -> list[dict[str, 
         errors = [(entry["high"] - entry["low"]) / 2 / entry["other"] for entry in entries]
         mean = float(np.mean([entry["difference"] / entry["other"] for entry in entries]))
         half = math.sqrt(sum(error**2 for error in errors)) / len(entries)
-        names = {key: entries[0][key] for key in ("users", "first", "second")}
+        names = {key: entries[0][key] for key in ("users", "first", "second", "best_of") if key in entries[0]}
+        if "best_of" in names:  # another one on each data set
+            names["second"] = ["", names["second"][1]]
         figures = {"difference": mean, "low": mean - half, "high": mean + half, "other": 1.0}
         figures["num_users"] = sum(entry["num_users"] for entry in entries)
         found.append(
@@ -348,6 +372,8 @@ def markdown(
 def comparison_title(entry: Mapping[str, Any]) -> str:
     """The names of the two sides of a comparison."""
     (first, evaluation), (second, other) = entry["first"], entry["second"]
+    if "best_of" in entry:
+        second = f"best of {entry['best_of']} on validation"
     return (
         f"{first} − {second} ({evaluation})" if evaluation == other else f"{first} ({evaluation}) − {second} ({other})"
     )
@@ -359,5 +385,7 @@ def _comparison_row(entry: Mapping[str, Any]) -> str:
     absolute = f"{entry['difference']:+.4f} ({entry['low']:+.4f} to {entry['high']:+.4f})"
     if entry["other"] == 1.0:
         absolute = ""
+    chosen = f"; best: {entry['second'][0]}" if "best_of" in entry and entry["second"][0] else ""
     percent = f"{relative[0]:+.1%} ({relative[1]:+.1%} to {relative[2]:+.1%})"
-    return f"| {title} | {entry['data']}, {entry['users']} ({entry['num_users']:,}) | {absolute} | {percent} | {entry['verdict']} |"
+    place = f"{entry['data']}, {entry['users']} ({entry['num_users']:,}){chosen}"
+    return f"| {title} | {place} | {absolute} | {percent} | {entry['verdict']} |"
