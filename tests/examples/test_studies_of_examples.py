@@ -40,14 +40,27 @@ def test_results_have_the_settings_of_their_study(name):
         assert {test: entry["settings"] for test, entry in record["evaluations"].items()} == study.evaluations
 
 
-def test_quality_has_the_recipe_long():
-    """The figures of "90 epochs" are those that users of the recipe get."""
-    study = Study.load(FOLDER / "quality.yaml")
-    run = next(run for run in study.runs({"ml-1m": ""}, "") if run.configuration == "blossom, 90 epochs")
-    recipe, arguments, config = RECIPES["long"].settings, run.loop_arguments("runs"), run.model_config(3418, None)
-    for name, value in recipe.items():
-        assert getattr(arguments, name, getattr(config, name, None)) == value, name
-    assert run.settings.keys() - recipe.keys() == {"num_key_value_heads", "mixed_precision", "torch_compile"}
+@pytest.mark.parametrize(
+    ("recipe", "name", "configuration", "differs"),
+    [
+        ("long", "quality", "blossom, 90 epochs", ()),
+        ("medium", "recipes", "tuned, cosine scores, masked items, 1000 items, dropout 0.3", ()),
+        (
+            "short",
+            "recipes",
+            "tuned, cosine scores and masked items",
+            ("max_length",),
+        ),  # 50, where few users have more
+    ],
+)
+def test_recipes_are_configurations_that_were_measured(recipe, name, configuration, differs):
+    study = Study.load(FOLDER / f"{name}.yaml")
+    run = next(run for run in study.runs(dict.fromkeys(study.data, ""), "") if run.configuration == configuration)
+    settings, arguments, config = RECIPES[recipe].settings, run.loop_arguments("runs"), run.model_config(3418, None)
+    for setting, value in settings.items():
+        measured = getattr(arguments, setting, getattr(config, setting, None))
+        assert (measured == value) == (setting not in differs), setting
+    assert run.settings.keys() - settings.keys() == {"num_key_value_heads", "mixed_precision", "torch_compile"}
 
 
 def test_every_result_is_listed():

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model
+from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model, suggest_recipe
 from blossomrec_hf.data import EventTable
 from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments
 from blossomrec_hf.training.recipes import RECIPES
@@ -40,7 +40,7 @@ def test_what_the_user_gives_replaces_the_recipe(monkeypatch, tmp_path):
 
 
 def test_an_unknown_recipe_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="`recipe` is 'lang'; it may be short, long, "):
+    with pytest.raises(ValueError, match="`recipe` is 'lang'; it may be short, medium, "):
         parse(monkeypatch, "--recipe", "lang")
     with pytest.raises(ValueError, match="--recipe is no option"):
         monkeypatch.setattr(sys, "argv", ["train", "--data", "log.csv", "--recipe", "long"])
@@ -55,6 +55,28 @@ def test_there_are_as_many_key_value_heads_as_query_heads_unless_some_are_named(
     assert parse(monkeypatch)[1].num_key_value_heads == 8
     assert parse(monkeypatch, "--num_attention_heads", 4)[1].num_key_value_heads == 4
     assert parse(monkeypatch, "--num_attention_heads", 4, "--num_key_value_heads", 2)[1].num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "arguments", "median"),
+    [
+        ([3, 19, 5000], (), 19),
+        ([3, 20, 5000], (), None),
+        ([3, 19, 5000], ("--learning_rate", 2e-3), None),
+        ([3, 19, 5000], ("--seed", 7, "--mixed_precision", "bf16"), 19),
+        *(([3, 19, 5000], ("--recipe", name), None) for name in RECIPES),
+    ],
+)
+def test_users_of_short_logs_learn_of_their_recipe_if_they_chose_nothing_that_it_sets(
+    monkeypatch, caplog, lengths, arguments, median
+):
+    caplog.set_level("INFO")
+    _, model_args, args = parse(monkeypatch, *arguments)
+    suggest_recipe(EventTable({}, np.append(0, np.cumsum(lengths)), {}), model_args, args)
+    line = (
+        f"Half of the users have at most {median} events; on such logs, --recipe short ranks better than the defaults."
+    )
+    assert caplog.messages == ([] if median is None else [line])
 
 
 @pytest.mark.parametrize("name", RECIPES)

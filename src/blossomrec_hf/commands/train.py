@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import BlossomRecConfig, BlossomRecForSequentialRecommendation
@@ -38,7 +39,7 @@ from ..training import (
     save_arguments,
 )
 from ..training.event_features import EventFeatureArguments, require_event_columns
-from ..training.recipes import RECIPES
+from ..training.recipes import RECIPES, SHORT_MEDIAN
 from ..utils.command_line import exit_on_error
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
@@ -176,6 +177,7 @@ def main() -> None:
     if output_args.refit:
         check_refit_folder(args)
     dataset, tokenizer = log_args.read_table()
+    suggest_recipe(dataset, model_args, args)
     embedded_titles = dataset.files.get(METADATA_FILE) if log_args.titles is None else None
     titles = log_args.item_titles(tokenizer) if embedded_titles is None else None
     features = None
@@ -284,6 +286,21 @@ def main() -> None:
             print(f"\nA new model, trained on all events for {count_noun(refitted.epochs, 'epoch')}: {folder}.")
     if args.push_to_hub and accelerator.is_main_process:
         print(f"\nPushed: {loop.push_to_hub(folder).commit_url}")
+
+
+def suggest_recipe(dataset: EventTable, model_args: ModelArguments, args: LoopArguments) -> None:
+    """Name the recipe "short" on the log if the histories are short and no option is given that it sets."""
+    settings = RECIPES["short"].settings
+    parts = [(asdict(part), asdict(type(part)())) for part in (model_args, args)]
+    changed = [
+        name for given, defaults in parts for name in settings.keys() & given.keys() if given[name] != defaults[name]
+    ]
+    median = np.median(np.diff(dataset.offsets))
+    if median < SHORT_MEDIAN and not changed:
+        logger.info(
+            "Half of the users have at most %d events; on such logs, --recipe short ranks better than the defaults.",
+            median,
+        )
 
 
 def new_model(

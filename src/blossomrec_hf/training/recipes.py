@@ -32,7 +32,13 @@ def merge_overrides(recipe: dict[str, Any], given: str) -> str:
     return json.dumps({**recipe, **json.loads(given)})
 
 
+SHORT_MEDIAN = 20  # "short" is for logs of which half of the users have fewer events
 _SCHEDULE = {"lr_scheduler_type": "linear", "patience": 0}
+_SMALL = {
+    **{"tokens_per_step": 8192, "scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
+    **{"ema_decay": 0.99, "num_train_epochs": 60, "eval_epochs": 4},
+    **_SCHEDULE,
+}
 _LONG = {
     **{
         "max_length": 1000,
@@ -52,14 +58,14 @@ _LONG = {
 }
 RECIPES = {
     "short": Recipe(
-        purpose="most users have fewer than 50 events",
+        purpose=f"most users have fewer than {SHORT_MEDIAN} events",
         found_on="Amazon Beauty and Video Games",
-        settings={
-            **{"max_length": 50, "tokens_per_step": 8192, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
-            **{"scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
-            **{"ema_decay": 0.99, "num_train_epochs": 60, "eval_epochs": 4},
-            **_SCHEDULE,
-        },
+        settings={**_SMALL, "max_length": 50, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
+    ),
+    "medium": Recipe(
+        purpose=f"most users have {SHORT_MEDIAN} events or more; as small as the defaults",
+        found_on="MovieLens-1M, Foursquare, Gowalla and Online Retail",
+        settings={**_SMALL, "max_length": 1000, "hidden_dropout_prob": 0.3, "learning_rate": 2e-3},
     ),
     "long": Recipe(
         purpose="many users have hundreds of events; a GPU",
