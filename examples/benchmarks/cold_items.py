@@ -20,7 +20,7 @@ and in the whole catalog. "Validation" is the same of the validation targets tha
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import fmean
 from time import perf_counter
 
@@ -33,7 +33,7 @@ from blossomrec_hf.data import split
 from blossomrec_hf.model.features_blossomrec import ItemFeatures
 from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
 from blossomrec_hf.training import LogArguments, LoopArguments, initialize_model, train
-from blossomrec_hf.utils.command_line import HelpFormatter
+from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
 
 
 K = 10
@@ -194,6 +194,9 @@ class Cases:
     Attributes:
         warm, withheld: of the test targets that are warm and withheld.
         validation: of the validation targets that are withheld.
+
+    Raises:
+        ValueError: if there are no targets of one kind, as in a small log.
     """
 
     def __init__(self, log: Log) -> None:
@@ -202,12 +205,21 @@ class Cases:
             for pasts, targets in ((log.past, log.test), (log.train, log.validation))
         )
         first = log.first_withheld
-        self.warm = _unzip(case for case in tested if case[1] < first and case[0].min() < first)
-        self.withheld = _unzip(case for case in tested if case[1] >= first)
-        self.validation = _unzip(case for case in validated if case[1] >= first)
+        chosen = {
+            "warm test": [case for case in tested if case[1] < first and case[0].min() < first],
+            "withheld test": [case for case in tested if case[1] >= first],
+            "withheld validation": [case for case in validated if case[1] >= first],
+        }
+        if empty := [kind for kind, cases in chosen.items() if not cases]:
+            number = log.vocab_size - first
+            raise ValueError(
+                f"`share` withholds {number} of {log.vocab_size - NUM_SPECIAL_IDS} items, and no target is a "
+                f"{empty[0]} target; give another share, other seeds, or a larger log."
+            )
+        self.warm, self.withheld, self.validation = map(_unzip, chosen.values())
 
 
-def _unzip(cases: Iterable[tuple[np.ndarray, int]]) -> tuple[list[np.ndarray], np.ndarray]:
+def _unzip(cases: Sequence[tuple[np.ndarray, int]]) -> tuple[list[np.ndarray], np.ndarray]:
     histories, targets = zip(*cases)
     return list(histories), np.array(targets)
 
@@ -246,6 +258,7 @@ def measure(
     return dict(sorted(figures.items()))
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
@@ -270,6 +283,8 @@ def main() -> None:
     parser.add_argument("--config_overrides", default="{}", help="other settings of BlossomRecConfig as JSON")
     args = parser.parse_args()
 
+    if not 0 < args.share < 1:
+        raise ValueError(f"`share` must lie between 0 and 1, got {args.share}.")
     rows, features = read_log(args.data, args.features)
     runs = []
     for seed in args.seeds:

@@ -75,3 +75,12 @@ def test_the_figures(example, data, monkeypatch, capsys):
         assert figures[f"warm: recall@10, {name}"] <= figures[f"warm, among the warm: recall@10, {name}"]
     assert "warm: recall@10, ids alone" not in figures and "warm, among the warm: recall@10, ids alone" in figures
     assert figures["share in the top 10, without training"] > 0.05
+
+
+def test_a_draw_without_targets_is_refused_before_training(example, data, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", "--data", data, "--share", "0.004"])
+    with pytest.raises(SystemExit) as exit_info:
+        example.main()
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("`share` withholds 0 of 100 items, and no target is a withheld test target;")
