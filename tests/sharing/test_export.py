@@ -132,3 +132,16 @@ def test_onnx_takes_any_batch_and_length(tmp_path, scoring):
     for ids, mask in batches():
         (scores,) = session.run(["scores"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         np.testing.assert_allclose(scores, expected(model, ids, mask), rtol=0, atol=1e-5)
+
+
+def test_onnx_of_a_bfloat16_model_is_float32(tmp_path, caplog):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = build(num_hidden_layers=1, attention_types="full").bfloat16()
+    export_onnx(model, tmp_path / "scorer.onnx")
+    assert model.dtype == torch.bfloat16 and "written in float32" in caplog.text
+    session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
+    ids = torch.randint(2, 60, (2, 9))
+    mask = torch.ones_like(ids)
+    (scores,) = session.run(["scores"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    np.testing.assert_allclose(scores, expected(model.float(), ids, mask), rtol=0, atol=1e-4)

@@ -5,6 +5,8 @@ Histories are rows of a rectangle here and attention is dense under masks (memor
 graph without data-dependent shapes can do. The answers are those of the model.
 """
 
+import copy
+import logging
 import os
 
 import torch
@@ -19,6 +21,8 @@ from ..model.ops_reference import REFERENCE_OPS, Keys, Queries, rotate
 from ..model.packing_blossomrec import PackedHistories
 from ..model.streams_blossomrec import attend_streams, packed_blocks
 
+
+logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 2**31 - 1  # longer than any history, of which a graph does not know the length
 
@@ -162,7 +166,9 @@ def export_program(model: BlossomRecForSequentialRecommendation) -> torch.export
 def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.PathLike) -> None:
     """
     Writes `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64, and
-    those of the times and types that the model reads, output `scores` `[batch, vocab_size]` float32. Weights of more than 2 GiB lie in a file beside it.
+    those of the times and types that the model reads, output `scores` `[batch, vocab_size]` float32. Weights in bfloat16 and
+    float64, for which ONNX Runtime lacks operators on a CPU, are written in float32. Weights of more than 2 GiB lie in a file
+    beside it.
 
     Raises:
         ImportError: `onnxscript` is not installed.
@@ -171,6 +177,9 @@ def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.Pat
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("Writing ONNX needs `pip install blossomrec-hf[onnx]`.") from error
+    if model.dtype not in (torch.float32, torch.float16):
+        logger.warning("The weights are in %s and are written in float32, which ONNX Runtime can run.", model.dtype)
+        model = copy.deepcopy(model).float()
     with torch.no_grad():
         torch.onnx.export(
             export_program(model),
