@@ -162,6 +162,15 @@ def test_times_and_types_that_cannot_be_read_store_nothing(start, query, words):
     ask(client, user="ben", events=[102], timestamps=[START + 60])  # the service goes on
 
 
+def test_unknown_event_types_are_named(start):
+    events = {"user": "anna", "events": [100, 101, 102, 103], "event_types": ["gift", "view", None, "gift"]}
+    client = start(model_of("types"))
+    assert ask(client, **events)["unknown_types"] == ["gift"]
+    assert ask(client, user="anna")["unknown_types"] == []  # they are stored, and the request has none
+    assert [event.event_type for event in client.recommender.store.latest("anna", -1)] == events["event_types"]
+    assert ask(start(model_of("hidden")), **events)["unknown_types"] == []  # a model that reads no types
+
+
 @pytest.mark.parametrize("features", ["hidden", "input"])
 def test_events_of_an_earlier_version_have_the_time_of_the_next_one(start, tmp_path, caplog, features):
     old = sqlite3.connect(tmp_path / "events.db")

@@ -19,7 +19,8 @@ at a time can serve a store. On SIGTERM, waiting requests are answered and the w
 
 **Times and types.** Each event is stored with its time (`timestamps`, by default that of the request) and its type
 (`event_types`), whether the model reads them or not. Times of a user never fall. A model of times is asked for a certain time
-with `now`. A store of an earlier version gets both columns when it is opened, and its events stay.
+with `now`. Types that a model of types does not have are read as unknown, and the response names them (`unknown_types`). A store
+of an earlier version gets both columns when it is opened, and its events stay.
 
 **History.** The model reads all stored events of a user, up to `--max_history`. When a user exceeds it, the start of the history
 moves forward by a quarter of `--max_history`, so the model always reads the latest events, between three quarters of

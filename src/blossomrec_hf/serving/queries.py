@@ -75,6 +75,9 @@ class Answer(BaseModel):
     unknown: list[int | str] = Field(
         description="items of the request outside the model's vocabulary, which are not read"
     )
+    unknown_types: list[str] = Field(
+        description="event types of the request that the model does not have; their events are read as of unknown type"
+    )
     length: int = Field(description="number of items that the model read")
     popular: bool = Field(
         description="whether the history was empty; the items are then the most frequent ones, scored by their counts"

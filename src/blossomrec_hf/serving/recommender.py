@@ -389,8 +389,19 @@ class Recommender:
                 items = self.tokenizer.decode_items([index for index, _ in pairs])
                 length = caches[i].get_seq_length()
                 best = [Recommendation(item=item, score=score) for item, (_, score) in zip(items, pairs)]
-                answers[i] = Answer(items=best, unknown=jobs[i].unknown, length=length, popular=length == 0)
+                answers[i] = Answer(
+                    items=best,
+                    unknown=jobs[i].unknown,
+                    unknown_types=self._unknown_types(jobs[i]),
+                    length=length,
+                    popular=length == 0,
+                )
         return answers
+
+    def _unknown_types(self, job: Job) -> list[str]:
+        """The names of a job's event types that the model lacks, if it reads types."""
+        names = [name for name in job.types if name is not None and name not in self.types]
+        return list(dict.fromkeys(names)) if "event_type_ids" in self.columns else []
 
     def _forget(self, user: str | None) -> None:
         history = self.users.pop(user, None)
