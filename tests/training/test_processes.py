@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -8,12 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blossomrec_hf.training.checkpoints import numbered_folders
+
 
 SCRIPT = """
 import json
 import os
+import random
 import signal
 import sys
+import threading
+import psutil
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
@@ -24,7 +31,7 @@ from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.evaluation import evaluate
 
 folder, accumulation, sharded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "sharded"
-stop_at = int(sys.argv[4])
+stop_at, stop_by = int(sys.argv[4]), sys.argv[5]
 torch.set_num_threads(1)
 torch.manual_seed(1)
 # Without dropout, and in float64: what is selected must not hang on a rounding.
@@ -32,7 +39,7 @@ model = make_model(hidden_dropout_prob=0.0).double()
 # Some steps hold two or three histories, some of them too short for a window of the compressor.
 args = LoopArguments(
     output_dir=folder, max_length=20, num_train_epochs=2, tokens_per_step=45, learning_rate=1e-2, warmup_steps=4,
-    logging_steps=1, gradient_accumulation_steps=accumulation, resume=True
+    logging_steps=1, save_steps=3, gradient_accumulation_steps=accumulation, resume=True
 )
 dataset, tokenizer = build_sequences(small_log())
 places = [range(len(items)) for items in dataset["input_ids"]]
@@ -50,14 +57,23 @@ if sharded:
     accelerator.state.fsdp_plugin = plugin
 views = split(dataset, "train"), split(dataset, "validation")
 
-# One process gets SIGTERM while it works on a step; each notes which histories it reads.
+def kill_all():
+    launcher = psutil.Process().parent()
+    others = [process for process in launcher.children() if process.pid != os.getpid()]
+    for process in [launcher, *others, psutil.Process()]:
+        process.kill()
+
+# One process gets SIGTERM while it works on a step, or kills all of them soon after; each notes which histories it reads.
 class Loop(TrainingLoop):
     def training_step(self, rows):
         with open(f"{folder}-rows-{self.accelerator.process_index}.txt", "a") as file:
             print(self.state.epoch, *(row for part in self.plan.own_parts(rows) for row in part), file=file)
         super().training_step(rows)
         if self.state.step == stop_at and self.accelerator.process_index == self.accelerator.num_processes - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if stop_by == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                threading.Timer(random.uniform(0, 0.05), kill_all).start()
 
 loop = Loop(model, *views, args=args, tokenizer=tokenizer, accelerator=accelerator)
 assert sharded == any(isinstance(parameter, DTensor) for parameter in loop.bare_model.parameters())
@@ -73,14 +89,14 @@ loop.accelerator.end_training()
 """
 
 
-def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0):
+def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0, stop_by="SIGTERM"):
     """Trains on so many processes, or goes on with what is in `folder`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     script = folder.parent / f"{folder.name}.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    command = [*launcher, str(script), str(folder), str(accumulation), kind, str(stop_at)]
+    command = [*launcher, str(script), str(folder), str(accumulation), kind, str(stop_at), stop_by]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -125,6 +141,18 @@ def test_what_sigterm_stopped_goes_on_with_any_number_of_processes(alone, tmp_pa
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{stop_at}"]
     resumed = launch(tmp_path / "run", after, kind=kind)
     check_same(alone, resumed)
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("replicated", (2, 1)), ("sharded", (1,))])
+def test_killed_on_two_processes_it_goes_on_with_two_or_one(alone, tmp_path, kind, numbers):
+    stop_at = int(np.random.default_rng().integers(4, 25))
+    killed = start(tmp_path / "killed", 2, kind=kind, stop_at=stop_at, stop_by="SIGKILL")
+    assert killed.returncode == -signal.SIGKILL, (stop_at, killed.stderr)
+    step, checkpoint = numbered_folders(tmp_path / "killed", "checkpoint")[-1]
+    assert not json.loads((checkpoint / "run.json").read_text())["finished"], (stop_at, step)
+    for after in numbers:
+        shutil.copytree(tmp_path / "killed", tmp_path / f"on_{after}")
+        check_same(alone, launch(tmp_path / f"on_{after}", after, kind=kind))
 
 
 def check_same(first_run, second_run):
