@@ -1,13 +1,14 @@
 """A small log and a small model, for tests of all kinds."""
 
 import numpy as np
-import polars as pl
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 
 
 def small_log(num_users=60, num_items=60):
     """A log in which an item's successor on a ring mostly follows it: easy to learn. Every item occurs."""
+    import polars as pl  # tests of models and of GPUs need no data libraries
+
     rng = np.random.default_rng(0)
     users, items = [], []
     for user in range(num_users):

@@ -4,12 +4,12 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from small_cases import small_log
 
-from blossomrec_hf.data import build_sequences
-
 
 @pytest.fixture(scope="session")
 def log():
     """(dataset, tokenizer) of 60 users and 60 items; vocab_size 62."""
+    from blossomrec_hf.data import build_sequences
+
     return build_sequences(small_log())
 
 
