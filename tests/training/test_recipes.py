@@ -4,15 +4,15 @@ import sys
 import numpy as np
 import pytest
 
-from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model, suggest_recipe
+from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model
 from blossomrec_hf.data import EventTable
 from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments
-from blossomrec_hf.training.recipes import RECIPES
+from blossomrec_hf.training.recipes import RECIPES, suitable_recipe
 
 
-def parse(monkeypatch, *arguments):
+def parse(monkeypatch, *arguments, **options):
     monkeypatch.setattr(sys, "argv", ["train", "--data", "log.csv", *map(str, arguments)])
-    return parse_arguments(LogArguments, ModelArguments, LoopArguments, recipes=RECIPES)
+    return parse_arguments(LogArguments, ModelArguments, LoopArguments, recipes=RECIPES, **options)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -57,26 +57,29 @@ def test_there_are_as_many_key_value_heads_as_query_heads_unless_some_are_named(
     assert parse(monkeypatch, "--num_attention_heads", 4, "--num_key_value_heads", 2)[1].num_key_value_heads == 2
 
 
-@pytest.mark.parametrize(
-    ("lengths", "arguments", "median"),
-    [
-        ([3, 19, 5000], (), 19),
-        ([3, 20, 5000], (), None),
-        ([3, 19, 5000], ("--learning_rate", 2e-3), None),
-        ([3, 19, 5000], ("--seed", 7, "--mixed_precision", "bf16"), 19),
-        *(([3, 19, 5000], ("--recipe", name), None) for name in RECIPES),
-    ],
-)
-def test_users_of_short_logs_learn_of_their_recipe_if_they_chose_nothing_that_it_sets(
-    monkeypatch, caplog, lengths, arguments, median
-):
+def test_the_suitable_recipe_is_that_of_the_median_user():
+    assert suitable_recipe(np.array([3, 19, 5000])) == "short"
+    assert suitable_recipe(np.array([3, 20, 5000])) == "medium"
+
+
+def test_the_suitable_recipe_is_used_unless_one_or_a_file_is_named(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
-    _, model_args, args = parse(monkeypatch, *arguments)
-    suggest_recipe(EventTable({}, np.append(0, np.cumsum(lengths)), {}), model_args, args)
-    line = (
-        f"Half of the users have at most {median} events; on such logs, --recipe short ranks better than the defaults."
-    )
-    assert caplog.messages == ([] if median is None else [line])
+    _, model_args, args = parse(monkeypatch, "--learning_rate", 0.5, suitable="medium")
+    assert (args.max_length, args.learning_rate) == (1000, 0.5)
+    assert json.loads(model_args.config_overrides)["scoring"] == "cosine"
+    assert caplog.messages == ["Recipe medium: most users have 20 events or more. --recipe names another, or none."]
+    assert parse(monkeypatch, "--recipe", "long", suitable="medium")[1].num_hidden_layers == 6
+    assert parse(monkeypatch, "--recipe", "none", suitable="medium")[2] == LoopArguments()
+
+    file = tmp_path / "run.yaml"  # of an earlier run, with all its settings
+    file.write_text("learning_rate: 0.25\n")
+    _, model_args, args = parse(monkeypatch, "--config", file, suitable="medium")
+    assert args == LoopArguments(learning_rate=0.25) and model_args.config_overrides == "{}"
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    classes = (LogArguments, ModelArguments, LoopArguments)
+    args = parse_arguments(*classes, built_in=BUILT_IN, recipes=RECIPES, suitable="medium")[2]
+    assert args.max_length == LoopArguments().max_length
 
 
 @pytest.mark.parametrize("name", RECIPES)

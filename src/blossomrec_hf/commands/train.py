@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from ..training import (
     save_arguments,
 )
 from ..training.event_features import EventFeatureArguments, require_event_columns
-from ..training.recipes import RECIPES, SHORT_MEDIAN
+from ..training.recipes import RECIPES, suitable_recipe
 from ..utils.command_line import exit_on_error
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
@@ -163,12 +164,14 @@ class OutputArguments:
 
 @exit_on_error()
 def main() -> None:
-    log_args, model_args, args, output_args = parse_arguments(
+    parse = partial(
+        parse_arguments,
         *(LogArguments, ModelArguments, LoopArguments, OutputArguments),
         description=__doc__,
         built_in=BUILT_IN,
         recipes=RECIPES,
     )
+    log_args, model_args, args, output_args = parse()
     set_up_logging()
 
     require_folder(args.output_dir)
@@ -177,7 +180,7 @@ def main() -> None:
     if output_args.refit:
         check_refit_folder(args)
     dataset, tokenizer = log_args.read_table()
-    suggest_recipe(dataset, model_args, args)
+    _, model_args, args, _ = parse(suitable=suitable_recipe(np.diff(dataset.offsets)))
     embedded_titles = dataset.files.get(METADATA_FILE) if log_args.titles is None else None
     titles = log_args.item_titles(tokenizer) if embedded_titles is None else None
     features = None
@@ -286,21 +289,6 @@ def main() -> None:
             print(f"\nA new model, trained on all events for {count_noun(refitted.epochs, 'epoch')}: {folder}.")
     if args.push_to_hub and accelerator.is_main_process:
         print(f"\nPushed: {loop.push_to_hub(folder).commit_url}")
-
-
-def suggest_recipe(dataset: EventTable, model_args: ModelArguments, args: LoopArguments) -> None:
-    """Name the recipe "short" on the log if the histories are short and no option is given that it sets."""
-    settings = RECIPES["short"].settings
-    parts = [(asdict(part), asdict(type(part)())) for part in (model_args, args)]
-    changed = [
-        name for given, defaults in parts for name in settings.keys() & given.keys() if given[name] != defaults[name]
-    ]
-    median = np.median(np.diff(dataset.offsets))
-    if median < SHORT_MEDIAN and not changed:
-        logger.info(
-            "Half of the users have at most %d events; on such logs, --recipe short ranks better than the defaults.",
-            median,
-        )
 
 
 def new_model(

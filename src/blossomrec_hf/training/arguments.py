@@ -1,5 +1,6 @@
 """The arguments of the training loop, and arguments from the command line or a file."""
 
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,8 +19,10 @@ from ..utils.command_line import HelpFormatter
 from ..utils.environment import COMPILE_PASSES
 from ..utils.files import atomic_write
 from .log_arguments import LogArguments
-from .recipes import Recipe, merge_overrides
+from .recipes import SHORT_MEDIAN, Recipe, merge_overrides
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments that may differ between an interrupted run and its resumption, because the weights do not depend on them
 # (except for rounding, which depends on how steps are executed).
@@ -219,6 +222,7 @@ def parse_arguments(
     built_in: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     recipes: Mapping[str, Recipe] | None = None,
+    suitable: str | None = None,
 ) -> tuple[Any, ...]:
     """
     Parse dataclasses from the command line, and from a YAML file of the same names if `--config FILE` is given. The command
@@ -229,6 +233,8 @@ def parse_arguments(
         description: text of `--help` before the options.
         built_in: defaults for the built-in data set, which is used if `data` is not given.
         defaults: defaults that replace those of the classes.
+        recipes: what `--recipe` may name, besides "none".
+        suitable: the recipe if neither `--recipe` nor `--config` is given. The built-in data set has none.
 
     Raises:
         ValueError: if an option or the recipe is unknown, or the file has an unknown name or a value of a wrong type.
@@ -245,7 +251,12 @@ def parse_arguments(
         listed = "; ".join(
             f"{name}: {recipe.purpose} (found on {recipe.found_on})" for name, recipe in recipes.items()
         )
-        parser.add_argument("--recipe", help=f"Settings that replace the defaults. {listed}. By default, none.")
+        default = f"short if half of the users have fewer than {SHORT_MEDIAN} events, and medium if not"
+        parser.add_argument(
+            "--recipe",
+            help=f"Settings that replace the defaults. {listed}; none. By default, {default}; none with --config and with the "
+            "built-in data set.",
+        )
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args()
     from_file = {}
@@ -255,12 +266,15 @@ def parse_arguments(
             raise ValueError(
                 f"`config` {known.config} has {', '.join(unknown)}, which this command has no arguments for."
             )
+    chosen, overrides = getattr(known, "recipe", None) or from_file.pop("recipe", None), {}
     if known.data is None and from_file.get("data") is None:
         parser.set_defaults(**(built_in or {}))
-    chosen, overrides = getattr(known, "recipe", None) or from_file.pop("recipe", None), {}
-    if chosen is not None:
+    elif chosen is None and known.config is None and suitable is not None:
+        chosen = suitable
+        logger.info("Recipe %s: %s. --recipe names another, or none.", chosen, recipes[chosen].purpose)
+    if chosen not in (None, "none"):
         if chosen not in recipes:
-            raise ValueError(f"`recipe` is {chosen!r}; it may be {', '.join(recipes)}.")
+            raise ValueError(f"`recipe` is {chosen!r}; it may be {', '.join(recipes)} or none.")
         settings, overrides = recipes[chosen].arguments(vars(known))
         parser.set_defaults(**settings)
     parser.set_defaults(**from_file)

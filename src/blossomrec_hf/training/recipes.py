@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,7 +34,7 @@ def merge_overrides(recipe: dict[str, Any], given: str) -> str:
     return json.dumps({**recipe, **json.loads(given)})
 
 
-SHORT_MEDIAN = 20  # "short" is for logs of which half of the users have fewer events
+SHORT_MEDIAN = 20  # events; see `suitable_recipe`
 _SCHEDULE = {"lr_scheduler_type": "linear", "patience": 0}
 _SMALL = {
     **{"tokens_per_step": 8192, "scoring": "cosine", "temperature": 0.05, "item_dropout_prob": 0.15},
@@ -60,10 +62,10 @@ RECIPES = {
     "short": Recipe(
         purpose=f"most users have fewer than {SHORT_MEDIAN} events",
         found_on="Amazon Beauty and Video Games",
-        settings={**_SMALL, "max_length": 50, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
+        settings={**_SMALL, "max_length": 200, "hidden_dropout_prob": 0.5, "learning_rate": 1e-3},
     ),
     "medium": Recipe(
-        purpose=f"most users have {SHORT_MEDIAN} events or more; as small as the defaults",
+        purpose=f"most users have {SHORT_MEDIAN} events or more",
         found_on="MovieLens-1M, Foursquare, Gowalla and Online Retail",
         settings={**_SMALL, "max_length": 1000, "hidden_dropout_prob": 0.3, "learning_rate": 2e-3},
     ),
@@ -93,3 +95,13 @@ RECIPES = {
         },
     ),
 }
+
+
+def suitable_recipe(events: np.ndarray) -> str:
+    """
+    The recipe of `blossomrec train` if the user names none.
+
+    Args:
+        events: integers [U], number of events of each user of the log.
+    """
+    return "short" if np.median(events) < SHORT_MEDIAN else "medium"
