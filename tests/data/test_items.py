@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from blossomrec_hf.commands import prepare
 from blossomrec_hf.data.filters import FilterReport
+from blossomrec_hf.data.intervals import are_intervals, interval_of
 from blossomrec_hf.data.metadata import item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.data.options import ItemOptions
 from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
@@ -67,6 +68,19 @@ def test_features_are_those_of_plain_python(tmp_path_factory, rows, joined, item
     folder = tmp_path_factory.mktemp("items")
     write_item_metadata(folder, found)
     assert read_item_metadata(folder).equals(found) and read_item_metadata(folder).schema == found.schema
+
+
+@given(number=st.floats(-1e9, 1e9).filter(bool))
+def test_intervals_are_recognized_by_their_names(number):
+    found = item_metadata(
+        pl.DataFrame({"item_id": [1], "price": [number]}),
+        BlossomRecTokenizer.from_items([1]),
+        ItemOptions(item_numbers="price"),
+    )
+    assert found["price"].to_list() == [[interval_of(number)]]
+    assert are_intervals([interval_of(number), "0"])
+    for names in ([interval_of(number), "cheap"], ["5 to 10"], ["8 to 5.657"], ["x to y"], ["nan to nan"], ["0"], []):
+        assert not are_intervals(names)
 
 
 FILES = {

@@ -333,3 +333,13 @@ def test_item_tables_with_other_categories_are_merged():
         assert grown.filter(pl.col("item") == 7)["genre"].to_list() == [["a", "e"]]
         assert grown.filter(pl.col("item") == 7)["place"].to_list() == [[1.0, 2.0]]
         assert grown.filter(pl.col("item") < 7)["genre"].to_list() == joined["genre"].to_list()
+
+
+def test_numbers_of_a_new_item_file_join_the_intervals_of_a_stored_table():
+    tokenizer = BlossomRecTokenizer.from_items(range(1, 5))
+    old = pl.DataFrame({"item_id": [1, 2], "price": [3.0, 9.0]})
+    stored = item_metadata(old, tokenizer, ItemOptions(item_numbers="price"))
+    for prices in (["3.5", " 0", "a lot"], [3.5, 0.0, None]):  # as in a CSV file, and as in a Parquet file
+        new = item_metadata(pl.DataFrame({"item_id": [2, 3, 4], "title": ["B", "C", "D"], "price": prices}), tokenizer)
+        joined = join_item_metadata([new, stored])
+        assert joined["price"].to_list() == [["2.828 to 4"], ["2.828 to 4"], ["0"], None]

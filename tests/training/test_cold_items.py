@@ -93,6 +93,23 @@ def test_unknown_categories_and_missing_features_of_new_items(caplog):
     ]
 
 
+def test_numbers_of_new_items_are_in_the_interval_of_the_old_ones(caplog):
+    tokenizer = BlossomRecTokenizer.from_items(range(4))
+    known = {"price": [["2.828 to 4"], ["0"]] * 2, "size": [["3"], ["0"]] * 2}
+    model = make_model(len(tokenizer), item_features=(features := ItemFeatures.from_columns(known)).config()).eval()
+    model.set_item_features(features)
+    prices = [3.5, np.float32(0), "2.828 to 4", ["0"], float("nan"), 50]
+    given = {4 + row: {"price": price, "size": 3} for row, price in enumerate(prices)}
+    assert add_items(model, tokenizer, list(given), features=given) == 6
+    price, size = model.model.item_features.columns
+    assert price.codes[-6:].tolist() == [1, 2, 1, 2, 0, 0] and price.names == ["2.828 to 4", "0"]
+    assert set(size.codes[-6:].tolist()) == {1 + size.names.index("3")}  # numbers that are categories
+    assert caplog.messages == [
+        "1 of 3 categories of the new items in 'price' are unknown to the model, such as '45.25 to 64'; it knows "
+        "'2.828 to 4', '0'."
+    ]
+
+
 def test_features_and_vectors_have_raw_ids_of_the_type_of_the_items():
     """As integers and as text, they are those of the same item."""
     for key in (24, "24", np.int64(24)):

@@ -39,7 +39,7 @@ from ..batches import HistoryStore, PackingCollator
 from ..batches.windows import WINDOWS
 from ..data import item_counts, split
 from ..data.growth import add_item_counts, join_logs, read_histories, recode
-from ..data.metadata import as_categories, as_vectors, join_item_metadata, read_item_metadata, write_item_metadata
+from ..data.metadata import as_vectors, category_reader, join_item_metadata, read_item_metadata, write_item_metadata
 from ..data.splits import part_lengths
 from ..evaluation import sample_users
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
@@ -242,9 +242,10 @@ def features_by_item(
         )
     if not names:
         return {}
-    readers = {"categories": as_categories, "vectors": as_vectors}
+    known = {name: config.item_features[name] for name in names if table.schema[name] == pl.String}
     texts = [
-        readers[config.item_features[name]["kind"]](table[name]) for name in names if table.schema[name] == pl.String
+        (as_vectors if feature["kind"] == "vectors" else category_reader(feature["names"]))(table[name])
+        for name, feature in known.items()
     ]
     return {
         str(row.pop("item")): row for row in table.select("item", *names).with_columns(texts).iter_rows(named=True)

@@ -1,7 +1,7 @@
 """The item table, titles and features: `items.parquet` next to a prepared data set and next to a checkpoint."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .event_table import METADATA_FILE
+from .intervals import are_intervals, interval_name, interval_ranks
 from .options import ItemOptions
 from .parts import reading
 from .text_files import LogFile, read_blocks
@@ -22,7 +23,6 @@ from .times import as_numbers
 logger = logging.getLogger(__name__)
 
 _ITEM = ("item_id", "itemid", "movieid", "item", "parent_asin", "asin", "video_id", "business_id", "app_id", "id")
-_ZERO_STEP = 5000  # more than the steps between 1 and the smallest number
 _RESERVED = ("item", "title", "input_id")
 _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
 _YEAR = r"\((\d{4})\)\s*$"  # of "Toy Story (1995)"
@@ -191,26 +191,19 @@ def as_categories(column: pl.Series) -> pl.Series:
     return lists.cast(pl.List(pl.Enum(names))).alias(column.name)
 
 
-def _intervals(column: pl.Series) -> pl.Series:
+def as_intervals(column: pl.Series) -> pl.Series:
     """Numbers as lists of one interval, of which there are two per power of 2; null for what is no finite number."""
-    numbers = as_numbers(column).cast(pl.Float64).to_numpy().astype(float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.floor(2 * np.log2(np.abs(numbers)))
-        ranks = np.where(numbers == 0, 0, np.sign(numbers) * (steps + _ZERO_STEP))  # in ascending order of the numbers
-    found = np.unique(ranks[np.isfinite(ranks)])
-    names = {rank: _interval_name(rank) for rank in found.tolist()}
+    ranks = interval_ranks(as_numbers(column).cast(pl.Float64).to_numpy().astype(float))
+    names = {rank: interval_name(rank) for rank in np.unique(ranks[np.isfinite(ranks)]).tolist()}
     texts = pl.Series(column.name, [names.get(rank) for rank in ranks.tolist()], pl.Enum(list(names.values())))
     return texts.to_frame("name").select(
         pl.when(pl.col("name").is_not_null()).then(pl.concat_list("name")).alias(column.name)
     )[column.name]
 
 
-def _interval_name(rank: float) -> str:
-    if rank == 0:
-        return "0"
-    step = abs(rank) - _ZERO_STEP
-    bounds = sorted(np.sign(rank) * 2 ** ((step + place) / 2) for place in (0, 1))
-    return " to ".join(f"{bound:.4g}" for bound in bounds)
+def category_reader(names: Sequence[str]) -> Callable[[pl.Series], pl.Series]:
+    """The function that reads a column of which these categories are known: intervals of numbers, or categories."""
+    return as_intervals if are_intervals(names) else as_categories
 
 
 def as_vectors(column: pl.Series) -> pl.Series:
@@ -234,7 +227,7 @@ def as_vectors(column: pl.Series) -> pl.Series:
     return lists.cast(pl.Array(pl.Float32, lengths[0]))
 
 
-_FEATURES = {"categories": as_categories, "numbers": _intervals, "vectors": as_vectors}
+_FEATURES = {"categories": as_categories, "numbers": as_intervals, "vectors": as_vectors}
 
 
 def has_titles(path: Path) -> bool:
@@ -301,7 +294,7 @@ def join_item_metadata(parts: Sequence[pl.DataFrame | None]) -> pl.DataFrame | N
     if not known:
         return None
     readers = {
-        name: as_categories if isinstance(dtype, pl.List) else as_vectors
+        name: category_reader(dtype.inner.categories) if isinstance(dtype, pl.List) else as_vectors
         for part in known
         for name, dtype in part.schema.items()
         if _is_feature(dtype)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from transformers import PreTrainedModel
 
 from ..batches import HistoryStore, budget_batches
+from ..data.intervals import are_intervals, interval_of
 from ..evaluation.ranking import evaluating
 from ..model.features_blossomrec import ItemFeatures
 from ..model.packing_blossomrec import pack_histories
@@ -43,8 +44,8 @@ def add_items(
         features: for a model with `config.item_features`, the features of an item by its raw id, also as text, a value by
             column: a category, a list of categories, or a vector. The id embeddings of new items start at zero there, so
             that the items are recommended by their features at once. Categories that the model does not know count as
-            unknown, with a warning, and missing values as no feature. A column of `--item_numbers` has intervals as
-            categories, named as in `config.item_features`.
+            unknown, with a warning, and missing values as no feature. In a column of `--item_numbers`, a number is in the
+            category of its interval.
 
     Returns:
         how many were new.
@@ -72,7 +73,8 @@ def add_items(
     features = {} if features is None else features
     known = model.config.item_features
     _check_features(features, known)
-    features = {str(item): row for item, row in features.items()}
+    features = _with_intervals(features, known)
+    _features_of(features.values(), known)
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -110,7 +112,23 @@ def _check_features(features: Any, known: Mapping[str, Mapping[str, Any]] | None
             raise ValueError(
                 f"`features[{item!r}]` has the column {unknown[0]!r}; the columns of the model are {', '.join(known)}."
             )
-    _features_of(features.values(), known)
+
+
+def _with_intervals(
+    features: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, dict[str, Any]]:
+    """The features, by raw id as text, with the intervals of numbers where the categories of a model are intervals."""
+    columns = {name for name, feature in (known or {}).items() if are_intervals(feature.get("names", ()))}
+    return {
+        str(item): {
+            name: interval_of(value) if name in columns and _is_number(value) else value for name, value in row.items()
+        }
+        for item, row in features.items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _features_of(
