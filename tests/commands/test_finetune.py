@@ -58,6 +58,18 @@ def test_new_items_are_learned_and_old_ones_kept(run_command, log_file, trained,
         check_the_adapter(before, after, tmp_path / "run" / "adapter")
 
 
+def test_new_items_that_the_preparation_dropped_are_reported(run_command, log_file, trained, tmp_path):
+    new_log = write_log(tmp_path / "new.csv", num_users=20, num_items=75)
+    run_command("prepare", new_log, "--tokenizer", trained[0], "--output_dir", tmp_path / "data")
+    told = run_command("finetune", "--model", trained[0], "--data", tmp_path / "data", "--max_length", 20, "--output_dir",
+        tmp_path / "run", "--max_steps", 1, "--use_cpu", "true", field="stderr",
+    )  # fmt: skip
+    unknown = pl.read_csv(new_log).filter(pl.col("item") >= 60).height
+    assert unknown and f"{unknown} events of {tmp_path / 'data'} are on items that the tokenizer" in told
+    assert "prepare the log without `--tokenizer`" in told
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 62
+
+
 def test_titles_of_old_and_new_items_stand_beside_the_model(run_command, tmp_path):
     """Of 40 old items, 100 to 139, and two new ones; what `--titles` tells of an old one takes the place of the old title."""
     tokenizer = small_tokenizer()

@@ -62,6 +62,9 @@ def test_targets_weights_baskets_and_windows_of_prepared_data(run_command, tmp_p
         "--windows", "overlapping", field="stderr",
     )  # fmt: skip
     assert "no targets" not in told
+    # Under nohup, or in the log of a cluster: one line per evaluation, and no bars.
+    assert re.search(r"^Epoch 1, step \d+, \d+ s: loss [\d.]+, validation ndcg@10 [\d.]+ ", told, re.MULTILINE)
+    assert "it/s" not in told and "\r" not in told
     dataset = load_folder(tmp_path / "data")
     # All bought items but those of a user's first basket.
     first_baskets = [next((n for n, start in enumerate(row["basket_starts"]) if n and start), None) for row in dataset]
@@ -75,19 +78,18 @@ def test_targets_weights_baskets_and_windows_of_prepared_data(run_command, tmp_p
     )  # fmt: skip
 
 
-def test_titles_stay_beside_the_model(run_command, log_file, tmp_path):
-    (tmp_path / "titles.csv").write_text("item,title\n3,Three\n7,Seven\n99,not in the log\n")
-    told = run_command("train", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
-        "--titles", tmp_path / "titles.csv", field="stderr",
+def test_titles_are_printed_and_stay_beside_the_model(run_command, log_file, tmp_path):
+    rows = [(item, f"Item {item}") for item in range(60) if item % 5]
+    (tmp_path / "titles.csv").write_text("item,title\n99,not in the log\n" + "".join(f"{i},{t}\n" for i, t in rows))
+    printed = run_command("train", *SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--num_train_epochs", 1,
+        "--titles", tmp_path / "titles.csv",
     )  # fmt: skip
-    # Under nohup, or in the log of a cluster: one line per evaluation, and no bars.
-    assert re.search(r"^Epoch 1, step \d+, \d+ s: loss [\d.]+, validation ndcg@10 [\d.]+ ", told, re.MULTILINE)
-    assert "it/s" not in told and "\r" not in told
+    recommended = re.findall(r"^ +(\d+) +-?\d+\.\d{3}(.*)$", printed, re.MULTILINE)
+    assert len(recommended) == 10 and any(title for _, title in recommended)
+    assert all(title == (f"  Item {item}" if int(item) % 5 else "") for item, title in recommended)
     titles, tokenizer = read_item_metadata(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
-    assert dict(titles.select("title", "input_id").rows()) == {
-        "Three": tokenizer.encode_items([3])[0],
-        "Seven": tokenizer.encode_items([7])[0],
-    }
+    known = {title: tokenizer.encode_items([item])[0] for item, title in rows}
+    assert dict(titles.select("title", "input_id").rows()) == known
 
 
 def test_drawn_items_are_ranked_too(run_command, log_file, tmp_path):

@@ -226,6 +226,17 @@ def new_model(args: FineTuneArguments, dataset: Dataset, vocab_size: int) -> Blo
     return model
 
 
+def report_unknown_items(dataset: Dataset, tokenizer: BlossomRecTokenizer, data: str | None) -> None:
+    """Report the events of prepared data on items that the vocabulary of the data lacks."""
+    if unknown := sum(int((history == tokenizer.unk_token_id).sum()) for history in read_histories(dataset)):
+        logger.warning(
+            "%d events of %s are on items that the tokenizer of its preparation lacks ([UNK]). These items are not learned; "
+            "prepare the log without `--tokenizer` to add them.",
+            unknown,
+            data,
+        )
+
+
 def features_by_item(
     log_args: LogArguments, tokenizer: BlossomRecTokenizer, config: BlossomRecConfig
 ) -> dict[str, dict[str, Any]]:
@@ -327,6 +338,7 @@ def main() -> None:
     if args.model is None:
         model, past_ends = new_model(args, dataset, len(tokenizer)), [0] * len(dataset)
     else:
+        report_unknown_items(dataset, tokenizer, log_args.data)
         log_tokenizer, tokenizer = tokenizer, load_checkpoint(BlossomRecTokenizer, args.model)
         model = load_checkpoint(BlossomRecForSequentialRecommendation, args.model)
         old_titles, first_new = read_item_metadata(args.model), len(tokenizer)

@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -269,7 +270,8 @@ def main() -> None:
             print_figures(figures["test"], output_args.eval_ks, exclude_seen=config.exclude_seen)
         # The saved model: a sharded one computes only if all processes take part.
         saved = BlossomRecForSequentialRecommendation.from_pretrained(args.output_dir).to(accelerator.device)
-        print_recommendations(saved, tokenizer, (views["test"] or train_view)[0], args.max_length)
+        named = {} if titles is None else dict(titles.select("item", "title").drop_nulls().iter_rows())
+        print_recommendations(saved, tokenizer, (views["test"] or train_view)[0], args.max_length, named)
         if output_args.results_json is not None:
             append_result(output_args.results_json, **run)
         keep(args.output_dir, run)
@@ -328,8 +330,8 @@ def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: boo
             print(f"{name + ', ' + kind:<{width}}{row}")
 
 
-def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
-    """Print ten recommendations for one user."""
+def print_recommendations(model, tokenizer, row: dict, max_length: int, titles: Mapping[int | str, str]) -> None:
+    """Print ten recommendations for one user, with the titles of items if they are known, by raw id."""
     events = {name: torch.tensor(row[name], device=model.device)[None] for name in model.config.event_columns}
     history = torch.tensor(row["input_ids"], device=model.device)[None]
     recommended = model.recommend(
@@ -343,7 +345,7 @@ def print_recommendations(model, tokenizer, row: dict, max_length: int) -> None:
     items, scores = tokenizer.decode_items(recommended.item_ids[0][found]), recommended.scores[0][found].tolist()
     print(f"\nuser {row['user_id']}: the latest items {tokenizer.decode_items(row['input_ids'][-10:])}")
     for item, score in zip(items, scores):
-        print(f"{item!s:>12} {score:8.3f}")
+        print(f"{item!s:>12} {score:8.3f}  {titles.get(item, '')}".rstrip())
 
 
 if __name__ == "__main__":
