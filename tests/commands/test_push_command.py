@@ -30,7 +30,7 @@ def test_a_trained_model_is_pushed_with_its_card(local_hub, run_command, trained
     ranked = told["leave-one-out, all items ranked, nothing masked", "ndcg@10"]  # users of the ring repeat items
     assert ranked.metric_value == pytest.approx(figures["ndcg@10"], abs=1e-6)
     assert ranked.dataset_name == "log.csv"
-    assert "blossomrec train --data log.csv" in card.text
+    assert "blossomrec train --recipe none --data log.csv" in card.text
 
 
 def test_train_pushes_at_the_end_and_asks_for_the_token_before(

@@ -109,7 +109,7 @@ def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
 def test_the_command_names_what_differs_from_the_defaults():
     command = train_command(run(3, types=["full", "blossom"], num_key_value_heads=2, patience=20, learning_rate=0.002))
     assert " ".join(command.replace("\\\n", " ").split()) == (
-        "blossomrec train --data logs/ring.csv --attention_types full blossom --num_key_value_heads 2 "
+        "blossomrec train --recipe none --data logs/ring.csv --attention_types full blossom --num_key_value_heads 2 "
         "--max_length 50 --learning_rate 0.002 --seed 3"
     )
 

@@ -1,12 +1,15 @@
 import json
+import shlex
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from blossomrec_hf.commands.train import BUILT_IN, ModelArguments, new_model
 from blossomrec_hf.data import EventTable
-from blossomrec_hf.training import LogArguments, LoopArguments, parse_arguments
+from blossomrec_hf.sharing.cards import train_command
+from blossomrec_hf.training import LogArguments, LoopArguments, changed_arguments, parse_arguments
 from blossomrec_hf.training.recipes import RECIPES, suitable_recipe
 
 
@@ -80,6 +83,17 @@ def test_the_suitable_recipe_is_used_unless_one_or_a_file_is_named(monkeypatch, 
     classes = (LogArguments, ModelArguments, LoopArguments)
     args = parse_arguments(*classes, built_in=BUILT_IN, recipes=RECIPES, suitable="medium")[2]
     assert args.max_length == LoopArguments().max_length
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "none"])
+def test_the_command_of_a_card_repeats_the_run(monkeypatch, name):
+    """Whatever recipe suits the log."""
+    log_args, model_args, args = parse(monkeypatch, "--recipe", name, "--weight_decay", 0.02, "--seed", 3)
+    configuration = {**asdict(log_args), **asdict(model_args), **args.resume_critical_args()}
+    run = {"seed": configuration.pop("seed"), "changed_arguments": changed_arguments(configuration)}
+    words = shlex.split(train_command(run).replace("\\\n", ""))
+    assert words[:2] == ["blossomrec", "train"]
+    assert parse(monkeypatch, *words[2:], suitable="medium") == (log_args, model_args, args)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -128,8 +128,11 @@ def short_card(repo_id: str) -> str:
 
 
 def train_command(run: Mapping[str, Any]) -> str:
-    """The `blossomrec train` command that repeats a run, from its `changed_arguments` and `seed`."""
-    lines = ["blossomrec train"]
+    """
+    The `blossomrec train` command that repeats a run, from its `changed_arguments` and `seed`. It names no recipe, because the
+    arguments differ from the plain defaults.
+    """
+    lines = ["blossomrec train --recipe none"]
     for name, value in [*run["changed_arguments"].items(), ("seed", run["seed"])]:
         values = value if isinstance(value, list) else [value]
         words = f"--{name} {' '.join(shlex.quote(str(value)) for value in values)}"
