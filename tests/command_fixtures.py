@@ -32,11 +32,11 @@ def run_python():
 
 @pytest.fixture(scope="session")
 def run_forked(tmp_path_factory):
-    """Runs a command or a script as `run_python` does, in a process that need not import the package."""
+    """Runs a command or a script as `run_python` does, in processes that need not import the package (`run_in_fork`)."""
     folder = tmp_path_factory.mktemp("printed")
 
-    def run(program, *arguments, status=0, field="stdout"):
-        done = run_in_fork(program, list(map(str, arguments)), command_environment(), folder)
+    def run(program, *arguments, status=0, field="stdout", **options):
+        done = run_in_fork(program, list(map(str, arguments)), command_environment(), folder, **options)
         assert done.returncode == status, done.stdout + done.stderr
         return getattr(done, field)
 

@@ -1,6 +1,7 @@
 """What all tests share: every test draws fresh random numbers, and says which when it fails."""
 
 import atexit
+import importlib.util
 import os
 import random
 import shutil
@@ -24,8 +25,10 @@ os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
-if not torch.cuda.is_available():
+INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the kernels run on the CPU
+    import quick_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,16 @@ def own_compiled_code() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def overflow_is_an_error() -> Iterator[None]:
+    """Arithmetic of integers that overflows in Triton's interpreter raises an error."""
+    if INTERPRETED:
+        quick_interpreter.find_overflow(True)
+    yield
+    if INTERPRETED:
+        quick_interpreter.find_overflow(False)
 
 
 @pytest.fixture

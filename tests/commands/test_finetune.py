@@ -211,6 +211,5 @@ def test_a_log_too_small_to_hold_anything_out_is_learned(run_command, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_do_not_work_together_are_refused(run_command, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    error = run_command("finetune", "--output_dir", tmp_path / "run", launcher=launcher, status=1, field="stderr")
+    error = run_command("finetune", "--output_dir", tmp_path / "run", num_processes=2, status=2, field="stderr")
     assert "WORLD_SIZE is 2, but 1 process works alone" in error and not (tmp_path / "run").exists()

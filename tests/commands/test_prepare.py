@@ -2,8 +2,6 @@
 
 import gzip
 import os
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -85,32 +83,15 @@ def test_outputs_that_cannot_be_written_and_options_that_do_not_fit(tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [20_000, 200_000, 700_000])
-def test_nothing_is_left_of_a_full_disk(tmp_path, limit):
+def test_nothing_is_left_of_a_full_disk(run_command, tmp_path, monkeypatch, limit):
     """A limit on the size of files stands in for the full disk: the system refuses the write either way."""
-    code = (
-        "import resource, runpy, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "sys.argv[0] = 'prepare'\n"
-        "runpy.run_module('blossomrec_hf.commands.prepare', run_name='__main__')\n"
-    )
     log = pl.DataFrame({"user": np.arange(90_000) % 7, "item": np.arange(90_000), "time": np.arange(90_000)})
     log.write_csv(tmp_path / "log.csv")
-    options = [
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--split",
-        "time",
-        "--validation_from",
-        "80000",
-        "--test_from",
-        "85000",
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path), "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "log.csv"), *options],
-        env=environment, capture_output=True, text=True,
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    split = ("--split", "time", "--validation_from", 80000, "--test_from", 85000)
+    error = run_command("prepare", tmp_path / "log.csv", "--output_dir", tmp_path / "out", *split,
+        max_file_bytes=limit, status=2, field="stderr",
     )  # fmt: skip
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert any(word in done.stderr.splitlines()[-1] for word in ("room", "File too large")), done.stderr
+    assert "Traceback" not in error, error
+    assert any(word in error.splitlines()[-1] for word in ("room", "File too large")), error
     assert os.listdir(tmp_path) == ["log.csv"]

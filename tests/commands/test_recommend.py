@@ -10,9 +10,6 @@ from blossomrec_hf.data import build_sequences
 from blossomrec_hf.model.files_blossomrec import partial_path
 
 
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
 def arguments(trained, data, folder):
     model = ("--model", trained[0], "--data", data, "--output_dir", folder)
     return (*model, "--top_k", 5, "--shard_users", 17, "--max_length", 20, "--max_tokens", 100)
@@ -39,7 +36,7 @@ def test_all_users_get_their_items_and_a_cut_run_goes_on(run_command, trained, l
     shards[2].unlink()
     partial_path(shards[2]).write_bytes(b"half")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # joins the processes
-    run_command("recommend", *arguments(trained, log_file, folder), launcher=LAUNCHER)
+    run_command("recommend", *arguments(trained, log_file, folder), num_processes=2)
     again = pl.read_parquet(folder)
     assert again.drop("score").equals(written.drop("score"))
     # Processes that compute with fewer threads add up in another order.

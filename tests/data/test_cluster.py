@@ -23,7 +23,10 @@ def spark():
         pytest.skip("Spark needs Java")
     builder = sql.SparkSession.builder.master("local[2]").config("spark.sql.shuffle.partitions", 3)
     builder = builder.config("spark.ui.enabled", False).config("spark.driver.bindAddress", "127.0.0.1")
-    session = builder.config("spark.driver.host", "127.0.0.1").config("spark.driver.memory", "1g").getOrCreate()
+    builder = builder.config("spark.driver.host", "127.0.0.1").config("spark.driver.memory", "1g")
+    # Queries are small, and each is new: the optimizing compiler would take most of the time.
+    java = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    session = builder.config("spark.driver.extraJavaOptions", java).getOrCreate()
     yield session
     session.stop()
 

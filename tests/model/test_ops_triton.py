@@ -142,7 +142,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float,
     ],
     ids=lambda kwargs: "-".join(map(str, kwargs["lengths"])),
 )
-def test_a_layer_has_the_values_and_gradients_of_the_reference(kwargs):
+def test_a_layer_has_the_values_and_gradients_of_the_reference(kwargs, overflow_is_an_error):
     layer = Layer(**kwargs)
     expected, expected_selection = layer.outputs(eager_attention_forward)
     out, selection, gradients = layer.run(triton_forward)
@@ -193,7 +193,7 @@ def test_half_precision_stays_close_when_the_selection_is_given(repeat, width, b
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
-def test_short_term_distances_are_those_of_the_reference(distances):
+def test_short_term_distances_are_those_of_the_reference(distances, overflow_is_an_error):
     layer = Layer([90, 1, 7], kind="short_term", heads=2, groups=1, **distances)
     expected, _, expected_gradients = layer.run(eager_attention_forward)
     out, _, gradients = layer.run(triton_forward)

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forked_commands import run_in_fork
 from small_cases import make_model
 from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -273,19 +272,11 @@ json.dump(found, open(f"{folder}/{trainer.args.process_index}-of-{trainer.args.w
 @pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [0, 90])
 def test_two_processes_share_an_epoch_and_train_as_one(log, tmp_path, max_tokens):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    for processes, batch_size in ((1, 8), (2, 4)):
-        launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [
-            sys.executable,
-            *launcher,
-            str(tmp_path / "script.py"),
-            str(tmp_path),
-            str(batch_size),
-            str(max_tokens),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for processes, batch_size in ((0, 8), (2, 4)):
+        settings = [str(tmp_path), str(batch_size), str(max_tokens)]
+        done = run_in_fork(script, settings, dict(os.environ), tmp_path, num_processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     alone = json.loads((tmp_path / "0-of-1.json").read_text())
     ranks = [json.loads((tmp_path / f"{rank}-of-2.json").read_text()) for rank in range(2)]
