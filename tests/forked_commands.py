@@ -68,6 +68,14 @@ def run_in_fork(
     return subprocess.CompletedProcess([program, *arguments], status, *outputs)
 
 
+def run_code(code: str, *arguments: object, folder: Path, **options: object) -> subprocess.CompletedProcess:
+    """Run source code as `run_in_fork` runs a script, which is written to a new `folder`."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(code)
+    return run_in_fork(script, list(map(str, arguments)), dict(os.environ), folder, **options)
+
+
 @contextlib.contextmanager
 def rank_environments(num_processes: int) -> Iterator[list[dict[str, str]]]:
     """Variables of the environment of each process, for a store that this process serves meanwhile, as `torchrun` does."""

@@ -33,10 +33,13 @@ def test_trains_saves_and_recommends(trained, log_file):
     assert len(set(re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE))) == 10
 
 
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu")
+
+
 def test_a_second_seed_is_added_and_a_finished_run_resumes_to_the_same(run_command, trained, log_file, tmp_path):
     folder, printed, results_file = trained
     arguments = (*SMALL_MODEL, "--data", log_file, "--num_train_epochs", 15, "--results_json", results_file)
-    again = run_command("train", *arguments, "--output_dir", folder, "--resume")
+    again = run_command("train", *arguments, "--output_dir", folder, "--resume", launcher=ACCELERATE)
     assert again.splitlines()[-18:] == printed.splitlines()[-18:]
     overrides = ("--config_overrides", '{"objective": "gbce", "num_negatives": 7}')
     types = ("--attention_types", "full", "short_term")

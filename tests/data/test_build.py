@@ -1,8 +1,6 @@
 """build_sequences against a pure-Python twin on random logs, on the real logs at hand, and on bad input."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pandas as pd
 import polars as pl
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
+from forked_commands import run_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -241,19 +240,17 @@ def test_bad_rows_name_file_and_line(tmp_path):
 def test_nothing_is_left_of_a_full_disk(tmp_path):
     """A limit on file size stands in for the full disk: the system refuses the write either way."""
     code = (
-        "import resource, signal, sys, polars as pl, numpy as np\n"
+        "import sys, polars as pl, numpy as np\n"
         "from blossomrec_hf.data import build_sequences\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "log = pl.DataFrame({'user': np.arange(90_000) % 7, 'item': np.arange(90_000) % 11})\n"
         "try:\n"
         "    build_sequences(log, output_dir=sys.argv[1])\n"
         "except OSError as error:\n"
         "    print('refused:', error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    done = run_code(code, tmp_path / "out", folder=tmp_path / "script", max_file_bytes=100_000)
     assert "refused:" in done.stdout and "room" in done.stdout, done.stderr
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["script"]
 
 
 @pytest.mark.parametrize(

@@ -98,42 +98,43 @@ WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["blossomrec_hf"] = None  # importing it fails, as where it is not installed
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-assert model.config._attn_implementation == "blossom"
-ids = torch.load(folder + "/ids.pt")
-torch.save((model(ids).logits, model.recommend(ids).item_ids), folder + "/out.pt")
-# `Trainer` smooths over the next items, too.
-from transformers import Trainer, TrainingArguments
-arguments = TrainingArguments(folder + "/run", label_smoothing_factor=0.1, report_to="none", use_cpu=True)
-inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
-torch.save(Trainer(model, arguments).compute_loss(model, inputs).detach(), folder + "/smoothed.pt")
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    assert model.config._attn_implementation == "blossom"
+    ids = torch.load(folder + "/ids.pt")
+    torch.save((model(ids).logits, model.recommend(ids).item_ids), folder + "/out.pt")
+    # `Trainer` smooths over the next items, too.
+    arguments = TrainingArguments(folder + "/run", label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+    torch.save(Trainer(model, arguments).compute_loss(model, inputs).detach(), folder + "/smoothed.pt")
 """
 
 
-@pytest.mark.parametrize("features", [None, ItemFeatures.from_columns({"genre": ["a", "b"] * 29})])
-def test_a_checkpoint_works_where_the_package_is_not_installed(tmp_path, features):
-    model = recommender().float()
-    if features is not None:
-        model = recommender(item_features=features.config(), scoring="cosine").float()
-        model.set_item_features(features)
-    model.save_pretrained(tmp_path / "saved")
+def test_checkpoints_work_where_the_package_is_not_installed(tmp_path):
+    features = ItemFeatures.from_columns({"genre": ["a", "b"] * 29})
+    described = recommender(item_features=features.config(), scoring="cosine").float()
+    described.set_item_features(features)
+    models = {tmp_path / "plain": recommender().float(), tmp_path / "described": described}
     ids = padded(histories(40, 7), "right")[0]
-    torch.save(ids, tmp_path / "saved" / "ids.pt")
+    for folder, model in models.items():
+        model.save_pretrained(folder)
+        torch.save(ids, folder / "ids.pt")
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "saved")],
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, *map(str, models)],
         check=True,
         env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
     )
-    smoothed = torch.load(tmp_path / "saved" / "smoothed.pt")
-    targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
-    predicted = model(ids).logits[:, :-1].transpose(1, 2)
-    torch.testing.assert_close(smoothed, torch.nn.functional.cross_entropy(predicted, targets, label_smoothing=0.1))
-    logits, item_ids = torch.load(tmp_path / "saved" / "out.pt")
-    torch.testing.assert_close(logits, model(ids).logits)
-    assert torch.equal(item_ids, model.recommend(ids).item_ids)
+    for folder, model in models.items():
+        smoothed = torch.load(folder / "smoothed.pt")
+        targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
+        predicted = model(ids).logits[:, :-1].transpose(1, 2)
+        expected = torch.nn.functional.cross_entropy(predicted, targets, label_smoothing=0.1)
+        torch.testing.assert_close(smoothed, expected)
+        logits, item_ids = torch.load(folder / "out.pt")
+        torch.testing.assert_close(logits, model(ids).logits)
+        assert torch.equal(item_ids, model.recommend(ids).item_ids)
 
 
 def test_an_empty_checkpoint_folder_is_reported(tmp_path):

@@ -18,10 +18,12 @@ BLOCKS = {"compress_block_size": 8, "compress_stride": 4, "selection_block_size"
 
 GENRES = [[f"genre {item % 7}", f"genre {item % 3}"] for item in range(58)]
 FEATURES = ItemFeatures.from_columns({"genre": GENRES, "plot": np.random.default_rng(0).normal(size=(58, 6))})
-SCORINGS = [
-    {"scoring": "cosine"},
-    {"scoring": "cosine", "item_features": FEATURES.config()},
-    {"item_features": FEATURES.config()},
+ONE_LAYER = {"num_hidden_layers": 1, "attention_types": ["full"]}
+MODELS = [  # layers of both kinds, then input and scores of every kind
+    {"attention_types": ["blossom", "full"]},
+    {"scoring": "cosine"} | ONE_LAYER,
+    {"scoring": "cosine", "item_features": FEATURES.config()} | ONE_LAYER,
+    {"item_features": FEATURES.config()} | ONE_LAYER,
 ]
 
 
@@ -87,9 +89,9 @@ def test_the_module_reads_times_and_types():
             torch.testing.assert_close(found, event_scores(model, log), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scoring", [{}, *SCORINGS])
-def test_torch_export_takes_any_batch_and_length(tmp_path, scoring):
-    model = build(attention_types=["blossom", "full"], **scoring)
+@pytest.mark.parametrize("settings", MODELS)
+def test_torch_export_takes_any_batch_and_length(tmp_path, settings):
+    model = build(**settings)
     torch.export.save(export_program(model), tmp_path / "scorer.pt2")
     scorer = torch.export.load(tmp_path / "scorer.pt2").module()
     for ids, mask in batches():
@@ -110,7 +112,7 @@ def test_exported_programs_read_times_and_types(tmp_path):
 def test_onnx_reads_times_and_types(tmp_path, features):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = event_recommender(**features, time_zone="Europe/Berlin").float()
+    model = event_recommender(**features, **ONE_LAYER, time_zone="Europe/Berlin").float()
     export_onnx(model, tmp_path / "scorer.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
     for log in (timed(1), timed(90, 1, 17), timed(8, 16)):
@@ -120,11 +122,11 @@ def test_onnx_reads_times_and_types(tmp_path, features):
         np.testing.assert_allclose(scores, event_scores(model, log), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scoring", [{}, SCORINGS[1]])
-def test_onnx_takes_any_batch_and_length(tmp_path, scoring):
+@pytest.mark.parametrize("settings", [MODELS[0], MODELS[2]])
+def test_onnx_takes_any_batch_and_length(tmp_path, settings):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = build(attention_types=["blossom", "full"], **scoring)
+    model = build(**settings)
     export_onnx(model, tmp_path / "scorer.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["scorer.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")

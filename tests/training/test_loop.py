@@ -4,14 +4,13 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoint_cases import same_weights
+from forked_commands import run_code
 from small_cases import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -290,7 +289,6 @@ def run(folder, kill_after=None):
     dataset, tokenizer = build_sequences(small_log())
     train(make_model(), split(dataset, "train"), split(dataset, "validation"), args=args, tokenizer=tokenizer)
 
-# Importing takes seconds, so one process imports and every run is a copy of it.
 def forked(*run_arguments):
     child = os.fork()
     if child == 0:
@@ -315,10 +313,7 @@ print(kills)
 
 
 def test_killed_at_any_moment_it_reaches_the_same_weights(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True
-    )
+    done = run_code(KILLED_SCRIPT, tmp_path, folder=tmp_path / "script")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -1,13 +1,11 @@
 """The final fit: all events, the first run's schedule, stopped at its best epoch; and it survives `kill -9`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forked_commands import run_code
 from small_cases import make_model
 from test_loop import arguments
 from transformers import AutoModelForCausalLM, get_scheduler
@@ -112,7 +110,6 @@ def run(folder, first_step, refit_step):
     everything = split(hold_out_nothing(dataset), "train")
     refit(fresh_model(), everything, first, args=args, tokenizer=tokenizer, callbacks=[Kill(refit_step)])
 
-# Importing takes seconds, so one process imports and every run is a copy of it.
 def forked(*run_arguments):
     child = os.fork()
     if child == 0:
@@ -129,15 +126,9 @@ assert forked(sys.argv[1] + "/killed", 0, 0) == 0
 
 
 def test_killed_in_the_first_run_and_in_the_refit_it_reaches_the_same_weights(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     steps = np.random.default_rng().integers(1, 7, size=2)  # an epoch has more
     print("killed at steps", steps)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path), *map(str, steps)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_code(KILLED_SCRIPT, tmp_path, *steps, folder=tmp_path / "script")
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "refit/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

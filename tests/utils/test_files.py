@@ -1,13 +1,12 @@
 """A file or a folder is the old one or the new one, complete: after an error, after `kill -9` at any step, with other writers."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from forked_commands import run_code
 
 from blossomrec_hf.model.files_blossomrec import LEFTOVER_SECONDS, partial_path, partials
 from blossomrec_hf.utils.files import (
@@ -22,8 +21,7 @@ from blossomrec_hf.utils.files import (
 )
 
 
-# Every call of the file system is announced by an audit event before it happens. One process imports (that takes seconds);
-# every write is a copy of it that is killed before the event of that number.
+# Every call of the file system is announced by an audit event before it happens. Every write is a copy of one process that is killed before the event of that number.
 KILLS = """
 import os, random, shutil, signal, sys
 from pathlib import Path
@@ -96,10 +94,8 @@ print(number)
 
 @pytest.mark.parametrize(("kind", "fewest"), [("file", 4), ("folder", 20)])
 def test_killed_at_any_step_a_reader_finds_the_old_or_the_new_one(tmp_path, kind, fewest, seed):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, kind, str(tmp_path), str(seed)], env=environment, capture_output=True, text=True
-    )
+    (tmp_path / "files").mkdir()
+    done = run_code(KILLS, kind, tmp_path / "files", seed, folder=tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= fewest  # so many steps were tried
 
