@@ -132,11 +132,16 @@ def test_times_and_types_through_the_commands(command, tmp_path):
 
     bare = tmp_path / "bare.csv"
     pl.read_csv(log).select("user", "item").write_csv(bare)
+    timeless = tmp_path / "timeless.csv"
+    pl.read_csv(log).select("user", "item", "kind").write_csv(timeless)
     for module, arguments in (
         (evaluate, f"--models {run}"), (recommend, f"--model {run}"), (finetune, f"--model {run} --use_cpu true")
     ):  # fmt: skip
         sentence = command(module, arguments, f"--data {bare} --output_dir {tmp_path / 'none'}", fails=True)
         assert "event types" in sentence and "Traceback" not in sentence
+        options = f"--data {timeless} --event_type kind --targets buy --output_dir {tmp_path / 'none'}"
+        sentence = command(module, arguments, options, fails=True)
+        assert "he model reads timestamps of events, but the data has" in sentence, module
 
 
 def test_a_new_model_of_finetune_reads_times_and_types(command, tmp_path):

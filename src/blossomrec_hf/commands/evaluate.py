@@ -43,6 +43,7 @@ from ..evaluation.baselines import make_baselines
 from ..evaluation.reports import NOW_LABEL
 from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
+from ..training.event_features import require_event_columns
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_files, require_folder, write_json
@@ -158,6 +159,8 @@ def main() -> None:
                     f"`models`: {folder} has another catalog than {args.models[0]}; evaluate them in two runs."
                 )
             dataset, _ = log_args.read_table(tokenizer, event_types)
+            for config in configs.values():
+                require_event_columns(config, dataset.column_names, "give models that do not read them")
             counts = item_counts(dataset, len(tokenizer))
             view = split(dataset, args.part, columns=sorted(needed), counts=counts if args.known_targets else None)
             held_out = HeldOutItems.from_rows(
