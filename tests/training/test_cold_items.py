@@ -125,8 +125,16 @@ def test_features_and_vectors_have_raw_ids_of_the_type_of_the_items():
 @pytest.mark.parametrize(
     "features, message",
     [
-        ({"30": {"text": np.ones(5)}}, "text has vectors of 5 numbers; 12 are expected"),
-        ({"30": {"text": [np.nan] * GROUPS}}, "text has numbers that are not finite"),
+        (
+            {"30": {"text": np.ones(12)}, "31": {"text": np.ones(5)}},
+            r"`features\['31'\]` cannot be read: text has vectors of 5 numbers; 12 are expected",
+        ),
+        (
+            {"30": {"text": [np.nan] * GROUPS}},
+            r"`features\['30'\]` cannot be read: text has numbers that are not finite; correct",
+        ),
+        ({"30": {"text": 1.5}}, r"`features\['30'\]` cannot be read: .* 'float' has no len"),
+        ({"30": {"group": 1.5}}, r"`features\['30'\]` cannot be read: .* 1.5; categories are strings or integers"),
         ({"30": {"groups": "group 1"}}, r"`features\['30'\]` has the column 'groups'; the columns of the model are"),
         (
             {"30": "group 1"},

@@ -74,7 +74,7 @@ def add_items(
     known = model.config.item_features
     _check_features(features, known)
     features = _with_intervals(features, known)
-    _features_of(features.values(), known)
+    _check_values(features, known)
     num_added = tokenizer.add_items(items)
     if num_added:
         model.resize_token_embeddings(len(tokenizer))
@@ -129,6 +129,20 @@ def _with_intervals(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _check_values(features: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Raise `ValueError` that names the first item with values that a model cannot read."""
+    try:
+        _features_of(features.values(), known)
+    except (TypeError, ValueError):
+        for item, row in features.items():
+            try:
+                _features_of([row], known)
+            except (TypeError, ValueError) as error:
+                reason = str(error).replace(" for item 0", "")
+                raise ValueError(f"`features[{item!r}]` cannot be read: {reason}") from error
+        raise
 
 
 def _features_of(
