@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data import build_sequences, generate_log
 from blossomrec_hf.data.metadata import METADATA_FILE
-from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS
+from blossomrec_hf.model.ids_blossomrec import NUM_SPECIAL_IDS, UNKNOWN_TYPE
 from blossomrec_hf.utils.command_line import HelpFormatter
 
 
@@ -48,11 +48,12 @@ THEME = gr.themes.Default(primary_hue="indigo", neutral_hue="slate").set(
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample history of vocabulary ids, and the next item of its user, if known."""
+    """A sample history of vocabulary ids, the next item of its user, if known, and the events' times in seconds, if known."""
 
     label: str
     history: list[int]
     next_item: int | None = None
+    times: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,13 @@ def _samples(served: Served, data: str | None) -> list[Sample]:
         raise ValueError(f"Cannot read histories from {data!r}: {error}") from error
     samples = []
     for row in dataset.select(sorted({len(dataset) * part // NUM_SAMPLES for part in range(NUM_SAMPLES)})):
-        history = [item for item in row["input_ids"] if item > 1]
+        kept = [place for place, item in enumerate(row["input_ids"]) if item > 1]
+        history, times = (
+            [row[name][place] for place in kept] if name in row else [] for name in ("input_ids", "timestamps")
+        )
         if len(history) > 1:
-            samples.append(Sample(f"User {row['user_id']}: {len(history) - 1:,} items", history[:-1], history[-1]))
+            label = f"User {row['user_id']}: {len(history) - 1:,} items"
+            samples.append(Sample(label, history[:-1], history[-1], times[:-1]))
     return samples or [Sample("The most popular items", popular)]
 
 
@@ -179,11 +184,35 @@ def _some(words: list[str]) -> str:
     return ", ".join(word if len(word) <= 40 else f"{word[:40]}…" for word in words[:10]) + more
 
 
+def event_columns(served: Served, history: list[int]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """
+    The times and types that the model reads of the events of a history, int64 `[1, events]` by column, with notices about what
+    is not known. Times are those of the longest sample that the history begins with. Later events have the time of the last
+    one, and without a sample, all have the latest time of the training data.
+    """
+    names, columns, notices = served.model.config.event_columns, {}, []
+    if "timestamps" in names:
+        begins = [s.times for s in served.samples if s.times and s.history == history[: len(s.history)]]
+        times = max(begins, key=len, default=[])
+        last = times[-1] if times else int(served.model.model.latest_time)
+        columns["timestamps"] = torch.tensor([times + [last] * (len(history) - len(times))])
+        if len(times) < len(history):
+            notices.append(
+                "The model reads the times of events. Those of typed items are not known: they have the time of the item before."
+            )
+    if "event_type_ids" in names:
+        columns["event_type_ids"] = torch.full((1, len(history)), UNKNOWN_TYPE)
+        notices.append("The model reads the types of events, which are unknown here.")
+    return columns, notices if any(history) else []
+
+
 def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -> tuple[str, str]:
     """The HTML for a history: notices and recommendations, and their explanation."""
     history, notices = read_history(served, text or "")
     top_k = min(TOP_K, served.model.config.num_items)
-    best = served.model.recommend(torch.tensor([history or [0]]), top_k=top_k, exclude_seen=exclude_seen)
+    columns, missing = event_columns(served, history or [0])
+    notices += missing
+    best = served.model.recommend(torch.tensor([history or [0]]), top_k=top_k, exclude_seen=exclude_seen, **columns)
     items = [item for item in best.item_ids[0].tolist() if item >= 0]
     scores = best.scores[0, : len(items)]
     if history:
@@ -205,7 +234,7 @@ def answer(served: Served, text: str | None, exclude_seen: bool | None = None) -
     if not history:
         why = '<section class="why"><h2>Why these</h2><p>Without a history there is nothing to explain.</p></section>'
     else:
-        why = render_explanation(explain(served.model, history), [served.label(item) for item in history])
+        why = render_explanation(explain(served.model, history, **columns), [served.label(item) for item in history])
     return alerts + render_recommendations(heading, rows, note), why
 
 

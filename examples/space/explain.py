@@ -35,15 +35,18 @@ class LayerReading:
 
 
 @torch.no_grad()
-def explain(model: BlossomRecForSequentialRecommendation, history: Sequence[int]) -> list[LayerReading]:
+def explain(
+    model: BlossomRecForSequentialRecommendation, history: Sequence[int], **columns: torch.Tensor
+) -> list[LayerReading]:
     """
     What each layer of `model` (in evaluation mode) reads for the last position of `history`.
 
     Args:
         history: vocabulary ids, at least one, the latest last.
+        columns: the times and types of the events that the model reads, int64 `[1, events]`.
     """
     config, length = model.config, len(history)
-    outputs = model.model(torch.tensor([history], device=model.device), output_selection=True)
+    outputs = model.model(torch.tensor([history], device=model.device), output_selection=True, **columns)
     last, position = last_positions(torch.tensor([0, length]), length), torch.arange(length)
     readings = []
     for attention_type, layer, found in zip(config.attention_types, model.model.layers, outputs.selections):

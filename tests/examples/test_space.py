@@ -125,8 +125,8 @@ def app():
     return importlib.import_module("app")
 
 
-def save_checkpoint(folder, items):
-    model = make_model(num_items=len(items)).float()
+def save_checkpoint(folder, items, **settings):
+    model = make_model(num_items=len(items), **settings).float()
     model.item_counts.copy_(torch.tensor([0, 0, *range(len(items), 0, -1)]))
     model.save_pretrained(folder)
     BlossomRecTokenizer.from_items(items).save_pretrained(folder)
@@ -175,6 +175,44 @@ def test_answers_a_history(app, served):
     again, _ = app.answer(served, ", ".join(map(str, history)), exclude_seen=False)
     expected = served.model.recommend(ids, top_k=10, exclude_seen=False)
     assert [name for name, _, _ in items_of(again)] == [served.label(item) for item in expected.item_ids[0].tolist()]
+
+
+def test_a_model_of_times_and_types_reads_those_of_the_samples(app, tmp_path):
+    folder = save_checkpoint(
+        tmp_path / "model", list(range(9)), time_features=["previous_gap", "next_gap"], event_types=["view"]
+    )
+    times = [1_700_000_000 + 10**place for place in range(9)]
+    log = pl.DataFrame({"user": [1] * 9, "item": range(9), "timestamp": times})
+    log.write_csv(tmp_path / "log.csv")
+    served = app.load(str(folder), str(tmp_path / "log.csv"))
+    for vectors in (
+        *served.model.model.event_vectors.parameters(),
+        *served.model.model.prediction_vectors.parameters(),
+    ):
+        torch.nn.init.normal_(vectors)  # they start at zero
+    (sample,) = served.samples
+    assert sample.times == times[:-1]
+    unknown = "The model reads the types of events, which are unknown here."
+    typed = "The model reads the times of events. Those of typed items are not known: they have the time of the item before."
+    for text, history, seconds, notices in (
+        (served.text(sample.history), sample.history, sample.times, [unknown]),
+        (
+            served.text(sample.history) + " 3 4",
+            [*sample.history, 5, 6],
+            [*sample.times, *sample.times[-1:] * 2],
+            [typed, unknown],
+        ),
+        ("3 4", [5, 6], [0, 0], [typed, unknown]),
+    ):
+        best, why = app.answer(served, text)
+        expected = served.model.recommend(
+            [history], timestamps=[seconds], event_type_ids=[[-1] * len(history)], top_k=9
+        )
+        assert [float(score) for *_, score in items_of(best)] == pytest.approx(
+            expected.scores[0][expected.item_ids[0] >= 0].tolist(), abs=0.006
+        )
+        assert notices_of(best) == notices and f"The whole history: {len(history)} items" in why
+    assert notices_of(app.answer(served, "")[0]) == ["The history has no items of this model."]
 
 
 def test_bad_input_is_told_in_words(app, served):
