@@ -125,7 +125,8 @@ def test_times_and_types_through_the_commands(command, tmp_path):
     assert figures["test_recall@5_now"] > max(0.6, figures["test_recall@5"] + 0.15)
     summarized = json.loads((tuned / "training_summary.json").read_text())["test"]
     assert summarized == {name: figures[f"test_{name}"] for name in summarized} and "recall@5_now" in summarized
-    assert "next_gap" in (tuned / "README.md").read_text()
+    card = (tuned / "README.md").read_text()
+    assert "next_gap" in card and "`lr_scheduler_type` linear" in card
     assert "determines what is read of events" in command(
         finetune, f"--model {run} --data {new} --output_dir {tmp_path / 'none'} --time_features next_gap", fails=True
     )

@@ -24,6 +24,9 @@ class PackingCollator:
     `max_length_q` is constant too, so that compiled graphs are reused. A batch of no rows is then filled completely: it
     gives every parameter a gradient and adds nothing to the loss.
 
+    A plain `transformers.Trainer` needs `remove_unused_columns=False` for views of [`split`], which make their columns from
+    stored ones. `SequentialRecommendationTrainer` sets it.
+
     Args:
         max_length (`int`, *optional*): number of latest events of each history; by default, all.
         max_tokens (`int`, *optional*): T of every batch.

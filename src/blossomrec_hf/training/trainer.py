@@ -178,13 +178,19 @@ class SequentialRecommendationTrainer(Trainer):
             if logged:
                 named = {name.removeprefix(prefix): value for name, value in logged[-1].items()}
                 figures[part] = {name: value for name, value in named.items() if "@" in name}
-        settings = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "weight_decay", "optim")
+        settings = (
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "weight_decay",
+            "optim",
+            "lr_scheduler_type",
+        )
         return {
             "configuration": {
                 **{name: getattr(self.model.config, name, None) for name in _MODEL_SETTINGS},
                 "item_features": ",".join(getattr(self.model.config, "item_features", None) or {}) or None,
                 **{name: getattr(self.args, name) for name in settings},
-                "lr_scheduler_type": str(self.args.lr_scheduler_type),
                 "max_length": getattr(self.data_collator, "max_length", None),
                 "max_tokens": getattr(self.data_collator, "max_tokens", None),
             },
