@@ -10,6 +10,7 @@ from blossomrec_hf.data import build_sequences, hold_out_nothing, repeat_share
 from blossomrec_hf.data.metadata import read_item_metadata
 from blossomrec_hf.data.storage import load_folder
 from blossomrec_hf.sharing.cards import train_command
+from blossomrec_hf.training.recipes import RECIPES
 
 
 def test_trains_saves_and_recommends(trained, log_file):
@@ -22,6 +23,11 @@ def test_trains_saves_and_recommends(trained, log_file):
     assert float(table[3]) == round(result["test"]["ndcg@10"], 4) > 0.3  # chance: 0.076
     assert result["seed"] == 42 and "seed" not in result["configuration"]
     assert result["configuration"]["hidden_size"] == 16 and result["training"]["epochs"] == 15
+    # Half of the users have 20 events or more: recipe "medium", of which the options replace settings.
+    settings = {**result["configuration"], "scoring": model.config.scoring}
+    for name in ("hidden_dropout_prob", "ema_decay", "eval_epochs", "scoring"):
+        assert settings[name] == RECIPES["medium"].settings[name], name
+    assert settings["max_length"] == 20
 
     # Users of this log repeat items: nothing is excluded, and both kinds of targets are reported. The model knows it.
     share = repeat_share(build_sequences(log_file)[0])

@@ -327,7 +327,7 @@ def test_killed_at_any_moment_it_reaches_the_same_weights(tmp_path):
 
 def test_another_run_is_not_resumed(log, tmp_path):
     make_loop(log, tmp_path, num_train_epochs=1).run()
-    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.5 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.5 now\); give the arguments"):
         make_loop(log, tmp_path, num_train_epochs=1, resume=True, learning_rate=0.5).run()
     with pytest.raises(ValueError, match=r"hidden_dropout_prob: 0.3 there, 0.1 now"):
         make_loop(log, tmp_path, num_train_epochs=1, resume=True, model=make_model(hidden_dropout_prob=0.1)).run()

@@ -278,7 +278,10 @@ class RunFolder:
             if part != "processes" and saved.get(part, {}).get(key) != value
         ]
         if differences:
-            raise ValueError(f"`resume`: {folder} is of another run. {'; '.join(differences)}.")
+            raise ValueError(
+                f"`resume`: {folder} is of another run ({'; '.join(differences)}); give the arguments and data of "
+                "that run, or another `output_dir`."
+            )
         before, now = saved["processes"]["number"], self.accelerator.num_processes
         if before != now:
             # Steps are planned for all processes together, so they stay the same; only the dropout is drawn anew.
