@@ -104,6 +104,7 @@ def _run(
     os.environ |= environment
     tempfile.tempdir = None  # read from the environment again
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # that of a new process, not the one that started this process
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if spawn_by_fork:

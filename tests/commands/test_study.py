@@ -52,7 +52,7 @@ def test_a_killed_study_does_the_missing_runs(prepared, run_command):
     done = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in records.glob("*.json")}
     assert 1 <= len(done) < 3
 
-    printed = run_command("study", *arguments, "--per_device", 2)
+    printed = run_command("study", *arguments, "--per_device", 2, spawn_by_fork=True)
     assert len(list(records.glob("*.json"))) == len(list(records.glob("*.npz"))) == 3
     for name, (written, content) in done.items():
         assert (records / name).stat().st_mtime_ns == written and (records / name).read_bytes() == content

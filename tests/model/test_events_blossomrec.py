@@ -420,7 +420,8 @@ def test_equal_features_in_another_order_are_equal():
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_training_compiles_without_graph_breaks(layout):
-    model = event_recommender(**EVERYTHING, hidden_dropout_prob=0.0, time_dropout_prob=0.0).train()
+    layers = {"num_hidden_layers": 1, "attention_types": "blossom", "hidden_dropout_prob": 0.0}
+    model = event_recommender(**EVERYTHING, **layers, time_dropout_prob=0.0).train()
     log = timed(20, 3, 60)
     batch = log.packed() if layout == "packed" else log.padded("left")
     losses, gradients = [], []
