@@ -251,7 +251,7 @@ def parse_arguments(
         listed = "; ".join(
             f"{name}: {recipe.purpose} (found on {recipe.found_on})" for name, recipe in recipes.items()
         )
-        default = f"short if half of the users have fewer than {SHORT_MEDIAN} events, and medium if not"
+        default = f"short if the median user has fewer than {SHORT_MEDIAN} events, and medium if not"
         parser.add_argument(
             "--recipe",
             help=f"Settings that replace the defaults. {listed}; none. By default, {default}; none with --config and with the "
