@@ -11,7 +11,7 @@ _NAME = re.compile(r"(\S+) to (\S+)")
 
 
 def interval_ranks(numbers: np.ndarray) -> np.ndarray:
-    """The interval of each number, float64 of the same shape, in ascending order of the numbers; not finite without one."""
+    """Ranks of the intervals of numbers, float64 of the same shape; NaN or infinite where the number is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = np.floor(2 * np.log2(np.abs(numbers)))
         return np.where(numbers == 0, 0, np.sign(numbers) * (steps + _ZERO_STEP))

@@ -129,8 +129,8 @@ def short_card(repo_id: str) -> str:
 
 def train_command(run: Mapping[str, Any]) -> str:
     """
-    The `blossomrec train` command that repeats a run, from its `changed_arguments` and `seed`. It names no recipe, because the
-    arguments differ from the plain defaults.
+    The `blossomrec train` command that repeats a run, from its `changed_arguments` and `seed`. These include what a recipe
+    has set, so that the command has `--recipe none`.
     """
     lines = ["blossomrec train --recipe none"]
     for name, value in [*run["changed_arguments"].items(), ("seed", run["seed"])]:
