@@ -114,7 +114,7 @@ def test_the_reason_of_a_failed_run_is_one_line(prepared, run_command):
     study = STUDY.replace("[1, 2]", "[1]").replace("blossom: {}", "blossom: {event_types: [view]}")
     (prepared / "pair.yaml").write_text(study.replace("  full: {attention_types: full}\n", "").split("comparisons")[0])
     arguments = ("--data_dir", prepared, "--output_dir", prepared / "out", "--only", "runs")
-    error = run_command("study", prepared / "pair.yaml", *arguments, status=2, field="stderr")
+    error = run_command("study", prepared / "pair.yaml", *arguments, spawn_by_fork=True, status=2, field="stderr")
     (line,) = [line for line in error.splitlines() if "A run failed" in line]
     assert "small-blossom-1-" in line and ".log: ValueError: " in line and "event_type_ids" in line
     assert error.splitlines()[-1].startswith("1 of the runs failed; correct the cause") and "Traceback" not in error
