@@ -11,8 +11,8 @@ A study is a YAML file; its name is that of the study:
     data: {ml-1m: ml-1m.safetensors}         # paths in --data_dir: of `blossomrec export --data`, a prepared folder, or a log
     seeds: [1, 2, 3]
     settings: {num_hidden_layers: 3, num_train_epochs: 40, mixed_precision: bf16}   # of all runs: arguments of
-                                             # `blossomrec train`, and settings of BlossomRecConfig; item_features: all, or
-                                             # columns of the item table, separated by commas
+                                             # `blossomrec train`, as with --recipe none, and settings of BlossomRecConfig;
+                                             # item_features: all, or columns of the item table, separated by commas
     configurations:                          # by name, settings that replace those of the study
       blossom: {num_key_value_heads: 8}
       full: {attention_types: full, num_key_value_heads: 8}
