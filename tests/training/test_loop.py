@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -370,7 +371,9 @@ class FullDiskLoop(TrainingLoop):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before(log, tmp_path, monkeypatch):
+    # Python would keep the first bytes of a module that is imported meanwhile for every later process.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loop = make_loop(log, tmp_path, FullDiskLoop, save_steps=4)
     with pytest.raises(OSError, match="could not write .*checkpoint-8"):
         loop.run()
