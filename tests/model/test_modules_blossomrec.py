@@ -150,7 +150,7 @@ def test_adapters_of_the_head_and_the_compressor_take_part(names):
             module.merge()
     loss, expected = twin(ids, labels=ids).loss, merged(ids, labels=ids).loss
     torch.testing.assert_close(loss, expected)
-    assert (loss - model(ids, labels=ids).loss).abs() > 1e-4
+    assert (twin(ids).logits - model(ids).logits).abs().max() > 1e-2  # the change of the loss may cancel
     loss.backward()
     adapters = [p for n, p in twin.named_parameters() if "lora" in n]
     assert adapters and all(p.grad is not None and p.grad.any() for p in adapters)
