@@ -106,7 +106,8 @@ def _run(
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # that of a new process, not the one that started this process
     if max_file_bytes is not None:
-        sys.dont_write_bytecode = True  # Python would keep the first bytes of a module for every later process
+        # Python would keep the first bytes of a module that is imported now for every later process.
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if spawn_by_fork:
         multiprocessing.context._concrete_contexts["spawn"] = multiprocessing.get_context("fork")
