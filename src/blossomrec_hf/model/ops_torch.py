@@ -239,7 +239,7 @@ def _rank_for_one_each(
     q: torch.Tensor, rows: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, width: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_RankBlocks` of queries `[Q, G, d]` of one history each, without gradients; π and indices are `[Q, G, k]`."""
-    num_groups, none = rows.shape[1], q.new_tensor(-1000 * LOG2E)  # the constant logit
+    num_groups, none = rows.shape[1], q.new_full((), -1000 * LOG2E)  # the constant logit
     group, pis, chosen = torch.arange(num_groups, device=q.device)[:, None], [], []
     for part, met in _slices(begin[:, None], end[:, None], width, k, num_groups):
         # In the order of the product, which would copy them otherwise.

@@ -246,7 +246,9 @@ class _Slices(NamedTuple):
             slots = slice(begin * size, end * size)
             out[slots].view(end - begin, -1, self.width).baddbmm_(probs.div_(total).mT, values, beta=0)
             lse[slots].view_as(top).copy_(top.add_(total.log2_()))
-        out[-1], lse[-1] = 0, NEVER
+        # A number that is assigned becomes a tensor on the CPU when it is compiled, which a CUDA graph refuses to copy.
+        out[-1].zero_()
+        lse[-1].fill_(NEVER)
         return out, lse
 
     def backward(self, q, k, v, grad, lse, delta, empty, with_factor: bool):
@@ -267,7 +269,7 @@ class _Slices(NamedTuple):
             of_queries = grad_q[slots].view_as(queries).baddbmm_(of_logits.mT, keys, beta=0)
             if with_factor:
                 of_factor[slots] = (of_queries * queries).view(-1, q.shape[1]).sum(1)
-        grad_q[-1] = 0
+        grad_q[-1].zero_()
         return grad_q, grad_k, grad_v, of_factor
 
 
