@@ -432,6 +432,11 @@ def test_bad_columns_are_refused():
             use()
     with pytest.raises(ValueError, match="plot has vectors with values that are no numbers"):
         ItemFeatures.from_columns({"plot": [[1.0, 2.0], [1.0, "x"]]})
+    for value in (3, 2.5, True):
+        with pytest.raises(
+            ValueError, match=f"plot has {value} for item 1; give a vector, or None in place of a missing"
+        ):
+            ItemFeatures.from_columns({"plot": [[1.0, 2.0], value]})
 
 
 def test_a_column_of_zeros_is_no_missing_column(tmp_path):

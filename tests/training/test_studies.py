@@ -250,3 +250,19 @@ def test_changed_code_is_named():
     assert changed_code({"code": [entry]}) == []
     files = {**entry["files"], "training/loop.py": "0", "gone.py": "1"}
     assert changed_code({"code": [entry, {"files": files}]}) == ["gone.py", "training/loop.py"]
+
+
+@pytest.mark.parametrize(
+    ("file", "setting"),
+    [
+        ("model/events_blossomrec.py", "event_types"),
+        ("model/time_blossomrec.py", "time_features"),
+        ("model/features_blossomrec.py", "item_features"),
+    ],
+)
+def test_code_of_features_counts_in_studies_of_them(file, setting):
+    entry = code_entry()
+    assert file in entry["files"]
+    code, others = {"files": {**entry["files"], file: "0"}}, {"plain": {"settings": {"hidden_size": 8}}}
+    assert changed_code({"code": [code], "records": others}) == []
+    assert changed_code({"code": [code], "records": others | {"more": {"settings": {setting: []}}}}) == [file]

@@ -189,6 +189,11 @@ def unit_table(name: str, values: Sequence[Any] | np.ndarray, size: int | None =
         ValueError: for vectors of another size, and for values that are not finite.
     """
     if not isinstance(values, np.ndarray):
+        for item, value in enumerate(values):
+            if value is not None and not hasattr(value, "__len__"):
+                raise ValueError(
+                    f"{name} has {value!r:.80} for item {item}; give a vector, or None in place of a missing one."
+                )
         sizes = {len(value) for value in values if value is not None}
         size = size if size is not None or not sizes else next(iter(sizes))
         if sizes - {size}:

@@ -35,6 +35,11 @@ CODE = """
     training/averaging.py training/gradients.py training/graphs.py training/initialize.py training/loop.py
     training/optimizer.py training/plan.py training/step.py training/study_runs.py
 """.split()
+# Models with none of these settings run nothing of these files.
+CODE_OF_SETTINGS = {
+    ("time_features", "event_types"): ("model/events_", "model/time_"),
+    ("item_features",): ("model/features_",),
+}
 _PARTS = "description imports data seeds settings configurations grid evaluations users comparisons slopes costs baselines".split()
 _LOOP_NAMES = {f.name for f in fields(LoopArguments)} - {"output_dir", "seed", "resume", "push_to_hub"}
 # `item_features` names columns of the data, as in `blossomrec train`; the configuration follows from them.
@@ -359,7 +364,8 @@ def code_of_studies(imports: Sequence[Path] = ()) -> dict[str, str]:
 
 def changed_code(results: Mapping[str, Any], imports: Sequence[Path] = ()) -> list[str]:
     """
-    The files that differ from those with which some of the `results` of a study were measured.
+    The files that differ from those with which some of the `results` of a study were measured, without those that none of its
+    runs uses, see `CODE_OF_SETTINGS`.
 
     Args:
         results: the content of the JSON file of a study.
@@ -368,7 +374,9 @@ def changed_code(results: Mapping[str, Any], imports: Sequence[Path] = ()) -> li
     now, changed = code_of_studies(imports), set()
     for code in results["code"]:
         changed |= {name for name in code["files"].keys() | now.keys() if code["files"].get(name) != now.get(name)}
-    return sorted(changed)
+    settings = {name for record in results.get("records", {}).values() for name in record["settings"]}
+    unused = [file for names, files in CODE_OF_SETTINGS.items() if settings.isdisjoint(names) for file in files]
+    return sorted(name for name in changed if not name.startswith(tuple(unused)))
 
 
 def code_entry(imports: Sequence[Path] = ()) -> dict[str, Any]:
