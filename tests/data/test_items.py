@@ -17,6 +17,7 @@ from blossomrec_hf.data.intervals import are_intervals, interval_of
 from blossomrec_hf.data.metadata import item_metadata, read_item_metadata, write_item_metadata
 from blossomrec_hf.data.options import ItemOptions
 from blossomrec_hf.model.tokenization_blossomrec import BlossomRecTokenizer
+from blossomrec_hf.training import LogArguments
 
 
 NUMBERS = st.one_of(st.none(), st.just(0.0), st.integers(-50, 50), st.floats(-1e6, 1e6), st.just(math.inf))
@@ -131,6 +132,24 @@ def test_numbers_in_one_interval_are_reported(tmp_path):
         "1 of 3 items have no year",
         "all numbers of year lie in the interval 1448 to 2048; item_categories=… keeps each number apart",
     ]
+
+
+def test_the_table_may_name_item_ids_as_the_log_does_and_have_any_separator(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text("who,sku\nu,x1\nu,x2\nv,x1\n")
+    (tmp_path / "items.csv").write_text("id;SKU;title;brand\n7;x1;One, first;a\n8;x2;Two;b\n")
+    options = [*("--user", "who", "--items", str(tmp_path / "items.csv")), "--item_categories", "brand"]
+    prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "out"), "--item", "sku", *options])
+    table = read_item_metadata(tmp_path / "out")
+    assert table.select("item", "title", "brand").rows() == [("x1", "One, first", ["a"]), ("x2", "Two", ["b"])]
+    log = LogArguments(data=str(tmp_path / "log.csv"), user="who", item="sku", titles=str(tmp_path / "items.csv"))
+    assert log.item_titles(BlossomRecTokenizer.from_items(["x1"]))["title"].to_list() == ["One, first"]
+
+    (tmp_path / "items.csv").write_text("article,title\nx1,One\n")
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main([str(tmp_path / "log.csv"), "--output_dir", str(tmp_path / "no"), "--item", "sku", *options])
+    assert "the one of item ids has to be called as in the log (item=…), or item_id" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'item_id', 'price'; the one of titles has to be called title or"):
+        item_metadata(pl.DataFrame({"item_id": [1], "price": [2]}), BlossomRecTokenizer.from_items([1]))
 
 
 def test_genres_of_movielens(tmp_path):

@@ -302,7 +302,7 @@ def test_titles_stand_beside_the_dataset(tmp_path):
     ]  # fmt: skip
     assert join_item_metadata([None, None]) is None
     assert read_item_metadata(tmp_path) is None
-    with pytest.raises(ValueError, match="one has to be called"):
+    with pytest.raises(ValueError, match="the one of item ids has to be called"):
         item_metadata(pl.DataFrame({"key": [1]}), BlossomRecTokenizer.from_items([1]))
 
 

@@ -132,6 +132,14 @@ def test_digits_are_added_to_text_and_text_is_not_added_to_integers():
     assert len(integers) == 4
 
 
+def test_a_single_string_is_not_read_as_a_list_of_its_characters():
+    tokenizer = BlossomRecTokenizer.from_items(["sku-1", "sku-2"])
+    for call in (tokenizer.add_items, tokenizer.encode_items, BlossomRecTokenizer.from_items):
+        with pytest.raises(ValueError, match=r"`items` is 'sku-3'; it must be a list of raw ids, such as \['sku-3'\]"):
+            call("sku-3")
+    assert len(tokenizer) == 4
+
+
 @pytest.mark.parametrize("items", [[1, "2"], ["1", 2], [1, 2.5], [True, False], [None]])
 def test_mixed_types_are_refused(items):
     with pytest.raises(ValueError, match="`items` has"):

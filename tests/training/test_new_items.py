@@ -74,6 +74,12 @@ def test_bad_vectors_change_nothing(vector, named):
     assert len(tokenizer) == model.config.vocab_size == 5
 
 
+def test_vectors_may_be_lists():
+    tokenizer, model = BlossomRecTokenizer.from_items([10, 20, 30]), make_model(5)
+    assert add_items(model, tokenizer, [7], vectors={7: [0.5] * 16}) == 1
+    assert model.item_vectors([5]).tolist() == [[0.5] * 16]
+
+
 def test_the_tokenizer_of_another_model_does_not_cut_the_vocabulary():
     tokenizer, model = BlossomRecTokenizer.from_items([10, 20, 30]), make_model(60)
     with pytest.raises(ValueError, match="`tokenizer` has 5 ids, the model's vocabulary 60; give the tokenizer"):

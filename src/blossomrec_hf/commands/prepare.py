@@ -42,8 +42,8 @@ class PrepareArguments:
     items: str | None = field(
         default=None,
         metadata={
-            "help": "File of item titles and features: movies.dat, u.item, .item, CSV, JSON lines, Parquet; by default, that of "
-            "the log."
+            "help": "File of item titles and features: movies.dat, u.item, .item, CSV, JSON lines, Parquet, with item ids in a "
+            "column called as in the log (--item) or by a usual name; by default, that of the log."
         },
     )
     tokenizer: str | None = field(

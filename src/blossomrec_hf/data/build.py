@@ -89,7 +89,7 @@ def build_sequences(
         check_output_dir(output_dir, overwrite=overwrite)
     log = open_log(source, reading)
     _check_columns(log, events, filters)
-    table = open_items(log.titles if items is None else items, features)
+    table = open_items(log.titles if items is None else items, features, reading.item)
     report = FilterReport(log.name, log.format, license=log.license)
     report.note(log.notes)
     with _scratch_folder(output_dir) as scratch:
@@ -112,9 +112,9 @@ def build_sequences(
     return load_folder(output_dir), tokenizer
 
 
-def open_items(items: Any, features: ItemOptions) -> ItemTable | None:
+def open_items(items: Any, features: ItemOptions, item: str | None) -> ItemTable | None:
     """
-    The item table, if there is one.
+    The item table, if there is one. `item` is the log's column of item ids, see [`~data.metadata.item_metadata`].
 
     Raises:
         FileNotFoundError: if its file does not exist.
@@ -127,7 +127,7 @@ def open_items(items: Any, features: ItemOptions) -> ItemTable | None:
         raise ValueError(
             f"{names} are columns of an item table, but none is given; give its file with items=… (--items)."
         )
-    return None if items is None else ItemTable(items, features)
+    return None if items is None else ItemTable(items, features, item=item)
 
 
 def _check_columns(log: Log, events: EventOptions, filters: FilterOptions) -> None:

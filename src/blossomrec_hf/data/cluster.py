@@ -77,7 +77,7 @@ def build_sequences_on_spark(
         )
     output_dir = Path(output_dir)
     check_output_dir(output_dir, overwrite=overwrite)
-    table = open_items(items, features)
+    table = open_items(items, features, reading.item)
     sources = check_given(source) if isinstance(source, Mapping) else {"": source}
     report = FilterReport(Path(next(iter(sources.values()))).name, "parquet")
     log, types = _ingest(spark, sources, reading, filters, events, report)

@@ -13,7 +13,8 @@ from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .event_table import METADATA_FILE
 from .intervals import are_intervals, interval_name, interval_ranks
-from .options import ItemOptions
+from .lines import find_separator
+from .options import ItemOptions, LogOptions
 from .parts import reading
 from .text_files import LogFile, read_blocks
 from .text_vectors import as_texts, load_text_model, text_vectors
@@ -28,7 +29,9 @@ _TITLE = ("title", "movie_title", "name", "app_name", "item_name", "caption")
 _YEAR = r"\((\d{4})\)\s*$"  # of "Toy Story (1995)"
 
 
-def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOptions = ItemOptions()) -> pl.DataFrame:
+def item_metadata(
+    source: Any, tokenizer: BlossomRecTokenizer, options: ItemOptions = ItemOptions(), *, item: str | None = None
+) -> pl.DataFrame:
     """
     The item table of a vocabulary: titles and features.
 
@@ -38,6 +41,8 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOpti
         tokenizer: the vocabulary.
         options ([`ItemOptions`]): which columns are features. If there is no column `year`, it is the year and the decade of
             titles such as "Toy Story (1995)".
+        item: name of the log's column of item ids, which is read if the table has it, too. Otherwise, and by default, the
+            column goes by a usual name.
 
     Returns:
         `polars.DataFrame` in vocabulary order: `item` (the raw id), `title`, `input_id` (int32, the vocabulary id) and the other
@@ -47,10 +52,10 @@ def item_metadata(source: Any, tokenizer: BlossomRecTokenizer, options: ItemOpti
         texts of a column NAME are in the column NAME_vector.
 
     Raises:
-        ValueError: if no column has a usual name of the item id or the title, a feature is no column, vectors have
+        ValueError: if no column is known to be the item id or the title, a feature is no column, vectors have
             different lengths, the text model cannot be loaded, or the file is damaged.
     """
-    return ItemTable(source, options).align(tokenizer)
+    return ItemTable(source, options, item=item).align(tokenizer)
 
 
 class ItemTable:
@@ -58,23 +63,29 @@ class ItemTable:
     An item table that is read and checked before the vocabulary is known.
 
     Args:
-        source, options: see [`item_metadata`].
+        source, options, item: see [`item_metadata`].
 
     Raises:
         ValueError: see [`item_metadata`].
     """
 
-    def __init__(self, source: Any, options: ItemOptions) -> None:
+    def __init__(self, source: Any, options: ItemOptions, *, item: str | None = None) -> None:
         frame = source if isinstance(source, pl.DataFrame) else _read(source)
         columns, kinds = frame.columns, options.columns
         chosen = [name for names in kinds.values() for name in names]
         plain = {name.lower().split(":")[0]: name for name in reversed(columns)}
-        item = next((plain[name] for name in _ITEM if name in plain), None)
+        named_item = [] if item is None else [item.lower().split(":")[0]]
+        item = next((plain[name] for name in (*named_item, *_ITEM) if name in plain), None)
         title = next((plain[name] for name in _TITLE if name in plain), None)
-        if item is None or (title is None and not chosen):
+        if item is None:
             raise ValueError(
-                f"items has the columns {', '.join(map(repr, columns))}; one has to be called {' or '.join(_ITEM)}, and "
-                f"one {' or '.join(_TITLE)}, unless features are chosen."
+                f"items has the columns {', '.join(map(repr, columns))}; the one of item ids has to be called as in the log "
+                f"(item=…), or {' or '.join(_ITEM)}."
+            )
+        if title is None and not chosen:
+            raise ValueError(
+                f"items has the columns {', '.join(map(repr, columns))}; the one of titles has to be called "
+                f"{' or '.join(_TITLE)}, unless features are chosen."
             )
         if "year" in chosen and "year" not in plain and title is not None:
             frame, columns = _add_year(frame, title), [*columns, "year"]
@@ -253,8 +264,8 @@ def _read(source: Any) -> pl.DataFrame:
             fields = pl.col("line").str.splitn("|" if path.name == "u.item" else "::", 3).struct
             names = ["item_id", "title", *(["genres"] if suffix == "dat" else [])]
             return lines.select(fields.field(f"field_{place}").alias(name) for place, name in enumerate(names))
-        separator = "," if suffix == "csv" else "\t"
-        quote = '"' if separator == "," else None
+        separator = find_separator(text.split(b"\n", 1)[0].decode(), LogOptions()) if suffix == "csv" else "\t"
+        quote = None if separator == "\t" else '"'
         return pl.read_csv(text, separator=separator, quote_char=quote, infer_schema=False, encoding="utf8-lossy")
 
 

@@ -183,9 +183,9 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
             item_type (`"int"` or `"str"`, *optional*): Type of raw ids. Defaults to the type of the first item.
 
         Raises:
-            ValueError: If the types are mixed, or an item is repeated.
+            ValueError: If `items` is a single string, the types are mixed, or an item is repeated.
         """
-        items = list(items)
+        items = _as_list(items)
         if item_type is None:
             item_type = "str" if not items or isinstance(items[0], str) else "int"
         tokens = _to_tokens(items, item_type)
@@ -206,7 +206,7 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         Convert raw ids to vocabulary ids, in order. Unknown items become `unk_token_id`.
 
         Raises:
-            ValueError: If an item is not of this tokenizer's `item_type`.
+            ValueError: If `items` is a single string, or an item is not of this tokenizer's `item_type`.
         """
         unknown = self.unk_token_id
         ids = map(self._tokenizer.token_to_id, _to_tokens(items, self.item_type))
@@ -258,9 +258,10 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
             `int`: The number of new items.
 
         Raises:
-            ValueError: If an item is a string, for a vocabulary of integers. Nothing is added then.
+            ValueError: If `items` is a single string, or an item is a string, for a vocabulary of integers. Nothing is
+                added then.
         """
-        items = items.tolist() if hasattr(items, "tolist") else list(items)
+        items = _as_list(items)
         if self.item_type == "str":
             is_integer = [hasattr(item, "__index__") and not isinstance(item, bool) for item in items]
             items = [str(int(item)) if integer else item for item, integer in zip(items, is_integer)]
@@ -293,8 +294,15 @@ class BlossomRecTokenizer(ManifestMixin, PreTrainedTokenizerFast):
         return " ".join(_to_tokens(text, self.item_type))
 
 
+def _as_list(items: Any) -> list:
+    """A list of raw ids. A string is refused, because its characters would be the ids."""
+    if isinstance(items, str):
+        raise ValueError(f"`items` is {items!r}; it must be a list of raw ids, such as [{items!r}].")
+    return items.tolist() if hasattr(items, "tolist") else list(items)
+
+
 def _to_tokens(items: Iterable[int | str], item_type: str) -> list[str]:
-    items = items.tolist() if hasattr(items, "tolist") else list(items)
+    items = _as_list(items)
     wanted = int if item_type == "int" else str
     for item in items:
         if not isinstance(item, wanted) or isinstance(item, bool):

@@ -168,7 +168,7 @@ class LogArguments(FilterOptions, EventOptions, LogOptions, _LogSource):
             source = stored if stored.exists() else None
         elif source is None:
             source = open_log(self.data, LogOptions(**self._options(LogOptions))).titles
-        return None if source is None else item_metadata(source, tokenizer)
+        return None if source is None else item_metadata(source, tokenizer, item=self.item)
 
     def item_features(self, names: str, dataset: EventTable, tokenizer: BlossomRecTokenizer) -> "ItemFeatures":
         """

@@ -61,7 +61,7 @@ def add_items(
             f"`tokenizer` has {first_new} ids, the model's vocabulary {model.config.vocab_size}; give the tokenizer that was "
             "saved with the model."
         )
-    vectors = {str(item): vector for item, vector in (vectors or {}).items()}
+    vectors = {str(item): np.asarray(vector) for item, vector in (vectors or {}).items()}
     for item, vector in vectors.items():
         if vector.shape != (width,):
             raise ValueError(
