@@ -12,8 +12,9 @@ from card_rules import metadata_errors
 from checkpoint_cases import error_message
 from huggingface_hub import ModelCard
 
+from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.sharing.cards import model_card, train_command, write_card
-from blossomrec_hf.sharing.summary import group_runs
+from blossomrec_hf.sharing.summary import group_runs, write_summary
 from blossomrec_hf.training import changed_arguments
 
 
@@ -99,7 +100,7 @@ def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
     refit = {**first, "validation": first["test"], "refit": True}
     del refit["test"]
     text = model_card(refit, name="shop").text
-    assert "validation figures" in text and "0.2000" in text and "It has no test figures." in text
+    assert "Validation figures on ring.csv: the target" in text and "0.2000" in text and "It has no test figures." in text
     nothing = {name: value for name, value in first.items() if name != "test"}
     card = model_card(nothing, name="shop")
     assert "nothing was measured" in card.text and not card.data.eval_results
@@ -144,6 +145,17 @@ def test_the_example_of_a_card_gives_the_columns_that_the_model_reads(settings, 
     (line,) = [line for line in text.splitlines() if line.startswith("recommender(")]
     compile(line, "card", "exec")
     assert [name for name in ("timestamps", "now", "event_types") if f'"{name}": ' in line] == columns
+
+
+def test_the_example_of_a_card_has_items_of_the_catalog(tmp_path):
+    write_summary(tmp_path, run(time_features="hour"))
+    BlossomRecTokenizer.from_items(["sku-1", 'a "b"', "é"]).save_pretrained(tmp_path)
+    assert 'recommender({"items": ["sku-1", "a \\"b\\""], "timestamps": [' in write_card(tmp_path).read_text("utf-8")
+    BlossomRecTokenizer.from_items([7]).save_pretrained(tmp_path)
+    assert 'recommender({"items": [7], "timestamps": [1795680000], "now": ' in write_card(tmp_path).read_text("utf-8")
+    write_summary(tmp_path, run())
+    BlossomRecTokenizer.from_items(["a", "b", "c", "d", "é"]).save_pretrained(tmp_path)
+    assert 'recommender(["a", "b", "c", "d"], top_k=10)' in write_card(tmp_path).read_text("utf-8")
 
 
 def test_a_card_names_what_the_model_reads_besides_item_ids():

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from blossomrec_hf.utils import environment
-from blossomrec_hf.utils.environment import COMPILE_PASSES, check_processes, keep_compiled_code, worth_compiling
+from blossomrec_hf.utils.environment import (
+    COMPILE_PASSES,
+    check_processes,
+    describe_environment,
+    keep_compiled_code,
+    worth_compiling,
+)
 
 
 def test_long_runs_on_a_gpu_are_compiled_by_default():
@@ -35,3 +41,10 @@ def test_processes_that_work_alone_are_refused(monkeypatch):
     check_processes(2)
     with pytest.raises(ValueError, match="WORLD_SIZE is 2, but 1 process works alone; .* ACCELERATE_USE_CPU=true"):
         check_processes(1)
+
+
+@pytest.mark.parametrize(("threads", "device"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_the_device_is_named_in_english(threads, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert describe_environment()["device"] == device

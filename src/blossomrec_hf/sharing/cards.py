@@ -1,5 +1,6 @@
 """Model cards, written from the results of training runs."""
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..model.streams_blossomrec import ATTENTION_TYPES, stream_names
+from ..model.tokenization_blossomrec import BlossomRecTokenizer
 from ..utils.files import atomic_write
 from .summary import RunGroup, group_runs, read_summary
 
@@ -52,6 +55,7 @@ def model_card(
     published: Sequence[Mapping[str, Any]] = (),
     pictures: Sequence[str] = (),
     license: str | None = None,
+    items: Sequence[int | str] = (41, 73, 12, 95),
     k: int = 10,
 ) -> ModelCard:
     """
@@ -67,6 +71,7 @@ def model_card(
         published: figures of other publications, one `{"model", "recall@10", "ndcg@10", "protocol", "source"}` each.
         pictures: the names of pictures in the folder of the card.
         license: the license of the weights, as an identifier of the Hub.
+        items: raw item ids for the example of the card.
         k: the cut-off of the figures in the card.
 
     Raises:
@@ -86,7 +91,7 @@ def model_card(
         eval_results=[result for group in models for result in _eval_results(group, dataset_name, suffixes, k)]
         or None,
     )
-    text = [f"# {name}", "", _introduction(models[0]), "", *_usage(repo_id, models[0])]
+    text = [f"# {name}", "", _introduction(models[0]), "", *_usage(repo_id, models[0], items)]
     text += ["## Results", "", *_results(groups, dataset_name, suffixes, k), ""]
     text += _published_table(published, k)
     text += ["## Training", "", *_training(groups), ""]
@@ -99,7 +104,8 @@ def model_card(
 
 def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -> Path:
     """
-    Write the README.md of a run from its `training_summary.json`, with the pictures in its folder.
+    Write the README.md of a run from its `training_summary.json`, with the pictures in its folder. The example has the most
+    frequent items of the tokenizer there, if there is one.
 
     Args:
         folder: the folder of the run.
@@ -111,6 +117,9 @@ def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -
     """
     folder = Path(folder)
     pictures = [picture for picture in PICTURES if (folder / picture).exists()]
+    if (folder / "tokenizer.json").exists():
+        tokenizer = BlossomRecTokenizer.from_pretrained(folder)
+        options.setdefault("items", tokenizer.decode_items(range(NUM_SPECIAL_IDS, len(tokenizer)))[:4])
     card = model_card(read_summary(folder), name=name or folder.resolve().name, pictures=pictures, **options)
     path = folder / "README.md"
     with atomic_write(path) as partial:
@@ -203,17 +212,22 @@ def _signals(group: RunGroup) -> str:
     return f" Besides item ids, it reads {', '.join(first)}{' and ' * bool(first)}{last}." if read else ""
 
 
-def _call(group: RunGroup) -> str:
+def _call(group: RunGroup, items: Sequence[int | str]) -> str:
     """A line that asks the pipeline for recommendations, with the columns that the model reads."""
-    columns = '"timestamps": [1795680000, 1795766400], "now": 1795770000' if group.time_features else ""
+    shown = list(items[:2] if group.time_features or group.reads_event_types else items)
+    columns = {"items": json.dumps(shown, ensure_ascii=False)}
+    if group.time_features:
+        times = [1795680000, 1795766400][: len(shown)]
+        columns |= {"timestamps": times, "now": 1795770000}
     if group.reads_event_types:
-        columns += (", " if columns else "") + '"event_types": recommender.model.config.event_types[:1] * 2'
-    if columns:
-        return f'recommender({{"items": [41, 73], {columns}}}, top_k=10)  # the latest last, times in seconds'
-    return "recommender([41, 73, 12, 95], top_k=10)  # raw item ids of a history, the latest last"
+        columns["event_types"] = f"recommender.model.config.event_types[:1] * {len(shown)}"
+    if len(columns) == 1:
+        return f"recommender({columns['items']}, top_k=10)  # raw item ids of a history, the latest last"
+    columns = ", ".join(f'"{name}": {value}' for name, value in columns.items())
+    return f"recommender({{{columns}}}, top_k=10)  # the latest last, times in seconds"
 
 
-def _usage(repo_id: str, group: RunGroup) -> list[str]:
+def _usage(repo_id: str, group: RunGroup, items: Sequence[int | str]) -> list[str]:
     own = {name for kind in group.attention_types for name in stream_names(kind)}.difference(ATTENTION_TYPES)
     needs = "`trust_remote_code` is not needed"
     if own:
@@ -222,7 +236,7 @@ def _usage(repo_id: str, group: RunGroup) -> list[str]:
     return [
         *("## Use", "", "```python", "from transformers import pipeline", ""),
         f'recommender = pipeline("sequential-recommendation", model="{repo_id}", trust_remote_code=True)',
-        _call(group),
+        _call(group, items),
         *("```", ""),
         f"After `import blossomrec_hf`, {needs}. Remote code runs when the model is loaded: pin `revision=` to a commit "
         "that you have read.",
@@ -290,9 +304,7 @@ def _results_table(groups: Sequence[RunGroup], suffixes: Mapping[str, str], k: i
 
 def _protocol(groups: Sequence[RunGroup], dataset_name: str, suffixes: Mapping[str, str]) -> str:
     part = {"test": "the last item of each history", "validation": "the second-to-last item of each history"}
-    text = (
-        f"{dataset_name[0].upper()}{dataset_name[1:]}, {groups[0].part} figures: the target is {part[groups[0].part]}"
-    )
+    text = f"{groups[0].part.capitalize()} figures on {dataset_name}: the target is {part[groups[0].part]}"
     if "_uni100" not in suffixes:
         text += ", ranked among all items"
     text += ". Items with equal scores share ranks. "

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HOME
 
+from .progress import count_noun
+
 
 # Passes of a model from which compilation pays on a GPU. Of training steps it takes 8 s more than capturing alone (1 s if
 # compiled code was kept) and saves 5 ms per step of 65,536 items (two layers, width 128; six layers, width 256, 16,384
@@ -45,7 +47,8 @@ def describe_environment() -> dict[str, Any]:
             installed[package] = version(package)
         except ModuleNotFoundError:
             installed[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    cpu = f"CPU, {count_noun(torch.get_num_threads(), 'thread')}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {"versions": installed, "device": device, "commit": git_revision()}
 
 
