@@ -201,9 +201,10 @@ def test_a_log_too_small_to_hold_anything_out_is_learned(run_command, tmp_path):
     save_checkpoint(tmp_path / "model", BlossomRecTokenizer.from_items([100, 101, 102]))
     write_events(tmp_path / "week.csv", [("u", 100, 1), ("u", 101, 2), ("v", 102, 1), ("v", 103, 2)])
     said = run_command("finetune", "--model", tmp_path / "model", "--data", tmp_path / "week.csv", "--output_dir",
-        tmp_path / "run", "--min_steps", 10, "--use_cpu", "true", field="stderr",
+        tmp_path / "run", "--min_steps", 20, "--num_train_epochs", 2, "--use_cpu", "true", field="stderr",
     )  # fmt: skip
     assert "there is no validation" in said
+    assert "small and is learned for 20 steps, more than 2 epochs (`num_train_epochs`)" in said
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("model", "run"))
     assert after.config.vocab_size == 6 and not torch.equal(before.lm_head.weight, after.lm_head.weight[:5])
     assert not (tmp_path / "run" / "test_results.json").exists() and (tmp_path / "run" / "README.md").exists()

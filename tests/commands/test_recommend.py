@@ -103,3 +103,18 @@ def test_recommendations_of_yesterday_are_not_kept(run_command, trained, tmp_pat
     frame.with_columns(item=pl.col("item").reverse()).write_csv(log)
     error = run_command("recommend", *arguments(trained, log, folder), status=2, field="stderr")
     assert "made with another model, log or setting; give another folder, or remove the file" in error
+
+
+def test_a_time_before_the_latest_event_is_refused_before_any_work(run_command, tmp_path):
+    tokenizer = BlossomRecTokenizer.from_items([7, 8, 9])
+    make_model(len(tokenizer), time_features=["next_gap"]).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "log.csv").write_text("user,item,timestamp\nu,7,1795680000\nu,8,1795680009\nv,9,1795680001\n")
+    call = ("recommend", "--model", tmp_path / "model", "--data", tmp_path / "log.csv", "--top_k", 2)
+    for now in ("1795680008", "2026-11-26"):
+        error = run_command(*call, "--output_dir", tmp_path / "out", "--now", now, status=2, field="stderr")
+        assert (
+            f"`now` is {now}, before the latest event of the log, 2026-11-26T08:00:09 UTC (1795680009); give" in error
+        )
+        assert not (tmp_path / "out").exists()
+    assert "2 users in 1 shard in" in run_command(*call, "--output_dir", tmp_path / "out", "--now", "1795680009")

@@ -87,6 +87,14 @@ def test_targets_weights_baskets_and_windows_of_prepared_data(run_command, tmp_p
     )  # fmt: skip
 
 
+def test_a_run_that_replaces_a_model_says_so(run_command, log_file, tmp_path):
+    arguments = (*SMALL_MODEL, "--data", log_file, "--output_dir", tmp_path / "run", "--max_steps", 1)
+    said = "which has a model already; this run replaces it"
+    assert said not in run_command("train", *arguments, field="stderr")
+    assert said not in run_command("train", *arguments, "--resume", field="stderr")
+    assert said in run_command("train", *arguments, field="stderr")
+
+
 def test_titles_are_printed_and_stay_beside_the_model(run_command, log_file, tmp_path):
     rows = [(item, f"Item {item}") for item in range(60) if item % 5]
     (tmp_path / "titles.csv").write_text("item,title\n99,not in the log\n" + "".join(f"{i},{t}\n" for i, t in rows))

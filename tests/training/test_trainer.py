@@ -119,6 +119,15 @@ def test_trains_to_the_best_and_saves_it(log, tmp_path):
     assert evaluate(trainer.model, view, progress=False)["ndcg@10"] == pytest.approx(trainer.state.best_metric)
 
 
+@pytest.mark.parametrize(("steps", "named"), [(-1, {"num_train_epochs": 1}), (3, {"max_steps": 3})])
+def test_the_summary_names_what_bounded_the_training(log, tmp_path, steps, named):
+    """`Trainer` ignores `num_train_epochs` if `max_steps` is given."""
+    args = training_arguments(tmp_path, max_steps=steps)
+    trainer = SequentialRecommendationTrainer(make_model(), args, train_dataset=split(log[0], "train"))
+    configuration = trainer.training_summary()["configuration"]
+    assert {name: configuration[name] for name in ("num_train_epochs", "max_steps") if name in configuration} == named
+
+
 def test_without_a_terminal_log_lines_take_the_place_of_bars(log, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="blossomrec_hf")
     trainer = SequentialRecommendationTrainer(

@@ -42,6 +42,7 @@ from ..data.growth import add_item_counts, join_logs, read_histories, recode
 from ..data.metadata import as_vectors, category_reader, join_item_metadata, read_item_metadata, write_item_metadata
 from ..data.splits import part_lengths
 from ..evaluation import sample_users
+from ..evaluation.metrics import DEFAULT_KS
 from ..model.ids_blossomrec import NUM_SPECIAL_IDS
 from ..training import (
     LogArguments,
@@ -65,10 +66,11 @@ from ..training.fine_tuning import (
     count_steps,
     windows_to_learn,
 )
-from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.command_line import exit_on_error, load_checkpoint, report_replacement
 from ..utils.environment import check_processes
 from ..utils.files import atomic_write, require_folder
 from ..utils.progress import can_draw_bars, set_up_logging
+from .train import print_figures
 
 
 if TYPE_CHECKING:
@@ -330,6 +332,8 @@ def main() -> None:
         check_tracker(tracker, get_available_reporting_integrations())
     if args.model is not None:
         require_another_folder(training_args.output_dir, args.model)
+    if training_args.resume_from_checkpoint is None:
+        report_replacement(training_args.output_dir)
     set_seed(training_args.seed)
 
     event_types = None if args.model is None else load_checkpoint(BlossomRecConfig, args.model).event_types
@@ -391,6 +395,12 @@ def main() -> None:
         initialize_from_events(model.to(training_args.device), to_place, trained)
     if training_args.max_steps <= 0:
         training_args.max_steps = count_steps(len(windows), training_args, args.min_steps)
+        if training_args.max_steps > count_steps(len(windows), training_args, 0):
+            logger.warning(
+                "The log is small and is learned for %d steps, more than %g epochs (`num_train_epochs`); with a lower `min_steps`, "
+                "fewer.",
+                *(training_args.max_steps, training_args.num_train_epochs),
+            )
     validation = validation_users(dataset, training_args, args.eval_users, columns)
     if args.train_only != "all":
         freeze_all_but_items(model, NUM_SPECIAL_IDS if args.train_only == "embeddings" else first_new)
@@ -422,7 +432,9 @@ def main() -> None:
     if (test := held_out(dataset, "test", columns)) is not None:
         figures = trainer.evaluate(test, metric_key_prefix="test")
         trainer.save_metrics("test", figures)
-        trainer.log_metrics("test", figures)
+        if trainer.is_world_process_zero():
+            named = {name.removeprefix("test_"): value for name, value in figures.items() if "@" in name}
+            print_figures(named, DEFAULT_KS, exclude_seen=model.config.exclude_seen)
     data = "the built-in data set" if log_args.data is None else Path(log_args.data).name
     trainer.create_model_card(model_name=Path(training_args.output_dir).resolve().name, dataset=data)
 

@@ -33,7 +33,7 @@ from ..training import LogArguments, parse_arguments
 from ..utils.command_line import exit_on_error, load_checkpoint
 from ..utils.environment import COMPILE_PASSES, check_processes, keep_compiled_code, worth_compiling
 from ..utils.files import atomic_write, recover_writes, require_folder
-from ..utils.progress import progress_bar, set_up_logging
+from ..utils.progress import count_noun, progress_bar, set_up_logging
 
 
 @dataclass
@@ -157,6 +157,21 @@ def asked_for(config: BlossomRecConfig, args: RecommendArguments) -> dict[str, i
     return asked
 
 
+def require_later(now: str, dataset: Dataset) -> None:
+    """
+    Raises:
+        ValueError: if a user has an event after `now`.
+    """
+    tables = dataset.with_format("arrow").select_columns(["timestamps"]).iter(batch_size=50_000)
+    times = (table["timestamps"].combine_chunks().flatten().to_numpy() for table in tables)
+    latest = max((int(values.max()) for values in times if len(values)), default=0)
+    if latest > as_seconds("`now`", now):
+        raise ValueError(
+            f"`now` is {now}, before the latest event of the log, {np.datetime64(latest, 's')} UTC ({latest}); give a later time, "
+            "or a log that ends before it."
+        )
+
+
 def count_batches(dataset: Dataset, args: RecommendArguments) -> int:
     """Number of batches of `args.max_tokens` items that the histories fill."""
     num_items = 0
@@ -220,6 +235,8 @@ def main() -> None:
             "columns of the log with `timestamp` and `event_type`."
         )
     asked_for(model.config, args)
+    if args.now is not None:
+        require_later(args.now, dataset)
 
     folder = Path(args.output_dir)
     require_folder(folder)
@@ -263,7 +280,7 @@ def main() -> None:
             bar.update()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"{len(dataset)} users in {len(names)} shards in {folder}")
+        print(f"{count_noun(len(dataset), 'user')} in {count_noun(len(names), 'shard')} in {folder}")
     accelerator.end_training()
 
 

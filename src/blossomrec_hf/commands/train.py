@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from ..training import (
 )
 from ..training.event_features import EventFeatureArguments, require_event_columns
 from ..training.recipes import RECIPES, suitable_recipe
-from ..utils.command_line import exit_on_error
+from ..utils.command_line import exit_on_error, report_replacement
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
 from ..utils.progress import count_noun, set_up_logging
@@ -176,6 +176,8 @@ def main() -> None:
     set_up_logging()
 
     require_folder(args.output_dir)
+    if not args.resume:
+        report_replacement(args.output_dir)
     if output_args.results_json is not None:
         read_results(output_args.results_json)  # fails before the training if results cannot be added
     if output_args.refit:
@@ -315,7 +317,7 @@ def new_model(
     )
 
 
-def print_figures(figures: dict[str, float], ks: list[int], *, exclude_seen: bool) -> None:
+def print_figures(figures: dict[str, float], ks: Sequence[int], *, exclude_seen: bool) -> None:
     """Print the test metrics as a table, one row per metric and kind of target."""
     width = 36 if any(name.endswith(NOW_SUFFIX) for name in figures) else 24
     print(f"\n{'test':<{width}}" + "".join(f"{'@' + str(k):>9}" for k in ks))

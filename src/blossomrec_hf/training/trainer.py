@@ -180,7 +180,7 @@ class SequentialRecommendationTrainer(Trainer):
                 figures[part] = {name: value for name, value in named.items() if "@" in name}
         settings = (
             "learning_rate",
-            "num_train_epochs",
+            "max_steps" if self.args.max_steps > 0 else "num_train_epochs",  # of which `Trainer` follows the first
             "per_device_train_batch_size",
             "weight_decay",
             "optim",

@@ -61,6 +61,12 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def report_replacement(output_dir: str) -> None:
+    """Log that a run will replace the model in its output folder, if there is one."""
+    if (Path(output_dir) / "config.json").exists():
+        logger.warning("`output_dir` is %s, which has a model already; this run replaces it.", output_dir)
+
+
 def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
     """
     Call `kind.from_pretrained(path)` after checking that `path` is a checkpoint.
