@@ -94,6 +94,21 @@ def test_the_code_travels_with_the_checkpoint(tmp_path):
     assert flat <= {path.name for path in tmp_path.glob("*.py")}
 
 
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention", "flash"])
+def test_attention_of_other_models_is_refused_with_the_names_of_its_own(name, tmp_path):
+    """Without the messages of `transformers`, which ask for an issue there."""
+    model = recommender()
+    model.save_pretrained(tmp_path)
+    said = f"`attn_implementation` is '{name}', which BlossomRec does not have; give 'blossom' .the default., 'blossom_torch'"
+    for call in (
+        lambda: model.set_attn_implementation(name),
+        lambda: type(model).from_pretrained(tmp_path, attn_implementation=name),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    assert model.config._attn_implementation == "blossom"
+
+
 WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["blossomrec_hf"] = None  # importing it fails, as where it is not installed

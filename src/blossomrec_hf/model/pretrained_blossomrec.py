@@ -69,7 +69,13 @@ class BlossomRecPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # By default, `transformers` would choose "eager", the reference, for a custom model.
-        return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
+        try:
+            return super().get_correct_attn_implementation(requested_attention or "blossom", is_init_check)
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"`attn_implementation` is {requested_attention!r}, which BlossomRec does not have; give 'blossom' (the default), "
+                "'blossom_torch', 'blossom_triton' or 'eager' (the reference)."
+            ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """

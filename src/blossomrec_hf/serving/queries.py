@@ -14,7 +14,9 @@ class Query(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     history: list[Item] | None = Field(None, description="raw item ids, latest item last; nothing is stored")
-    user: str | None = Field(None, min_length=1, max_length=256)
+    user: str | None = Field(
+        None, min_length=1, max_length=256, description="id of the user whose stored events and `events` are read"
+    )
     events: list[Item] = Field([], description="raw ids of the user's new items, latest item last; all are stored")
     timestamps: list[StrictInt] | None = Field(
         None,
@@ -23,7 +25,9 @@ class Query(BaseModel):
         "ahead of the service's clock",
     )
     event_types: list[StrictStr | None] | None = Field(
-        None, description="the type of each item of `history` or `events`; by default, and for null, unknown"
+        None,
+        description="the type of each item of `history` or `events`, null if it is unknown; by default, unknown for `events`, "
+        "while `history` needs it if the model reads event types",
     )
     now: StrictInt | None = Field(
         None,
@@ -34,7 +38,7 @@ class Query(BaseModel):
         None,
         description="the type of the event to recommend for, one of the model's; by default, the first of its target types",
     )
-    top_k: int = Field(10, ge=1)
+    top_k: int = Field(10, ge=1, description="number of items to return, at most the catalog")
     exclude_seen: bool | None = Field(
         None,
         description="whether to exclude items of the history (the part that the model reads); by default, they are excluded "
