@@ -100,7 +100,9 @@ def test_a_refit_has_the_figures_of_the_first_run_and_says_so():
     refit = {**first, "validation": first["test"], "refit": True}
     del refit["test"]
     text = model_card(refit, name="shop").text
-    assert "Validation figures on ring.csv: the target" in text and "0.2000" in text and "It has no test figures." in text
+    assert (
+        "Validation figures on ring.csv: the target" in text and "0.2000" in text and "It has no test figures." in text
+    )
     nothing = {name: value for name, value in first.items() if name != "test"}
     card = model_card(nothing, name="shop")
     assert "nothing was measured" in card.text and not card.data.eval_results
