@@ -3,15 +3,18 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from small_cases import make_model
 
+from blossomrec_hf.training import checkpoints
 from blossomrec_hf.training.checkpoints import (
+    LOCK_FILE,
     RUN_FILE,
     RunFolder,
     keep_only,
     numbered_folders,
     written_by_all,
 )
-from blossomrec_hf.utils.files import atomic_folder
+from blossomrec_hf.utils.files import atomic_folder, lock_file
 
 
 def names(folder):
@@ -59,3 +62,32 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path, name, content):
     with pytest.raises(ValueError, match="checkpoint-3") as error:
         make().start(resume=True)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_two_runs_share_no_folder(tmp_path, caplog, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder = RunFolder(run, Accelerator(cpu=True), {"processes": {"number": 1}})
+    of_another = lock_file(run / LOCK_FILE)
+    with pytest.raises(ValueError, match=r"`output_dir` is \S+run, where another process trains"):
+        folder.start(resume=True)
+    assert RUN_FILE not in names(run)
+    of_another.close()
+    assert not folder.start(resume=True) and not folder.start(resume=True)  # after an error in the same process
+    assert lock_file(run / LOCK_FILE) is None
+    folder.save_final(make_model())
+    assert LOCK_FILE not in names(run)
+
+    def lock_nothing(path):
+        raise OSError(f"{path} cannot be locked")
+
+    monkeypatch.setattr(checkpoints, "lock_file", lock_nothing)
+    assert not folder.start(resume=False)
+    assert "cannot be locked. Start no other run with this folder." in caplog.text
+
+
+def test_a_missing_model_of_the_best_step_is_no_reason_to_keep_the_last_weights(tmp_path):
+    folder = RunFolder(tmp_path, Accelerator(cpu=True), {})
+    assert not folder.load_best(0, make_model())  # no validation
+    with pytest.raises(OSError, match="best-3, the model of the best step, is missing"):
+        folder.load_best(3, make_model())

@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import shutil
 import signal
 
+import forked_commands
 import numpy as np
 import pytest
 import torch
@@ -84,13 +86,13 @@ loop.accelerator.end_training()
 """
 
 
-def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0, stop_by="SIGTERM"):
+def start(folder, num_processes, accumulation=1, kind="replicated", stop_at=0, stop_by="SIGTERM", **options):
     """Trains on so many processes, or goes on with what is in `folder`."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     script = folder.parent / f"{folder.name}.py"
     script.write_text(SCRIPT)
     arguments = [str(folder), str(accumulation), kind, str(stop_at), stop_by]
-    return run_in_fork(script, arguments, environment, folder.parent, num_processes=num_processes)
+    return run_in_fork(script, arguments, environment, folder.parent, num_processes=num_processes, **options)
 
 
 def launch(folder, num_processes, accumulation=1, kind="replicated"):
@@ -145,6 +147,15 @@ def test_killed_on_two_processes_it_goes_on_with_two_or_one(alone, tmp_path, kin
     for after in numbers:
         shutil.copytree(tmp_path / "killed", tmp_path / f"on_{after}")
         check_same(alone, launch(tmp_path / f"on_{after}", after, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_a_full_disk_ends_all_processes(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(forked_commands, "TIMEOUT", 60)
+    full = start(tmp_path / "full", 2, kind=kind, max_file_bytes=16384)  # the first checkpoint is larger
+    assert full.returncode == 1
+    assert re.search(r"OSError: could not write \S+/checkpoint-3: .*\. What was there before is whole\.", full.stderr)
+    assert not list((tmp_path / "full").glob("*checkpoint*"))
 
 
 def check_same(first_run, second_run):

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sqlite3
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, load
+from accelerate.utils import DistributedType, broadcast_object_list, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,13 +20,21 @@ from transformers.utils import logging as transformers_logging
 
 from ..batches.histories import HistoryStore
 from ..utils.environment import describe_environment
-from ..utils.files import atomic_files, atomic_folder, read_json, recover_writes, remove_folder, write_json
+from ..utils.files import (
+    atomic_files,
+    atomic_folder,
+    lock_file,
+    read_json,
+    recover_writes,
+    remove_folder,
+    write_json,
+)
 from .arguments import LoopArguments
 
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
 # Of a model's configuration, what says nothing about the model.
 _PROVENANCE = "_name_or_path transformers_version blossomrec_version architectures auto_map custom_pipelines".split()
 
@@ -41,10 +50,13 @@ def written_by_all(
         write: `atomic_folder` or `atomic_files` of `blossomrec_hf.utils.files`.
 
     Raises:
-        OSError: on every process, if one of them could not write (a full disk). Nothing is left of the write then.
+        OSError: if a process could not write (a full disk); nothing is left of the write then. It is raised on every
+            process, or on the main process alone if weights are sharded (FSDP): the others may wait in a collective
+            operation of the write, until the launcher ends them.
     """
     with ExitStack() as stack:
         error: Exception | None = None
+        others_wait = False
         shared: list[Any] = [None]
         if accelerator.is_main_process:
             try:
@@ -57,8 +69,10 @@ def written_by_all(
                 yield shared[0]
             except Exception as raised:  # torch and safetensors have errors of their own for a full disk
                 error = raised
+                # The main process of a sharded model writes between collective operations.
+                others_wait = accelerator.is_main_process and accelerator.distributed_type == DistributedType.FSDP
         failed = torch.tensor(float(error is not None), device=accelerator.device)
-        if accelerator.reduce(failed, reduction="sum").item() > 0:
+        if others_wait or accelerator.reduce(failed, reduction="sum").item() > 0:
             raise OSError(
                 f"could not write {folder}: {error or 'another process failed'}. What was there before is whole."
             ) from error
@@ -130,6 +144,39 @@ def _read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+_locks: dict[Path, sqlite3.Connection] = {}  # of this process, by folder
+
+
+def _lock_run(path: Path) -> None:
+    """
+    Keeps other processes from the folder of a run, until the run is finished or this process ends, also by `kill -9`.
+
+    Raises:
+        ValueError: if a run of another process writes to the folder.
+    """
+    path = path.resolve()
+    if path in _locks:  # an earlier run of this process failed
+        return
+    try:
+        lock = lock_file(path / LOCK_FILE)
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s. Start no other run with this folder.", error)
+        return
+    if lock is None:
+        raise ValueError(
+            f"`output_dir` is {path}, where another process trains (its launcher may have been killed); wait for it, end "
+            "it, or give another folder."
+        )
+    _locks[path] = lock
+
+
+def _unlock_run(path: Path) -> None:
+    lock = _locks.pop(path.resolve(), None)
+    if lock is not None:
+        (path / LOCK_FILE).unlink(missing_ok=True)
+        lock.close()
+
+
 class RunFolder:
     """
     The folder of a run: `run.json`, the description of the run; `checkpoint-N`, the state of the run after step N;
@@ -167,10 +214,13 @@ class RunFolder:
             Whether a checkpoint was loaded.
 
         Raises:
-            ValueError: if the checkpoint is of another run, is damaged, or is of an unfinished run and `resume` is false.
+            ValueError: if the checkpoint is of another run, is damaged, or is of an unfinished run and `resume` is false,
+                or if another process trains in the folder.
         """
         accelerator = self.accelerator
         if accelerator.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _lock_run(self.path)
             recover_writes(self.path)
         accelerator.wait_for_everyone()
         checkpoints = numbered_folders(self.path, "checkpoint")
@@ -188,7 +238,6 @@ class RunFolder:
         if accelerator.is_main_process:
             keep_only(self.path, "checkpoint")
             keep_only(self.path, "best")
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN_FILE, {**self.description, "environment": describe_environment()})
         accelerator.wait_for_everyone()
         return False
@@ -232,10 +281,20 @@ class RunFolder:
             keep_only(self.path, "best", step, self.best_in_checkpoint)
 
     def load_best(self, step: int, model: PreTrainedModel) -> bool:
-        """Loads the weights of `best-N` into a model; returns whether there are such weights."""
+        """
+        Loads the weights of `best-N` into a model.
+
+        Returns:
+            Whether there are such weights; not if `step` is 0.
+
+        Raises:
+            OSError: if the folder is missing.
+        """
+        if step == 0:
+            return False
         best = self.path / f"best-{step}"
         if not best.is_dir():
-            return False
+            raise OSError(f"{best}, the model of the best step, is missing; restore it and resume, or train again.")
         with quiet_libraries():
             best_model = type(model).from_pretrained(best)
         # Of a sharded model, each process takes its share of the full weights.
@@ -244,9 +303,10 @@ class RunFolder:
         return True
 
     def save_final(self, model: PreTrainedModel) -> None:
-        """Writes the model and the tokenizer into the folder itself."""
+        """Writes the model and the tokenizer into the folder itself, the end of the run."""
         with written_by_all(atomic_files, self.path, self.accelerator) as folder:
             self._write_model(folder, model)
+        _unlock_run(self.path)
 
     def _write_model(self, folder: Path, model: PreTrainedModel) -> None:
         state_dict = self.accelerator.get_state_dict(model)

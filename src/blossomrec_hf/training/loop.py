@@ -65,6 +65,8 @@ def train(
     `checkpoint-N` (the state of the run) and, at the end, the best model and the tokenizer. A run that was interrupted,
     also by `kill -9`, resumes with `args.resume` and reaches the same weights (to the last bit on a CPU), except that
     dropout differs on another number of processes. SIGTERM writes a checkpoint first and exits with status 143.
+    Several processes write it at the next multiple of `args.logging_steps`; launchers wait 30 s for them. No other run
+    may use the folder meanwhile.
 
     Args:
         model: a `BlossomRecForSequentialRecommendation`.
@@ -82,7 +84,8 @@ def train(
 
     Raises:
         ValueError: if no history has an item to predict, the metric is unknown, the run to be resumed is another one, or
-            the folder has an unfinished run that is not to be resumed.
+            the folder has an unfinished run that is not to be resumed, or one of another process that is running.
+        OSError: if the disk is full; earlier checkpoints are kept.
         FloatingPointError: if a gradient or the loss is not finite; names the step and the parameters. Earlier
             checkpoints are kept.
     """
