@@ -31,13 +31,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
+from sizing import read_reports
 
 from blossomrec_hf import BlossomRecConfig, BlossomRecForSequentialRecommendation
 from blossomrec_hf.batches import HistoryStore
 from blossomrec_hf.training import LoopArguments, TrainingLoop
 from blossomrec_hf.training.loop import make_accelerator
-from blossomrec_hf.utils.command_line import HelpFormatter
-from blossomrec_hf.utils.environment import describe_environment
+from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
+from blossomrec_hf.utils.environment import check_processes, describe_environment
 
 
 MODEL_SETTINGS = (
@@ -78,6 +79,7 @@ def measure(args: argparse.Namespace, items: int, max_length: int, folder: str) 
     set_seed(0)
     accelerator = make_accelerator(LoopArguments(output_dir=folder))
     processes, device = accelerator.num_processes, accelerator.device
+    check_processes(processes)
     free_memory(device)
     config = BlossomRecConfig(
         vocab_size=items + 2,
@@ -150,6 +152,7 @@ def profile(time_steps, device: torch.device, is_main_process: bool) -> None:
         print(record.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60), file=sys.stderr)
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--items", type=int, nargs="+", default=[100_000])
@@ -168,8 +171,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also print which operations take longest")
     parser.add_argument("--results", type=Path, help="a file of JSON lines")
     args = parser.parse_args()
+    for name in ("items", "max_length", "tokens", "warmup", "steps"):
+        if np.min(getattr(args, name)) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be 1 or more")
     if args.tokens < max(args.max_length):
         parser.error(f"--tokens is {args.tokens}, less than one history of --max_length, {max(args.max_length)}")
+
+    if args.results is not None:  # fails before the measurements if they cannot be added
+        if not args.results.parent.is_dir():
+            parser.error(f"--results is {args.results}, in a folder that does not exist")
+        if args.results.exists():
+            read_reports(args.results)
 
     with tempfile.TemporaryDirectory() as folder:
         for items, max_length in itertools.product(args.items, args.max_length):
@@ -187,8 +199,8 @@ def compare(report: dict, results: Path | None) -> dict:
     if results is None or not results.exists():
         return {}
     same = [*SETTINGS, "mixed_precision", "device"]
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    alone = [line for line in lines if line["processes"] == 1 and all(line[name] == report[name] for name in same)]
+    alone = [line for line in read_reports(results) if line["processes"] == 1]
+    alone = [line for line in alone if all(line.get(name) == report[name] for name in same)]
     if not alone:
         return {}
     return {

@@ -21,13 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from blossomrec_hf.utils.command_line import HelpFormatter
+from blossomrec_hf.utils.command_line import HelpFormatter, exit_on_error
 
 
 MIB = 2**20
 FLOAT, HALF = 4, 2  # bytes of float32 and bf16
 ADAM = 2 * FLOAT  # two moments per weight
 COMPRESS_BLOCK, COMPRESS_STRIDE = 32, 16  # defaults of `BlossomRecConfig`
+
+# What every line of scaling.py has, among others.
+REPORTED = set(
+    "processes kind execution objective num_negatives items max_length items_per_second step_ms persistent_MiB peak_MiB".split()
+)
 
 # cuBLAS keeps 32 MiB for each stream and thread that multiplies matrices (Hopper). Without graphs, one stream of two
 # threads does; with graphs five workspaces were measured: the warm-up and the capture have streams of their own.
@@ -67,6 +72,9 @@ class Training:
         hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads: of the model.
         sharded: whether weights are sharded over the GPUs (FSDP2) instead of replicated.
         num_negatives: number of items of the sampled softmax; 0 for the full softmax.
+
+    Raises:
+        ValueError: if a number is too small, or the width cannot be divided among the heads.
     """
 
     items: int
@@ -79,6 +87,22 @@ class Training:
     num_key_value_heads: int = 2
     sharded: bool = False
     num_negatives: int = 0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name in ("sharded", "num_negatives") else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` is {value!r}; it must be {least} or more.")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size}; it must be an even multiple of `num_attention_heads`, "
+                f"{self.num_attention_heads}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` is {self.num_key_value_heads}; it must divide `num_attention_heads`, "
+                f"{self.num_attention_heads}."
+            )
 
     @property
     def table(self) -> int:
@@ -215,6 +239,26 @@ def largest_catalog(training: Training, memory: float) -> int:
     return low
 
 
+def read_reports(path: Path) -> list[dict]:
+    """
+    The lines of a file that scaling.py wrote.
+
+    Raises:
+        ValueError: if a line is damaged.
+        OSError: if the file cannot be read.
+    """
+    reports = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            report = json.loads(line)
+        except ValueError:
+            report = None
+        if not isinstance(report, dict) or not REPORTED <= report.keys():
+            raise ValueError(f"`results` is {path}, damaged in line {number}; remove that line, or give another file.")
+        reports.append(report)
+    return reports
+
+
 def of_report(report: dict) -> Training:
     """What a line of scaling.py has trained."""
     names = {field.name for field in fields(Training)}
@@ -281,6 +325,7 @@ def print_estimate(training: Training, memory_gib: float, events: int) -> None:
     print(f"an epoch of {events:,} events: {events / training.items_per_second() / 3600:.2f} hours")
 
 
+@exit_on_error()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     for field in fields(Training):
@@ -297,12 +342,16 @@ def main() -> None:
     if args.fit and args.results is None:
         parser.error("--fit needs --results, a file that scaling.py wrote")
     if args.results is not None:
-        reports = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+        reports = read_reports(args.results)
+        if not reports:
+            raise ValueError(f"`results` is {args.results}, which has no line; measure with scaling.py first.")
         if args.fit:
             print(fit_rates(reports))
         else:
             print_comparison(reports)
         return
+    if args.memory <= 0 or args.events < 1:
+        parser.error(f"--memory is {args.memory} and --events is {args.events}; they must be above 0")
     training = Training(**{field.name: getattr(args, field.name) for field in fields(Training)})
     print_estimate(training, args.memory, args.events)
 

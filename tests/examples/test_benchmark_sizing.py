@@ -89,6 +89,7 @@ def test_results_are_compared_on_the_command_line(run_example, tmp_path):
         "items": 3416,
         "max_length": 1024,
         "num_negatives": 1024,
+        "items_per_second": 16507708,
         "persistent_MiB": 181.6,
         "peak_MiB": 898.2,
         "step_ms": 3.97,
@@ -98,3 +99,32 @@ def test_results_are_compared_on_the_command_line(run_example, tmp_path):
     line = run_example("benchmarks/sizing.py", "--results", results).strip().splitlines()[-1]
     assert line.startswith("| 1 | replicated, compiled | 3,416 | 1,024 | 2 x 128 | 0.18 (")
     assert line.endswith("| 1.00 | 1.00 |")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"items": 0},
+        {"items": "3416"},
+        {"gpus": 0},
+        {"num_hidden_layers": 0},
+        {"max_length": -1},
+        {"num_negatives": -1},
+        {"hidden_size": 100},
+        {"num_key_value_heads": 3},
+    ],
+)
+def test_numbers_that_no_model_has_are_named(settings):
+    with pytest.raises(ValueError, match=rf"`{next(iter(settings))}` is "):
+        sizing.Training(**{"items": 100} | settings)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"processes": 1}', "\udcff"])
+def test_results_that_cannot_be_read_are_named(tmp_path, content, monkeypatch, capsys):
+    results = tmp_path / "scaling.jsonl"
+    results.write_bytes(content.encode(errors="surrogateescape"))
+    monkeypatch.setattr("sys.argv", ["sizing.py", "--results", str(results)])
+    with pytest.raises(SystemExit, match="2"):
+        sizing.main()
+    printed = capsys.readouterr()
+    assert "scaling.jsonl, " in printed.err and printed.err.count("\n") == 1 and not printed.out
