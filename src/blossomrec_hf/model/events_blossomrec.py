@@ -171,31 +171,6 @@ PREDICTION_FEATURES = {
 }
 
 
-class _SumOfRows(torch.autograd.Function):
-    """
-    The sum of one row `[size]` of each weight, `[..., size]` in `dtype`.
-
-    The gradient is one product of one-hot rows and the gradients of the sums, because that of a lookup adds many events to
-    few rows, which is slow on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx, dtype, *rows_and_weights):
-        half = len(rows_and_weights) // 2
-        rows, weights = rows_and_weights[:half], rows_and_weights[half:]
-        ctx.save_for_backward(*rows)
-        ctx.sizes = [len(weight) for weight in weights]
-        return reduce(torch.add, map(nn.functional.embedding, rows, weights)).to(dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        rows = ctx.saved_tensors
-        hot = [x[..., None] == torch.arange(size, device=x.device) for x, size in zip(rows, ctx.sizes, strict=True)]
-        hot = torch.cat(hot, -1).to(grad.dtype).flatten(0, -2)
-        return None, *[None] * len(rows), *(hot.T @ grad.flatten(0, -2)).split(ctx.sizes)
-
-
 class EventVectors(nn.Module):
     """
     The sum of one learned vector for each feature of events. A feature has a vector per value (bucket, hour, day, type) and,
@@ -236,10 +211,12 @@ class EventVectors(nn.Module):
         """The vectors `[..., size]` of moments `[...]`."""
         values = self._values(moments)
         weights = [getattr(self, name) for name in values]
-        device, dtype = weights[0].device.type, weights[0].dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-        return _SumOfRows.apply(dtype, *values.values(), *weights)
+        if not torch.is_grad_enabled():
+            return reduce(torch.add, map(nn.functional.embedding, values.values(), weights))
+        # One matrix product, because the gradient of a lookup adds many events to few rows, which is slow on a GPU. (No
+        # `autograd.Function` of all weights: PyTorch 2.11 compiles a variable number of them to gradients of zero.)
+        hot = [x[..., None] == torch.arange(len(w), device=x.device) for x, w in zip(values.values(), weights)]
+        return torch.cat(hot, -1).to(weights[0].dtype) @ torch.cat(weights)
 
     def _values(self, moments: Moments) -> dict[str, torch.Tensor]:
         """The rows of each feature's vectors."""
