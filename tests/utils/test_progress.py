@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from forked_commands import run_code
 from tqdm import tqdm
 
 from blossomrec_hf.utils import progress
@@ -70,3 +71,16 @@ def test_other_processes_are_silent(clock, caplog):
     clock.seconds += 100
     lines.update()
     assert caplog.records == []
+
+
+def test_messages_of_several_processes_are_logged_once(tmp_path):
+    code = """
+import logging
+from blossomrec_hf.utils.progress import set_up_logging
+
+set_up_logging()
+logging.getLogger("blossomrec_hf.data").info("a message")
+logging.getLogger("blossomrec_hf.data").warning("a warning")
+"""
+    done = run_code(code, folder=tmp_path / "code", num_processes=3)
+    assert done.stderr.splitlines() == ["a message", *3 * ["a warning"]]

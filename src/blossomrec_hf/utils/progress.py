@@ -33,10 +33,12 @@ def _in_notebook() -> bool:
 def set_up_logging(level: int = logging.INFO) -> None:
     """
     Set up the log of a command on standard error: messages of this package from `level`, and warnings of other libraries.
-    Their progress bars are disabled if the output can show none.
+    Their progress bars are disabled if the output can show none. Of several processes that a launcher started, all but the
+    first log warnings only.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("blossomrec_hf").setLevel(level)
+    is_first = "LOCAL_RANK" not in os.environ or int(os.environ.get("RANK", 0)) == 0
+    logging.getLogger("blossomrec_hf").setLevel(level if is_first else max(level, logging.WARNING))
     for name in _VERBOSE:
         logging.getLogger(name).setLevel(logging.WARNING)
     if not can_draw_bars():
