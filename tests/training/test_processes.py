@@ -158,6 +158,14 @@ def test_a_full_disk_ends_all_processes(tmp_path, monkeypatch, kind):
     assert not list((tmp_path / "full").glob("*checkpoint*"))
 
 
+def test_whole_weights_do_not_resume_as_sharded_ones(tmp_path):
+    assert start(tmp_path / "run", 2, stop_at=3).returncode == 143
+    refused = start(tmp_path / "run", 2, kind="sharded")
+    assert refused.returncode == 1
+    message = r"ValueError: `resume`: \S+checkpoint-3 is of another run \(weights sharded: False there, True now\); give the "
+    assert len(re.findall(message, refused.stderr)) == 2
+
+
 def check_same(first_run, second_run):
     one, one_weights, one_figures = first_run
     two, two_weights, two_figures = second_run

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, load
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -202,7 +201,9 @@ class RunFolder:
         description: dict[str, dict[str, Any]],
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
-        self.path, self.accelerator, self.description, self.tokenizer = path, accelerator, description, tokenizer
+        self.path, self.accelerator, self.tokenizer = path, accelerator, tokenizer
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.description = {**description, "weights": {"sharded": self.sharded}}  # their checkpoints have other files
         self.execution: dict[str, Any] = {}
         self.best_in_checkpoint = 0
 
@@ -251,10 +252,13 @@ class RunFolder:
             self.accelerator.load_state(folder)
         except OSError:
             raise
-        except Exception as error:  # readers raise errors of many classes for a damaged file
+        except (
+            Exception
+        ) as error:  # readers raise errors of many classes for a damaged file, also if another process failed
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"`resume`: {folder} is damaged ({reason}); remove it, and begin anew without `resume`."
+                f"`resume`: {folder} cannot be loaded ({reason}). If it is damaged, remove it, and begin anew without "
+                "`resume`."
             ) from error
 
     def save_checkpoint(self, step: int, best_step: int, *, finished: bool) -> None:
@@ -298,8 +302,7 @@ class RunFolder:
         with quiet_libraries():
             best_model = type(model).from_pretrained(best)
         # Of a sharded model, each process takes its share of the full weights.
-        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        set_model_state_dict(model, best_model.state_dict(), options=StateDictOptions(full_state_dict=sharded))
+        set_model_state_dict(model, best_model.state_dict(), options=StateDictOptions(full_state_dict=self.sharded))
         return True
 
     def save_final(self, model: PreTrainedModel) -> None:
@@ -339,8 +342,8 @@ class RunFolder:
         ]
         if differences:
             raise ValueError(
-                f"`resume`: {folder} is of another run ({'; '.join(differences)}); give the arguments and data of "
-                "that run, or another `output_dir`."
+                f"`resume`: {folder} is of another run ({'; '.join(differences)}); give the arguments, data "
+                "and launch configuration of that run, or another `output_dir`."
             )
         before, now = saved["processes"]["number"], self.accelerator.num_processes
         if before != now:
