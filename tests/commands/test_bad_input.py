@@ -177,6 +177,41 @@ def test_outputs_are_checked_before_the_work(run_here, checkpoint, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "checkpoint"}
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        *((("evaluate", "--models", "none"), name, 0) for name in ("ks", "max_length", "max_tokens", "samples")),
+        (("evaluate", "--models", "none"), "num_negatives", -1),
+        *((("compare", "--reports", "none", "--first", "a", "--second", "b"), name, 0) for name in ("k", "samples")),
+        (("train",), "eval_ks", 0),
+        (("train",), "eval_negatives", -1),
+    ],
+)
+def test_numbers_are_checked_before_the_work(run_here, tmp_path, monkeypatch, command, option, value):
+    monkeypatch.chdir(tmp_path)
+    least = value + 1
+    is_one_sentence(run_here(*command, f"--{option}", value), f"`{option}` is {value}; it must be at least {least}.")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("time", "--validation_from", "2024-02-01", "--test_from", "2024-01-31"),
+            "--test_from is 2024-01-31, before",
+        ),
+        (("time", "--validation_from", ".9", "--test_from", ".8"), "--test_from is .8, before --validation_from .9"),
+        (("time", "--validation_from", "soon", "--test_from", ".8"), "--validation_from is 'soon'; it may be"),
+        (("folds", "--test_from", "2024-13-01"), "--test_from is '2024-13-01'; it may be"),
+        (("folds", "--test_from", ".8", "--fold_width", "week"), "--fold_width is 'week'; it may be"),
+    ],
+)
+def test_times_of_a_split_are_checked_before_the_log_is_read(run_here, tmp_path, options, said):
+    arguments = ("--output_dir", tmp_path / "out", "--split", *options)
+    is_one_sentence(run_here("prepare", tmp_path / "no log", *arguments), said)
+
+
 def test_similar_items_of_bad_ids(run_here, checkpoint, tmp_path):
     """The items of the checkpoint are 100 … 139."""
     lines, empty, binary = tmp_path / "lines.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"

@@ -15,7 +15,7 @@ from small_cases import make_model
 
 from blossomrec_hf import BlossomRecTokenizer
 from blossomrec_hf.commands import prepare
-from blossomrec_hf.data import build_sequences, generate_log, split
+from blossomrec_hf.data import build_sequences, choose_fold, generate_log, split
 from blossomrec_hf.data.overview import describe, describe_folder, summary, warnings, write_report
 from blossomrec_hf.training import LogArguments
 
@@ -224,6 +224,8 @@ def test_the_command_splits_into_folds_and_training_chooses_one(tmp_path):
     ends = [LogArguments(data=str(tmp_path / "out"), fold=fold).build()[0]["train_end"] for fold in (0, 1, 2, None)]
     sums = [sum(end) for end in ends]
     assert sums[0] < sums[1] < sums[2] == sums[3]
+    with pytest.raises(ValueError, match="fold is 0, but the data set has 0 folds; prepare it with `--split folds`"):
+        choose_fold(build_sequences(generate_log(20))[0], 0)
     with pytest.raises(ValueError, match="fold is 3, but the data set has 3 folds; it may be from 0 to 2"):
         LogArguments(data=str(tmp_path / "out"), fold=3).build()
     with pytest.raises(ValueError, match="`fold` is 1, but `data` is not prepared"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..evaluation import paired_difference, per_user_metrics
 from ..evaluation.reports import NOW_LABEL
-from ..utils.command_line import HelpFormatter, exit_on_error
+from ..utils.command_line import HelpFormatter, check_at_least, exit_on_error
 
 
 COMMON = ("users", "user_ids", "repeated", "exclude_seen")  # equal in all reports of a comparison
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="Number of bootstrap samples.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the bootstrap.")
     args = parser.parse_args()
+    check_at_least(1, k=args.k, samples=args.samples)
     ranks, common = read_ranks(args.reports)
     models = {side: choose_models(ranks[""], getattr(args, side)) for side in ("first", "second")}
     for side, names in models.items():

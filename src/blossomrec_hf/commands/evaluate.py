@@ -44,7 +44,7 @@ from ..evaluation.reports import NOW_LABEL
 from ..sharing.summary import SUMMARY_FILE, read_summary
 from ..training import LogArguments, parse_arguments
 from ..training.event_features import require_event_columns
-from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.command_line import check_at_least, exit_on_error, load_checkpoint
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_files, require_folder, write_json
 from ..utils.progress import set_up_logging
@@ -109,6 +109,10 @@ class EvaluationArguments:
             raise ValueError(f"`part` must be test or validation, got {self.part!r}.")
         if not self.models:
             raise ValueError("`models` must name at least one folder of a checkpoint.")
+        check_at_least(
+            1, max_length=self.max_length, max_tokens=self.max_tokens, samples=self.samples, ks=min(self.ks)
+        )
+        check_at_least(0, num_negatives=self.num_negatives)
         if self.negatives is not None and not Path(self.negatives).is_file():
             raise ValueError(f"`negatives` is {self.negatives!r}, which is no file; give the path of one.")
         if self.test_after is not None:

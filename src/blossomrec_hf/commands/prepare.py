@@ -27,6 +27,7 @@ from ..data.options import EventOptions, FilterOptions, ItemOptions, LogOptions
 from ..data.overview import describe_folder, summary, write_report
 from ..data.readers import find_given_split
 from ..data.storage import check_output_dir
+from ..data.time_units import as_seconds, duration_seconds
 from ..sharing.dataset_cards import dataset_card, push_dataset
 from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
 from ..utils.files import atomic_folder
@@ -104,6 +105,7 @@ class PrepareArguments:
             raise ValueError("--split is time, which needs --validation_from and --test_from; give both.")
         if self.split == "folds" and self.test_from is None:
             raise ValueError("--split is folds, which needs --test_from; give the beginning of the first test.")
+        self._check_times()
         if self.report is None:
             return
         if self.report.suffix not in (".html", ".png"):
@@ -114,6 +116,21 @@ class PrepareArguments:
             )
         if find_spec("matplotlib") is None:
             raise ValueError("--report needs matplotlib: pip install blossomrec-hf[report].")
+
+    def _check_times(self) -> None:
+        """Raise `ValueError` for times that the split, which comes after the log is read, would refuse."""
+        given = {name: getattr(self, name) for name in ("validation_from", "test_from")}
+        times = {
+            name: as_seconds(f"--{name}", time, "a share of the events between 0 and 1")
+            for name, time in given.items()
+            if time is not None
+        }
+        if self.split == "folds":
+            duration_seconds("--fold_width", self.fold_width)
+        elif self.split == "time":
+            first, second = times.values()
+            if second < first and (first < 1) == (second < 1):  # two dates, or two shares
+                raise ValueError(f"--test_from is {self.test_from}, before --validation_from {self.validation_from}.")
 
 
 def build(source: str, args: PrepareArguments, options: dict[str, Any], folder: Path) -> None:

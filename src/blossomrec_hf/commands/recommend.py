@@ -30,7 +30,7 @@ from ..batches import budget_batches
 from ..data.parts import reading
 from ..data.time_units import as_seconds
 from ..training import LogArguments, parse_arguments
-from ..utils.command_line import exit_on_error, load_checkpoint
+from ..utils.command_line import check_at_least, exit_on_error, load_checkpoint
 from ..utils.environment import COMPILE_PASSES, check_processes, keep_compiled_code, worth_compiling
 from ..utils.files import atomic_write, recover_writes, require_folder
 from ..utils.progress import count_noun, progress_bar, set_up_logging
@@ -82,8 +82,7 @@ class RecommendArguments:
 
     def __post_init__(self):
         for name in ("top_k", "max_length", "max_tokens", "max_users", "shard_users"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+            check_at_least(1, **{name: getattr(self, name)})
         if self.now is not None:
             as_seconds("`now`", self.now)
 

@@ -55,8 +55,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..serving.event_store import Store
 from ..serving.queries import Answer, Problem, Query
-from ..serving.recommender import Recommender, check_at_least
-from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
+from ..serving.recommender import Recommender
+from ..utils.command_line import HelpFormatter, check_at_least, exit_on_error, load_checkpoint
 from ..utils.progress import set_up_logging
 
 
@@ -235,6 +235,7 @@ def main() -> None:
         cache_bytes=args.cache_mib * 2**20,
     )
     app = create_app(recommender, args.max_body)
+    logger.info("Serving %s with the events of %s.", args.model, args.store)
     uvicorn.run(app, host=args.host, port=args.port, access_log=False, timeout_graceful_shutdown=args.drain_seconds)
 
 

@@ -42,7 +42,7 @@ from ..training import (
 )
 from ..training.event_features import EventFeatureArguments, require_event_columns
 from ..training.recipes import RECIPES, suitable_recipe
-from ..utils.command_line import exit_on_error, report_replacement
+from ..utils.command_line import check_at_least, exit_on_error, report_replacement
 from ..utils.environment import check_processes, describe_environment
 from ..utils.files import atomic_write, require_folder
 from ..utils.progress import count_noun, set_up_logging
@@ -159,8 +159,8 @@ class OutputArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.eval_negatives < 0:
-            raise ValueError(f"`eval_negatives` is {self.eval_negatives}; it must be 0 or more.")
+        check_at_least(0, eval_negatives=self.eval_negatives)
+        check_at_least(1, eval_ks=min(self.eval_ks))
 
 
 @exit_on_error()

@@ -187,7 +187,8 @@ def choose_fold(dataset: Dataset | EventTable, number: int) -> Dataset | EventTa
     """
     folds = sum(name.startswith("train_end_") for name in dataset.column_names)
     if not 0 <= number < folds:
-        raise ValueError(f"fold is {number}, but the data set has {folds} folds; it may be from 0 to {folds - 1}.")
+        which = f"it may be from 0 to {folds - 1}" if folds else "prepare it with `--split folds`"
+        raise ValueError(f"fold is {number}, but the data set has {folds} folds; {which}.")
     return _with_ends(dataset, *(numbers(dataset, f"{part}_end_{number}") for part in PARTS))
 
 

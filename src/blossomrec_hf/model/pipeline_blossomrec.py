@@ -181,7 +181,7 @@ class SequentialRecommendationPipeline(Pipeline):
             entry = entry if isinstance(entry, Mapping) else {"items": entry}
             if "items" not in entry or entry.keys() - {*_ITEM_KEYS, *_EVENT_KEYS}:
                 raise ValueError(
-                    f"`inputs` contains a dictionary with {', '.join(map(repr, entry))}; it may have 'items', which it must, "
+                    f"`inputs` contains a dictionary with {', '.join(map(repr, entry))}; it must have 'items', and may have "
                     f"{', '.join(map(repr, (*_ITEM_KEYS[1:], *_EVENT_KEYS)))}."
                 )
             entry = shared | {name: value for name, value in entry.items() if value is not None}

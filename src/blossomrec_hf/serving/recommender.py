@@ -20,6 +20,7 @@ from ..model.modeling_blossomrec import BlossomRecForSequentialRecommendation
 from ..model.packing_blossomrec import pack_histories
 from ..model.time_blossomrec import unit_problem
 from ..model.tokenization_blossomrec import BlossomRecTokenizer
+from ..utils.command_line import check_at_least
 from .event_store import Store, StoredEvent, first_read
 from .queries import Answer, Query, Recommendation, refused
 
@@ -28,16 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_AHEAD = 86_400  # seconds by which the clock of a client may be ahead
 Columns = dict[str, list[int]]  # the events of a history: vocabulary ids, seconds since 1970, indices of event types
-
-
-def check_at_least(least: int, **settings: int) -> None:
-    """
-    Raises:
-        ValueError: if one of the settings is less than `least`.
-    """
-    for name, value in settings.items():
-        if value < least:
-            raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
 
 
 @dataclass

@@ -308,7 +308,7 @@ def read_arguments(path: str | Path, *argument_classes: type) -> dict[str, Any]:
         raise ValueError(f"{path} is not a valid YAML file ({error}); correct it, or give another file.") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{path} has {values!r}; it must be a mapping of argument names to values.")
+        raise ValueError(f"{path} has {values!r:.80}; it must be a mapping of argument names to values.")
     for argument_class in argument_classes:
         for name, hint in get_type_hints(argument_class).items():
             if name in values and not _may_be(values[name], hint):

@@ -61,6 +61,16 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_at_least(least: int, **settings: int) -> None:
+    """
+    Raises:
+        ValueError: if one of the settings is less than `least`.
+    """
+    for name, value in settings.items():
+        if value < least:
+            raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
+
+
 def report_replacement(output_dir: str) -> None:
     """Log that a run will replace the model in its output folder, if there is one."""
     if (Path(output_dir) / "config.json").exists():
