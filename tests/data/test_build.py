@@ -180,7 +180,7 @@ def test_gaps_in_pandas_integers_are_bad_rows():
 def test_mixed_ids_are_refused():
     with pytest.raises(ValueError, match="not a mixture"):
         build_sequences(pd.DataFrame({"user": [1, "a"], "item": [3, 4]}))
-    with pytest.raises(ValueError, match="source is a mapping of train; one of train and of validation, test or both"):
+    with pytest.raises(ValueError, match=r"source is a mapping of train; a given split is .* source\['train'\]"):
         build_sequences(DatasetDict(train=Dataset.from_dict({"user": [1], "item": [3]})))
 
 
@@ -259,6 +259,8 @@ def test_nothing_is_left_of_a_full_disk(tmp_path):
         ({"deduplicate": "all"}, "deduplicate is 'all'"),
         ({"on_bad_rows": "drop"}, "on_bad_rows is 'drop'"),
         ({"k_core": 0}, "k_core is 0"),
+        ({"k_core": "2"}, "k_core is 2; it may be one number"),
+        ({"items": [{"item": 1}]}, "items is a list; it may be a path, or a Polars or pandas frame"),
         ({"k_core": (1, 0)}, "k_core is 0"),
         ({"min_history": 0}, "min_history is 0"),
         ({"min_history": 5, "max_history": 4}, "max_history is 4"),

@@ -259,7 +259,8 @@ def test_a_given_split_that_is_none_is_refused(tmp_path, capsys):
     table = pl.DataFrame({"user": [1], "item": [2]})
     for parts in ({"train": table}, {"validation": table, "test": table}, {"train": table, "dev": table}):
         with pytest.raises(
-            ValueError, match="source is a mapping of .*; one of train and of validation, test or both"
+            ValueError,
+            match="source is a mapping of .*; a given split is one of train and of validation, test or both",
         ):
             build_sequences(parts)
     with pytest.raises(ValueError, match="the parts of source have the formats csv, table; write them in one format"):

@@ -250,7 +250,12 @@ def has_titles(path: Path) -> bool:
 
 def _read(source: Any) -> pl.DataFrame:
     if not isinstance(source, (str, Path)):
-        return pl.from_pandas(source)
+        try:
+            return pl.from_pandas(source)
+        except TypeError as error:
+            raise ValueError(
+                f"items is a {type(source).__name__}; it may be a path, or a Polars or pandas frame."
+            ) from error
     path = Path(source)
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
     with reading(str(path)):

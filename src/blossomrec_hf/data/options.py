@@ -104,7 +104,7 @@ class FilterOptions:
 
     def __post_init__(self) -> None:
         cores = [self.k_core] if isinstance(self.k_core, int) else list(self.k_core)
-        if len(cores) not in (1, 2):
+        if len(cores) not in (1, 2) or not all(isinstance(core, int) for core in cores):
             raise ValueError(f"k_core is {self.k_core}; it may be one number, or two for users and items.")
         object.__setattr__(self, "k_core", [cores[0], cores[-1]])
         if self.deduplicate not in ("none", "first", "last"):

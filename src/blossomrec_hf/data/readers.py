@@ -260,8 +260,8 @@ def check_given(sources: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "train" not in sources or set(sources) - set(PARTS) or len(sources) < 2:
         raise ValueError(
-            f"source is a mapping of {', '.join(map(str, sources))}; one of train and of validation, test or both is a given "
-            "split, and other logs are given without a mapping."
+            f"source is a mapping of {', '.join(map(str, sources))}; a given split is one of train and of validation, test or "
+            f"both. Give any other log itself, such as source[{next(iter(sources), 'train')!r}]."
         )
     return {part: sources[part] for part in PARTS if part in sources}
 
