@@ -52,7 +52,7 @@ def test_a_file_that_does_not_fit_is_refused(held, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model.safetensors.*not written"):
         BlossomRecCache.load(tmp_path / "model.safetensors", model)
-    with pytest.raises(ValueError, match="nothing to save"):
+    with pytest.raises(ValueError, match="no histories yet; append"):
         BlossomRecCache(model.config).save(path)
 
 

@@ -115,6 +115,8 @@ def test_onnx_reads_times_and_types(tmp_path, features):
     model = event_recommender(**features, **ONE_LAYER, time_zone="Europe/Berlin").float()
     export_onnx(model, tmp_path / "scorer.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
+    dimensions = ["batch", "length"]
+    assert all(x.shape == dimensions[: len(x.shape)] for x in session.get_inputs())
     for log in (timed(1), timed(90, 1, 17), timed(8, 16)):
         inputs = columns(model, log)
         assert [x.name for x in session.get_inputs()] == list(inputs)
@@ -130,7 +132,9 @@ def test_onnx_takes_any_batch_and_length(tmp_path, settings):
     export_onnx(model, tmp_path / "scorer.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["scorer.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "scorer.onnx")
-    assert [x.name for x in session.get_inputs()] == ["input_ids", "attention_mask"]
+    dimensions = {x.name: x.shape for x in (*session.get_inputs(), *session.get_outputs())}
+    inputs = dict.fromkeys(["input_ids", "attention_mask"], ["batch", "length"])
+    assert dimensions == {**inputs, "scores": ["batch", model.config.vocab_size]}
     for ids, mask in batches():
         (scores,) = session.run(["scores"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         np.testing.assert_allclose(scores, expected(model, ids, mask), rtol=0, atol=1e-5)

@@ -75,7 +75,7 @@ def test_an_unfinished_refit_is_not_overwritten_unasked(log, tmp_path):
     checkpoint = refit_folder(args) / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "run.json").write_text('{"finished": false, "processes": {"number": 1}}')
-    with pytest.raises(ValueError, match=r"refit holds an unfinished run \(checkpoint-3\): pass `resume`"):
+    with pytest.raises(ValueError, match=r"refit has an unfinished run \(checkpoint-3\): pass `resume`"):
         check_refit_folder(args)
     check_refit_folder(arguments(tmp_path, resume=True))
 

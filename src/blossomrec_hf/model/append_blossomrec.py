@@ -176,7 +176,7 @@ class Append:
         _, groups, _, width = keys.shape
         if layer.states is not None and layer.states.dtype != keys.dtype:
             raise ValueError(
-                f"The cache holds {layer.states.dtype}, the new events are {keys.dtype}; append under the same autocast "
+                f"The cache is in {layer.states.dtype} and the new events in {keys.dtype}; append under the same autocast "
                 "and in the same dtype as before, or begin a new cache."
             )
         has_kernels, rows = _has_kernels(module, keys), len(self.lengths)

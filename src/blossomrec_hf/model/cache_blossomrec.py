@@ -100,7 +100,7 @@ class BlossomRecCache(CacheFilesMixin, Cache):
         self._last: torch.Tensor | None = None  # [B, hidden_size]
         self._last_length: torch.Tensor | None = None  # [B]: how long each history was when `_last` was computed
 
-    # What it holds
+    # Sizes
 
     @property
     def batch_size(self) -> int:
@@ -215,7 +215,7 @@ class BlossomRecCache(CacheFilesMixin, Cache):
         event = sum(dtype.itemsize for dtype in column_dtypes(config).values())
         return batch_size * (event * capacity + config.hidden_size * wide + 16 + layers)
 
-    # Changing which histories it holds, and how much of each
+    # Changing the histories and their lengths
 
     def select(self, histories: torch.Tensor | Sequence[int]) -> "BlossomRecCache":
         """
@@ -228,7 +228,7 @@ class BlossomRecCache(CacheFilesMixin, Cache):
         out.weights = self.weights
         index = torch.as_tensor(histories, dtype=torch.long).cpu().flatten()
         if len(index) and not -self.batch_size <= int(index.min()) <= int(index.max()) < self.batch_size:
-            raise ValueError(f"`histories` is {index.tolist()}; the cache holds {self.batch_size} histories.")
+            raise ValueError(f"`histories` is {index.tolist()}; the cache has {self.batch_size} histories.")
         index = index % max(self.batch_size, 1)
         out.lengths, out._last_length = self.lengths[index], self._last_length[index]
         room = min(self.capacity, roomy(out.get_seq_length(), 0, self.max_length))
@@ -300,7 +300,7 @@ class BlossomRecCache(CacheFilesMixin, Cache):
         """Drops the histories of these numbers, and frees what they took; the others keep their order."""
         gone = torch.as_tensor(histories, dtype=torch.long).cpu().flatten()
         if len(gone) and not 0 <= int(gone.min()) <= int(gone.max()) < self.batch_size:
-            raise ValueError(f"`histories` is {gone.tolist()}; the cache holds {max(self.batch_size, 0)} histories.")
+            raise ValueError(f"`histories` is {gone.tolist()}; the cache has {max(self.batch_size, 0)} histories.")
         number = torch.arange(max(self.batch_size, 0))
         self._take(self.select(number[~torch.isin(number, gone)]))
 

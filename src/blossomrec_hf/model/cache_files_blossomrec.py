@@ -39,7 +39,7 @@ class CacheFilesMixin:
             ValueError: before the first append, when there is nothing to save.
         """
         if self.lengths is None:
-            raise ValueError("The cache holds no histories yet; there is nothing to save.")
+            raise ValueError("The cache has no histories yet; append some before it is saved.")
         tensors = self.select(torch.arange(self.batch_size))._tensors()
         shapes = self._file_shapes(self.batch_size, self.get_seq_length())
         # Free room is dropped, which lies along dimension 1.
@@ -85,7 +85,7 @@ class CacheFilesMixin:
         out.lengths, out._last_length = tensors["lengths"], tensors["last_length"]
         if max_length is not None and out.get_seq_length() > max_length:
             raise ValueError(
-                f"`max_length` is {max_length}; {path} holds a history of {out.get_seq_length()} events. Load it "
+                f"`max_length` is {max_length}; {path} has a history of {out.get_seq_length()} events. Load it "
                 "without a limit, or rebuild the histories from their latest items."
             )
         out._columns = {name: tensors[name] for name in column_dtypes(model.config)}

@@ -321,6 +321,7 @@ class BlossomRecConfig(ManifestMixin, PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
+        """Width of a head, `hidden_size / num_attention_heads`."""
         return self.hidden_size // self.num_attention_heads
 
     @property

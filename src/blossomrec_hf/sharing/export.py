@@ -1,13 +1,14 @@
 """
-The model outside of Python: a module that `torch.export` and ONNX take whole, for any batch and any length.
+Export of models: a module that `torch.export` and ONNX can trace, for any batch size and length.
 
-Histories are rows of a rectangle here and attention is dense under masks (memory grows with batch × length²): what a
-graph without data-dependent shapes can do. The answers are those of the model.
+Histories are padded to one length here, and attention is dense under masks, so that no shape depends on the data. Memory
+grows with batch × length². The scores are those of the model.
 """
 
 import copy
 import logging
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -29,19 +30,19 @@ MAX_LENGTH = 2**31 - 1  # longer than any history, of which a graph does not kno
 
 class HistoryScorer(nn.Module):
     """
-    `(input_ids [B, L] int64, attention_mask [B, L]) -> scores [B, vocab_size]` float32 of the next item: 1 in the mask at
-    items, 0 at padding on any side; [PAD] and [UNK] in the input are dropped and in the output −inf, and a row without
-    items has the training frequencies for scores, all as in `recommend`. Seen items are the caller's to leave out.
+    `(input_ids [B, L] int64, attention_mask [B, L]) -> scores [B, vocab_size]` float32 of the next item. The mask is 1 at
+    items and 0 at padding, on any side. [PAD] and [UNK] are dropped from the input, and their scores are −inf. The scores of
+    a row without items are the training frequencies, as in `recommend`. Seen items are not excluded.
 
     A model with `time_features` also takes `timestamps` `[B, L]` and `prediction_time` `[B]` (int64 seconds, `UNKNOWN_TIME`,
     which is −2⁶³, if unknown), one with `event_types` also takes `event_type_ids` `[B, L]` and `target_event_type` `[B]` (int64,
     −1 if unknown). Their values are not checked.
 
     Args:
-        model: it is put in evaluation mode; its weights are shared.
+        model: the model, which is put in evaluation mode. Its weights are shared.
 
     Raises:
-        ValueError: the model is offloaded, quantized or has adapters.
+        ValueError: if the model is offloaded, quantized or has adapters.
     """
 
     def __init__(self, model: BlossomRecForSequentialRecommendation) -> None:
@@ -75,8 +76,8 @@ class HistoryScorer(nn.Module):
         config, base = self.model.config, self.model.model
         length, size = input_ids.shape[1], config.selection_block_size
         real = (attention_mask != 0) & (input_ids >= NUM_SPECIAL_IDS)
-        # Items to the left, in their order, in rows of whole blocks. What stands behind them is never looked at: all
-        # that follows looks back only. Never fewer than two blocks: a graph treats a size of one in its own way.
+        # Items to the left, in their order, in rows of whole blocks. What follows them has no effect, because everything
+        # below is causal. At least two blocks, because a graph specializes on a size of one.
         place = torch.arange(length, device=input_ids.device)
         order = torch.where(real, place, place + length).argsort(dim=1)
         position = torch.arange((length // size + 2) * size, device=input_ids.device)
@@ -116,7 +117,7 @@ class HistoryScorer(nn.Module):
         return scores.masked_fill(special, -torch.inf)
 
     def _layer(self, layer: BlossomRecLayer, x: torch.Tensor, position: torch.Tensor, cos_sin: tuple) -> torch.Tensor:
-        """One layer on rows `[B, L, hidden_size]`, every row a history of its own."""
+        """Compute one layer on rows `[B, L, hidden_size]`, a history each."""
         attention = layer.self_attn
         q, k, v = (
             projection(x).unflatten(2, (-1, attention.head_dim))
@@ -146,8 +147,8 @@ def _example(model: BlossomRecForSequentialRecommendation) -> dict[str, torch.Te
 
 def export_program(model: BlossomRecForSequentialRecommendation) -> torch.export.ExportedProgram:
     """
-    `HistoryScorer(model)` as an `ExportedProgram`, for `torch.export.save` or AOTInductor; any batch and length. Inputs
-    after the first two are given by name.
+    Export `HistoryScorer(model)` as an `ExportedProgram`, for `torch.export.save` or AOTInductor, for any batch size and
+    length. Inputs after the first two are given by name.
     """
     dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     example = _example(model)
@@ -165,13 +166,13 @@ def export_program(model: BlossomRecForSequentialRecommendation) -> torch.export
 
 def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.PathLike) -> None:
     """
-    Writes `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64, and
+    Write `HistoryScorer(model)` as ONNX (extra `onnx`): inputs `input_ids` and `attention_mask` `[batch, length]` int64, and
     those of the times and types that the model reads, output `scores` `[batch, vocab_size]` float32. Weights in bfloat16 and
-    float64, for which ONNX Runtime lacks operators on a CPU, are written in float32. Weights of more than 2 GiB lie in a file
-    beside it.
+    float64, for which ONNX Runtime lacks operators on a CPU, are written in float32. Weights of more than 2 GiB are written to a
+    file next to it.
 
     Raises:
-        ImportError: `onnxscript` is not installed.
+        ImportError: if `onnxscript` is not installed.
     """
     try:
         import onnxscript  # noqa: F401
@@ -180,11 +181,15 @@ def export_onnx(model: BlossomRecForSequentialRecommendation, path: str | os.Pat
     if model.dtype not in (torch.float32, torch.float16):
         logger.warning("The weights are in %s and are written in float32, which ONNX Runtime can run.", model.dtype)
         model = copy.deepcopy(model).float()
-    with torch.no_grad():
+    example = _example(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # that all inputs share
         torch.onnx.export(
             export_program(model),
             f=str(path),
-            input_names=list(_example(model)),
+            input_names=list(example),
+            # Names alone: the dimensions of a program are called s36, s24.
+            dynamic_shapes={name: dict(enumerate(("batch", "length")[: x.dim()])) for name, x in example.items()},
             output_names=["scores"],
             verbose=False,
             external_data=sum(p.numel() * p.element_size() for p in model.parameters()) >= 2**31 - 2**24,

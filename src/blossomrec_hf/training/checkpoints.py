@@ -128,7 +128,7 @@ def refuse_unfinished(path: Path) -> None:
     for _, folder in numbered_folders(path, "checkpoint")[-1:]:
         if not _read_run(folder)["finished"]:
             raise ValueError(
-                f"`output_dir` {path} holds an unfinished run ({folder.name}): pass `resume` to go on with it, or another "
+                f"`output_dir` {path} has an unfinished run ({folder.name}): pass `resume` to continue it, or another "
                 "folder."
             )
 

@@ -212,6 +212,7 @@ class TrainingLoop:
     # -- training ----------------------------------------------------------------------------------
 
     def run(self) -> TrainingResult:
+        """Train to the end, and save the model with the best validation figure in `args.output_dir`."""
         args, state = self.args, self.state
         resumed = self._folder.start(resume=args.resume)
         if resumed:
