@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from forked_commands import run_code
 from small_cases import make_model
 
 from blossomrec_hf.training import checkpoints
@@ -91,3 +92,19 @@ def test_a_missing_model_of_the_best_step_is_no_reason_to_keep_the_last_weights(
     assert not folder.load_best(0, make_model())  # no validation
     with pytest.raises(OSError, match="best-3, the model of the best step, is missing"):
         folder.load_best(3, make_model())
+
+
+def test_processes_with_other_data_do_not_train_together(tmp_path):
+    code = """
+import os
+from pathlib import Path
+from accelerate import Accelerator
+from blossomrec_hf.training.checkpoints import RunFolder
+
+data = {"histories": 60, "checksum": int(os.environ["RANK"]) // 2}
+RunFolder(Path("run"), Accelerator(cpu=True), {"data": data, "processes": {"number": 3}})
+"""
+    done = run_code(code, folder=tmp_path / "code", num_processes=3)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    message = "process 2 trains on something else (data checksum: 0 on process 0, 1 here); give all processes the same"
+    assert message in done.stderr

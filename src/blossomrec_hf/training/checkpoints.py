@@ -105,6 +105,16 @@ def describe_run(
     }
 
 
+def _differences(one: dict[str, Any], other: dict[str, Any], *, names: tuple[str, str]) -> str:
+    """What two descriptions of a run differ in, besides the number of processes."""
+    return "; ".join(
+        f"{part} {key}: {one.get(part, {}).get(key)!r} {names[0]}, {value!r} {names[1]}"
+        for part, values in other.items()
+        for key, value in values.items()
+        if part != "processes" and one.get(part, {}).get(key) != value
+    )
+
+
 def numbered_folders(parent: Path, prefix: str) -> list[tuple[int, Path]]:
     """The complete folders `prefix-N` of `parent`, by N."""
     if not parent.is_dir():
@@ -192,6 +202,9 @@ class RunFolder:
             uninterrupted run to the last bit.
         best_in_checkpoint: the best step according to the last checkpoint; its model is kept, because a run may be
             resumed from there.
+
+    Raises:
+        ValueError: on a process whose description differs from that of the first one.
     """
 
     def __init__(
@@ -206,6 +219,13 @@ class RunFolder:
         self.description = {**description, "weights": {"sharded": self.sharded}}  # their checkpoints have other files
         self.execution: dict[str, Any] = {}
         self.best_in_checkpoint = 0
+        of_first = [self.description]
+        broadcast_object_list(of_first)
+        if differences := _differences(of_first[0], self.description, names=("on process 0", "here")):
+            raise ValueError(
+                f"process {accelerator.process_index} trains on something else ({differences}); give all processes the "
+                "same arguments and data."
+            )
 
     def start(self, *, resume: bool) -> bool:
         """
@@ -334,15 +354,9 @@ class RunFolder:
             )
 
     def _refuse_another_run(self, folder: Path, saved: dict[str, Any]) -> None:
-        differences = [
-            f"{part} {key}: {saved.get(part, {}).get(key)!r} there, {value!r} now"
-            for part, values in self.description.items()
-            for key, value in values.items()
-            if part != "processes" and saved.get(part, {}).get(key) != value
-        ]
-        if differences:
+        if differences := _differences(saved, self.description, names=("there", "now")):
             raise ValueError(
-                f"`resume`: {folder} is of another run ({'; '.join(differences)}); give the arguments, data "
+                f"`resume`: {folder} is of another run ({differences}); give the arguments, data "
                 "and launch configuration of that run, or another `output_dir`."
             )
         before, now = saved["processes"]["number"], self.accelerator.num_processes
