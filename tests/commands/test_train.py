@@ -130,7 +130,7 @@ def test_drawn_items_are_ranked_too(run_command, log_file, tmp_path):
         summary["validation"] == result["validation"] and "test" not in summary and "--refit" in train_command(summary)
     )
     card = (tmp_path / "run" / "refit" / "README.md").read_text()
-    assert "validation figures" in card and f"{result['validation']['ndcg@10']:.4f}" in card
+    assert "Validation figures on" in card and f"{result['validation']['ndcg@10']:.4f}" in card
     assert "new model, trained for the same number of epochs on all events" in card.replace("\n", " ")
     assert f"{test['ndcg@10']:.4f}" not in card
     assert "\n# run\n" in card  # the name of the run, not of its folder
