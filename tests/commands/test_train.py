@@ -2,7 +2,10 @@ import json
 import re
 
 import polars as pl
+import pytest
+import torch
 from example_cases import SMALL_MODEL
+from safetensors.torch import load_file
 from small_cases import small_log
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +40,28 @@ def test_trains_saves_and_recommends(trained, log_file):
     assert re.search(r"^ndcg, repeated ", printed, re.MULTILINE) and re.search(r"^ndcg, new ", printed, re.MULTILINE)
     assert re.search(r"^user (\d+): the latest items \[(.*)\]$", printed, re.MULTILINE)
     assert len(set(re.findall(r"^ +(\d+) +-?[\d.]+$", printed, re.MULTILINE))) == 10
+
+
+def test_three_processes_write_what_one_does(run_command, log_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # joins the processes
+    # Nothing is drawn in training, and nothing is selected by scores that differ in their rounding.
+    settings = [*SMALL_MODEL, "--data", log_file, "--num_train_epochs", 2, "--refit"]
+    settings += ["--recipe", "none", "--hidden_dropout_prob", 0, "--attention_types", "full"]
+    places, folders = {1: "cpu:0", 3: "3 processes (cpu)"}, {}
+    for number, place in places.items():
+        folder = folders[number] = tmp_path / f"on_{number}" / "run"
+        printed = run_command("train", *settings, "--output_dir", folder, num_processes=number)
+        assert re.findall(r"weights on (.*)", printed) == [place] and printed.count("A new model") == 1
+    one, three = (sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in folders.values())
+    assert [path for path in three if not re.search(r"random_states_[12]\.pkl", path.name)] == one
+    for part in ("", "refit"):
+        summaries = [json.loads((folder / part / "training_summary.json").read_text()) for folder in folders.values()]
+        for name in {"test", "validation"} & summaries[0].keys():
+            assert summaries[0][name] == pytest.approx(summaries[1][name], abs=0.02)
+        weights = [load_file(folder / part / "model.safetensors") for folder in folders.values()]
+        assert weights[0].keys() == weights[1].keys()
+        for name, weight in weights[0].items():
+            assert torch.allclose(weight, weights[1][name], atol=1e-5), name
 
 
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu")

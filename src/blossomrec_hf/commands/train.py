@@ -220,7 +220,8 @@ def main() -> None:
     accelerator = loop.accelerator
     check_processes(accelerator.num_processes)
     size = f"{len(dataset)} users, {tokenizer.num_items} items; {model.num_parameters():,} weights"
-    accelerator.print(f"{size} on {accelerator.device}", flush=True)
+    place = f"{accelerator.num_processes} processes ({accelerator.device.type})"
+    accelerator.print(f"{size} on {accelerator.device if accelerator.num_processes == 1 else place}", flush=True)
     result = loop.run()
     figures = {}
     if views["test"] is not None:
