@@ -296,7 +296,7 @@ def test_what_is_read_of_a_long_history_depends_on_its_length_alone(service, mod
     assert cached.recommender.rebuilt._value.get() == 1
 
 
-def test_a_failure_stores_nothing_and_is_not_remembered(service, model, tmp_path):
+def test_a_failure_stores_nothing_and_is_not_remembered(service, model, tmp_path, caplog):
     client = service()
     ask(client, user="anna", events=[100, 110, 120])
     add = client.recommender.store.add
@@ -305,7 +305,9 @@ def test_a_failure_stores_nothing_and_is_not_remembered(service, model, tmp_path
         raise sqlite3.OperationalError("database or disk is full")
 
     client.recommender.store.add = disk_full
-    assert "nothing was stored" in ask(client, 500, user="anna", events=[130])["detail"]
+    assert "nothing was stored" in ask(client, 503, user="anna", events=[130])["detail"]
+    (record,) = [record for record in caplog.records if "The store failed" in record.message]
+    assert "database or disk is full" in record.message and record.exc_info is None
     client.recommender.store.add = add
     answer = ask(client, user="anna", events=[140])
     assert answer["length"] == 4 and recommended(answer) == expected(model, [100, 110, 120, 140])
@@ -391,7 +393,7 @@ def test_a_store_that_was_deleted_turns_health_red_and_takes_no_events(service, 
         (tmp_path / file).write_bytes(content)
     response = client.get("/health")
     assert response.status_code == 503 and "deleted or replaced" in response.json()["detail"]
-    assert "nothing was stored" in ask(client, 500, user="anna", events=[110])["detail"]
+    assert "nothing was stored" in ask(client, 503, user="anna", events=[110])["detail"]
     assert ask(client, history=[100])["length"] == 1
 
 

@@ -111,7 +111,7 @@ def test_times_and_types_through_the_commands(command, tmp_path):
     assert int(model.model.latest_time) <= LAST
     assert np.mean([[10 <= item < 15 for item in items] for items in shard["item_id"]]) > 0.9  # the group of this gap
     assert "another model, log or setting" in command(recommend, options, f"--now {LAST + GAPS[0]}", fails=True)
-    assert "before the last event" in command(
+    assert "before the latest event of the log" in command(
         recommend, options.replace(str(out), f"{out}2"), "--now 1000000000", fails=True
     )
 

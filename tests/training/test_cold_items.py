@@ -133,7 +133,7 @@ def test_features_and_vectors_have_raw_ids_of_the_type_of_the_items():
             {"30": {"text": [np.nan] * GROUPS}},
             r"`features\['30'\]` cannot be read: text has numbers that are not finite; correct",
         ),
-        ({"30": {"text": 1.5}}, r"`features\['30'\]` cannot be read: .* 'float' has no len"),
+        ({"30": {"text": 1.5}}, r"`features\['30'\]` cannot be read: text has 1.5; give a vector"),
         ({"30": {"group": 1.5}}, r"`features\['30'\]` cannot be read: .* 1.5; categories are strings or integers"),
         ({"30": {"groups": "group 1"}}, r"`features\['30'\]` has the column 'groups'; the columns of the model are"),
         (

@@ -40,6 +40,7 @@ import ipaddress
 import logging
 import os
 import queue
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -61,6 +62,8 @@ from ..utils.progress import set_up_logging
 
 
 logger = logging.getLogger(__name__)
+
+RETRY = {"retry-after": "1"}
 
 
 class BodyLimit:
@@ -122,11 +125,14 @@ def create_app(recommender: Recommender, max_body: int = 2**20) -> FastAPI:
         try:
             future = recommender.submit(query)
         except queue.Full:
-            raise HTTPException(503, "Too many requests are waiting; try again.", {"retry-after": "1"}) from None
+            raise HTTPException(503, "Too many requests are waiting; try again.", RETRY) from None
         try:
             return await asyncio.wrap_future(future)
         except RequestValidationError:  # times before stored ones
             raise
+        except sqlite3.Error as error:  # a full disk, for example; without a traceback for each request
+            logger.error("The store failed, and nothing of a request was stored: %s.", error)
+            raise HTTPException(503, "The event store failed, and nothing was stored; try again.", RETRY) from error
         except Exception as error:
             logger.exception("A request failed")
             raise HTTPException(500, "The recommendation failed, and nothing was stored.") from error
