@@ -70,7 +70,7 @@ def test_two_runs_share_no_folder(tmp_path, caplog, monkeypatch):
     run.mkdir()
     folder = RunFolder(run, Accelerator(cpu=True), {"processes": {"number": 1}})
     of_another = lock_file(run / LOCK_FILE)
-    with pytest.raises(ValueError, match=r"`output_dir` is \S+run, where another process trains"):
+    with pytest.raises(ValueError, match=r"`output_dir` is \S+run, which another process uses"):
         folder.start(resume=True)
     assert RUN_FILE not in names(run)
     of_another.close()

@@ -173,8 +173,8 @@ def _lock_run(path: Path) -> None:
         return
     if lock is None:
         raise ValueError(
-            f"`output_dir` is {path}, where another process trains (its launcher may have been killed); wait for it, end "
-            "it, or give another folder."
+            f"`output_dir` is {path}, which another process uses; end that process (its launcher may have been killed, or it "
+            "is an open notebook), wait for it, or give another folder."
         )
     _locks[path] = lock
 
