@@ -65,6 +65,16 @@ def test_the_suitable_recipe_is_that_of_the_median_user():
     assert suitable_recipe(np.array([3, 20, 5000])) == "medium"
 
 
+def test_the_suitable_recipe_has_no_average_of_sharded_weights(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = parse(monkeypatch, suitable="medium")[2]
+    assert (args.ema_decay, args.num_train_epochs) == (0, RECIPES["medium"].settings["num_train_epochs"])
+    assert "without `ema_decay`: a sharded model (FSDP) has no average" in caplog.text
+    assert parse(monkeypatch, "--ema_decay", 0.9, suitable="medium")[2].ema_decay == 0.9  # refused by the loop
+    assert parse(monkeypatch, "--recipe", "medium", suitable="short")[2].ema_decay == 0.99
+
+
 def test_the_suitable_recipe_is_used_unless_one_or_a_file_is_named(monkeypatch, tmp_path, caplog):
     caplog.set_level("INFO")
     _, model_args, args = parse(monkeypatch, "--learning_rate", 0.5, suitable="medium")

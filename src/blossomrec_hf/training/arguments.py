@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 
 from ..batches.windows import WINDOWS
@@ -234,7 +235,8 @@ def parse_arguments(
         built_in: defaults for the built-in data set, which is used if `data` is not given.
         defaults: defaults that replace those of the classes.
         recipes: what `--recipe` may name, besides "none".
-        suitable: the recipe if neither `--recipe` nor `--config` is given. The built-in data set has none.
+        suitable: the recipe if neither `--recipe` nor `--config` is given. The built-in data set has none. Under FSDP, which
+            has no average of the weights, it is used without `ema_decay`.
 
     Raises:
         ValueError: if an option or the recipe is unknown, or the file has an unknown name or a value of a wrong type.
@@ -266,17 +268,20 @@ def parse_arguments(
             raise ValueError(
                 f"`config` {known.config} has {', '.join(unknown)}, which this command has no arguments for."
             )
-    chosen, overrides = getattr(known, "recipe", None) or from_file.pop("recipe", None), {}
+    chosen, changes, overrides = getattr(known, "recipe", None) or from_file.pop("recipe", None), {}, {}
     if known.data is None and from_file.get("data") is None:
         parser.set_defaults(**(built_in or {}))
     elif chosen is None and known.config is None and suitable is not None:
         chosen = suitable
         logger.info("Recipe %s: %s. --recipe names another, or none.", chosen, recipes[chosen].purpose)
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            changes = {"ema_decay": 0.0}
+            logger.info("It is used without `ema_decay`: a sharded model (FSDP) has no average of its weights.")
     if chosen not in (None, "none"):
         if chosen not in recipes:
             raise ValueError(f"`recipe` is {chosen!r}; it may be {', '.join(recipes)} or none.")
         settings, overrides = recipes[chosen].arguments(vars(known))
-        parser.set_defaults(**settings)
+        parser.set_defaults(**settings | changes)
     parser.set_defaults(**from_file)
     *parsed, rest, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
