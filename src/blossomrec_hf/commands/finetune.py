@@ -396,7 +396,7 @@ def main() -> None:
     if training_args.max_steps <= 0:
         training_args.max_steps = count_steps(len(windows), training_args, args.min_steps)
         if training_args.max_steps > count_steps(len(windows), training_args, 0):
-            logger.warning(
+            logger.info(
                 "The log is small and is learned for %d steps, more than %g epochs (`num_train_epochs`); with a lower `min_steps`, "
                 "fewer.",
                 *(training_args.max_steps, training_args.num_train_epochs),

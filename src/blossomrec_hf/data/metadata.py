@@ -269,7 +269,8 @@ def _read(source: Any) -> pl.DataFrame:
             fields = pl.col("line").str.splitn("|" if path.name == "u.item" else "::", 3).struct
             names = ["item_id", "title", *(["genres"] if suffix == "dat" else [])]
             return lines.select(fields.field(f"field_{place}").alias(name) for place, name in enumerate(names))
-        separator = find_separator(text.split(b"\n", 1)[0].decode(), LogOptions()) if suffix == "csv" else "\t"
+        header = text.split(b"\n", 1)[0].decode(errors="replace")
+        separator = find_separator(header, LogOptions()) if suffix == "csv" else "\t"
         quote = None if separator == "\t" else '"'
         return pl.read_csv(text, separator=separator, quote_char=quote, infer_schema=False, encoding="utf8-lossy")
 

@@ -119,7 +119,8 @@ def write_card(folder: str | Path, *, name: str | None = None, **options: Any) -
     pictures = [picture for picture in PICTURES if (folder / picture).exists()]
     if (folder / "tokenizer.json").exists():
         tokenizer = BlossomRecTokenizer.from_pretrained(folder)
-        options.setdefault("items", tokenizer.decode_items(range(NUM_SPECIAL_IDS, len(tokenizer)))[:4])
+        ids = range(NUM_SPECIAL_IDS, min(NUM_SPECIAL_IDS + 4, len(tokenizer)))
+        options.setdefault("items", tokenizer.decode_items(ids))
     card = model_card(read_summary(folder), name=name or folder.resolve().name, pictures=pictures, **options)
     path = folder / "README.md"
     with atomic_write(path) as partial:

@@ -74,7 +74,7 @@ def check_at_least(least: int, **settings: int) -> None:
 def report_replacement(output_dir: str) -> None:
     """Log that a run will replace the model in its output folder, if there is one."""
     if (Path(output_dir) / "config.json").exists():
-        logger.warning("`output_dir` is %s, which has a model already; this run replaces it.", output_dir)
+        logger.info("`output_dir` is %s, which has a model already; this run replaces it.", output_dir)
 
 
 def load_checkpoint(kind: type, path: str, argument: str = "model") -> Any:
