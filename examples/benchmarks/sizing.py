@@ -207,9 +207,8 @@ class Training:
         moved = (1 + 2 + 7) * FLOAT * local  # norm, clipping, AdamW
         share = (self.gpus - 1) / self.gpus
         if self.sharded:
-            # The table is gathered once, and its gradient is summed once; one GPU copies it instead.
-            copied = 2 * HALF * self.table / rates.bandwidth
-            exchange = HALF * self.table * share / rates.exchange if self.gpus > 1 else copied
+            # The table is gathered once, and its gradient is summed once. One GPU exchanges all of it with itself, as slowly.
+            exchange = HALF * self.table * (share or 1) / rates.exchange
             # Rounded and copied for the gather; copied after it.
             gathered = (FLOAT + HALF + 2 * HALF) * local + 2 * HALF * self.table
             # The CPU launches the passes while the GPU gathers and computes; what follows has been launched by then.
