@@ -186,7 +186,7 @@ def test_bad_arguments_are_named(run_command, log_file, tmp_path):
     misspelled = '{"objectiv": "gbce"}'
     for arguments, named in (
         (("--item", "movie"), "movie"),
-        (("--tokens_per_step", 10), "max_tokens is 10"),
+        (("--tokens_per_step", 10), "`tokens_per_step` is 10, but a history has"),
         (("--config_overrides", misspelled), "objectiv"),
         (("--report_to", "no_tracker"), "`report_to` is 'no_tracker', which is unknown or not installed"),
     ):

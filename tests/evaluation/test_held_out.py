@@ -96,6 +96,8 @@ def test_a_view_without_the_columns_is_refused():
         HeldOutItems.from_rows(rows, columns=["timestamps"])
     with pytest.raises(ValueError, match="no timestamps"):
         HeldOutItems.from_rows(rows, test_after=3)
+    with pytest.raises(ValueError, match="`rows` has no target_ids; give a view such as"):
+        HeldOutItems.from_rows([{"user_id": 1, "input_ids": [2, 3]}])
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,6 +27,50 @@ def test_comments_and_docstrings_are_no_code():
     assert strip(SOURCE) == CODE
 
 
+CHECKED = """
+def half(x, y):
+    if x % 2:  # odd
+        place = y[
+            0
+        ]
+        raise ValueError(
+            f"`x` is {x}"
+        )
+    if not y: raise IndexError
+    if (z := len(y)) > 3:
+        raise KeyError
+    if x > 9:
+        y = 2
+    elif x > 8:
+        raise KeyError(x)
+    else:
+        raise ValueError
+    if z:
+        x = 1
+        raise IndexError from None
+    else:
+        x = 2
+    return x // 2
+"""
+UNCHECKED = """
+def half(x, y):
+    if (z := len(y)) > 3:
+    if x > 9:
+        y = 2
+    elif x > 8:
+    else:
+    if z:
+        x = 1
+    else:
+        x = 2
+    return x // 2
+"""
+
+
+def test_checks_are_no_code_of_runs_that_finish():
+    assert strip(CHECKED) == UNCHECKED.strip()
+
+
 def test_a_hash_changes_with_the_code_alone(tmp_path):
     path = tmp_path / "part" / "module.py"
     path.parent.mkdir()

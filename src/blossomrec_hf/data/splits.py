@@ -70,7 +70,7 @@ def split(
     if missing := set(columns) - set(dataset.column_names):
         raise ValueError(
             f"columns has {', '.join(sorted(missing))}, but the data set has {', '.join(dataset.column_names)}; prepare "
-            "the log with these columns, or leave them out."
+            "the log with these columns, or omit them."
         )
     rows, reasons = _usable_rows(dataset, part, counts, log_unseen=True)
     if len(rows) < len(dataset):
@@ -253,6 +253,11 @@ class _View:
         self.part, self.max_length, self.columns, self.unseen = part, max_length, columns, unseen
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "train_end" not in batch:
+            raise ValueError(
+                "the columns of the view were removed, as `Trainer` does with those that the model does not read; set "
+                "`remove_unused_columns=False`, or use `SequentialRecommendationTrainer`."
+            )
         stops = batch["validation_end"] if self.part == "test" else batch["train_end"]
         histories = [events[:stop] for events, stop in zip(batch["input_ids"], stops)]
         unseen = self.unseen

@@ -102,6 +102,8 @@ class HeldOutItems:
         seen_column = "seen_ids" if "seen_ids" in stored else "input_ids"
         read = dict.fromkeys([*columns, *(() if test_after is None else ("timestamps",))])
         read |= dict.fromkeys(f"target_{name}" for name in list(read) if name in _TOLD)
+        if first and "target_ids" not in first:
+            raise ValueError('`rows` has no target_ids; give a view such as `split(dataset, "test")`.')
         if first and (missing := [name for name in read if name not in first]):
             raise ValueError(
                 f"`rows` has no {' and no '.join(missing)}; give the view `split(dataset, part, columns={_needed(read)})` of a "

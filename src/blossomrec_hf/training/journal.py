@@ -64,6 +64,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, enabled: bool, step: int | None = None):
         self.path = path
         self.enabled = enabled
+        self._kept: set[tuple] = set()  # step and names of each line of `step`
         if enabled:
             kept = [] if step is None or not path.exists() else self._lines_until(step)
             with atomic_write(path) as partial:
@@ -75,14 +76,18 @@ class MetricsFile:
             if not line.endswith("\n"):  # a kill can cut the last line
                 break
             try:
-                if json.loads(line)["step"] > step:
+                values = json.loads(line)
+                if values["step"] > step:
                     break
+                if values["step"] == step:
+                    self._kept.add((step, *values))
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{self.path} is damaged in line {len(lines) + 1}; remove that line.") from error
             lines.append(line)
         return lines
 
     def write(self, **values: Any) -> None:
-        if self.enabled:
+        # A run that was interrupted between its validation and the next checkpoint validates again when it is resumed.
+        if self.enabled and (values["step"], *values) not in self._kept:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

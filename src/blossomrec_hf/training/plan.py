@@ -28,7 +28,8 @@ class StepPlan:
         trainable: int64 [N], indices of the histories with an item to predict (random crops: in any epoch).
 
     Raises:
-        ValueError: if no history has an item to predict, an id is outside the vocabulary, or times go backwards.
+        ValueError: if no history has an item to predict, an id is outside the vocabulary, times go backwards, or a history is
+            longer than `args.tokens_per_step`.
     """
 
     def __init__(
@@ -58,6 +59,12 @@ class StepPlan:
         if "timestamps" in histories.columns and (row := _falling_row(histories)) is not None:
             raise ValueError(
                 f"`train_view` has times that go backwards in history {row}; sort the events of each history by time."
+            )
+        if histories.lengths[self.trainable].max() > args.tokens_per_step:
+            longest = histories.lengths[self.trainable].max()
+            raise ValueError(
+                f"`tokens_per_step` is {args.tokens_per_step}, but a history has {longest} items; raise it to that, or lower "
+                "`max_length`."
             )
         if len(self.trainable) < len(histories):
             missing = len(histories) - len(self.trainable)

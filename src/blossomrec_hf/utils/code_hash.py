@@ -1,4 +1,4 @@
-"""Hashes of source files that change when the code changes, and not when its comments and docstrings do."""
+"""Hashes of source files that change when the code of runs that finish changes: not with comments, docstrings and checks."""
 
 import ast
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 def hash_files(root: str | Path, patterns: Sequence[str]) -> dict[str, str]:
     """
-    Hash Python files without comments, docstrings, blank lines and trailing spaces, equally on all versions of Python.
+    Hash Python files without what [`strip`] removes, equally on all versions of Python.
 
     Args:
         root: the folder that patterns and names are relative to.
@@ -38,19 +38,35 @@ def join_hashes(hashes: dict[str, str]) -> str:
 
 
 def strip(source: str) -> str:
-    """The source without comments, docstrings, blank lines and trailing spaces."""
-    lines = source.splitlines()
+    """
+    The source without comments, docstrings, blank lines, trailing spaces, and what a run that finishes does not do: `raise`
+    statements, and each `if` that only raises.
+    """
+    lines, tree = source.splitlines(), ast.parse(source)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if not isinstance(body, list) or not body or not isinstance(body[0], ast.Expr):
-            continue
-        first, rows = body[0].value, range(body[0].lineno - 1, body[0].end_lineno)
-        alone = not lines[rows[0]][: body[0].col_offset].strip()
-        if alone and isinstance(first, ast.Constant) and isinstance(first.value, str):
+    removed = [node for node in ast.walk(tree) if isinstance(node, ast.Raise) or _only_raises(node)]
+    removed += [node.body[0] for node in ast.walk(tree) if _has_docstring(node)]
+    for node in removed:
+        rows = range(node.lineno - 1, node.end_lineno)
+        if not lines[rows[0]][: node.col_offset].strip():
             for row in rows:
                 lines[row] = ""
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    body = getattr(node, "body", None)
+    if not isinstance(body, list) or not body or not isinstance(body[0], ast.Expr):
+        return False
+    return isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)
+
+
+def _only_raises(node: ast.AST) -> bool:
+    """Whether a statement is an `if` without `else` that raises and, before, assigns at most; its condition assigns nothing."""
+    if not isinstance(node, ast.If) or node.orelse or any(isinstance(x, ast.NamedExpr) for x in ast.walk(node.test)):
+        return False
+    *before, last = node.body
+    return isinstance(last, ast.Raise) and all(isinstance(statement, ast.Assign) for statement in before)
