@@ -272,9 +272,8 @@ class RunFolder:
             self.accelerator.load_state(folder)
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # readers raise errors of many classes for a damaged file, also if another process failed
+        # Readers raise errors of many classes for a damaged file, and so do others if a process failed.
+        except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"`resume`: {folder} cannot be loaded ({reason}). If it is damaged, remove it, and begin anew without "
