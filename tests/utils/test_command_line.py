@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from blossomrec_hf import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from blossomrec_hf.data.options import LogOptions
 from blossomrec_hf.sharing import push
-from blossomrec_hf.utils.command_line import exit_on_error, load_checkpoint
+from blossomrec_hf.utils.command_line import Parser, exit_on_error, load_checkpoint
 
 
 def refused(path, kind=BlossomRecForSequentialRecommendation, argument="model") -> str:
@@ -18,6 +18,15 @@ def refused(path, kind=BlossomRecForSequentialRecommendation, argument="model") 
     assert sentence.startswith(f"--{argument} is {path}, ") and len(sentence.splitlines()) == 1
     assert "blossomrec train" in sentence and "owner/name" in sentence
     return sentence
+
+
+def test_options_may_have_hyphens_for_underscores():
+    parser = Parser(description="Test")
+    parser.add_argument("folder")
+    parser.add_argument("--max_history", type=int, default=3)
+    for name in ("--max_history", "--max-history"):
+        assert vars(parser.parse_args(["here", name, "5"])) == {"folder": "here", "max_history": 5}
+    assert "--max_history MAX_HISTORY" in parser.format_help()
 
 
 def test_what_is_there_is_loaded(local_hub, tmp_path, monkeypatch):

@@ -5,8 +5,10 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forked_commands import run_code
+from safetensors.numpy import save_file
 
 from blossomrec_hf.model.files_blossomrec import LEFTOVER_SECONDS, partial_path, partials
 from blossomrec_hf.utils.files import (
@@ -133,6 +135,24 @@ def test_a_rename_that_fails_gives_the_old_folder_its_name_back(tmp_path, monkey
     with pytest.raises(OSError, match="Input/output"), atomic_folder(target) as folder:
         (folder / "a").write_text("new")
     assert names(tmp_path) == ["folder"] and (target / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_usual_permissions(tmp_path, umask):
+    """safetensors writes files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "one.safetensors") as path:
+            save_file({"x": np.zeros(2)}, path)
+        for write, folder in ((atomic_folder, tmp_path / "folder"), (atomic_files, tmp_path / "files")):
+            with write(folder) as partial:
+                save_file({"x": np.zeros(2)}, partial / "two.safetensors")
+                (partial / "three.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
 
 
 def test_symbolic_links_are_followed(tmp_path):

@@ -10,7 +10,6 @@ with its standard error from a bootstrap over users. Both groups must have been 
     blossomrec compare --reports reports/times --first "runs/times-*, with now" --second "runs/times-*"
 """
 
-import argparse
 import fnmatch
 import re
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ import numpy as np
 
 from ..evaluation import paired_difference, per_user_metrics
 from ..evaluation.reports import NOW_LABEL
-from ..utils.command_line import HelpFormatter, check_at_least, exit_on_error
+from ..utils.command_line import Parser, check_at_least, exit_on_error
 
 
 COMMON = ("users", "user_ids", "repeated", "exclude_seen")  # equal in all reports of a comparison
@@ -69,7 +68,7 @@ def choose_models(names: Iterable[str], pattern: str) -> list[str]:
 
 @exit_on_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--reports", nargs="+", required=True, help="Folders that `blossomrec evaluate` wrote.")
     parser.add_argument(
         "--first", required=True, help="Models of the first group: names as in --models, with * and ?."

@@ -17,7 +17,6 @@ it is unknown), int64 `[batch]`. With ONNX Runtime:
     onnxruntime.InferenceSession("ml-1m.onnx").run(["scores"], {"input_ids": ids, "attention_mask": mask})
 """
 
-import argparse
 from io import BytesIO
 from pathlib import Path
 
@@ -25,14 +24,14 @@ import torch
 
 from .. import BlossomRecForSequentialRecommendation
 from ..sharing.export import export_onnx, export_program
-from ..utils.command_line import HelpFormatter, exit_on_error, load_checkpoint
+from ..utils.command_line import Parser, exit_on_error, load_checkpoint
 from ..utils.files import atomic_files, require_folder
 from ..utils.progress import set_up_logging
 
 
 @exit_on_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Folder of a trained model, or a Hub id.")
     source.add_argument("--data", help="Folder that `blossomrec prepare` wrote.")

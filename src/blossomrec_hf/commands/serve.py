@@ -34,7 +34,6 @@ transaction. Events of one user are applied in the order of their requests. Cach
 takes a fraction of the time of such a pass (`examples/benchmarks/serving.py --sections cache`).
 """
 
-import argparse
 import asyncio
 import ipaddress
 import logging
@@ -57,7 +56,7 @@ from .. import BlossomRecForSequentialRecommendation, BlossomRecTokenizer
 from ..serving.event_store import Store
 from ..serving.queries import Answer, Problem, Query
 from ..serving.recommender import Recommender
-from ..utils.command_line import HelpFormatter, check_at_least, exit_on_error, load_checkpoint
+from ..utils.command_line import Parser, check_at_least, exit_on_error, load_checkpoint
 from ..utils.progress import set_up_logging
 
 
@@ -200,7 +199,7 @@ async def check_address(host: str, port: int) -> None:
 
 @exit_on_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="Folder of a trained model, or a Hub id.")
     parser.add_argument("--store", type=Path, default=Path("events.db"), help="SQLite file of the users' events.")
     parser.add_argument(

@@ -35,7 +35,6 @@ Output files: `NAME.json` (records and tables, with the hash of the code), `NAME
 `NAME.png`.
 """
 
-import argparse
 import itertools
 import logging
 import os
@@ -55,7 +54,7 @@ from ..evaluation.study_tables import METRIC, RunResult, markdown
 from ..training import LogArguments
 from ..training.studies import Run, Study, code_entry, data_checksum, models_to_time
 from ..training.study_runs import Job, execute, measure_cost, rank_baselines, run_side_by_side
-from ..utils.command_line import HelpFormatter, exit_on_error
+from ..utils.command_line import Parser, exit_on_error
 from ..utils.files import atomic_write, lock_file, read_json, require_folder, write_json
 from ..utils.progress import set_up_logging
 
@@ -67,7 +66,7 @@ BASELINES = "baselines.json"  # in the folder of a study: figures by data set an
 
 @exit_on_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("studies", type=Path, nargs="+", help="YAML files of studies; their runs share the devices.")
     parser.add_argument(
         "--data_dir", type=Path, default=Path("."), help="Folder that the paths of data sets start from."

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def usual_mode(path: Path) -> int:
+    """The permissions of a new file under the process's umask; a file `path` is created and removed for that."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
 
 
 def remove_leftovers(path: Path) -> None:
@@ -70,7 +79,8 @@ def remove(path: Path) -> None:
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yield a path to write a file to, and rename it to `path` at the end of the block.
+    Yield a path to write a file to, and rename it to `path` at the end of the block. It gets the usual permissions of new
+    files, where safetensors 0.8 writes files that other users cannot read.
 
     If the process is killed, `path` is the complete old or new file. If the block raises an error, the new file is
     removed. Several processes may write the same path; the last rename wins.
@@ -90,7 +100,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     remove_leftovers(path)
     partial = partial_path(path)
     try:
+        mode = usual_mode(partial)
         yield partial
+        partial.chmod(mode)
         flush_to_disk(partial)
         os.replace(partial, path)
     except BaseException:

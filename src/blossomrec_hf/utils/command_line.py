@@ -34,6 +34,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser with `HelpFormatter` that accepts `--some-name` for `--some_name`, as `HfArgumentParser` does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, *[n.replace("_", "-") for n in names if "_" in n], **options)
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """

@@ -28,6 +28,7 @@ from ..model.files_blossomrec import (
     read_json,
     remove,
     remove_leftovers,
+    usual_mode,
 )
 
 
@@ -58,7 +59,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush_folder(partial)
+        _finish_files(partial)
         _replace_folder(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +95,7 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     remove_leftovers(files)
     try:
         yield partial
-        _flush_folder(partial)
+        _finish_files(partial)
         for path in sorted(partial.iterdir()):
             os.replace(path, folder / path.name)
         flush_to_disk(folder)
@@ -107,9 +108,12 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
     partial.rmdir()
 
 
-def _flush_folder(folder: Path) -> None:
+def _finish_files(folder: Path) -> None:
+    """Give all files below a folder the usual permissions, and flush everything to the disk."""
+    mode = usual_mode(folder / ".mode")
     for parent, _, names in os.walk(folder):
         for name in names:
+            Path(parent, name).chmod(mode)
             flush_to_disk(Path(parent, name))
         flush_to_disk(Path(parent))
 
