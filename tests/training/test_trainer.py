@@ -55,7 +55,7 @@ def test_figures_are_those_of_evaluate(log, tmp_path, max_length):
     assert "eval_loss" not in figures
 
 
-def test_a_plain_trainer_that_removes_columns_is_told_the_remedy(log, tmp_path):
+def test_a_plain_trainer_that_removes_columns_names_the_remedy(log, tmp_path):
     args = training_arguments(tmp_path, remove_unused_columns=True)
     trainer = Trainer(make_model(), args, data_collator=PackingCollator(), train_dataset=split(log[0], "train"))
     with pytest.raises(
