@@ -77,7 +77,7 @@ class ItemFeatures:
 
         Raises:
             ValueError: for columns of different lengths, for vectors of different lengths or with values that are not
-                finite, and for categories that are neither strings nor integers.
+                finite, for numbers among vectors, and for categories that are neither strings nor integers.
         """
         if not isinstance(columns, Mapping) or not columns:
             raise ValueError(f"`columns` is {columns!r:.80}; it must be a dictionary with at least one column.")
@@ -186,7 +186,7 @@ def unit_table(name: str, values: Sequence[Any] | np.ndarray, size: int | None =
         size: the size that they must have.
 
     Raises:
-        ValueError: for vectors of another size, and for values that are not finite.
+        ValueError: for vectors of another size, for a number in place of a vector, and for values that are not finite.
     """
     if not isinstance(values, np.ndarray):
         for item, value in enumerate(values):
